@@ -1,0 +1,28 @@
+# `make compare` and `make test` need only Python 3.11+ and make: the environment is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: compare test lint docs clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,test,dev]"
+	touch $@
+
+compare: $(VENV)/.installed  ## train the default mechanisms on real text and write runs/compare/report.html
+	$(BIN)/regard compare $(ARGS)
+
+test: $(VENV)/.installed  ## the whole suite
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed  ## what pre-commit and CI check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

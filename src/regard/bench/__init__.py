@@ -1,0 +1,1 @@
+"""Measuring mechanisms against each other: compare, its store and its report."""

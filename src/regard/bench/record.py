@@ -1,0 +1,55 @@
+"""What one cell of a comparison is, and what it found. The store keeps these, the report and the table read them."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: everything that decides its outcome, and nothing else."""
+
+    task: str
+    """'text', ..."""
+    mechanism: str
+    """A name that `regard.create` takes, e.g. 'alibi' or 'gated+rotary'."""
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Steps, batch, length, dim, depth, heads, learning rate, match, data fingerprint, code version, device, dtype."""
+
+    @property
+    def key(self) -> str:
+        """Content hash: equal cells have equal keys, and any changed setting gives another."""
+        text = json.dumps(asdict(self), sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell found. Units are in the names; losses are bits per byte."""
+
+    cell: Cell
+    status: Literal["done", "failed"]
+    reason: str = ""
+    """Why it failed, in one line."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """(step, training loss) along the run."""
+    heldout: dict[str, float] = field(default_factory=dict)
+    """Held-out loss at '1x', '2x' and '4x' the training length."""
+    parameters: int = 0
+    flops_per_token: float = 0.0
+    """Forward multiply-adds x 2, per token at the training length."""
+    mlp_dim: int = 0
+    """Hidden width of the host's MLP after matching."""
+    train_tokens_per_second: float = 0.0
+    generate_tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    """Peak resident memory that training added, or the device's peak on a GPU."""
+    state_bytes: int = 0
+    """Size of one sequence's streaming state after the training length."""
+    seconds: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
+    """Device name, torch and regard versions, threads."""
+    checkpoint: str = ""
+    """Path of the saved model relative to the run's folder, or ''."""

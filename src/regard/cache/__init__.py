@@ -1,0 +1,5 @@
+"""What streaming keeps of the past."""
+
+from regard.cache.kv import KVCache
+
+__all__ = ["KVCache"]

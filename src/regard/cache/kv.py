@@ -1,0 +1,127 @@
+"""The key/value cache: an immutable value handed into `step` and back, over buffers that are written only once.
+
+Appending writes behind the tokens already there and returns a new cache over the same buffers. If the same cache is
+appended to twice (a beam, a retry), the second append copies first, so that neither sees the other's tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """Everything of the past that later queries read, by name; time is always the second to last axis.
+
+    `k` (B, G, capacity, D), `v` (B, G, capacity, V), and for mechanisms that read more: `x` (B, capacity, M), the
+    tokens, and `q` (B, H, capacity, D), the queries.
+    """
+
+    buffers: Mapping[str, Tensor]
+    length: int = 0
+    """Tokens seen so far."""
+    window: int | None = None
+    """Keep only the last `window` tokens: what a later query can still reach. None keeps all, up to the capacity."""
+    written: list[int] = field(default_factory=lambda: [0], repr=False)
+    """How far the shared buffers are filled, by any cache that shares them."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens still held."""
+        return self.length if self.window is None else min(self.length, self.window)
+
+    @property
+    def capacity(self) -> int | None:
+        """Most tokens it can hold; None = any number, as it forgets the oldest."""
+        return None if self.window is not None else next(iter(self.buffers.values())).shape[-2]
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.buffers.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held now."""
+        return sum(t.element_size() * t[..., :1, :].numel() * self.kept for t in self.buffers.values())
+
+    def append(self, **new: Tensor) -> tuple[dict[str, Tensor], "KVCache"]:
+        """All tokens held with the new ones behind them (each (..., kept + t, width)), and the cache that holds them.
+
+        Raises ValueError on overflow, or if names, batch, widths, dtype or device differ from the buffers'.
+        """
+        self._check(new)
+        t = next(iter(new.values())).shape[-2]
+        if self.window is not None:
+            held = {n: torch.cat([self.buffers[n], z], -2) for n, z in new.items()}
+            first = max(0, next(iter(held.values())).shape[-2] - self.window)
+            kept = {n: z[..., first:, :].clone() for n, z in held.items()}
+            return held, replace(self, buffers=kept, length=self.length + t)
+        capacity, end = self.capacity, self.length + t
+        assert capacity is not None
+        if end > capacity:
+            raise ValueError(
+                f"KVCache: {t} new token{'s' * (t != 1)} exceed{'s' * (t == 1)} capacity {capacity} ({self.length} are "
+                f"held); create it with capacity >= {end}"
+            )
+        if torch.is_grad_enabled() and any(z.requires_grad for z in (*new.values(), *self.buffers.values())):
+            # A graph may hold the old buffers: never write into them.
+            buffers = {
+                n: torch.cat([b[..., : self.length, :], new[n], b[..., end:, :]], -2) for n, b in self.buffers.items()
+            }
+            written = [end]
+        else:
+            fresh = self.written[0] == self.length
+            buffers = dict(self.buffers) if fresh else {n: b.clone() for n, b in self.buffers.items()}
+            written = self.written if fresh else [end]
+            written[0] = end
+            for name, z in new.items():
+                buffers[name][..., self.length : end, :] = z
+        held = {n: b[..., :end, :] for n, b in buffers.items()}
+        return held, replace(self, buffers=buffers, length=end, written=written)
+
+    def fork(self) -> "KVCache":
+        """A copy with buffers of its own."""
+        return replace(self, buffers={n: b.clone() for n, b in self.buffers.items()}, written=[self.length])
+
+    def reorder(self, index: Int[Tensor, "B2"]) -> "KVCache":
+        """The cache of batch rows `index` (beam search); its batch is as long as the index."""
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"KVCache: index must be a 1-D integer Tensor, got {index.dtype} {tuple(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
+            raise ValueError(
+                f"KVCache: index must lie in [0, {self.batch_size}), got {int(index.min())} to {int(index.max())}"
+            )
+        buffers = {n: b.index_select(0, index) for n, b in self.buffers.items()}
+        return replace(self, buffers=buffers, written=[self.length])
+
+    def crop(self, length: int) -> "KVCache":
+        """Forget all tokens after the first `length`."""
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self.length:
+            raise ValueError(f"KVCache: crop length must be an int in [0, {self.length}], got {length!r}")
+        if self.window is None:
+            return replace(self, length=length)
+        drop = self.length - length
+        if drop and self.length > self.window:
+            raise ValueError(
+                f"KVCache: can't crop by {drop}: tokens before the last {self.window} are forgotten already; "
+                "fork() the cache before the tokens you may take back"
+            )
+        return replace(self, buffers={n: b[..., :length, :].clone() for n, b in self.buffers.items()}, length=length)
+
+    def _check(self, new: Mapping[str, Tensor]) -> None:
+        if new.keys() != self.buffers.keys():
+            raise ValueError(f"KVCache: holds {sorted(self.buffers)}, got {sorted(new)}")
+        for name, z in new.items():
+            b = self.buffers[name]
+            if (*z.shape[:-2], z.shape[-1]) != (*b.shape[:-2], b.shape[-1]):
+                raise ValueError(
+                    f"KVCache: {name} of shape {tuple(z.shape)} does not fit buffers of {tuple(b.shape)}; batch, heads "
+                    "and width must match"
+                )
+            if z.dtype != b.dtype or z.device != b.device:
+                raise ValueError(
+                    f"KVCache: {name} is {z.dtype} on {z.device}, the cache is {b.dtype} on {b.device}; they must match"
+                )

@@ -1,0 +1,118 @@
+"""Exact attention over the blocks that a mask (or a selector) leaves, and no others.
+
+For every block of queries, the keys of its allowed blocks are taken together (as a view where they are neighbours) and
+attended to at once; blocks that hold no allowed pair cost nothing. Any stage that needs no other query rows runs.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.kernels.problem import Keys, Problem, attend
+from regard.masks import BlockLayout, Mask
+
+BLOCK = 128
+
+
+def why_not(p: Problem) -> list[str]:
+    """It needs a mask to take blocks from, and rows that can be computed a block at a time."""
+    reasons = []
+    if p.mask is None:
+        reasons.append("no mask, so there are no empty blocks to leave out")
+    if p.halo:
+        reasons.append(f"a stage reads {p.halo} earlier query rows, which may need other key blocks")
+    if p.first_key:
+        reasons.append("the cache has dropped keys already; what is left is dense")
+    return reasons
+
+
+def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
+    """(B, H, T, V). The layout is the mask's own unless a selector hands in a smaller one."""
+    B, H, G, T, S = p.shape
+    if layout is None:
+        assert p.mask is not None
+        layout = p.mask.layout(T, S, block=BLOCK)
+    if T == 0 or S == 0:
+        return attend(p, slice(0, T), slice(0, S))
+    Bm, Hm, nq, _ = layout.shape
+    blocks, full = layout.to_dense_blocks(), _full(layout)
+    if Bm == Hm == 1 or p.stages or p.bias is not None:
+        # Stages hold parameters per head and can't be cut along heads: all heads take the union of their blocks.
+        return _rows(p, layout, blocks.any(1).any(0), full.all(1).all(0))
+    outs = [
+        _rows(_one(p, b, h, H // G), layout, blocks[b % Bm, h % Hm], full[b % Bm, h % Hm])
+        for b in range(B)
+        for h in range(H)
+    ]
+    return torch.cat(outs).view(B, H, T, -1)
+
+
+@dataclass(frozen=True)
+class _At(Mask):
+    """A mask as one batch row and head see it."""
+
+    mask: Mask
+    b: int
+    h: int
+
+    def __call__(self, b: Tensor | int, h: Tensor | int, i: Tensor, j: Tensor) -> Tensor:
+        return self.mask(self.b, self.h, i, j)
+
+
+def _full(layout: BlockLayout) -> Tensor:
+    """Which blocks (Bm, Hm, nq, nk) allow every pair."""
+    Bm, Hm, nq, nk = layout.shape
+    full = layout.full.new_zeros(Bm * Hm * nq, nk)
+    rows = torch.arange(Bm * Hm * nq, device=full.device).repeat_interleave(layout.row_ptr.diff())
+    full[rows, layout.cols] = layout.full
+    return full.view(layout.shape)
+
+
+def _one(p: Problem, b: int, h: int, group: int) -> Problem:
+    """Batch row b, head h alone."""
+    g = h // group
+    mask = None if p.mask is None else _At(p.mask, b, h)
+    return replace(
+        p, q=p.q[b : b + 1, h : h + 1], k=p.k[b : b + 1, g : g + 1], v=p.v[b : b + 1, g : g + 1], mask=mask
+    )
+
+
+def _rows(p: Problem, layout: BlockLayout, blocks: Tensor, full: Tensor) -> Tensor:
+    """All query blocks, one after another; `blocks` and `full` are (nq, nk) bool."""
+    (bq, bk), T, S = layout.block, p.q.shape[2], p.k.shape[2]
+    plain = not p.stages and p.bias is None
+    outs = []
+    for r, (row, row_full) in enumerate(zip(blocks, full, strict=True)):
+        rows = slice(r * bq, min((r + 1) * bq, T))
+        cols = row.nonzero().flatten()
+        keys = _keys(cols, bk, S)
+        here = replace(p, mask=None) if len(cols) and bool(row_full[cols].all()) else p
+        outs.append(_plain(here, rows, keys) if plain and len(cols) else attend(here, rows, keys))
+    return torch.cat(outs, 2)
+
+
+def _keys(cols: Tensor, bk: int, S: int) -> Keys:
+    """The keys of these blocks: a slice where the blocks are neighbours, else their indices."""
+    if len(cols) == 0:
+        return slice(0, 0)
+    first, last = int(cols[0]), int(cols[-1])
+    if last - first + 1 == len(cols):
+        return slice(first * bk, min((last + 1) * bk, S))
+    keys = (cols[:, None] * bk + torch.arange(bk, device=cols.device)).flatten()
+    return keys[keys < S]
+
+
+def _plain(p: Problem, rows: slice, keys: Keys) -> Tensor:
+    """Softmax without stages: torch's fused kernel on the gathered keys."""
+    mask = None if p.mask is None else p.mask.at(p.i[rows], p.j[keys])
+    return F.scaled_dot_product_attention(
+        p.q[:, :, rows],
+        p.k[:, :, keys],
+        p.v[:, :, keys],
+        attn_mask=mask,
+        dropout_p=p.dropout,
+        scale=p.scale,
+        enable_gqa=p.q.shape[1] != p.k.shape[1],
+    )

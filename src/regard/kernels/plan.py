@@ -1,0 +1,108 @@
+"""Which kernel runs, and why not the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from regard.kernels import block_sparse, chunked, eager, sdpa
+from regard.kernels.problem import Problem, honest
+from regard.kernels.size import MATERIALISE, score_bytes, sized
+from regard.masks import Mask, causal
+
+KERNELS: dict[str, ModuleType] = {"sdpa": sdpa, "block_sparse": block_sparse, "chunked": chunked, "eager": eager}
+"""By preference where estimates tie. Each module has `run(problem)` and `why_not(problem)`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel that will run, and for every other one the reasons why it will not."""
+
+    kernel: str
+    because: str
+    why_not: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.kernel}: {self.because}"]
+        lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.why_not.items()]
+        return "\n".join(lines)
+
+
+def choose(p: Problem, kernel: str = "auto") -> Plan:
+    """The plan for this problem. A kernel named outright is taken or refused, never replaced."""
+    if kernel not in ("auto", *KERNELS):
+        raise ValueError(f"attention: unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
+    cannot = {name: module.why_not(p) for name, module in KERNELS.items()}
+    if kernel != "auto":
+        if cannot[kernel]:
+            able = [name for name, reasons in cannot.items() if not reasons]
+            raise ValueError(
+                f"attention: kernel {kernel!r} can't run this: {'; '.join(cannot[kernel])}; these can: {', '.join(able)}"
+            )
+        return Plan(kernel, "asked for by name", {n: r or ["not asked for"] for n, r in cannot.items() if n != kernel})
+    work = {name: _work(p, name) for name in KERNELS if not cannot[name]}
+    best = min(work, key=lambda name: work[name][0])
+    why_not = {
+        name: cannot[name] or [f"about {work[name][0] / work[best][0]:.3g} times the time: {work[name][1]}"]
+        for name in KERNELS
+        if name != best
+    }
+    return Plan(best, work[best][1], why_not)
+
+
+def execute(p: Problem, kernel: str = "auto") -> Tensor:
+    """Run the problem on the kernel that `choose` takes."""
+    run: Callable[[Problem], Tensor]
+    if kernel == "auto" and _plain(p):
+        run = sdpa.run  # what choose() would say, without its price on small inputs
+    else:
+        run = KERNELS[choose(p, kernel).kernel].run
+    if torch.is_autocast_enabled(p.q.device.type):
+        with torch.autocast(p.q.device.type, enabled=False):
+            return honest(p, run)
+    return honest(p, run)
+
+
+def _plain(p: Problem) -> bool:
+    return (
+        p.position is None
+        and p.normalizer is None
+        and p.score_mix is None
+        and p.weight_mix is None
+        and (p.mask is None or (p.q.shape[2] in (1, p.k.shape[2]) and p.mask == causal()))
+    )
+
+
+def _work(p: Problem, name: str) -> tuple[float, str]:
+    """Estimated cost of a kernel in multiply-adds of torch's fused one, and what makes it so."""
+    B, H, _, T, S = p.shape
+    dense = max(1.0, float(B * H * T * S * (p.q.shape[3] + p.v.shape[3])))
+    if name == "sdpa":
+        square = p.mask is not None and T == S and p.mask == causal()
+        return (0.6 if square else 1.0) * dense, "torch's fused kernel" + ("" if square else " over all pairs")
+    if name == "block_sparse":
+        density = _density(p, T, S)
+        # Each block of queries costs a few calls, worth about a million multiply-adds here.
+        calls = 1e6 * (-(-T // block_sparse.BLOCK)) * (1 if p.mask is None else p.mask.batch * p.mask.heads)
+        return 1.1 * density * dense + calls, f"{density:.0%} of the blocks hold an allowed pair"
+    if name == "chunked":
+        share = 0.6 if p.mask is not None and p.mask.is_causal else 1.0
+        return 4.0 * share * dense + 2e5, "scores formed a chunk at a time"
+    bytes_ = B * score_bytes(p) * 4 // p.q.element_size()
+    heavy = 10.0 if bytes_ > MATERIALISE else 1.0
+    return 4.0 * heavy * dense, f"scores formed all at once: {sized(bytes_)}"
+
+
+def _density(p: Problem, T: int, S: int) -> float:
+    """Block density of the mask; 1 where finding out would cost more than it could save."""
+    if p.mask is None or torch.compiler.is_compiling() or T < 4 * block_sparse.BLOCK:
+        return 1.0
+    return _block_density(p.mask, T, S)
+
+
+@lru_cache(maxsize=64)
+def _block_density(mask: Mask, T: int, S: int) -> float:
+    return mask.layout(T, S, block=block_sparse.BLOCK).block_density

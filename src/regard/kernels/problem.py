@@ -1,0 +1,193 @@
+"""One attention problem as a value: what every kernel is given, checked once before any work is done."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from regard.kinds import Mix, Normalizer, Position, Rows, Stage
+from regard.masks import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Queries, keys, values and the stages between them. `None` in a slot means the plain softmax pipeline's."""
+
+    q: Float[Tensor, "B H T D"]
+    k: Float[Tensor, "B G S D"]
+    v: Float[Tensor, "B G S V"]
+    scale: float
+    mask: Mask | None = None
+    bias: Float[Tensor, "#B #H #T #S"] | None = None
+    position: Position | None = None
+    """Only its `bias` and `values` hooks count here; `embed` and `rotate` came before."""
+    score_mix: Mix | None = None
+    normalizer: Normalizer | None = None
+    weight_mix: Mix | None = None
+    dropout: float = 0.0
+    x: Float[Tensor, "B T M"] | None = None
+    context: Float[Tensor, "B S M"] | None = None
+    first_key: int = 0
+    """Position of the first key handed in: > 0 when a cache has dropped older ones."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """B, H, G, T, S."""
+        return self.q.shape[0], self.q.shape[1], self.k.shape[1], self.q.shape[2], self.k.shape[2]
+
+    @property
+    def i(self) -> Tensor:
+        """Query positions: the last query stands where the last key stands."""
+        T, S = self.q.shape[2], self.k.shape[2]
+        start = self.first_key + S - T
+        return torch.arange(start, start + T, device=self.q.device)
+
+    @property
+    def j(self) -> Tensor:
+        """Key positions."""
+        return torch.arange(self.first_key, self.first_key + self.k.shape[2], device=self.q.device)
+
+    @property
+    def position_bias(self) -> bool:
+        return self.position is not None and self.position.changes("bias")
+
+    @property
+    def position_values(self) -> bool:
+        return self.position is not None and self.position.changes("values")
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that are not plain softmax attention, in order."""
+        bias = self.position if self.position_bias or self.position_values else None
+        return [s for s in (bias, self.score_mix, self.normalizer, self.weight_mix) if s is not None]
+
+    @property
+    def halo(self) -> int:
+        """Earlier query rows that any row needs."""
+        return sum(s.halo for s in self.stages)
+
+
+Keys = slice | Tensor
+
+
+def rectangle(p: Problem, rows: slice, keys: Keys, *, scored: bool = True) -> Rows:
+    """The stages' view of query rows `rows` against keys `keys`; `scored=False` where no stage reads the scores."""
+    q, k = p.q[:, :, rows], p.k[:, :, keys]
+    i, j = p.i[rows], p.j[keys]
+    allowed = None if p.mask is None else p.mask.at(i, j)
+    return Rows(
+        q=q,
+        k=k,
+        scores=dots(q, k) * p.scale if scored else q.new_empty(0),
+        i=i,
+        j=j,
+        allowed=allowed,
+        x=None if p.x is None else p.x[:, rows],
+        context=None if p.context is None else p.context[:, keys],
+    )
+
+
+def biased_scores(p: Problem, rows: Rows, at: slice, keys: Keys) -> Float[Tensor, "B H t s"]:
+    """Scores after position bias, tensor bias and score mixing."""
+    scores = rows.scores
+    if p.position_bias:
+        scores = scores + p.position.bias(rows)  # type: ignore[union-attr,operator]
+    if p.bias is not None:
+        bias = p.bias if p.bias.shape[2] == 1 else p.bias[:, :, at]
+        scores = scores + (bias if bias.shape[3] == 1 else bias[..., keys])
+    return scores if p.score_mix is None else p.score_mix(scores, rows)
+
+
+def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
+    """Outputs of query rows `rows`, given that they may attend to no key outside `keys`. The whole pipeline."""
+    first = max(0, rows.start - p.halo)
+    at = slice(first, rows.stop)
+    part = rectangle(p, at, keys)
+    scores = biased_scores(p, part, at, keys)
+    weights = (p.normalizer or softmax)(scores, part.allowed)
+    if p.weight_mix is not None:
+        weights = p.weight_mix(weights, part)
+    if p.dropout:
+        weights = torch.nn.functional.dropout(weights, p.dropout)
+    out = combine(weights, p.v[:, :, keys])
+    if p.position_values:
+        out = out + p.position.values(weights, part)  # type: ignore[union-attr]
+    return out[:, :, rows.start - first :].to(p.v.dtype)
+
+
+def softmax(scores: Float[Tensor, "B H t S"], allowed: Tensor | None) -> Float[Tensor, "B H t S"]:
+    """Softmax over the allowed keys in at least fp32; a row that may see nothing is 0, with zero gradient."""
+    if scores.shape[-1] == 0:
+        return scores
+    if allowed is None:
+        return scores.softmax(-1)
+    alive = allowed.any(-1, keepdim=True)
+    weights = scores.masked_fill(~allowed & alive, -math.inf).softmax(-1)
+    return torch.where(alive, weights, weights.new_zeros(()))
+
+
+def dots(q: Float[Tensor, "B H t D"], k: Float[Tensor, "B G s D"]) -> Float[Tensor, "B H t s"]:
+    """q . k of each query head with its key head, in at least fp32, without repeating keys."""
+    B, H, t, _ = q.shape
+    G = k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(wide).reshape(B, G, H // G * t, -1) @ k.to(wide).mT).view(B, H, t, k.shape[2])
+
+
+def combine(weights: Float[Tensor, "B H t s"], v: Float[Tensor, "B G s V"]) -> Float[Tensor, "B H t V"]:
+    """Weights times values of each head's group."""
+    B, H, t, s = weights.shape
+    G = v.shape[1]
+    return (weights.reshape(B, G, H // G * t, s) @ v.to(weights.dtype)).view(B, H, t, v.shape[3])
+
+
+def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
+    """Run a kernel so that NaN and inf reach exactly the rows that may see them: never hidden, never through a mask.
+
+    A kernel multiplies masked weights (0) with whatever stands in the masked slot, and 0 * NaN is NaN; torch's CPU
+    flash kernel on the other hand turns NaN queries into 0. So non-finite slots are zeroed first, and the rows that
+    see one are set to NaN afterwards. Looking for them costs one sum over each input; it is left out while compiling,
+    where a branch on data can't be taken, and on accelerators, where it would wait for the device.
+    """
+    if torch.compiler.is_compiling() or p.q.device.type != "cpu" or _finite(p.q, p.k, p.v):
+        return run(p)
+    bad_q, bad_k = ~_rows_finite(p.q), ~(_rows_finite(p.k) & _rows_finite(p.v))
+    clean = {n: _zero(getattr(p, n), bad) for n, bad in (("q", bad_q), ("k", bad_k), ("v", bad_k))}
+    for name, bad in (("x", bad_q), ("context", bad_k)):
+        if (tokens := getattr(p, name)) is not None:
+            clean[name] = _zero(tokens, bad.any(1))
+    out = run(replace(p, **clean))
+    if p.score_mix is not None or p.weight_mix is not None:  # heads (and a mix's earlier rows) read each other
+        bad_q, bad_k = bad_q.any(1, keepdim=True).expand_as(bad_q), bad_k.any(1, keepdim=True).expand_as(bad_k)
+    hit = sees(p.mask, p.i, p.j, bad_q, bad_k.repeat_interleave(p.q.shape[1] // p.k.shape[1], 1))
+    return out.masked_fill(hit[..., None], math.nan)
+
+
+def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor, chunk: int = 1024) -> Tensor:
+    """Which query rows (B, H, T) attend to anything while bad themselves, or attend to a bad key (B, H, S)."""
+    if mask is None:
+        return (bad_q | bad_k.any(-1, keepdim=True)) if j.numel() else torch.zeros_like(bad_q)
+    parts = []
+    for start in range(0, len(i), chunk):
+        allowed = mask.at(i[start : start + chunk], j)
+        hit = (allowed & bad_k[:, :, None]).any(-1) | (allowed.any(-1) & bad_q[:, :, start : start + chunk])
+        parts.append(hit)
+    return torch.cat(parts, -1)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    # float64 sums can't overflow from finite fp32 inputs; a false alarm would only cost time.
+    with torch.no_grad():
+        total = sum(float(t.sum(dtype=torch.promote_types(t.dtype, torch.float32))) for t in tensors)
+    return math.isfinite(total)
+
+
+def _rows_finite(t: Tensor) -> Tensor:
+    return t.detach().isfinite().all(-1)
+
+
+def _zero(t: Tensor, bad: Tensor) -> Tensor:
+    return t.masked_fill(bad[..., None], 0.0)

@@ -1,0 +1,166 @@
+"""The built-in masks that are made of numbers alone: equal numbers, equal masks."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from regard.masks.algebra import Index, Mask
+from regard.masks.checks import integer
+from regard.masks.verdict import Tiles, Verdict
+
+
+@dataclass(frozen=True, repr=False)
+class Diagonals(Mask):
+    """-ahead <= i - j <= back, and i - j a multiple of step."""
+
+    back: float
+    ahead: float
+    step: int
+    words: str = field(compare=False)
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        distance = i - j
+        conditions = []
+        if self.back != math.inf:
+            conditions.append(distance <= self.back)
+        if self.ahead != math.inf:
+            conditions.append(distance >= -self.ahead)
+        if self.step > 1 or not conditions:
+            conditions.append(distance % self.step == 0)
+        allowed = conditions[0]
+        for condition in conditions[1:]:
+            allowed = allowed & condition
+        return allowed
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        # A tile takes every distance between its two corners, so both answers are exact.
+        low, high = tiles.i_lo - tiles.j_hi, tiles.i_hi - tiles.j_lo
+        full = torch.ones_like(low, dtype=torch.bool)
+        first, last = low, high
+        if self.back != math.inf:
+            full, last = full & (high <= self.back), last.clamp(max=int(self.back))
+        if self.ahead != math.inf:
+            full, first = full & (low >= -self.ahead), first.clamp(min=int(-self.ahead))
+        some = last // self.step * self.step >= first
+        if self.step > 1:
+            full = full & (low == high) & (low % self.step == 0)
+        return Verdict.exact(some, full)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return self.back, self.ahead
+
+    @property
+    def is_shift_invariant(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+def full() -> Mask:
+    """Everything may see everything."""
+    return Diagonals(math.inf, math.inf, 1, "full()")
+
+
+def nothing() -> Mask:
+    """Nothing sees anything."""
+    return Diagonals(-1, -1, 1, "nothing()")
+
+
+def causal() -> Mask:
+    """j <= i."""
+    return Diagonals(math.inf, 0, 1, "causal()")
+
+
+def window(size: int, *, ahead: int | None = None) -> Mask:
+    """i - j < size and j - i < ahead (ahead = size unless given); both counts include the query's own key.
+
+    `causal() & window(size)` sees exactly `size` keys.
+    """
+    integer("window: size", size)
+    words = f"window({size})" if ahead is None else f"window({size}, ahead={ahead})"
+    ahead = size if ahead is None else integer("window: ahead", ahead)
+    return Diagonals(size - 1, ahead - 1, 1, words)
+
+
+def dilated(size: int, dilation: int) -> Mask:
+    """|i - j| < size * dilation, i - j a multiple of dilation: `size` keys a side, its own counted in both."""
+    integer("dilated: size", size)
+    integer("dilated: dilation", dilation)
+    furthest = (size - 1) * dilation
+    return Diagonals(furthest, furthest, dilation, f"dilated({size}, {dilation})")
+
+
+def strided(stride: int) -> Mask:
+    """i - j a multiple of stride."""
+    return Diagonals(math.inf, math.inf, integer("strided: stride", stride), f"strided({stride})")
+
+
+@dataclass(frozen=True, repr=False)
+class Blocks(Mask):
+    """i // size == j // size."""
+
+    size: int
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        return i // self.size == j // self.size
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        first_i, last_i = tiles.i_lo // self.size, tiles.i_hi // self.size
+        first_j, last_j = tiles.j_lo // self.size, tiles.j_hi // self.size
+        some = (first_i <= last_j) & (first_j <= last_i)
+        return Verdict.exact(some, some & (first_i == last_i) & (first_j == last_j))
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return self.size - 1, self.size - 1
+
+    def __repr__(self) -> str:
+        return f"blocks({self.size})"
+
+
+def blocks(size: int) -> Mask:
+    """i // size == j // size: the sequence is cut into blocks that see only themselves."""
+    return Blocks(integer("blocks: size", size))
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalTokens(Mask):
+    """i < n or j < n."""
+
+    n: int
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        return (i < self.n) | (j < self.n)
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        some = (tiles.i_lo < self.n) | (tiles.j_lo < self.n)
+        return Verdict.exact(some, (tiles.i_hi < self.n) | (tiles.j_hi < self.n))
+
+    def __repr__(self) -> str:
+        return f"global_tokens({self.n})"
+
+
+def global_tokens(n: int) -> Mask:
+    """i < n or j < n: the first n tokens see all and are seen by all."""
+    return GlobalTokens(integer("global_tokens: n", n))
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(Mask):
+    """j < n."""
+
+    n: int
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        return j < self.n
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        return Verdict.exact(tiles.j_lo < self.n, tiles.j_hi < self.n)
+
+    def __repr__(self) -> str:
+        return f"prefix({self.n})"

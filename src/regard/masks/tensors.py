@@ -1,0 +1,275 @@
+"""The built-in masks that hold tensors: each equals only itself, and allows nothing outside its tensor."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from regard.masks import checks
+from regard.masks.algebra import Index, Joined, Mask
+from regard.masks.patterns import Prefix
+from regard.masks.verdict import Tiles, Verdict
+
+
+def _never(index: Index) -> Bool[Tensor, "..."]:
+    """False in the index's own shape, device and tracing context."""
+    return index != index
+
+
+def _look_up(table: Tensor, b: Index, position: Index) -> tuple[Tensor, Tensor]:
+    """table[b, position], and whether the position lies inside the table at all."""
+    width = table.shape[1]
+    if width == 0:
+        return position, _never(position)
+    table, safe = table.to(position.device), position.clamp(0, width - 1)
+    return table[0][safe] if table.shape[0] == 1 else table[b, safe], safe == position
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Documents(Mask):
+    """ids[b, i] == ids[b, j]."""
+
+    ids: Int[Tensor, "B S"]
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        (mine, inside_i), (theirs, inside_j) = _look_up(self.ids, b, i), _look_up(self.ids, b, j)
+        return (mine == theirs) & inside_i & inside_j
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        width = self.ids.shape[1]
+        if width == 0:
+            never = _never(tiles.i_lo + tiles.j_lo)
+            return Verdict.exact(never, never)
+        i_lo, i_hi, j_lo, j_hi = (x.clamp(0, width - 1) for x in vars(tiles).values())
+        (min_i, max_i), (min_j, max_j) = self._extremes(i_lo, i_hi), self._extremes(j_lo, j_hi)
+        touches = (tiles.i_hi >= 0) & (tiles.i_lo < width) & (tiles.j_hi >= 0) & (tiles.j_lo < width)
+        inside = (tiles.i_lo >= 0) & (tiles.i_hi < width) & (tiles.j_lo >= 0) & (tiles.j_hi < width)
+        may = touches & (min_i <= max_j) & (min_j <= max_i)
+        same = touches & (min_i == max_j) & (max_i == min_j)
+        # Ranges of sorted ids (packed documents) only overlap if they share one; else only i = j is sure.
+        meets = touches & (torch.maximum(i_lo, j_lo) <= torch.minimum(i_hi, j_hi))
+        return Verdict(may if self._sorted else same | meets, may, same & inside, same & inside)
+
+    @cached_property
+    def _sorted(self) -> bool:
+        return bool((self.ids.diff(dim=1) >= 0).all())
+
+    def _extremes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest id in low..high, shaped (B, 1, *rows, columns of low)."""
+        shape = (-1, 1, *low.shape[-2:])
+        if self._sorted:
+            return self.ids[:, low.flatten()].view(shape), self.ids[:, high.flatten()].view(shape)
+        offsets = torch.arange(int((high - low).max()) + 1)
+        ids = self.ids[:, torch.minimum(low.flatten()[:, None] + offsets, high.flatten()[:, None])]
+        return ids.amin(-1).view(shape), ids.amax(-1).view(shape)
+
+    @property
+    def batch(self) -> int:
+        return self.ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return self if self.ids.device == torch.device(device) else Documents(self.ids.to(device))
+
+    def __repr__(self) -> str:
+        return f"documents(<{'x'.join(map(str, self.ids.shape))}>)"
+
+
+def documents(ids: Int[Tensor, "S"] | Int[Tensor, "B S"]) -> Mask:
+    """ids[i] == ids[j]: tokens see only their own document. One row of ids serves every batch entry."""
+    checks.tensor("documents: ids", ids, (1, 2), "integer")
+    return Documents(ids if ids.ndim == 2 else ids[None])
+
+
+def packed(cu_seqlens: Int[Tensor, "N+1"]) -> Mask:
+    """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...)."""
+    checks.tensor("packed: cu_seqlens", cu_seqlens, (1,), "integer")
+    if len(cu_seqlens) == 0 or int(cu_seqlens[0]) != 0:
+        raise ValueError(f"packed: cu_seqlens must start with 0 (got {cu_seqlens[:1].tolist()})")
+    sizes = cu_seqlens.long().diff()
+    if falls := (sizes < 0).nonzero().flatten().tolist():
+        before, after = cu_seqlens[falls[0] : falls[0] + 2].tolist()
+        raise ValueError(
+            f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {falls[0] + 1})"
+        )
+    return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[None])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Kept(Mask):
+    """keep[b, j]."""
+
+    keep: Bool[Tensor, "B S"]
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        keep, inside = _look_up(self.keep, b, j)
+        return keep.bool() & inside
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        width = self.keep.shape[1]
+        low, end = tiles.j_lo.flatten(), tiles.j_hi.flatten() + 1
+        kept = self._before[:, end.clamp(0, width)] - self._before[:, low.clamp(0, width)]
+        shape = (-1, 1, *tiles.j_lo.shape[-2:])
+        return Verdict.exact((kept > 0).view(shape), (kept == end - low).view(shape))
+
+    @cached_property
+    def _before(self) -> Int[Tensor, "B S+1"]:
+        """How many keys before each one are kept."""
+        return torch.nn.functional.pad(self.keep.cumsum(1, dtype=torch.int32), (1, 0))
+
+    @property
+    def batch(self) -> int:
+        return self.keep.shape[0]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return self if self.keep.device == torch.device(device) else Kept(self.keep.to(device))
+
+    def __repr__(self) -> str:
+        return f"padding(<{'x'.join(map(str, self.keep.shape))}>)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Lengths(Mask):
+    """j < n[b]."""
+
+    n: Int[Tensor, "B"]
+    words: str
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        n = self.n.to(j.device)
+        return j < (n[0] if n.shape[0] == 1 else n[b])
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        n = self.n.view(-1, 1, 1, 1)
+        return Verdict.exact(tiles.j_lo < n, tiles.j_hi < n)
+
+    @property
+    def batch(self) -> int:
+        return self.n.shape[0]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return self if self.n.device == torch.device(device) else replace(self, n=self.n.to(device))
+
+    def __repr__(self) -> str:
+        return self.words.format(f"<{self.n.shape[0]}>")
+
+
+def prefix(n: int | Int[Tensor, "B"]) -> Mask:
+    """j < n: the first n keys, one number for all or one for each batch entry."""
+    if isinstance(n, Tensor):
+        return Lengths(checks.tensor("prefix: n", n, (1,), "integer"), "prefix({})")
+    return Prefix(checks.integer("prefix: n", n))
+
+
+def padding(keep: Bool[Tensor, "B S"] | None = None, *, lengths: Int[Tensor, "B"] | None = None) -> Mask:
+    """Hides keys: `keep` says which may be seen, or `lengths` that the first so many of each entry may."""
+    if (keep is None) == (lengths is None):
+        raise ValueError("padding: give either keep or lengths (got both or neither)")
+    if lengths is not None:
+        return Lengths(checks.tensor("padding: lengths", lengths, (1,), "integer"), "padding(lengths={})")
+    return Kept(checks.tensor("padding: keep", keep, (2,), "bool"))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Mask):
+    """A ready-made tensor, bottom-right aligned: its rows are the last T of its S positions."""
+
+    tensor: Bool[Tensor, "B H T S"]
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        B, H, T, S = self.tensor.shape
+        if T == 0 or S == 0:
+            return _never(i + j)
+        t = i - (S - T)
+        row, column = t.clamp(0, T - 1), j.clamp(0, S - 1)
+        index = row * S + column
+        if H > 1:
+            index = h * (T * S) + index
+        if B > 1:
+            index = b * (H * T * S) + index
+        return self.tensor.to(j.device).reshape(-1)[index] & (row == t) & (column == j)
+
+    @property
+    def batch(self) -> int:
+        return self.tensor.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.tensor.shape[1]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return self if self.tensor.device == torch.device(device) else Dense(self.tensor.to(device))
+
+    def __repr__(self) -> str:
+        return f"dense(<{'x'.join(map(str, self.tensor.shape))}>)"
+
+
+def dense(tensor: Bool[Tensor, "T S"] | Bool[Tensor, "#B #H T S"]) -> Mask:
+    """A bool tensor as a mask, so that it can be combined. True = may attend."""
+    checks.tensor("dense: tensor", tensor, (2, 4), "bool")
+    return Dense(tensor if tensor.ndim == 4 else tensor[None, None])
+
+
+class PerHead(Joined):
+    """Head n follows parts[n]."""
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        allowed = self.parts[0](b, h, i, j)
+        for n, part in enumerate(self.parts[1:], start=1):
+            allowed = torch.where(h == n, part(b, h, i, j), allowed)
+        return allowed
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        verdicts = [part.judge(tiles) for part in self.parts]
+        shape = torch.broadcast_shapes(*(v.may.shape for v in verdicts))
+        fields = ("some", "may", "full", "may_full")
+        return Verdict(*(torch.cat([getattr(v, f).broadcast_to(shape) for v in verdicts], 1) for f in fields))
+
+    @property
+    def heads(self) -> int:
+        return len(self.parts)
+
+    @property
+    def is_shift_invariant(self) -> bool:
+        return False
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return max(part.span[0] for part in self.parts), max(part.span[1] for part in self.parts)
+
+    def __repr__(self) -> str:
+        return f"per_head([{', '.join(map(repr, self.parts))}])"
+
+
+def per_head(masks: Sequence[Mask]) -> Mask:
+    """A mask of its own for each head."""
+    for n, mask in enumerate(masks):
+        if not isinstance(mask, Mask):
+            raise TypeError(f"per_head: every entry must be a Mask (got {type(mask).__name__} at {n})")
+        if mask.heads != 1:
+            raise ValueError(f"per_head: entries must not differ by head themselves (got {mask!r} at {n})")
+    if len(masks) == 0:
+        raise ValueError("per_head: expected at least one mask (got none)")
+    return PerHead(tuple(masks))
+
+
+@dataclass(frozen=True, repr=False)
+class Predicate(Mask):
+    """Any function of (b, h, i, j)."""
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        return self.function(b, h, i, j)
+
+    def __repr__(self) -> str:
+        return f"predicate({getattr(self.function, '__name__', repr(self.function))})"
+
+
+def predicate(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
+    """Your own rule: `function(b, h, i, j) -> bool tensor` on index tensors. Layouts look into every tile."""
+    if not callable(function):
+        raise TypeError(f"predicate: function must be callable (got {type(function).__name__})")
+    return Predicate(function)

@@ -1,0 +1,1 @@
+"""Small host models that a mechanism is put into, and how they are saved."""

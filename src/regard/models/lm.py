@@ -1,0 +1,166 @@
+"""A small pre-norm decoder that any causal token mixer can be put into.
+
+It has no positions of its own: what a mechanism knows of order, it brings. Everything but the mixers is the same for
+every mechanism: RMSNorm, a GELU MLP, and one embedding used for reading and for predicting.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.models.mixer import build, parse
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """All it takes to build the model again."""
+
+    mechanism: str
+    """As `regard.models.mixer.parse` reads it, e.g. 'alibi' or 'window(size=64)'."""
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    vocab: int = 256
+    length: int = 256
+    """Tokens per training sequence; the model itself takes any length that its mechanism takes."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "num_heads", "mlp_dim", "vocab", "length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"LMConfig: {name} must be an int >= 1, got {value!r}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide width {self.dim}; choose a width that they divide")
+
+
+class Block(nn.Module):
+    """Mix tokens, then mix features; each on a normalised copy that is added back."""
+
+    def __init__(self, mixer: nn.Module, dim: int, mlp_dim: int):
+        super().__init__()
+        self.mixer = mixer
+        self.mixer_norm = nn.RMSNorm(dim)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.up = nn.Linear(dim, mlp_dim, bias=False)
+        self.down = nn.Linear(mlp_dim, dim, bias=False)
+
+    def mlp(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+    def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        return self.mlp(x + self.mixer(self.mixer_norm(x)))
+
+    def step(self, x: Float[Tensor, "B t M"], state: object) -> tuple[Float[Tensor, "B t M"], object]:
+        y, state = self.mixer.step(self.mixer_norm(x), state)  # type: ignore[operator]
+        return self.mlp(x + y), state
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token. `mixers` holds one causal token mixer for each block."""
+
+    def __init__(self, mixers: Sequence[nn.Module], *, dim: int, mlp_dim: int, vocab: int = 256):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, dim)
+        self.blocks = nn.ModuleList(Block(mixer, dim, mlp_dim) for mixer in mixers)
+        self.norm = nn.RMSNorm(dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.up.weight, std=dim**-0.5)
+            # Blocks add to one stream, so each adds the less the more of them there are.
+            nn.init.normal_(block.down.weight, std=(2 * len(mixers) * mlp_dim) ** -0.5)
+
+    def logits(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(x)
+
+    def init_state(self, batch_size: int, capacity: int) -> list[object]:
+        """Empty states for `step`, one a block. Raises what the mixer raises where it cannot stream."""
+        return [block.mixer.init_state(batch_size, capacity) for block in self.blocks]
+
+    def step(self, ids: Int[Tensor, "B t"], states: list[object]) -> tuple[Float[Tensor, "B t V"], list[object]]:
+        """Logits for new tokens, given the states that earlier ones left."""
+        x, after = self.embedding(ids), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block.step(x, state)
+            after.append(state)
+        return self.logits(x), after
+
+    @property
+    def streams(self) -> bool:
+        """Whether every mixer can run token by token."""
+        try:
+            self.init_state(1, 1)
+        except (ValueError, TypeError, NotImplementedError, AttributeError):
+            return False
+        return True
+
+    @torch.no_grad()
+    def sample(
+        self,
+        ids: Int[Tensor, "B T"],
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, "B 1"]]:
+        """Yield `count` tokens that continue `ids`. Temperature 0 takes the likeliest. Without streaming, every token
+        costs a full pass."""
+        if ids.shape[1] < 1:
+            raise ValueError("generate: the prompt is empty; give at least one token")
+        if temperature < 0 or temperature != temperature:
+            raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k must be >= 1, got {top_k}")
+        states = self.init_state(ids.shape[0], ids.shape[1] + count) if self.streams else None
+        new = ids
+        for _ in range(count):
+            if states is None:
+                logits = self(ids)
+            else:
+                logits, states = self.step(new, states)
+            new = _draw(logits[:, -1], temperature, top_k, generator)
+            ids = torch.cat([ids, new], 1)
+            yield new
+
+    def generate(
+        self,
+        ids: Int[Tensor, "B T"],
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "B T+count"]:
+        """`ids` and `count` sampled tokens after them."""
+        drawn = self.sample(ids, count, temperature=temperature, top_k=top_k, generator=generator)
+        return torch.cat([ids, *drawn], 1)
+
+
+def _draw(
+    logits: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Int[Tensor, "B 1"]:
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def language_model(config: LMConfig) -> LanguageModel:
+    """The model that `config` describes, freshly initialised from torch's generator."""
+    spec = parse(config.mechanism)
+    mixers = [build(spec, config.dim, config.num_heads) for _ in range(config.depth)]
+    return LanguageModel(mixers, dim=config.dim, mlp_dim=config.mlp_dim, vocab=config.vocab)

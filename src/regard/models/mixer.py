@@ -1,0 +1,74 @@
+"""Mechanisms as people write them on a command line: a name, and options in brackets.
+
+    softmax      gated+rotary      window(size=64)      mypackage.attention:MyMixer(rank=4)
+
+A name with a colon is the caller's own: `module:callable`, called as `callable(dim=, num_heads=, causal=True, **options)`.
+"""
+
+import ast
+import importlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+_NAME = re.compile(r"[A-Za-z_][\w.+-]*(:[A-Za-z_]\w*)?")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A mechanism and its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the caller's own code rather than a card of the catalogue."""
+        return ":" in self.name
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+def parse(text: str) -> Spec:
+    """Read 'window(size=64)'. Option values are Python literals."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body if "(" in text else None
+        head = text.split("(", 1)[0].strip()
+        if "(" in text:
+            # The head may hold '+', ':' or '.', which Python would read otherwise, so that only the brackets are parsed.
+            call = ast.parse("f(" + text.strip().split("(", 1)[1], mode="eval").body
+        if not _NAME.fullmatch(head) or (call is not None and (not isinstance(call, ast.Call) or call.args)):
+            raise SyntaxError
+        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
+        if None in options:
+            raise SyntaxError
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"mechanism {text!r} cannot be read; expected a name such as softmax or gated+rotary, "
+            "or name(option=value, ...) with numbers, quoted text, True or False as values"
+        ) from error
+    return Spec(head, {str(name): value for name, value in options.items()})
+
+
+def split(text: str) -> list[str]:
+    """Cut a comma-separated list, leaving the commas inside brackets alone."""
+    parts = re.split(r",(?![^(]*\))", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def build(spec: Spec, dim: int, num_heads: int) -> nn.Module:
+    """One causal token mixer (B, T, M) -> (B, T, M)."""
+    if not spec.own:
+        from regard import create
+
+        return create(spec.name, dim=dim, num_heads=num_heads, causal=True, **spec.options)
+    module, _, attribute = spec.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"mechanism {spec.name!r}: {error}") from error
+    return factory(dim=dim, num_heads=num_heads, causal=True, **spec.options)

@@ -1,0 +1,105 @@
+"""CoPE: positions are counted by content; each query decides which keys count.
+
+    g[i,j] = sigmoid(q_i . k_j / sqrt(D)) for allowed pairs, else 0
+    p[i,j] = min(sum_{l >= j} g[i,l], N - 1)                          (causally l runs from j to i)
+    c[i,j] = q_i . E[p[i,j]], between the two nearest rows of E (N, D) by linear interpolation
+    score  = q_i . k_j / sqrt(D) + c[i,j]
+
+Golovneva, Wang, Weston, Sukhbaatar 2024, "Contextual Position Encoding: Learning to Count What's Important"
+(arXiv 2405.18719), read in its printed listing (as copied by others) and in the authors' code.
+Differs from the paper: nothing known. The authors' repository divides c by sqrt(D) by default; the listing
+does not, and the listing is followed. Bidirectionally all allowed keys from j to the end are counted.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape, Position, Rows
+from regard.positions._shared import check_int, check_width, work_dtype
+
+
+def contextual_positions(
+    scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None
+) -> Float[Tensor, "B H t S"]:
+    """p: how many keys from j on the query counts, each by its gate; masked keys count 0."""
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.sigmoid().flip(-1).cumsum(-1).flip(-1)
+
+
+def interpolated_lookup(
+    by_position: Float[Tensor, "B H t N"], p: Float[Tensor, "B H t S"]
+) -> Float[Tensor, "B H t S"]:
+    """by_position at the real-valued places p, linear between whole ones; p beyond the last is the last."""
+    p = p.clamp(max=by_position.shape[-1] - 1)
+    place = p.detach().nan_to_num(0.0)  # NaN can't be an index; it comes back through `part`
+    low, high = place.floor(), place.ceil()
+    part = p - low
+    return torch.lerp(by_position.gather(-1, low.long()), by_position.gather(-1, high.long()), part)
+
+
+class CoPE(Position):
+    """Contextual positions 0 .. max_positions - 1, one table for all heads, which starts at zero."""
+
+    sees = "rows"
+    needs = frozenset({"scores"})
+
+    def __init__(self, head_dim: int, *, max_positions: int = 64) -> None:
+        super().__init__()
+        check_int("CoPE", "head_dim", head_dim)
+        check_int("CoPE", "max_positions", max_positions, least=2)
+        self.head_dim = head_dim
+        self.max_positions = max_positions
+        self.table = nn.Parameter(torch.empty(max_positions, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.table)
+
+    def bias(self, rows: Rows) -> Float[Tensor, "B H t S"]:
+        check_width("CoPE", "q", rows.q, self.head_dim)
+        work = work_dtype(rows.q)
+        positions = contextual_positions(rows.scores.to(work), rows.allowed)
+        by_position = rows.q.to(work) @ self.table.to(work).T
+        return interpolated_lookup(by_position, positions).to(rows.q.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, max_positions={self.max_positions}"
+
+
+def _slots(shape: HeadShape, *, max_positions: int = 64) -> dict[str, object]:
+    return {"position": CoPE(shape.head_dim, max_positions=max_positions)}
+
+
+CARD = register(
+    Card(
+        name="cope",
+        family="positions",
+        gist="Positions count the keys that a query's own gates let through.",
+        equation=(
+            "p[i,j] = sum_{l=j..i} sigmoid(q[i].k[l]/sqrt(D)); score = q.k/sqrt(D) + q[i].E[min(p, N-1)]"
+        ),
+        paper=Paper(
+            "Contextual Position Encoding: Learning to Count What's Important",
+            "Golovneva, Wang, Weston, Sukhbaatar",
+            2024,
+            "2405.18719",
+        ),
+        slots=_slots,
+        traits=frozenset(
+            {"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}
+        ),
+        cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
+        claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions.",
+        differs=(
+            (
+                "The term c isn't divided by sqrt(D), as in the paper's listing; the authors' repository "
+                "divides it."
+            ),
+        ),
+        verified="equation",
+        example={"max_positions": 6},
+    )
+)

@@ -1,0 +1,103 @@
+"""YaRN: a rotary scaling that keeps fast pairs, interpolates slow ones, and sharpens the scores.
+
+    w'_a = (1 - r_a) w_a + r_a w_a / s,   r_a = clip((a - low) / (high - low), 0, 1)
+    pair(n) = D ln(L / (2 pi n)) / (2 ln base): the pair that makes n turns within the trained length L
+    low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys times m = 0.1 ln s + 1
+
+Peng, Quesnelle, Fan, Shippole 2023, "YaRN: Efficient Context Window Extension of Large Language Models"
+(arXiv 2309.00071), NTK-by-parts and temperature, read in the authors' code and in transformers (which agree).
+Differs from the paper: the ramp runs over pair indices with rounded ends, as the authors' code does it
+(`truncate=False` doesn't round).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.card import Card, Paper, register
+from regard.kinds import HeadShape
+from regard.positions._shared import check_above, check_int
+from regard.positions.rotary import COST, TRAITS, Rotary
+from regard.positions.rotary_scaling import YARN_AUTHORS, YARN_PAPER, Linear
+
+
+@dataclass(frozen=True)
+class YaRN(Linear):
+    """Fast pairs keep their frequency, slow ones are interpolated, scores are sharpened."""
+
+    original_max: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """m; None = 0.1 ln(factor) + 1, or the quotient of the two mscales."""
+    mscale: float | None = None
+    """With `mscale_all_dim`: m = (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1)."""
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Round the ramp's ends outwards to whole pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("YaRN", "original_max", self.original_max)
+        check_above("YaRN", "beta_slow", self.beta_slow, 0.0)
+        check_above("YaRN", "beta_fast", self.beta_fast, self.beta_slow)
+        if self.attention_factor is not None:
+            check_above("YaRN", "attention_factor", self.attention_factor, 0.0)
+
+    def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
+        width = 2 * w.numel()
+
+        def pair_turning(times: float) -> float:
+            return width * math.log(self.original_max / (2 * math.pi * times)) / (2 * math.log(base))
+
+        low, high = pair_turning(self.beta_fast), pair_turning(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        if low == high:
+            high += 0.001
+        pairs = torch.arange(w.numel(), device=w.device, dtype=w.dtype)
+        ramp = ((pairs - low) / (high - low)).clamp(0, 1)
+        return torch.lerp(w, w / self.factor, ramp)
+
+    def multiplier(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        log = 0.1 * math.log(self.factor)
+        if self.mscale and self.mscale_all_dim:
+            return (self.mscale * log + 1) / (self.mscale_all_dim * log + 1)
+        return log + 1
+
+
+def _yarn(
+    shape: HeadShape,
+    *,
+    factor: float = 4.0,
+    original_max: int = 2048,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+    base: float = 10000.0,
+) -> dict[str, object]:
+    scaling = YaRN(factor, original_max, beta_fast, beta_slow, attention_factor)
+    return {"position": Rotary(shape.head_dim, base=base, scaling=scaling)}
+
+
+CARD = register(
+    Card(
+        name="rotary_yarn",
+        family="positions",
+        gist="YaRN: rotary that interpolates slow pairs only and sharpens the scores.",
+        equation="rotary with (1 - r[a]) w[a] + r[a] w[a] / s, r a ramp in a; q', k' times m = 0.1 ln(s) + 1",
+        paper=Paper(YARN_PAPER, YARN_AUTHORS, 2023, "2309.00071", "sections 3.2 and 3.4"),
+        slots=_yarn,
+        traits=TRAITS,
+        cost=COST,
+        claim="Equals plain rotary on pairs before the ramp and interpolation after it: tests/positions.",
+        differs=("The ramp runs over pair indices with rounded ends, as in the authors' code.",),
+        verified="third-party",
+        example={"factor": 2.0, "original_max": 8, "beta_fast": 2.0, "beta_slow": 0.5},
+    )
+)

@@ -1,0 +1,1 @@
+"""Data that asks something of an attention mechanism."""

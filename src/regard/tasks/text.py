@@ -1,0 +1,175 @@
+"""Real text as bytes: the caller's files and folders, or by default what every Python brings along.
+
+The end of the text is held out. Files of a folder are put in an order that hashes of their names decide, so that the
+held-out end is drawn from all of it and every machine agrees on it.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+DEFAULT_BYTES = 6_000_000
+LIMIT = 1 << 30
+"""Most bytes taken from files; what is beyond stays unread."""
+
+
+class TextError(ValueError):
+    """The text cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes to train on, and bytes held out."""
+
+    source: str
+    train: bytes
+    heldout: bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of both parts."""
+        digest = hashlib.sha256(len(self.train).to_bytes(8, "little"))
+        digest.update(self.train)
+        digest.update(self.heldout)
+        return digest.hexdigest()
+
+    def batches(self, batch: int, length: int, seed: int) -> Iterator[Int[Tensor, "batch length+1"]]:
+        """Random stretches of the training part, without end. The seed alone decides them."""
+        data = torch.frombuffer(bytearray(self.train), dtype=torch.uint8)
+        windows = data.unfold(0, length + 1, 1)
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield windows[torch.randint(len(windows), (batch,), generator=generator)].long()
+
+    def heldout_windows(self, length: int, most: int) -> Int[Tensor, "N length+1"]:
+        """Stretches spread evenly over the held-out part, which predict at most about `most` bytes, each byte once."""
+        data = torch.frombuffer(bytearray(self.heldout), dtype=torch.uint8).long()
+        fit = (len(data) - 1) // length
+        count = max(1, min(fit, most // length))
+        starts = [length * (n * fit // count) for n in range(count)]
+        return torch.stack([data[start : start + length + 1] for start in starts])
+
+
+def needed_bytes(length: int) -> int:
+    """The least text that training at `length` and testing at four times that takes."""
+    return 2 * (4 * length + 1)
+
+
+def load(paths: Sequence[str | Path] = (), *, length: int, heldout: float = 0.1) -> Text:
+    """Read text and cut off the held-out end (at least one stretch of four training lengths)."""
+    files = [_named(Path(path)) for path in paths]
+    pieces = [piece for some in files for piece in some] if paths else _standard_library()
+    data = b"\n".join(pieces)
+    source = ", ".join(map(str, paths)) if paths else "Python standard library"
+    if not data.strip():
+        raise TextError(f"text: {source} is empty; give text of at least {needed_bytes(length)} bytes")
+    if len(data) < needed_bytes(length):
+        raise TextError(
+            f"text: {source} is too short ({len(data)} bytes); training at length {length} and testing at "
+            f"{4 * length} needs at least {needed_bytes(length)} bytes"
+        )
+    end = len(data) - max(int(len(data) * heldout), 4 * length + 1)
+    return Text(source, data[:end], data[end:])
+
+
+def _named(path: Path) -> list[bytes]:
+    if not path.exists():
+        raise TextError(f"text: {path} does not exist")
+    if path.is_dir():
+        return _folder(path)
+    data = _read(path)
+    if reason := _binary(data):
+        raise TextError(f"text: {path} is not text ({reason}); give plain UTF-8 text")
+    return [data]
+
+
+def _folder(path: Path) -> list[bytes]:
+    found = []
+    for folder, folders, names in os.walk(path, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file() and not file.is_symlink()]
+    pieces = list(_distinct(path, found, LIMIT))
+    if not pieces:
+        raise TextError(f"text: {path} holds no text files ({len(found)} files looked at)")
+    return pieces
+
+
+def _standard_library() -> list[bytes]:
+    """Sources and language reference that come with Python, without its tests: a few MB that are the same wherever the
+    same Python is."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "lib2to3"}
+    files = [
+        Path(folder, name)
+        for folder, folders, names in _walk(root, skip)
+        for name in names
+        # Files that the build of one machine writes differ between machines.
+        if name.endswith(".py") and not name.startswith("_sysconfigdata")
+    ]
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    docs = [topics[name].encode() for name in sorted(topics, key=_shuffled)]
+    pieces = _distinct(root, files, DEFAULT_BYTES - sum(map(len, docs)))
+    found = sorted([*docs, *pieces], key=lambda piece: hashlib.sha256(piece).digest())
+    if not found:
+        raise TextError(f"text: no sources of the standard library in {root}; name your own text")
+    return found
+
+
+def _walk(root: Path, skip: set[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(("config-", "."))]
+        yield folder, folders, names
+
+
+def _distinct(root: Path, files: list[Path], limit: int) -> Iterator[bytes]:
+    """Contents of text files in hashed order, copies once, until the limit: a copy on both sides of the cut would make
+    the held-out part easy."""
+    seen, total = set(), 0
+    for file in sorted(files, key=lambda file: _shuffled(file.relative_to(root).as_posix())):
+        data = _read(file)
+        digest = hashlib.sha256(data).digest()
+        if not data.strip() or digest in seen or _binary(data):
+            continue
+        seen.add(digest)
+        total += len(data)
+        if total > limit:
+            return
+        yield data
+
+
+def _shuffled(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        _raise(error)
+        raise
+
+
+def _raise(error: OSError) -> None:
+    raise TextError(f"text: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _binary(data: bytes) -> str:
+    """Why this is no text, or ''. Old 8-bit text passes: a few bytes outside UTF-8 are allowed."""
+    if b"\0" in data:
+        return "it holds NUL bytes"
+    wrong = data.decode(errors="replace").count("�")
+    if wrong > 0.1 * len(data):
+        return f"{wrong} of its {len(data)} bytes are not UTF-8"
+    return ""
