@@ -1,13 +1,13 @@
-"""Equal budgets: how wide the host's MLP is, so that a mechanism costs what softmax attention with the same host costs.
+"""Equal budgets: how wide the host's MLP is, so that a model costs what it costs with softmax attention.
 
     params   parameters of the whole model are equal within 1%
     flops    forward FLOPs per token at the training length are equal within 1%
 
-What is counted as FLOPs: two per multiply-add of every matrix product, convolution and fused attention that really runs
-(torch's own counter), for one sequence of the training length, divided by that length. The counter charges the full
-T x T square for fused attention, causal or not. It sees neither elementwise work nor FFTs, nor a softmax; where it
-sees less of a mixer than one use of each of its parameters, two FLOPs per parameter are counted instead. The embedding
-lookup is free, the prediction over the vocabulary is not.
+What is counted as FLOPs: two per multiply-add of every matrix product, convolution and fused attention that
+really runs (torch's own counter), for one sequence of the training length, divided by that length. The
+counter charges the full T x T square for fused attention, causal or not. It sees neither elementwise work nor
+FFTs, nor a softmax; where it sees less of a mixer than one use of each of its parameters, two FLOPs per
+parameter are counted instead. The embedding lookup is free, the prediction over the vocabulary is not.
 """
 
 from dataclasses import replace
@@ -59,7 +59,7 @@ def matched(config: LMConfig, match: Match, baseline: str = "softmax") -> LMConf
     least = cost(replace(config, mlp_dim=max(width, 1)), mixer, match)
     if width < 1 or abs(least - goal) > TOLERANCE * goal:
         raise ValueError(
-            f"{config.mechanism} cannot be matched in {match}: it needs {one:,.0f} with the narrowest MLP, and {baseline} "
-            f"has {goal:,.0f}; use a wider model, or match the other quantity"
+            f"{config.mechanism} cannot be matched in {match}: it needs {one:,.0f} with the narrowest MLP, "
+            f"and {baseline} has {goal:,.0f}; use a wider model, or match the other quantity"
         )
     return replace(config, mlp_dim=width)

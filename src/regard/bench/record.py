@@ -1,4 +1,4 @@
-"""What one cell of a comparison is, and what it found. The store keeps these, the report and the table read them."""
+"""What one cell of a comparison is, and what it found. The store keeps these; report and table read them."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ class Cell:
     """A name that `regard.create` takes, e.g. 'alibi' or 'gated+rotary'."""
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
-    """Steps, batch, length, dim, depth, heads, learning rate, match, data fingerprint, code version, device, dtype."""
+    """Steps, batch, length, dim, depth, heads, learning rate, match, data fingerprint, code version, …"""
 
     @property
     def key(self) -> str:
@@ -53,3 +53,5 @@ class Result:
     """Device name, torch and regard versions, threads."""
     checkpoint: str = ""
     """Path of the saved model relative to the run's folder, or ''."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be measured and why, one line each."""

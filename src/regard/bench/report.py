@@ -1,7 +1,7 @@
 """The report of a comparison: one HTML file that holds its plots, its numbers and how to repeat it.
 
-Everything that comes from outside (names, reasons, paths, settings) is text: `_text` cleans and escapes it for
-markup and attributes, and the plots receive it as JSON. The page loads nothing from anywhere.
+Everything that comes from outside (names, reasons, paths, settings) is text: `_text` cleans and escapes it
+for markup and attributes, and the plots receive it as JSON. The page loads nothing from anywhere.
 """
 
 import html
@@ -19,25 +19,32 @@ from typing import Any
 
 from regard.bench.record import Result
 
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-STROKES = ("", "7 4", "2 3", "7 3 2 3", "11 4", "11 3 2 3")
-"""The same dashes as SVG stroke patterns, for the key."""
-MARKERS = (
-    "circle",
-    "square",
-    "diamond",
-    "triangle-up",
-    "x",
-    "cross",
-    "triangle-down",
-    "star",
-    "pentagon",
-    "hexagram",
-)
+DASHES = {
+    "solid": "",
+    "dash": "7 4",
+    "dot": "2 3",
+    "dashdot": "7 3 2 3",
+    "longdash": "11 4",
+    "longdashdot": "11 3 2 3",
+}
+"""plotly's dash names, and the same dashes as SVG stroke patterns."""
+MARKERS = {
+    "circle": "M15 1.5a4.5 4.5 0 1 0 .01 0z",
+    "square": "M11 2h8v8h-8z",
+    "diamond": "M15 .5l5.5 5.5-5.5 5.5-5.5-5.5z",
+    "triangle-up": "M15 1l5 9h-10z",
+    "x": "M11 0l4 4 4-4 2 2-4 4 4 4-2 2-4-4-4 4-2-2 4-4-4-4z",
+    "cross": "M13.4 1h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4z",
+    "triangle-down": "M15 11l5-9h-10z",
+    "star": "M15 0l1.6 4.2 4.4.2-3.4 2.8 1.2 4.4-3.8-2.5-3.8 2.5 1.2-4.4-3.4-2.8 4.4-.2z",
+    "pentagon": "M15 1l5 3.7-1.9 5.8h-6.2l-1.9-5.8z",
+    "hexagram": "M15 0l2 3h3.5l-1.8 3 1.8 3h-3.5l-2 3-2-3h-3.5l1.8-3-1.8-3h3.5z",
+}
+"""plotly's marker names, and the same shapes as SVG paths around (15, 6), for the key."""
 COLOURS = 8
 """The style sheet names --c0 to --c7. Dash and marker cycle at other lengths, so that 120 looks differ."""
-SEED_POINTS, MEAN_POINTS = 300, 60
-"""At most so many points a curve: thinned for a seed, averaged over stretches of steps for the mean."""
+CURVE_POINTS = 60
+"""At most so many points a curve; longer ones are averaged over stretches of steps."""
 DASH = "—"
 
 
@@ -102,18 +109,19 @@ MEASURES: dict[str, tuple[str, str, int]] = {
     "mlp_dim": ("MLP width", "", 0),
     "flops_per_token": ("FLOP per token", "", -1),
 }
-"""Column of the table -> heading, unit, whether more is better (1), less (-1) or neither. 0 = not measured."""
+"""Column of the table -> heading, unit, whether more is better (1), less (-1) or neither."""
 
 
 @dataclass
 class Row:
     """All seeds of one mechanism under one set of settings."""
 
-    index: int
     label: str
     mechanism: str
     done: list[Result]
     failed: list[Result]
+    index: int = 0
+    """Its place in the whole report, which decides its colour, dash and marker."""
     loss: dict[str, Stat] = field(default_factory=dict)
     measures: dict[str, Stat] = field(default_factory=dict)
 
@@ -141,11 +149,8 @@ class Group:
     task: str
     rows: list[Row]
     lengths: list[str]
-
-    @property
-    def main(self) -> str:
-        """The length that ranks: the training length wherever it was measured."""
-        return self.lengths[0] if self.lengths else "1x"
+    main: str
+    """The length that ranks: the training length wherever it was measured."""
 
     @property
     def ranked(self) -> list[Row]:
@@ -160,37 +165,40 @@ def _factor(length: str) -> tuple[float, str]:
 
 
 def _groups(results: Sequence[Result]) -> list[Group]:
-    """A row a mechanism and set of settings: a mean never mixes settings, a difference goes into the label."""
+    """A group a task; in it a row a mechanism and settings, as a mean must not mix settings."""
     latest = {r.cell.key: r for r in results}.values()
     groups, index = [], 0
     for task in dict.fromkeys(r.cell.task for r in latest):
-        inside = [r for r in latest if r.cell.task == task]
         variants: dict[tuple[str, str], list[Result]] = {}
-        for r in inside:
-            variants.setdefault((r.cell.mechanism, json.dumps(r.cell.settings, sort_keys=True)), []).append(r)
+        for r in latest:
+            if r.cell.task == task:
+                same = (r.cell.mechanism, json.dumps(r.cell.settings, sort_keys=True))
+                variants.setdefault(same, []).append(r)
         rows = []
         for (mechanism, _), members in variants.items():
-            twins = [m[0].cell.settings for (name, _), m in variants.items() if name == mechanism]
-            differing = _differing(twins)
-            label = " · ".join(
-                [mechanism, *(f"{k}={_value(members[0].cell.settings.get(k))}" for k in differing)]
+            # Where a mechanism ran under several settings, its label says what differs.
+            differing = _differing(
+                [m[0].cell.settings for (name, _), m in variants.items() if name == mechanism]
             )
+            settings = members[0].cell.settings
+            label = " · ".join([mechanism, *(f"{key}={_value(settings.get(key))}" for key in differing)])
             done = [r for r in members if r.status == "done"]
-            rows.append(Row(0, label, mechanism, done, [r for r in members if r.status != "done"]))
+            rows.append(Row(label, mechanism, done, [r for r in members if r.status != "done"]))
         lengths = sorted({length for row in rows for length in row.loss}, key=_factor)
-        group = Group(task, rows, lengths)
-        nowhere = Stat(math.inf, None, 0)
-        rows.sort(
-            key=lambda r: (
-                r not in group.ranked,
-                not r.done,
-                r.loss.get(group.main, nowhere).mean if r in group.ranked else 0,
-            )
-        )
+        main = lengths[0] if lengths and "1x" not in lengths else "1x"
+        rows.sort(key=lambda row: _order(row, main))
         for row in rows:
             row.index, index = index, index + 1
-        groups.append(group)
+        groups.append(Group(task, rows, lengths, main))
     return groups
+
+
+def _order(row: Row, main: str) -> tuple[int, float]:
+    """By loss; then those that diverged; then those that failed."""
+    stat = row.loss.get(main)
+    if stat is not None and stat.finite:
+        return 0, stat.mean
+    return (1 if row.done else 2), 0.0
 
 
 def _differing(mappings: Sequence[dict[str, Any]]) -> list[str]:
@@ -231,7 +239,7 @@ def _value(value: Any) -> str:
 
 
 def _quantity(value: float, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: '51.7 k tok/s', '65.5 KB', '1.20 M'; counts to 9999 in full."""
+    """Three digits and a decimal prefix: '51.7 k tok/s', '65.5 KB', '1.20 M'. Small counts in full."""
     if not unit and value < 10_000 and value == int(value):
         return f"{value:.0f}"
     prefixes = ("B", "KB", "MB", "GB", "TB") if unit == "B" else ("", "k", "M", "G", "T", "P")
@@ -244,6 +252,10 @@ def _quantity(value: float, unit: str = "") -> str:
 
 def _loss(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # adding 0.0 turns -0.0 into 0.0
 
 
 def _pm(stat: Stat) -> str:
@@ -309,7 +321,8 @@ def _headline(group: Group) -> str:
     where = f" on {_text(group.task)}"
     count = len({row.mechanism for row in group.rows})
     if not group.ranked:
-        return f'<p class="answer">{_plural(count, "mechanism")} compared{where}; none finished with a usable loss.</p>'
+        seen = f"{_plural(count, 'mechanism')} compared{where}"
+        return f'<p class="answer">{seen}; none finished with a usable loss.</p>'
     best, *others = group.ranked
     stat = best.loss[group.main]
     at = "" if group.main == "1x" else f" at {_text(group.main)} the training length"
@@ -326,11 +339,11 @@ def _headline(group: Group) -> str:
     follower = f"{_text(others[0].label, 80)}, the next, is {gap} behind"
     close = [_text(r.label, 80) for r in others if _undecided(stat, r.loss[group.main])]
     if _undecided(stat, second) is None:
-        rest = f"{follower}. With one seed the spread is unknown: run more seeds before trusting a small difference."
+        rest = f"{follower}. With one seed the spread is unknown: the gap may be chance."
     elif close:
         rest = (
-            f"{follower}. <strong>The difference from {_listing(close)} is within the spread over seeds</strong>, "
-            "so these runs do not tell them apart."
+            f"{follower}. <strong>The difference from {_listing(close)} is within the spread</strong> "
+            "over seeds, so these runs do not tell them apart."
         )
     else:
         rest = f"{follower}, which is more than the spread over seeds."
@@ -397,7 +410,7 @@ def _warnings(results: Sequence[Result]) -> str:
             )
     if differing := _differing([r.environment for r in results if r.status == "done"]):
         lines.append(
-            f"The runs differ in {_listing([_words(k) for k in differing])}: speeds and memory are not comparable throughout."
+            f"The runs differ in {_listing([_words(k) for k in differing])}: compare speed with care."
         )
     return "".join(f'<p class="warning">{line}</p>' for line in dict.fromkeys(lines))
 
@@ -431,7 +444,7 @@ def _table(group: Group, cards: "_Cards") -> str:
         best[name] = (max if sign > 0 else min)(means) if sign and len(set(means)) > 1 else math.nan
     compared = len([r for r in group.rows if r.done]) > 1
     head = "".join(
-        f'<th scope="col">Held-out {_text(length, 20)}<small>bits/byte</small></th>' for length in lengths
+        f'<th scope="col">{_text(length, 20)}<small>held-out bits/byte</small></th>' for length in lengths
     )
     head += "".join(f'<th scope="col">{heading}</th>' for heading, _, _ in MEASURES.values())
     body = []
@@ -447,17 +460,21 @@ def _table(group: Group, cards: "_Cards") -> str:
         note = "" if not row.failed else f"<small>{len(row.failed)} of {_plural(runs, 'run')} failed</small>"
         body.append(f'<tr><th scope="row">{cards.link(row)}{note}</th>{cells}</tr>')
     several = any(len(row.done) > 1 for row in group.rows)
-    over = "Mean ± sample standard deviation over seeds. " if several else "One seed each. "
+    over = "Mean ± sample standard deviation over seeds. " if several else ""
     legend = (
-        f"{over}★ best mean of its column, ≈ not further from it than the spread, {DASH} not measured or not possible. "
-        "Bits per byte, memory, state and cost: less is better; 1 KB = 1000 bytes. State: what one sequence keeps while "
-        "streaming, after the training length."
+        f"{over}★ best mean of its column, ≈ not further from it than the spread, {DASH} not measured or not "
+        "possible. Bits per byte, memory, state and FLOP: less is better; 1 KB = 1000 bytes. State: what one "
+        "sequence keeps while streaming, after the training length."
     )
-    return (
-        f'<div class="scroll" role="region" aria-label="Table of results" tabindex="0"><table>'
-        f'<caption>Best first, by held-out loss</caption><thead><tr><th scope="col">Mechanism</th>{head}</tr></thead>'
-        f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{legend}</p>'
-    )
+    caption = "<caption>Best first, by held-out loss</caption>"
+    head = f'{caption}<thead><tr><th scope="col">Mechanism</th>{head}</tr></thead>'
+    return f'{_scroll("Table of results", head, body)}<p class="note">{legend}</p>'
+
+
+def _scroll(label: str, head: str, body: Sequence[str]) -> str:
+    """A table that scrolls inside its own box, reachable by keyboard."""
+    table = f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
 
 
 def _loss_cell(group: Group, row: Row, length: str, best: float, compared: bool) -> str:
@@ -484,20 +501,23 @@ def _look(row: Row) -> dict[str, Any]:
         "mechanism": row.index,
         "name": _clean(row.label, 80),
         "colour": row.index % COLOURS,
-        "dash": DASHES[row.index % len(DASHES)],
-        "marker": MARKERS[row.index % len(MARKERS)],
+        "dash": tuple(DASHES)[row.index % len(DASHES)],
+        "marker": tuple(MARKERS)[row.index % len(MARKERS)],
     }
 
 
 def _key(rows: Sequence[Row]) -> str:
     """The legend, as buttons that hide and show a mechanism in every plot."""
-    items = "".join(
-        f'<li><button type="button" aria-pressed="true" data-mechanism="{row.index}">'
-        f'<svg width="30" height="10" aria-hidden="true"><line x1="1" y1="5" x2="29" y2="5" stroke-width="2.5" '
-        f'stroke="var(--c{row.index % COLOURS})" stroke-dasharray="{STROKES[row.index % len(STROKES)]}"/></svg>'
-        f"{_text(row.label, 80)}</button></li>"
-        for row in rows
-    )
+    items = ""
+    for row in rows:
+        look = _look(row)
+        ink = f"var(--c{look['colour']})"
+        items += (
+            f'<li><button type="button" aria-pressed="true" data-mechanism="{row.index}">'
+            '<svg width="30" height="12" aria-hidden="true">'
+            f'<path d="M1 6h28" stroke-width="2" stroke="{ink}" stroke-dasharray="{DASHES[look["dash"]]}"/>'
+            f'<path d="{MARKERS[look["marker"]]}" fill="{ink}"/></svg>{_text(row.label, 80)}</button></li>'
+        )
     return f'<ul class="key" aria-label="Key; press to hide or show a mechanism">{items}</ul>'
 
 
@@ -506,27 +526,36 @@ def _figure(plot: dict[str, Any], heading: str, caption: str, plots: list[dict[s
     note = ""
     if plot.get("labels"):
         note = (
-            f'<p class="note" id="{plot["id"]}-unlabelled" hidden>Points without a label had no room for one: '
-            "tap or hover to read them, or see the table.</p>"
+            f'<p class="note" id="{plot["id"]}-unlabelled" hidden>Points without a label had no room: '
+            "tap or hover to read it, or see the table.</p>"
         )
     top = f"<h3>{heading}</h3>" if heading else ""
-    return (
-        f'<figure>{top}<div class="plot" id="{plot["id"]}" role="img" aria-label="{caption}"><noscript>The plot needs '
-        f"JavaScript; the table above holds its numbers.</noscript></div><figcaption>{caption}</figcaption>{note}</figure>"
-    )
+    without = "<noscript>The plot needs JavaScript; the table above holds its numbers.</noscript>"
+    drawn = f'<div class="plot" id="{plot["id"]}" role="img" aria-label="{caption}">{without}</div>'
+    return f"<figure>{top}{drawn}<figcaption>{caption}</figcaption>{note}</figure>"
 
 
 def _range(values: Sequence[float], pad: float, log: bool = False) -> list[float]:
-    """An axis range around `values` with a share `pad` of free space on both sides, in log10 units for a log axis."""
+    """An axis range around `values` with free space on both sides; in log10 units for a log axis."""
     found = [math.log10(v) if log else v for v in values]
     low, high = min(found), max(found)
-    room = pad * (high - low) or (0.05 if log else 0.05 * abs(high) or 1.0)
+    room = max(pad * (high - low), 0.01 * abs(high)) or 1.0
     return [low - room, high + room]
 
 
-def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Means over stretches of equally many records; a curve of few records stays as it is."""
     stride = max(1, math.ceil(len(curve) / CURVE_POINTS))
-    return [*curve[:-1:stride], *curve[-1:]]
+    stretches = [curve[i : i + stride] for i in range(0, len(curve), stride)]
+    return [
+        (round(statistics.fmean(s for s, _ in part)), statistics.fmean(v for _, v in part))
+        for part in stretches
+    ]
+
+
+def _spans(losses: Sequence[float]) -> bool:
+    """Whether losses differ so much that only a log axis shows them all."""
+    return min(losses) > 0 and max(losses) > 3 * min(losses)
 
 
 def _digits(values: Iterable[float]) -> list[float | None]:
@@ -534,45 +563,44 @@ def _digits(values: Iterable[float]) -> list[float | None]:
 
 
 def _curves(group: Group, number: int, suffix: str, plots: list[dict[str, Any]]) -> str:
-    rows = [row for row in group.rows if row.curve()]
-    if not rows:
-        return f"<h2>Training loss{suffix}</h2><p>No losses were recorded along the runs.</p>"
-    series, seen, late = [], [], []
-    for row in rows:
-        mean = row.curve()
-        # The first twentieth of a run falls from chance level and would flatten all that matters after it.
-        late += [v for step, v in mean if math.isfinite(v) and step >= mean[-1][0] / 20]
-        for r in row.done if len(row.done) > 1 else ():
-            thin = _thinned(r.curve)
-            seen += [v for _, v in thin if math.isfinite(v)]
-            series.append(
-                _look(row) | {"x": [s for s, _ in thin], "y": _digits(v for _, v in thin), "faint": True}
-            )
-    for row in rows:
-        thin = _thinned(row.curve())
-        seen += [v for _, v in thin if math.isfinite(v)]
-        series.append(_look(row) | {"x": [s for s, _ in thin], "y": _digits(v for _, v in thin)})
-    if not late:
-        return f"<h2>Training loss{suffix}</h2><p>Every recorded loss was infinite or not a number.</p>"
-    low, high = _range(late, 0.06)
-    low = min(low, min(seen) - 0.02 * (high - low))
-    cropped = any(v > high for v in seen)
-    steps = [s for row in rows for s, _ in row.curve()]
-    many = any(len(row.done) > 1 for row in rows)
+    heading = f"<h2>Training loss{suffix}</h2>"
+    means = {row.index: _smoothed(row.curve()) for row in group.rows if row.curve()}
+    rows = [row for row in group.rows if row.index in means]
+    last = max((mean[-1][0] for mean in means.values()), default=0)
+    points = [(step, v) for mean in means.values() for step, v in mean if math.isfinite(v)]
+    if not points:
+        return f"{heading}<p>No finite losses were recorded along the runs.</p>"
+    seeds = [(row, _smoothed(r.curve)) for row in rows if len(row.done) > 1 for r in row.done]
+    series = [
+        _look(row) | {"x": [s for s, _ in curve], "y": _digits(v for _, v in curve), "faint": faint}
+        for faint, curves in ((True, seeds), (False, [(row, means[row.index]) for row in rows]))
+        for row, curve in curves
+    ]
+    # The fall from chance level would flatten the end of the run, where mechanisms differ.
+    late = [v for step, v in points if step >= last / 2] or [v for _, v in points]
+    late = [
+        v for v in late if v <= 4 * statistics.median(late)
+    ] or late  # a diverged run must not flatten the rest
+    early = [v for step, v in points if step >= last / 20] or late
+    room = max(3 * (max(late) - min(late)), 0.3 * (max(early) - max(late)))
+    top = min(max(early), max(late) + room)
+    low, high = _range([min(v for _, v in points), top], 0.05)
+    averaged = max(math.ceil(len(row.curve()) / CURVE_POINTS) for row in rows)
     caption = (
         f"Training loss by step for {_plural(len(rows), 'mechanism')}."
-        + (" Strong: mean over seeds; faint: each seed." if many else "")
-        + (" Losses of the first steps run off the top." if cropped else "")
+        + (" Strong: mean over seeds; faint: each seed." if seeds else "")
+        + (f" Each point averages up to {averaged} records." if averaged > 1 else "")
+        + (" What is higher runs off the top." if any(v > high for _, v in points) else "")
     )
     plot = {
         "id": f"curves-{number}",
         "height": 460,
         "series": series,
         "hover": "step %{x}: %{y:.3f}",
-        "x": {"title": "step", "type": "linear", "range": _range(steps, 0.02)},
+        "x": {"title": "step", "type": "linear", "range": _range([s for s, _ in points], 0.02)},
         "y": {"title": "training loss, bits per byte", "type": "linear", "range": [low, high]},
     }
-    return f"<h2>Training loss{suffix}</h2>{_key(rows)}{_figure(plot, '', caption, plots)}"
+    return f"{heading}{_key(rows)}{_figure(plot, '', caption, plots)}"
 
 
 def _tradeoffs(group: Group, number: int, suffix: str, plots: list[dict[str, Any]]) -> str:
@@ -639,13 +667,17 @@ def _pareto(
     ends = [
         y + side * (row.loss[group.main].spread or 0) for (row, _), y in zip(rows, ys) for side in (-1, 1)
     ]
-    log = max(xs) > 8 * min(xs)
+    x_log, y_log = max(xs) > 8 * min(xs), _spans(ys)
+    x_range = _range(xs, 0.16, x_log)
+    y_range = _range([e for e in ends if e > 0 or not y_log], 0.1, y_log)
+    edges = (10 ** x_range[1] if x_log else x_range[1], 10 ** y_range[1] if y_log else y_range[1])
     names = _listing([_text(rows[i][0].label, 80) for i in front])
+    others = len(rows) > 1
     caption = (
         f"Held-out loss against {what}; lower left is better. "
         + (
-            f"No other is both {better} and better than {names} (dotted line; means only)."
-            if len(rows) > 1
+            f"Dotted: the front, by means; nothing is both {better} and better than {names}."
+            if others
             else ""
         )
     ).strip()
@@ -654,12 +686,18 @@ def _pareto(
         "height": 400,
         "labels": True,
         "series": series,
-        "front": {"x": [xs[i] for i in front], "y": [ys[i] for i in front]},
+        "front": _staircase([points[i] for i in front], edges) if others else None,
         "hover": "%{x:.4g}, %{y:.3f}",
-        "x": {"title": axis, "type": "log" if log else "linear", "range": _range(xs, 0.16, log)},
-        "y": {"title": "held-out, bits per byte", "type": "linear", "range": _range(ends, 0.1)},
+        "x": {"title": axis, "type": "log" if x_log else "linear", "range": x_range},
+        "y": {"title": "held-out, bits per byte", "type": "log" if y_log else "linear", "range": y_range},
     }
     return _figure(plot, heading, caption, plots)
+
+
+def _staircase(front: Sequence[tuple[float, float]], edges: tuple[float, float]) -> dict[str, list[float]]:
+    """The front's corners, led on to the plot's upper and right edge."""
+    xs, ys = [x for x, _ in front], [y for _, y in front]
+    return {"x": [xs[0], *xs, edges[0]], "y": [edges[1], *ys, ys[-1]]}
 
 
 def _extrapolation(group: Group, number: int, suffix: str, plots: list[dict[str, Any]]) -> str:
@@ -688,9 +726,10 @@ def _extrapolation(group: Group, number: int, suffix: str, plots: list[dict[str,
         least, most = min(growth, key=growth.__getitem__), max(growth, key=growth.__getitem__)
         caption += (
             f" From {_text(first, 20)} to {_text(last, 20)}, {_text(least, 80)} changes least for the worse "
-            f"({growth[least]:+.3f}) and {_text(most, 80)} most ({growth[most]:+.3f})."
+            f"({_signed(growth[least])}) and {_text(most, 80)} most ({_signed(growth[most])})."
         )
-    log = min(ends) > 0 and max(ends) > 3 * min(ends)
+    log = _spans([s.mean for row in rows for s in row.loss.values() if s.finite])
+    ends = [e for e in ends if e > 0 or not log]
     plot = {
         "id": f"lengths-{number}",
         "height": 420,
@@ -732,7 +771,7 @@ def _find_card(name: str) -> Any | None:
 
 
 class _Cards:
-    """The section on the mechanisms; a part that several composites share is told once and linked afterwards."""
+    """The section on the mechanisms; a part that several composites share is told once, then linked."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.names = list(dict.fromkeys(row.mechanism for group in groups for row in group.rows))
@@ -797,30 +836,29 @@ def _reproduce(results: Sequence[Result]) -> str:
     versions = _collected([r.environment for r in results if r.environment])
 
     def terms(found: dict[str, list[str]]) -> str:
-        return "".join(
-            f"<dt>{_words(key)}</dt><dd>{'differs: ' if len(v) > 1 else ''}{_text(_listing(v, 12), 1000)}</dd>"
-            for key, v in found.items()
-        )
+        lines = ""
+        for key, values in found.items():
+            differs = "differs: " if len(values) > 1 else ""
+            lines += f"<dt>{_words(key)}</dt><dd>{differs}{_text(_listing(values, 12), 1000)}</dd>"
+        return lines
 
     rows = []
     for r in results:
         ended = next((_loss(r.heldout[n]) for n in sorted(r.heldout, key=_factor)), DASH)
+        took = f"{r.seconds:.0f} s" if r.seconds else DASH
+        cells = (_text(r.cell.task, 40), r.cell.seed, _text(r.status), ended, took)
         rows.append(
-            f'<tr><th scope="row">{_text(r.cell.mechanism, 80)}</th><td>{_text(r.cell.task, 40)}</td><td>{r.cell.seed}</td>'
-            f"<td>{_text(r.status)}</td><td>{ended}</td><td>{f'{r.seconds:.0f} s' if r.seconds else DASH}</td>"
+            f'<tr><th scope="row">{_text(r.cell.mechanism, 80)}</th>{"".join(f"<td>{c}</td>" for c in cells)}'
             f'<td class="text">{_text(r.checkpoint) or DASH}</td><td><code>{r.cell.key[:12]}</code></td></tr>'
         )
     names = ("Mechanism", "Task", "Seed", "Status", "Held-out", "Took", "Checkpoint", "Key")
     head = "".join(f'<th scope="col"{" class=text" if n == "Checkpoint" else ""}>{n}</th>' for n in names)
     parts = ["<h2>How to reproduce</h2>"]
     parts.append(
-        "<p>The same command with the same settings and versions gives the same cells; a cell's key is a hash of its task, "
-        "mechanism, seed and settings.</p>"
+        "<p>The same command with the same settings and versions gives the same cells; a cell's key is a "
+        "hash of its task, mechanism, seed and settings.</p>"
     )
     parts += [f"<h3>Settings</h3><dl>{terms(settings)}</dl>" if settings else ""]
     parts += [f"<h3>Versions and machine</h3><dl>{terms(versions)}</dl>" if versions else ""]
-    parts.append(
-        f'<h3>Every run</h3><div class="scroll" role="region" aria-label="Every run" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    parts += ["<h3>Every run</h3>", _scroll("Every run", f"<thead><tr>{head}</tr></thead>", rows)]
     return "".join(parts)

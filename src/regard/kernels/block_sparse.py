@@ -37,7 +37,7 @@ def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
     Bm, Hm, nq, _ = layout.shape
-    blocks, full = layout.to_dense_blocks(), _full(layout)
+    blocks, full = layout.to_dense_blocks(), layout.to_dense_full()
     if Bm == Hm == 1 or p.stages or p.bias is not None:
         # Stages hold parameters per head and can't be cut along heads: all heads take the union of their blocks.
         return _rows(p, layout, blocks.any(1).any(0), full.all(1).all(0))
@@ -59,15 +59,6 @@ class _At(Mask):
 
     def __call__(self, b: Tensor | int, h: Tensor | int, i: Tensor, j: Tensor) -> Tensor:
         return self.mask(self.b, self.h, i, j)
-
-
-def _full(layout: BlockLayout) -> Tensor:
-    """Which blocks (Bm, Hm, nq, nk) allow every pair."""
-    Bm, Hm, nq, nk = layout.shape
-    full = layout.full.new_zeros(Bm * Hm * nq, nk)
-    rows = torch.arange(Bm * Hm * nq, device=full.device).repeat_interleave(layout.row_ptr.diff())
-    full[rows, layout.cols] = layout.full
-    return full.view(layout.shape)
 
 
 def _one(p: Problem, b: int, h: int, group: int) -> Problem:

@@ -1,4 +1,4 @@
-"""Exact attention in memory linear in T: query chunks, a running softmax over key chunks, recomputed in backward.
+"""Exact attention in memory linear in T: queries in chunks, scores recomputed in backward.
 
     for each query chunk:   m, n, d = -inf, 0, 0                                (maximum, numerator, denominator)
         for each key chunk:  s = q k^T + bias;   m' = max(m, max_j s);   c = exp(m - m')
@@ -7,25 +7,22 @@
 
 Rabe, Staats 2021, "Self-attention Does Not Need O(n^2) Memory", https://arxiv.org/abs/2112.05682, sections 2-4 and
 figure 1.
-Differs from the paper: only query chunks are checkpointed, not each key chunk inside them, which costs memory linear
-in S for one query chunk at a time; key chunks that no query of a chunk may see are skipped; any additive bias, and
-any stage that needs whole rows (entmax, CoPE, convolutions over scores), runs too, the latter without key chunks.
+Differs from the paper: backward recomputes each tile from the kept log-sum-exp instead of checkpointing the forward;
+key chunks that no query of a chunk may see are skipped; stages that need whole rows (entmax, CoPE, convolutions over
+scores) or see the weights run too, checkpointed by query chunks and without key chunks.
 """
-
-import math
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.card import Card, Cost, Paper, register
-from regard.kernels.problem import Problem, attend, biased_scores, combine, rectangle
+from regard.kernels.online import KEYS, QUERIES, online
+from regard.kernels.problem import Problem, attend
 from regard.kinds import HeadShape
 
-TILE_BYTES = 32 * 2**20
-"""Scores of one query chunk against all keys stay within this: in cache or near it, far below a T x S array."""
-KEYS = 1024
-"""Key chunk."""
+TILE_BYTES = 16 * 2**20
+"""Scores formed at once stay within this: in or near the cache, far below a T x S array."""
 
 
 def why_not(p: Problem) -> list[str]:
@@ -36,21 +33,35 @@ def why_not(p: Problem) -> list[str]:
 def run(p: Problem) -> Tensor:
     """(B, H, T, V)."""
     B, H, _, T, S = p.shape
-    size = max(16, min(1024, TILE_BYTES // max(1, 4 * B * H * S)))
-    if T == 0:
-        return attend(p, slice(0, 0), slice(0, S))
+    if T == 0 or S == 0:
+        return attend(p, slice(0, T), slice(0, S))
+    each = 4 * B * H
+    if _tiles_alone(p) and not torch.compiler.is_compiling():
+        keys = min(S, KEYS)
+        return online(p, _within(TILE_BYTES // (each * keys), QUERIES), keys)
+    size = _within(TILE_BYTES // (each * S), 1024)
     recompute = torch.is_grad_enabled() and T > size
     outs = []
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
-        # Dropout is the only randomness; without it there is no generator state worth saving.
         args = (p, rows, key_range(p, rows))
-        outs.append(
-            checkpoint(_chunk, *args, use_reentrant=False, preserve_rng_state=p.dropout > 0)
-            if recompute
-            else _chunk(*args)
-        )
+        if recompute:
+            # Dropout is the only randomness; without it there is no generator state worth saving.
+            outs.append(checkpoint(attend, *args, use_reentrant=False, preserve_rng_state=p.dropout > 0))
+        else:
+            outs.append(attend(*args))
     return torch.cat(outs, 2)
+
+
+def _within(n: int, most: int) -> int:
+    return max(16, min(most, n))
+
+
+def _tiles_alone(p: Problem) -> bool:
+    """Whether this is softmax with additive terms only, so that any tile can be computed by itself."""
+    others = p.normalizer is not None or p.score_mix is not None or p.weight_mix is not None or p.position_values
+    reads = p.position_bias and p.position is not None and (p.position.sees == "rows" or "scores" in p.position.needs)
+    return not (others or reads or p.dropout > 0)
 
 
 def key_range(p: Problem, rows: slice) -> slice:
@@ -63,35 +74,6 @@ def key_range(p: Problem, rows: slice) -> slice:
     start = 0 if p.mask.reach is None else max(0, first - p.mask.reach + 1)
     stop = min(S, last + 1) if p.mask.is_causal else S
     return slice(min(start, S), max(stop, min(start, S)))
-
-
-def _chunk(p: Problem, rows: slice, keys: slice) -> Tensor:
-    whole = p.dropout > 0 or p.score_mix is not None or p.weight_mix is not None or p.position_values
-    if whole or p.normalizer is not None or any(s.sees == "rows" for s in p.stages) or keys.stop - keys.start <= KEYS:
-        return attend(p, rows, keys)
-    return _online(p, rows, keys)
-
-
-def _online(p: Problem, rows: slice, keys: slice) -> Tensor:
-    wide = torch.promote_types(p.q.dtype, torch.float32)
-    shape = (*p.q.shape[:2], rows.stop - rows.start, 1)
-    top = p.q.new_full(shape, -math.inf, dtype=wide)
-    numerator, denominator = p.q.new_zeros((*shape[:3], p.v.shape[3]), dtype=wide), p.q.new_zeros(shape, dtype=wide)
-    for start in range(keys.start, keys.stop, KEYS):
-        part = slice(start, min(start + KEYS, keys.stop))
-        tile = rectangle(p, rows, part)
-        scores = biased_scores(p, tile, rows, part)
-        if tile.allowed is not None:
-            scores = scores.masked_fill(~tile.allowed, -math.inf)
-        # The maximum only keeps exp in range; it cancels, so no gradient need pass through it.
-        new = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
-        safe = torch.where(new == -math.inf, 0.0, new)
-        weights, keep = (scores - safe).exp(), (top - safe).exp()
-        numerator = keep * numerator + combine(weights, p.v[:, :, part])
-        denominator = keep * denominator + weights.sum(-1, keepdim=True)
-        top = new
-    alive = denominator > 0
-    return torch.where(alive, numerator / torch.where(alive, denominator, 1.0), 0.0).to(p.v.dtype)
 
 
 def _slots(shape: HeadShape) -> dict[str, object]:
@@ -112,7 +94,7 @@ CARD = register(
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="at T = 16384 many times less memory than the full score matrix: `python -m benchmarks.memory`",
         differs=(
-            "query chunks are checkpointed, key chunks are not; key chunks that nobody may see are skipped",
+            "backward recomputes tiles from the log-sum-exp; key chunks that nobody may see are skipped",
         ),
         verified="equation",
     )

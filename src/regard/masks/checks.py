@@ -23,11 +23,12 @@ def lengths(what: str, T: int, S: int | None) -> tuple[int, int]:
 
 def tensor(what: str, value: object, ndims: tuple[int, ...], kind: str) -> Tensor:
     """`value` as a tensor of one of the ranks, `kind` "bool" or "integer"."""
+    article = "an" if kind == "integer" else "a"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{what} must be a {kind} Tensor (got {type(value).__name__})")
+        raise TypeError(f"{what} must be {article} {kind} Tensor (got {type(value).__name__})")
     whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if not (value.dtype == torch.bool if kind == "bool" else whole):
-        raise TypeError(f"{what} must be a {kind} Tensor (got {value.dtype})")
+        raise TypeError(f"{what} must be {article} {kind} Tensor (got {value.dtype})")
     if value.ndim not in ndims:
         ranks = " or ".join(map(str, ndims))
         raise ValueError(f"{what} must have {ranks} dimensions (got shape {tuple(value.shape)})")

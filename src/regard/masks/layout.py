@@ -1,8 +1,8 @@
 """Which blocks of the T x S matrix hold anything at all: what a block-sparse kernel walks over.
 
 Masks judge whole blocks by interval arithmetic; only blocks about which they can't be sure are looked into, a
-bounded number at a time. Row blocks are taken in chunks, and only columns within the mask's span are considered,
-so memory follows the number of stored blocks and never T x S.
+bounded number at a time. Row blocks are taken in chunks, and only columns within the mask's span are looked
+at: memory follows the number of stored blocks, never T x S.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class BlockLayout:
     S: int
     shape: tuple[int, int, int, int]
     """(Bm, Hm, nq, nk); Bm and Hm are 1 where all batch entries or heads share it."""
-    row_ptr: Int[Tensor, "Bm*Hm*nq+1"]
+    row_ptr: Int[Tensor, "P"]
     cols: Int[Tensor, "N"]
     full: Bool[Tensor, "N"]
     """Per stored block: every entry (within T and S) is allowed, so that the predicate need not be asked."""
@@ -145,17 +145,13 @@ def judged(mask: "Mask", T: int, S: int, block: tuple[int, int]) -> Iterator[Jud
         column = int(first_j) // bk
         r, c = torch.arange(row, last_row)[:, None], torch.arange(column, int(last_j) // bk + 1)
         r, c = r[None, None], c[None, None, None]
-        verdict = mask.judge(
-            Tiles(
-                r * bq + S - T, (r * bq + bq).clamp(max=T) - 1 + S - T, c * bk, (c * bk + bk).clamp(max=S) - 1
-            )
-        )
+        i_hi, j_hi = (r * bq + bq).clamp(max=T) - 1 + S - T, (c * bk + bk).clamp(max=S) - 1
+        verdict = mask.judge(Tiles(r * bq + S - T, i_hi, c * bk, j_hi))
         shape = (mask.batch, mask.heads, r.shape[2], c.shape[3])
         where = verdict.may.broadcast_to(shape).nonzero()
-        known = (
-            x.broadcast_to(shape)[tuple(where.T)] for x in (verdict.some, verdict.full, verdict.may_full)
-        )
-        yield Judged(where + torch.tensor([0, 0, row, column]), *known)
+        known = (verdict.some, verdict.full, verdict.may_full)
+        found = (x.broadcast_to(shape)[tuple(where.T)] for x in known)
+        yield Judged(where + torch.tensor([0, 0, row, column]), *found)
 
 
 def areas(where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, "n"]:
@@ -202,15 +198,16 @@ def layout(mask: "Mask", T: int, S: int, block: int | tuple[int, int]) -> BlockL
 
 def count(mask: "Mask", T: int, S: int) -> int:
     """The number of allowed entries."""
+    if T == 0 or S == 0:
+        return 0
     if mask.is_shift_invariant:
         # Whole diagonals are allowed or not: sum their lengths.
         distance = torch.arange(1 - T, S)
         zero = torch.zeros_like(distance)
         size = torch.minimum(S - 1 - distance, zero + S - 1) - (S - T - distance).clamp(min=0) + 1
-        return int(size[mask(zero, zero, distance, zero)].sum()) if T and S else 0
+        return int(size[mask(zero, zero, distance, zero)].sum())
     total, block = 0, (128, 128)
     for where, _, full, _ in judged(mask, T, S, block):
-        total += int(areas(where[full], T, S, block).sum()) + int(
-            inspect(mask, where[~full], T, S, block).sum()
-        )
+        whole, partly = where[full], where[~full]
+        total += int(areas(whole, T, S, block).sum()) + int(inspect(mask, partly, T, S, block).sum())
     return total

@@ -88,7 +88,7 @@ def window(size: int, *, ahead: int | None = None) -> Mask:
 
 
 def dilated(size: int, dilation: int) -> Mask:
-    """|i - j| < size * dilation, i - j a multiple of dilation: `size` keys a side, its own counted in both."""
+    """|i - j| < size * dilation, i - j a multiple of dilation: `size` keys a side, its own in both."""
     integer("dilated: size", size)
     integer("dilated: dilation", dilation)
     furthest = (size - 1) * dilation

@@ -65,7 +65,7 @@ def svg(mask: "Mask", T: int, S: int, b: int, h: int) -> str:
         for value, run in groupby(row):
             length = len(list(run))
             if value > 0:
-                shade = "" if value == 1 else f' fill-opacity="{0.15 + 0.75 * value:.3g}"'
+                shade = "" if value == 1 else f' fill-opacity="{0.25 + 0.65 * value:.3g}"'
                 place = f'x="{left + c * size}" y="{y}" width="{length * size}" height="{size}"'
                 out.append(f'<rect class="on" {place}{shade}/>')
             c += length

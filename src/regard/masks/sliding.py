@@ -3,10 +3,10 @@
     window:          |i - j| < W
     dilated window:  |i - j| < W d   and   i - j a multiple of d
 
-Beltagy, Peters, Cohan 2020, https://arxiv.org/abs/2004.05150, section 3.1. Stacking l layers widens the view to about
-l times as much, so that cost grows linearly with length while the top layer sees far.
-Differs from the paper: its window w is two-sided, w/2 keys on each side besides the query's own, so w = 2 (W - 1);
-here W counts the keys of one side with the query's own, which is what a causal layer sees.
+Beltagy, Peters, Cohan 2020, https://arxiv.org/abs/2004.05150, section 3.1. Stacking l layers widens the
+view about l times, so that cost grows linearly with length while the top layer sees far.
+Differs from the paper: its window w is two-sided, w/2 keys on each side besides its own: w = 2 (W - 1). Here
+W counts the keys of one side with the query's own, which is what a causal layer sees.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from regard.masks.patterns import dilated, window
 PAPER = Paper(
     "Longformer: The Long-Document Transformer", "Beltagy, Peters, Cohan", 2020, "2004.05150", "section 3.1"
 )
-SIDES = "the paper's w counts w/2 keys on each side besides the query's own; here window = w/2 + 1, its own included"
+SIDES = "the paper's w counts w/2 keys on each side besides the query's own; here window = w/2 + 1"
 TRAITS = frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"})
 
 
@@ -41,7 +41,7 @@ WINDOW = register(
         paper=PAPER,
         slots=_window,
         traits=TRAITS,
-        cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, window)*G*D"),
+        cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, window - 1)*G*D"),
         claim="Cost grows linearly with length; l layers of window W see about l * W tokens.",
         differs=(
             SIDES,
@@ -61,7 +61,7 @@ DILATED = register(
         paper=PAPER,
         slots=_dilated,
         traits=TRAITS,
-        cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, window*dilation)*G*D"),
+        cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, (window - 1)*dilation)*G*D"),
         claim="At the cost of the plain window, l layers see about l * W * d tokens.",
         differs=(
             SIDES,

@@ -83,7 +83,7 @@ def documents(ids: Int[Tensor, "S"] | Int[Tensor, "B S"]) -> Mask:
     return Documents(ids if ids.ndim == 2 else ids[None])
 
 
-def packed(cu_seqlens: Int[Tensor, "N+1"]) -> Mask:
+def packed(cu_seqlens: Int[Tensor, "P"]) -> Mask:
     """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...)."""
     checks.tensor("packed: cu_seqlens", cu_seqlens, (1,), "integer")
     if len(cu_seqlens) == 0 or int(cu_seqlens[0]) != 0:
@@ -115,7 +115,7 @@ class Kept(Mask):
         return Verdict.exact((kept > 0).view(shape), (kept == end - low).view(shape))
 
     @cached_property
-    def _before(self) -> Int[Tensor, "B S+1"]:
+    def _before(self) -> Int[Tensor, "B P"]:
         """How many keys before each one are kept."""
         return torch.nn.functional.pad(self.keep.cumsum(1, dtype=torch.int32), (1, 0))
 

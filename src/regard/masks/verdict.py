@@ -1,7 +1,7 @@
 """What a mask can say about whole tiles of the T x S matrix without looking inside them.
 
-A tile is the rectangle i_lo..i_hi, j_lo..j_hi (both ends included). "Is any entry allowed?" and "are all entries
-allowed?" are each answered yes, no or don't know, written as a lower and an upper bound.
+A tile is the rectangle i_lo..i_hi, j_lo..j_hi, both ends included. "Is any entry allowed?" and "are all?" are
+each answered yes, no or don't know, written as a lower and an upper bound.
 """
 
 from dataclasses import dataclass

@@ -53,7 +53,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 def save(model: LanguageModel, config: LMConfig, path: str | Path) -> Path:
     """Write the model to a .safetensors file."""
     path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
+    }
     text = json.dumps(asdict(config), sort_keys=True)
     metadata = {"format": FORMAT, "config": text, "sha256": _digest(tensors, text)}
     write_atomically(path, write_tensors(tensors, metadata))
@@ -63,8 +65,8 @@ def save(model: LanguageModel, config: LMConfig, path: str | Path) -> Path:
 def load(path: str | Path, mechanism: str | None = None) -> tuple[LanguageModel, LMConfig]:
     """Read what `save` wrote. ValueError names the file and what is wrong with it.
 
-    A model with the caller's own mechanism ('module:callable') is built only if it is named in `mechanism`: a file must
-    not decide which code is imported.
+    A model with the caller's own mechanism ('module:callable') is built only if it is named in `mechanism`: a
+    file must not decide which code is imported.
     """
     path = Path(path)
     tensors, config = _read(path)
@@ -105,7 +107,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig]:
         ".pkl",
         ".ckpt",
     ):
-        raise ValueError(f"{path} looks like a pickle, which can run code when loaded; only .safetensors is accepted")
+        raise ValueError(
+            f"{path} looks like a pickle, which can run code when loaded; only .safetensors is accepted"
+        )
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size].decode())

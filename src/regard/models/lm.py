@@ -1,7 +1,7 @@
 """A small pre-norm decoder that any causal token mixer can be put into.
 
-It has no positions of its own: what a mechanism knows of order, it brings. Everything but the mixers is the same for
-every mechanism: RMSNorm, a GELU MLP, and one embedding used for reading and for predicting.
+It has no positions of its own: what a mechanism knows of order, it brings. Everything but the mixers is the
+same for every mechanism: RMSNorm, a GELU MLP, and one embedding used for reading and for predicting.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,9 @@ class LMConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LMConfig: {name} must be an int >= 1, got {value!r}")
         if self.dim % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads do not divide width {self.dim}; choose a width that they divide")
+            raise ValueError(
+                f"{self.num_heads} heads do not divide width {self.dim}; choose a width that they divide"
+            )
 
 
 class Block(nn.Module):
@@ -87,7 +89,9 @@ class LanguageModel(nn.Module):
         """Empty states for `step`, one a block. Raises what the mixer raises where it cannot stream."""
         return [block.mixer.init_state(batch_size, capacity) for block in self.blocks]
 
-    def step(self, ids: Int[Tensor, "B t"], states: list[object]) -> tuple[Float[Tensor, "B t V"], list[object]]:
+    def step(
+        self, ids: Int[Tensor, "B t"], states: list[object]
+    ) -> tuple[Float[Tensor, "B t V"], list[object]]:
         """Logits for new tokens, given the states that earlier ones left."""
         x, after = self.embedding(ids), []
         for block, state in zip(self.blocks, states, strict=True):
@@ -114,8 +118,10 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Int[Tensor, "B 1"]]:
-        """Yield `count` tokens that continue `ids`. Temperature 0 takes the likeliest. Without streaming, every token
-        costs a full pass."""
+        """Yield `count` tokens that continue `ids`. Temperature 0 takes the likeliest.
+
+        Without streaming, every token costs a full pass.
+        """
         if ids.shape[1] < 1:
             raise ValueError("generate: the prompt is empty; give at least one token")
         if temperature < 0 or temperature != temperature:

@@ -2,7 +2,8 @@
 
     softmax      gated+rotary      window(size=64)      mypackage.attention:MyMixer(rank=4)
 
-A name with a colon is the caller's own: `module:callable`, called as `callable(dim=, num_heads=, causal=True, **options)`.
+A name with a colon is the caller's own `module:callable`, called as
+`callable(dim=, num_heads=, causal=True, **options)`.
 """
 
 import ast
@@ -35,23 +36,21 @@ class Spec:
 
 def parse(text: str) -> Spec:
     """Read 'window(size=64)'. Option values are Python literals."""
+    name, bracket, inside = text.strip().partition("(")
     try:
-        call = ast.parse(text.strip(), mode="eval").body if "(" in text else None
-        head = text.split("(", 1)[0].strip()
-        if "(" in text:
-            # The head may hold '+', ':' or '.', which Python would read otherwise, so that only the brackets are parsed.
-            call = ast.parse("f(" + text.strip().split("(", 1)[1], mode="eval").body
-        if not _NAME.fullmatch(head) or (call is not None and (not isinstance(call, ast.Call) or call.args)):
+        # Only the brackets are parsed: in the name, '+', ':' and '.' mean nothing to Python.
+        call = ast.parse("f(" + (inside if bracket else ")"), mode="eval").body
+        if not _NAME.fullmatch(name.strip()) or not isinstance(call, ast.Call) or call.args:
             raise SyntaxError
-        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
-        if None in options:
+        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+        if len(options) < len(call.keywords):
             raise SyntaxError
     except (SyntaxError, ValueError) as error:
         raise ValueError(
             f"mechanism {text!r} cannot be read; expected a name such as softmax or gated+rotary, "
             "or name(option=value, ...) with numbers, quoted text, True or False as values"
         ) from error
-    return Spec(head, {str(name): value for name, value in options.items()})
+    return Spec(name.strip(), options)
 
 
 def split(text: str) -> list[str]:
@@ -63,8 +62,10 @@ def split(text: str) -> list[str]:
 def build(spec: Spec, dim: int, num_heads: int) -> nn.Module:
     """One causal token mixer (B, T, M) -> (B, T, M)."""
     if not spec.own:
-        from regard import create
+        from regard import Attention, create, mechanisms
 
+        if spec.name == "softmax" and "softmax" not in mechanisms():
+            return Attention(dim, num_heads, causal=True, **spec.options)
         return create(spec.name, dim=dim, num_heads=num_heads, causal=True, **spec.options)
     module, _, attribute = spec.name.partition(":")
     try:

@@ -1,4 +1,6 @@
-"""Normalisers: what turns scores into weights, row by row. The pure functions are in the modules of the same names."""
+"""Normalisers: what turns scores into weights, row by row. The pure functions are in the modules of the same
+names.
+"""
 
 from regard.normalizers.adaptive_entmax import AdaptiveEntmax
 from regard.normalizers.cog import Cog

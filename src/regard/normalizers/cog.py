@@ -1,12 +1,12 @@
 """Cog attention: softmax of the absolute scores, each weight carrying the sign of its score.
 
-    A_ts = sign(P_ts) exp(|P_ts| - m_t) / sum_s' exp(|P_ts'| - m_t),   m_t = max_s |P_ts|,   over the allowed s only
+    A_ts = sign(P_ts) exp(|P_ts| - m_t) / sum_s' exp(|P_ts'| - m_t),   m_t = max_s |P_ts|,   allowed s only
 
-A head can add what one token holds and subtract what another holds at once. Absolute weights sum to 1, weights do not.
-Lv et al. 2024, https://arxiv.org/abs/2411.07176: the authors' released code was followed (abstract and introduction
-read; the equations of the method section were not).
-Differs from the paper: only the normaliser is here. The authors' models also use rotary positions (`cog+rotary`) and keep
-plain softmax in the first and last layer, which is the host model's choice.
+A head can add what one token holds and subtract what another holds at once. Absolute weights sum to 1,
+weights do not. Lv et al. 2024, https://arxiv.org/abs/2411.07176: the authors' released code was followed
+(abstract and introduction read; the equations of the method section were not). Differs from the paper: only
+the normaliser is here. The authors' models also use rotary positions (`cog+rotary`) and keep plain softmax in
+the first and last layer, which is the host model's choice.
 """
 
 import torch
@@ -59,7 +59,9 @@ CARD = register(
         traits=frozenset({"linear_in_values", "position_free", "shift_invariant", "head_independent"}),
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="One head can copy one token and delete another: tests/normalizers/test_cog.py.",
-        differs=("Only the normaliser: rotary positions and softmax in the outer layers are the host model's choice.",),
+        differs=(
+            "Only the normaliser: rotary positions and the outer layers' softmax are the host's choice.",
+        ),
         verified="third-party",
     )
 )

@@ -22,16 +22,20 @@ def softmax(
     z = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf)
-    # An empty row is replaced by zeros before and after: exp(-inf - -inf) never arises, so neither does a NaN gradient.
+    # An empty row is replaced by zeros before and after: exp(-inf - -inf) never arises, so neither does a NaN
+    # gradient.
     empty = z.detach().amax(-1, keepdim=True) == -torch.inf
     weights = torch.softmax(z.masked_fill(empty, 0), -1).masked_fill(empty, 0)
     return weights.to(scores.dtype)
 
 
 class Softmax(Normalizer):
-    """The default normaliser. Partial rows can be merged exactly by their maximum and sum, so tiles are enough."""
+    """The default normaliser. Partial rows can be merged exactly by their maximum and sum, so tiles are
+    enough.
+    """
 
     sees = "tile"
+    is_softmax = True
 
     def forward(
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None

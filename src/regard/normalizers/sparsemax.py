@@ -2,7 +2,8 @@
 
     p = argmin over the simplex of |p - z|^2,   p_s = max(z_s - tau, 0),   sum_s p_s = 1
 
-Martins, Astudillo 2016, https://arxiv.org/abs/1602.02068 (equations as the authors' released code has them; text not read).
+Martins, Astudillo 2016, https://arxiv.org/abs/1602.02068 (equations as the authors' released code has them;
+text not read).
 """
 
 from regard.card import FEATURES, Card, Cost, Paper, register
@@ -37,7 +38,15 @@ CARD = register(
         slots=_slots,
         supports=FEATURES,
         traits=frozenset(
-            "normalised nonnegative linear_in_values position_free shift_invariant head_independent sparse".split()
+            {
+                "normalised",
+                "nonnegative",
+                "linear_in_values",
+                "position_free",
+                "shift_invariant",
+                "head_independent",
+                "sparse",
+            }
         ),
         cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
         claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",

@@ -1,7 +1,7 @@
 """Real text as bytes: the caller's files and folders, or by default what every Python brings along.
 
-The end of the text is held out. Files of a folder are put in an order that hashes of their names decide, so that the
-held-out end is drawn from all of it and every machine agrees on it.
+The end of the text is held out. Files of a folder are put in an order that hashes of their names decide, so
+that the held-out end is drawn from all of it and every machine agrees on it.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Text:
             yield windows[torch.randint(len(windows), (batch,), generator=generator)].long()
 
     def heldout_windows(self, length: int, most: int) -> Int[Tensor, "N length+1"]:
-        """Stretches spread evenly over the held-out part, which predict at most about `most` bytes, each byte once."""
+        """Stretches spread evenly over the held-out part; they predict about `most` bytes, each once."""
         data = torch.frombuffer(bytearray(self.heldout), dtype=torch.uint8).long()
         fit = (len(data) - 1) // length
         count = max(1, min(fit, most // length))
@@ -104,8 +104,10 @@ def _folder(path: Path) -> list[bytes]:
 
 
 def _standard_library() -> list[bytes]:
-    """Sources and language reference that come with Python, without its tests: a few MB that are the same wherever the
-    same Python is."""
+    """Sources and language reference that come with Python, without its tests: a few MB.
+
+    They are the same wherever the same Python is.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "lib2to3"}
     files = [
@@ -134,8 +136,10 @@ def _walk(root: Path, skip: set[str]) -> Iterator[tuple[str, list[str], list[str
 
 
 def _distinct(root: Path, files: list[Path], limit: int) -> Iterator[bytes]:
-    """Contents of text files in hashed order, copies once, until the limit: a copy on both sides of the cut would make
-    the held-out part easy."""
+    """Contents of text files in hashed order, until the limit.
+
+    Copies come once: a copy on both sides of the cut would make the held-out part easy.
+    """
     seen, total = set(), 0
     for file in sorted(files, key=lambda file: _shuffled(file.relative_to(root).as_posix())):
         data = _read(file)

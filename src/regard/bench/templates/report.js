@@ -9,7 +9,7 @@
   const plain = (s) => s.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const brush = document.createElement("canvas").getContext("2d");
-  brush.font = "12px sans-serif";
+  brush.font = "12px system-ui, sans-serif";
 
   const axis = (a) => ({
     title: { text: a.title, standoff: 8 }, type: a.type, range: a.range, tickvals: a.tickvals, ticktext: a.ticktext,
@@ -17,22 +17,30 @@
     tickcolor: colour("--line"), nticks: 7, tickformat: a.tickformat, exponentformat: "SI", minexponent: 5,
   });
 
-  // Gives every point the first of eight label places that hits no other point, no label and no edge; the
+  // Gives every point the first of eight label places that hits no point, label, line or edge; the
   // best points choose first, and a point without a free place keeps its hover text only.
   function placeLabels(plot, points, width, height) {
     const inner = { x: width - MARGIN.l - MARGIN.r, y: height - MARGIN.t - MARGIN.b };
     const scale = (v, a) => ((a.type === "log" ? Math.log10(v) : v) - a.range[0]) / (a.range[1] - a.range[0]);
-    const at = points.map((p) => [scale(p.x, plot.x) * inner.x, (1 - scale(p.y, plot.y)) * inner.y]);
+    const pixel = (x, y) => [scale(x, plot.x) * inner.x, (1 - scale(y, plot.y)) * inner.y];
+    const at = points.map((p) => pixel(p.x, p.y));
     const taken = at.map(([x, y]) => [x - 5, y - 5, x + 5, y + 5]);
+    const corners = (plot.front ? plot.front.x : []).map((x, k) => pixel(x, plot.front.y[k]));
+    for (let k = 1; k < corners.length; k++) {
+      const [[x, y], [u, v]] = [corners[k - 1], corners[k]]; // right, then down, as the line is drawn
+      taken.push([x, y - 0.5, u, y + 0.5], [u - 0.5, y, u + 0.5, v]);
+    }
     const hit = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
     const order = points.map((_, i) => i).sort((a, b) => points[b].front - points[a].front);
-    const places = ["middle right", "middle left", "top center", "bottom center", "top right", "top left", "bottom right", "bottom left"];
+    const places = [
+      "middle right", "middle left", "top center", "bottom center", "top right", "top left", "bottom right", "bottom left",
+    ];
     const chosen = points.map(() => null);
     for (const i of order) {
       const w = brush.measureText(points[i].label).width + 6, h = 14, [x, y] = at[i];
       for (const place of places) {
         const [v, u] = place.split(" ");
-        const left = u === "right" ? x + (v === "middle" ? 6 : 1) : u === "left" ? x - w - (v === "middle" ? 6 : 1) : x - w / 2;
+        const left = u === "right" ? x + 6 : u === "left" ? x - w - 6 : x - w / 2;
         const top = v === "top" ? y - h - 6 : v === "bottom" ? y + 6 : y - h / 2;
         const box = [left, top, left + w, top + h];
         if (left < 0 || box[2] > inner.x || top < 0 || box[3] > inner.y || taken.some((t, j) => j !== i && hit(box, t))) continue;
@@ -58,12 +66,13 @@
       const ink = colour("--c" + s.colour);
       const text = plot.labels && places[k] ? [plain(s.label)] : undefined;
       return {
-        type: "scatter", x: s.x, y: s.y, name: plain(s.name), opacity: s.faint ? 0.28 : 1, connectgaps: false,
+        type: "scatter", x: s.x, y: s.y, name: plain(s.name), connectgaps: false,
+        opacity: s.faint ? (plot.series.length > 40 ? 0.15 : 0.28) : 1,
         mode: s.faint ? "lines" : plot.labels ? (text ? "markers+text" : "markers") : "lines+markers",
         line: { color: ink, width: s.faint ? 1 : 2, dash: s.faint ? "solid" : s.dash },
         marker: { color: ink, symbol: s.marker, size: plot.labels ? 10 : 7, maxdisplayed: plot.labels ? 0 : 9 },
         error_y: s.spread ? { type: "data", array: s.spread, color: ink, thickness: 1, width: 3 } : undefined,
-        text, textposition: places[k] || undefined, textfont: { size: 12, color: colour("--ink") }, cliponaxis: true,
+        text, textposition: places[k] || undefined, textfont: { size: 12, color: colour("--ink") }, cliponaxis: !plot.labels,
         hoverinfo: s.faint ? "skip" : undefined,
         hovertemplate: s.faint ? undefined : plot.hover + "<extra>%{fullData.name}</extra>",
       };
@@ -76,7 +85,8 @@
     }
     const layout = {
       width, height, margin: MARGIN, showlegend: false, hovermode: "closest", xaxis: axis(plot.x), yaxis: axis(plot.y),
-      dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: colour("--ink") },
       hoverlabel: { namelength: -1, bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     };
@@ -99,7 +109,9 @@
     button.addEventListener("click", () => {
       const id = Number(button.dataset.mechanism);
       if (!hidden.delete(id)) hidden.add(id);
-      for (const twin of document.querySelectorAll(`.key button[data-mechanism="${id}"]`)) twin.setAttribute("aria-pressed", String(!hidden.has(id)));
+      for (const twin of document.querySelectorAll(`.key button[data-mechanism="${id}"]`)) {
+        twin.setAttribute("aria-pressed", String(!hidden.has(id)));
+      }
       drawAll();
     });
   }

@@ -1,0 +1,364 @@
+"""The main job: train every mechanism in the same model on the same data, and keep what each cell found.
+
+A cell is one mechanism with one seed. Cells run one after the other, each in a process of its own with all
+cores, so that their times and memory can be compared. Each is committed when it ends; the same command goes
+on where it stopped.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regard.bench.process import Stop, answer
+from regard.bench.record import Cell, Result
+from regard.bench.store import Store, StoreError, disk_full, opened
+from regard.tasks.text import Text, TextError
+from regard.tasks.text import load as load_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEFAULT_MECHANISMS = ("softmax", "rotary", "alibi", "kerple", "gated", "window(window=64)")
+PARTIAL = 3
+"""Exit code when some cells failed and the rest is done."""
+
+
+class CompareError(ValueError):
+    """The comparison cannot be done as asked; the message is one line."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `regard compare` is asked to do."""
+
+    mechanisms: Sequence[str] = DEFAULT_MECHANISMS
+    """Names, with options in brackets: 'window(window=64)'; also 'gated+rotary', own 'module:callable'."""
+    text: Sequence[str | Path] = ()
+    """Files and folders; none = the standard library's sources and docs."""
+    seeds: Sequence[int] = (0, 1)
+    steps: int = 150
+    batch: int = 16
+    length: int = 128
+    dim: int = 128
+    depth: int = 2
+    heads: int = 4
+    lr: float = 3e-3
+    match: str = "params"
+    """'params' or 'flops': what is equal to softmax attention's, by the width of the host's MLP."""
+    out: str | Path = Path("runs/compare")
+    checkpoint: bool = False
+    device: str = "cpu"
+    """'cpu', 'cuda' or 'cuda:N'."""
+    threads: int | None = None
+    """CPU threads of a cell; None = all cores, at most 8."""
+    timeout: float = 3600
+    """Seconds after which a cell counts as failed."""
+    retry_failed: bool = False
+    """Run cells again that failed in an earlier run."""
+    task: str = "text"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done: all cells, those that are there already, and the store's rows of other runs."""
+
+    cells: list[Cell]
+    reused: list[Result]
+    others: int
+    differing: list[str]
+    """Settings in which those other rows differ."""
+
+
+@dataclass(frozen=True)
+class Started:
+    cell: Cell
+    number: int
+    """From 1, among all cells."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    cell: Cell
+    step: int
+    loss: float
+    """Training loss in bits per byte."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    result: Result
+    number: int
+
+
+Event = Planned | Started | Stepped | Finished
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is there at the end."""
+
+    results: list[Result]
+    """In the order of the plan; cells that were not reached are missing."""
+    cells: list[Cell]
+    signal: int = 0
+    """The signal that ended the run early, or 0."""
+    failed: list[Result] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal if self.signal else PARTIAL if self.failed else 0
+
+
+def execute(
+    config: CompareConfig, on_event: Callable[[Event], None] = lambda event: None, *, train: Any = answer
+) -> Outcome:
+    """Check everything, then run what is not in the store yet. Raises CompareError.
+
+    Args:
+        on_event: is called with every Event, in order.
+        train: runs one job; for tests.
+    """
+    with _one_line(), Stop() as stop:
+        specs, text = validate(config)
+        cells = plan(config, specs, text)
+        with opened(config.out) as store:
+            known = {cell.key: _reusable(store, cell, config) for cell in cells}
+            on_event(_planned(cells, known, store))
+            for number, cell in enumerate(cells, 1):
+                if known[cell.key] is not None or stop.number:
+                    continue
+                on_event(Started(cell, number))
+                result = _run(cell, config, stop, on_event, train)
+                if result is None:
+                    break
+                store.put(result)
+                known[cell.key] = result
+                on_event(Finished(result, number))
+    results = [result for cell in cells if (result := known[cell.key]) is not None]
+    failed = [result for result in results if result.status == "failed"]
+    # A signal that came after the last cell took nothing away.
+    return Outcome(results, cells, stop.number if len(results) < len(cells) else 0, failed)
+
+
+def run(config: CompareConfig, *, console: "Console | None" = None) -> int:
+    """Compare with live progress, a table and a report.
+
+    Returns the exit code: 0, 3 if some cells failed, 130 or 143 if stopped by SIGINT or SIGTERM. Raises
+    CompareError, whose text is the one-line reason.
+    """
+    from regard.bench.live import Live, closing_lines, table
+
+    with Live(config, console) as live:
+        outcome = execute(config, live)
+    live.console.print()
+    if outcome.results:
+        live.console.print(table(outcome.results))
+    report = "" if outcome.signal or not outcome.results else _report(outcome.results, Path(config.out))
+    for line in closing_lines(config, outcome, report):
+        live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return outcome.exit_code
+
+
+def validate(config: CompareConfig) -> tuple[list[str], Text]:
+    """Refuse what cannot work before any work is done. Returns the mechanisms, spelled out, and the text."""
+    for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("dim", 1), ("depth", 1), ("heads", 1)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise CompareError(f"{name} must be a whole number >= {least}, got {value!r}")
+    if config.dim % config.heads:
+        near = [h for h in range(1, config.dim + 1) if config.dim % h == 0]
+        best = sorted(near, key=lambda h: abs(h - config.heads))[:3]
+        raise CompareError(
+            f"{config.heads} heads do not divide width {config.dim}; "
+            f"possible are {', '.join(map(str, sorted(best)))}"
+        )
+    for name in ("lr", "timeout"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise CompareError(f"{name} must be a number > 0, got {value!r}")
+    if config.task != "text":
+        raise CompareError(f"unknown task {config.task!r}; there is 'text'")
+    if config.match not in ("params", "flops"):
+        raise CompareError(f"match must be 'params' or 'flops', got {config.match!r}")
+    if config.threads is not None and config.threads < 1:
+        raise CompareError(f"threads must be >= 1, got {config.threads!r}")
+    if not config.seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in config.seeds):
+        raise CompareError(f"seeds must be whole numbers >= 0, got {list(config.seeds)!r}")
+    if not config.mechanisms:
+        raise CompareError("no mechanisms are named; `regard list` shows all")
+    specs = _mechanisms(config)
+    _device(config.device)
+    return specs, load_text(config.text, length=config.length)
+
+
+def plan(config: CompareConfig, specs: Sequence[str], text: Text) -> list[Cell]:
+    """All cells: the first seed of every mechanism, then the second, …"""
+    from regard.bench.train import cores, processor
+    from regard.models.mixer import parse
+
+    settings = {
+        "data": text.source,
+        "bytes": len(text.train) + len(text.heldout),
+        "fingerprint": text.fingerprint,
+        "steps": config.steps,
+        "batch": config.batch,
+        "length": config.length,
+        "dim": config.dim,
+        "depth": config.depth,
+        "heads": config.heads,
+        "lr": float(config.lr),
+        "match": config.match,
+        "device": config.device,
+        "processor": processor(),
+        "dtype": "float32",
+        "threads": config.threads or cores(),
+        "torch": version("torch"),
+        "code": code_version(),
+    }
+    own = {spec: {"own code": _own_code(name)} for spec in specs if ":" in (name := parse(spec).name)}
+    return [
+        Cell(config.task, spec, seed, {**settings, **own.get(spec, {})})
+        for seed in dict.fromkeys(config.seeds)
+        for spec in specs
+    ]
+
+
+def code_version() -> str:
+    """regard's version and a hash of the sources that decide what a cell finds."""
+    root = Path(__file__).parent.parent
+    silent = re.compile(
+        r"(cli\.py|__main__\.py|(inspect|steer|integrations|distributed)/.*"
+        r"|bench/(report|live|profile|process|store|generate)\.py)"
+    )
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not silent.fullmatch(name):
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{version('regard')}+{digest.hexdigest()[:12]}"
+
+
+def _own_code(name: str) -> str:
+    """A hash of the caller's own module, so that editing it makes new cells."""
+    found = importlib.util.find_spec(name.partition(":")[0])
+    origin = found.origin if found else None
+    return (
+        hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:12]
+        if origin and os.path.isfile(origin)
+        else "?"
+    )
+
+
+def _mechanisms(config: CompareConfig) -> list[str]:
+    """Build each mechanism once, so that an unknown name or option is said now and not after an hour."""
+    from regard.models.mixer import build, parse
+
+    specs = []
+    for text in config.mechanisms:
+        try:
+            spec = parse(text)
+            if spec.own and os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
+            build(spec, config.dim, config.heads)
+        except (ValueError, TypeError, KeyError) as error:
+            said = " ".join(str(error.args[0] if error.args else error).split())
+            raise CompareError(said if text.split("(")[0] in said else f"{text}: {said}") from error
+        specs.append(str(spec))
+    return list(dict.fromkeys(specs))
+
+
+def _device(device: str) -> None:
+    import torch
+
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise CompareError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise CompareError(f"device {device!r} is not there; torch sees {torch.cuda.device_count()} GPUs")
+
+
+def _reusable(store: Store, cell: Cell, config: CompareConfig) -> Result | None:
+    result = store.get(cell.key)
+    if result is None or (result.status == "failed" and config.retry_failed):
+        return None
+    if (
+        config.checkpoint
+        and result.status == "done"
+        and not (store.folder / (result.checkpoint or "?")).is_file()
+    ):
+        return None
+    return result
+
+
+def _planned(cells: list[Cell], known: dict[str, Result | None], store: Store) -> Planned:
+    others = [result.cell for result in store.results() if result.cell.key not in known]
+    mine = cells[0].settings
+    differing = {name for cell in others for name in mine if cell.settings.get(name) != mine[name]}
+    reused = [result for result in known.values() if result is not None]
+    return Planned(cells, reused, len(others), sorted(differing))
+
+
+def _run(
+    cell: Cell, config: CompareConfig, stop: Stop, on_event: Callable[[Event], None], train: Any
+) -> Result | None:
+    """One cell in its process; None if stopped."""
+    name = re.sub(r"[^\w.+-]+", "_", cell.mechanism).strip("._")[:60]
+    job = {
+        "cell": {
+            "task": cell.task,
+            "mechanism": cell.mechanism,
+            "seed": cell.seed,
+            "settings": cell.settings,
+        },
+        "text": [os.fspath(Path(path).absolute()) for path in config.text],
+        "folder": os.fspath(Path(config.out).absolute()),
+        "checkpoint": f"checkpoints/{name}-seed{cell.seed}-{cell.key[:8]}.safetensors"
+        if config.checkpoint
+        else "",
+    }
+    said = train(
+        job, timeout=config.timeout, stop=stop, on_step=lambda step, loss: on_event(Stepped(cell, step, loss))
+    )
+    if said is None:
+        return None
+    if "full" in said:
+        raise CompareError(disk_full(Path(config.out) / "checkpoints"))
+    if "failed" in said:
+        return Result(cell, "failed", reason=said["failed"])
+    result = {**said["result"], "curve": [(int(s), float(b)) for s, b in said["result"].get("curve", [])]}
+    return Result(cell, **result)
+
+
+def _report(results: list[Result], folder: Path) -> str:
+    """Write the report; returns the line that says where it is, or what it lacks."""
+    from regard.bench import report
+
+    path = folder / "report.html"
+    try:
+        report.write(results, path)
+    except ModuleNotFoundError as error:
+        return str(error)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CompareError(disk_full(path)) from error
+        raise CompareError(f"{path} cannot be written: {error.strerror}; the results are kept") from error
+    return f"report: {path}"
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (TextError, StoreError) as error:
+        raise CompareError(str(error)) from error

@@ -1,0 +1,195 @@
+"""What a comparison shows in a terminal: progress while it runs, and a table at its end."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from regard import terminal
+from regard.bench.compare import CompareConfig, Event, Finished, Outcome, Planned, Started, Stepped
+from regard.bench.record import Result
+
+LENGTHS = ("1x", "2x", "4x")
+
+
+class Live:
+    """Call it with every event. In a terminal it draws two bars; elsewhere it prints a line a cell."""
+
+    def __init__(self, config: CompareConfig, console: Console | None = None):
+        self.config, self.console = config, console or terminal.console()
+        if console is None and not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = 100
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._stack = ExitStack()
+        self._drawn = 0.0
+
+    def __enter__(self) -> "Live":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Planned():
+                self._plan(event)
+            case Started():
+                self._bars.reset(
+                    self._cell, total=self.config.steps, description=label(event.cell), note="starting"
+                )
+            case Stepped() if time.monotonic() - self._drawn > 0.1 or event.step == self.config.steps:
+                self._drawn = time.monotonic()
+                note = f"{event.loss:.3f} bits" if event.step < self.config.steps else "measuring"
+                self._bars.update(self._cell, completed=event.step, note=note)
+            case Finished():
+                self._bars.advance(self._all)
+                self._say(f"[{event.number:>{self._digits}}/{self._total}] {line(event.result)}")
+
+    def _plan(self, event: Planned) -> None:
+        self._total, self._digits = len(event.cells), len(str(len(event.cells)))
+        mechanisms = len({cell.mechanism for cell in event.cells})
+        seeds = len({cell.seed for cell in event.cells})
+        settings = event.cells[0].settings
+        self._say(
+            f"{plural(mechanisms, 'mechanism')} x {plural(seeds, 'seed')}, {settings['steps']} steps of "
+            f"{settings['batch']} x {settings['length']} bytes, equal {settings['match']}; "
+            f"text: {settings['data']} ({settings['bytes'] / 1e6:.3g} MB)"
+        )
+        if event.reused:
+            self._say(f"{len(event.reused)} of {self._total} cells are in {Path(self.config.out)} already")
+        if event.others:
+            why = ", ".join(event.differing) or "mechanisms or seeds"
+            self._say(f"{plural(event.others, 'earlier cell')} there with other {why}: kept, not used")
+        self._all = self._bars.add_task("all cells", total=self._total, completed=len(event.reused), note="")
+        self._cell = self._bars.add_task("", total=self.config.steps, note="")
+        if self.console.is_terminal and len(event.reused) < self._total:
+            self._stack.enter_context(self._bars)
+
+    def _say(self, text: str) -> None:
+        self.console.print(terminal.line(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def label(cell: object) -> str:
+    return f"{cell.mechanism} seed {cell.seed}"  # type: ignore[attr-defined]
+
+
+def line(result: Result) -> str:
+    """One finished cell in one line."""
+    if result.status == "failed":
+        return f"{label(result.cell)}: FAILED: {result.reason}"
+    return (
+        f"{label(result.cell)}: {result.heldout['1x']:.3f} bits per byte, "
+        f"{si(result.train_tokens_per_second)} tokens/s, {result.seconds:.0f} s"
+    )
+
+
+def si(value: float) -> str:
+    """Three digits with a prefix: 51.7k."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{prefix}" if value < 999.5 * size else f"{value / size:.0f}{prefix}"
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+Column = tuple[str, Callable[[Result], float | None], Callable[[float], str], int]
+
+
+def _columns() -> list[Column]:
+    """Heading, value, how it is written, and whether more is better (1), less (-1) or neither (0)."""
+    losses: list[Column] = [
+        (f"bits/byte {at}" if at == "1x" else at, lambda r, at=at: r.heldout.get(at), "{:.3f}".format, -1)
+        for at in LENGTHS
+    ]
+    return [
+        *losses,
+        ("train tok/s", lambda r: r.train_tokens_per_second, si, 1),
+        ("gen tok/s", lambda r: r.generate_tokens_per_second, si, 1),
+        ("peak MB", lambda r: r.peak_memory_bytes / 1e6, "{:.0f}".format, -1),
+        ("state KB", lambda r: r.state_bytes / 1e3 or None, "{:.1f}".format, -1),
+        ("params", lambda r: r.parameters, si, 0),
+    ]
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One row a mechanism, best held-out loss first; the best of a column is bold with a star.
+
+    ± is the standard deviation over seeds.
+    """
+    done: dict[str, list[Result]] = {}
+    for result in results:
+        done.setdefault(result.cell.mechanism, [])
+        if result.status == "done":
+            done[result.cell.mechanism].append(result)
+    columns = _columns()
+    rows = []
+    for name, members in done.items():
+        values = [[v for r in members if (v := value(r)) is not None] for _, value, _, _ in columns]
+        rows.append((name, len(members), values))
+    rows.sort(key=lambda row: statistics.fmean(row[2][0]) if row[2][0] else float("inf"))
+    out = Table(pad_edge=False, box=None, padding=(0, 1))
+    out.add_column("mechanism", overflow="fold", max_width=24)
+    for heading, *_ in columns:
+        out.add_column(heading.replace(" ", "\n") if " " in heading else heading, justify="right")
+    best = [_best([row[2][n] for row in rows], column[3]) for n, column in enumerate(columns)]
+    for name, count, values in rows:
+        cells = [Text(terminal.line(name), style="" if count else "dim")]
+        for n, (_, _, write, _) in enumerate(columns):
+            if not values[n]:
+                cells.append(Text("-", style="dim"))
+                continue
+            mean = statistics.fmean(values[n])
+            spread = (
+                f" ±{statistics.stdev(values[n]):.3f}".replace("±0.", "±.")
+                if n < 3 and len(values[n]) > 1
+                else ""
+            )
+            first = mean == best[n] and len(rows) > 1
+            cells.append(
+                Text(f"{'*' if first else ''}{write(mean)}{spread}", style="bold green" if first else "")
+            )
+        out.add_row(*cells)
+    return out
+
+
+def _best(values: list[list[float]], better: int) -> float | None:
+    means = [statistics.fmean(some) for some in values if some]
+    return None if not means or not better else max(means) if better > 0 else min(means)
+
+
+def closing_lines(config: CompareConfig, outcome: Outcome, report: str) -> list[str]:
+    """What is said under the table."""
+    lines = []
+    notes = {f"{result.cell.mechanism}: {note}": None for result in outcome.results for note in result.notes}
+    lines += [terminal.line(note) for note in notes]
+    for result in outcome.failed:
+        lines.append(terminal.line(f"failed: {label(result.cell)}: {result.reason}"))
+    if outcome.failed and not outcome.signal:
+        lines.append("failed cells stay as they are; --retry-failed runs them again")
+    if outcome.signal:
+        left = len(outcome.cells) - len(outcome.results)
+        lines.append(f"stopped with {plural(left, 'cell')} to go; the same command goes on from here")
+    lines.append(f"results: {Path(config.out) / 'results.db'}")
+    if report:
+        lines.append(report)
+    if any(result.checkpoint for result in outcome.results):
+        lines.append(f"models: {Path(config.out) / 'checkpoints'} (regard generate FILE --prompt TEXT)")
+    return lines

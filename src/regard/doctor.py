@@ -1,0 +1,147 @@
+"""What this machine offers: versions, devices, kernels that really run, extras, and what is missing."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's answer."""
+
+    topic: str
+    name: str
+    state: Literal["ok", "no", "fact"]
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order in which it is shown. Raises nothing: what fails is a finding."""
+    return [*_versions(), *_devices(), *_kernels(), *_extras(), *_surroundings()]
+
+
+def _versions() -> list[Finding]:
+    import torch
+
+    from regard import __version__
+
+    system = f"{platform.python_version()} ({platform.python_implementation()})"
+    system += f", {platform.system()} {platform.machine()}"
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"
+    found = {"regard": __version__, "python": system, "torch": torch.__version__, "threads": threads}
+    return [Finding("versions", name, "fact", text) for name, text in found.items()]
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    # Newer versions of torch say what the processor can do; older ones only which of its own builds they use.
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    wanted = {"avx512_bf16": "AVX512-BF16", "amx_tile": "AMX", "sve2": "SVE2", "bf16": "BF16"}
+    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
+    extra = [words for name, words in wanted.items() if told.get(name)]
+    found = [Finding("devices", "cpu", "fact", ", ".join([capability, *extra]))]
+    for n in range(torch.cuda.device_count()):
+        known = torch.cuda.get_device_properties(n)
+        memory = f"{known.total_memory / 2**30:.1f} GiB"
+        text = f"{known.name}, {memory}, compute capability {known.major}.{known.minor}"
+        found.append(Finding("devices", f"cuda:{n}", "ok", text))
+    if torch.backends.mps.is_available():
+        found.append(Finding("devices", "mps", "ok", "Apple GPU"))
+    if len(found) == 1:
+        found.append(
+            Finding("devices", "gpu", "no", "none that this torch can use; everything runs on the CPU")
+        )
+    return found
+
+
+def _kernels() -> list[Finding]:
+    """Each kernel on a small causal problem, on each device, against the eager one on the CPU."""
+    import torch
+
+    from regard import attention, masks
+    from regard.kernels.plan import KERNELS
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 160, 16, generator=generator)
+    expected = attention(q, k, v, mask=masks.causal(), kernel="eager")
+    found = []
+    for device in ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]:
+        for name in KERNELS:
+            at = (t.to(device) for t in (q, k, v))
+            try:
+                off = float((attention(*at, mask=masks.causal(), kernel=name).cpu() - expected).abs().max())
+            except Exception as error:  # whatever a broken driver or build throws is the finding
+                reason = str(error).splitlines() or [type(error).__name__]
+                found.append(Finding("kernels", f"{name} on {device}", "no", reason[0]))
+                continue
+            fine = off <= 1e-3  # TF32 and other devices' orders of summing; a wrong kernel is off by far more
+            text = "runs" if fine else f"runs, but is wrong by {off:.2g}; use another kernel and report it"
+            found.append(Finding("kernels", f"{name} on {device}", "ok" if fine else "no", text))
+    return found
+
+
+def _extras() -> list[Finding]:
+    """Each extra of the package, and the command that installs it where something is missing."""
+    try:
+        wanted = importlib.metadata.requires("regard") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("extras", "regard", "no", "not installed as a package, so its extras are unknown")]
+    extras: dict[str, list[str]] = {}
+    for requirement in wanted:
+        if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w.-]+)['\"]", requirement):
+            extras.setdefault(match[2], []).append(match[1])
+    found = []
+    for extra, packages in sorted(extras.items()):
+        missing = [package for package in packages if not _installed(package)]
+        if missing:
+            text = f"without {', '.join(missing)}; pip install 'regard[{extra}]'"
+            found.append(Finding("extras", extra, "no", text))
+        else:
+            found.append(Finding("extras", extra, "ok", "installed"))
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _surroundings() -> list[Finding]:
+    found = []
+    compiler = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
+    if compiler:
+        found.append(Finding("surroundings", "compiler", "ok", compiler))
+    else:
+        found.append(
+            Finding(
+                "surroundings",
+                "compiler",
+                "no",
+                "no C++ compiler on PATH; torch.compile on the CPU needs one",
+            )
+        )
+    try:
+        with tempfile.TemporaryFile(dir="."):
+            free = shutil.disk_usage(".").free / 2**30
+        found.append(
+            Finding("surroundings", "folder", "ok", f"{os.getcwd()} can be written, {free:.0f} GiB free")
+        )
+    except OSError as error:
+        found.append(
+            Finding(
+                "surroundings",
+                "folder",
+                "no",
+                f"the current folder cannot be written ({error.strerror}); give --out",
+            )
+        )
+    return found

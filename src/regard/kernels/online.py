@@ -1,0 +1,156 @@
+"""Softmax attention tile by tile: a running softmax forward, tiles recomputed from the log-sum-exp backward.
+
+    forward    m' = max(m, max_j s);  n <- e^(m-m') n + e^(s-m') v;  d <- e^(m-m') d + sum_j e^(s-m');  out = n / d
+    backward   p = e^(s - lse),  dv += p^T do,  ds = p (do v^T - sum_v(do out)),  dq += ds k scale,  dk += ds^T q scale
+
+Rabe, Staats 2021, https://arxiv.org/abs/2112.05682, section 3 (forward); the backward from the kept log-sum-exp is
+Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B.2. No tile outlives its turn in either direction.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from regard.kernels.problem import Problem, combine, dots, rectangle
+from regard.masks.verdict import Tiles
+
+QUERIES, KEYS = 256, 1024
+"""Tile sizes: large enough for the matrix products to run at full speed, small enough to stay near the cache."""
+
+
+def online(p: Problem, rows: int, keys: int) -> Float[Tensor, "B H T V"]:
+    """Attention with at most an additive bias, in tiles of `rows` x `keys`. Differentiable once."""
+    bias = [] if p.bias is None else [p.bias]
+    parameters = list(p.position.parameters()) if p.position_bias and p.position is not None else []
+    out, _ = _Online.apply(p, rows, keys, len(bias), p.q, p.k, p.v, *bias, *parameters)
+    return out
+
+
+class _Online(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Problem, rows: int, keys: int, biases: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        q, _, v = tensors[:3]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = v.new_empty(*q.shape[:3], v.shape[3])
+        lse = q.new_empty(*q.shape[:3], 1, dtype=wide)
+        for at, tiles in tiling(p, rows, keys):
+            shape = (*q.shape[:2], at.stop - at.start, 1)
+            top, total = q.new_full(shape, -math.inf, dtype=wide), q.new_zeros(shape, dtype=wide)
+            mixed = q.new_zeros(*shape[:3], v.shape[3], dtype=wide)
+            for part, full in tiles:
+                scores = _scores(p, at, part, full)
+                new = torch.maximum(top, scores.amax(-1, keepdim=True))
+                base = torch.where(new == -math.inf, 0.0, new)
+                weights, keep = (scores - base).exp_(), (top - base).exp_()
+                mixed = mixed.mul_(keep).add_(combine(weights, v[:, :, part]))
+                total = total.mul_(keep).add_(weights.sum(-1, keepdim=True))
+                top = new
+            lse[:, :, at] = top + total.log()
+            out[:, :, at] = torch.where(total > 0, mixed / total, 0.0)
+        ctx.problem, ctx.sizes, ctx.biases = p, (rows, keys), biases
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, q, k, v, *others = ctx.saved_tensors
+        biases, parameters = others[: ctx.biases], others[ctx.biases :]
+        p = replace(ctx.problem, q=q, k=k, v=v, bias=biases[0] if biases else None)
+        wide = lse.dtype
+        dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
+        extra = [torch.zeros_like(t, dtype=wide) for t in others]
+        for at, tiles in tiling(p, *ctx.sizes):
+            do = grad[:, :, at].to(wide)
+            delta = (do * out[:, :, at].to(wide)).sum(-1, keepdim=True)
+            # A row that saw nothing has lse -inf; any finite stand-in gives weights e^(-inf) = 0.
+            norm = torch.where(lse[:, :, at] == -math.inf, 0.0, lse[:, :, at])
+            for part, full in tiles:
+                weights = (_scores(p, at, part, full) - norm).exp_()
+                dv[:, :, part] += _per_key(weights, do, k.shape[1])
+                ds = weights.mul_(dots(do, v[:, :, part]).sub_(delta))
+                if p.bias is not None and ctx.needs_input_grad[7]:
+                    _add_bias_grad(extra[0], ds, at, part)
+                if p.position_bias:
+                    _add_position_grads(p, ds, at, part, dq, dk, extra[len(biases) :], parameters)
+                ds = ds.mul_(p.scale)
+                dq[:, :, at] += combine(ds, k[:, :, part])
+                dk[:, :, part] += _per_key(ds, q[:, :, at], k.shape[1])
+        grads = [g.to(t.dtype) for g, t in zip((dq, dk, dv, *extra), (q, k, v, *others), strict=True)]
+        return None, None, None, None, *grads
+
+
+def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """Query chunks, and for each the key chunks that may hold an allowed pair, with whether all of theirs are."""
+    T, S = p.q.shape[2], p.k.shape[2]
+    starts = torch.arange(0, S, keys)
+    first_query = p.first_key + S - T
+    for start in range(0, T, rows):
+        at = slice(start, min(start + rows, T))
+        parts = [slice(j, min(j + keys, S)) for j in starts.tolist()]
+        if p.mask is None:
+            yield at, [(part, True) for part in parts]
+            continue
+        i_lo, i_hi = (torch.tensor(first_query + n) for n in (at.start, at.stop - 1))
+        stops = (starts + keys).clamp(max=S)
+        verdict = p.mask.to("cpu").judge(Tiles(i_lo, i_hi, starts + p.first_key, stops - 1 + p.first_key))
+        # Masks that differ by batch row or head answer for each; a tile counts if any needs it.
+        may = verdict.may.reshape(-1, verdict.may.shape[-1]).any(0).expand(len(parts))
+        full = verdict.full.reshape(-1, verdict.full.shape[-1]).all(0).expand(len(parts))
+        yield at, [(part, bool(f)) for part, m, f in zip(parts, may, full, strict=True) if m]
+
+
+def _scores(p: Problem, at: slice, part: slice, full: bool) -> Float[Tensor, "B H t s"]:
+    """Scaled scores with bias, -inf where masked."""
+    scores = dots(p.q[:, :, at], p.k[:, :, part]).mul_(p.scale)
+    if p.position_bias:
+        scores += p.position.bias(rectangle(p, at, part, scored=False))  # type: ignore[union-attr,operator]
+    if p.bias is not None:
+        scores += _slice(p.bias, at, part)
+    if not full and p.mask is not None:
+        scores.masked_fill_(~p.mask.at(p.i[at], p.j[part]), -math.inf)
+    return scores
+
+
+def _slice(bias: Tensor, at: slice, part: slice) -> Tensor:
+    bias = bias if bias.shape[2] == 1 else bias[:, :, at]
+    return bias if bias.shape[3] == 1 else bias[..., part]
+
+
+def _per_key(weights: Float[Tensor, "B H t s"], z: Float[Tensor, "B H t D"], groups: int) -> Tensor:
+    """weights^T z, summed over the query heads of each group: (B, G, s, D)."""
+    B, H, t, s = weights.shape
+    rows = H // groups * t
+    return weights.reshape(B, groups, rows, s).mT @ z.to(weights.dtype).reshape(B, groups, rows, -1)
+
+
+def _add_bias_grad(total: Tensor, ds: Tensor, at: slice, part: slice) -> None:
+    target = _slice(total, at, part)
+    target += ds.sum_to_size(target.shape)
+
+
+def _add_position_grads(
+    p: Problem, ds: Tensor, at: slice, part: slice, dq: Tensor, dk: Tensor, extra: list[Tensor], parameters: list[Tensor]
+) -> None:
+    """What flows through the position's bias: to its parameters, and to q and k if it reads them."""
+    with torch.enable_grad():
+        q, k = (t.detach().requires_grad_() for t in (p.q[:, :, at], p.k[:, :, part]))
+        rows = replace(rectangle(p, at, part, scored=False), q=q, k=k)
+        bias = p.position.bias(rows)  # type: ignore[union-attr]
+    if bias is None or not bias.requires_grad:
+        return
+    wanted = [t for t in parameters if t.requires_grad]
+    got = torch.autograd.grad(
+        bias, [q, k, *wanted], ds.sum_to_size(bias.shape).to(bias.dtype), allow_unused=True
+    )
+    targets = [dq[:, :, at], dk[:, :, part], *(e for e, t in zip(extra, parameters, strict=True) if t.requires_grad)]
+    for target, g in zip(targets, got, strict=True):
+        if g is not None:
+            target += g

@@ -1,0 +1,234 @@
+"""ETC: a few global tokens see everything; the many long tokens see their neighbourhood and the global
+tokens.
+
+    long i:    one softmax over long j with |i - j| <= R, and all global j      time O(N (2R + 1 + NG))
+    global i:  one softmax over all global j and all long j
+    label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K
+
+Ainslie et al. 2020, https://arxiv.org/abs/2004.08483: abstract and a public note read, the authors' released
+code followed. The attention itself is in `global_local.py`. Differs from the paper: masks are hard, one width
+serves both sides, and every pair of a long and a global token has the label 2K + 1.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.masks import Mask
+from regard.masks.tensors import Kept, Lengths
+from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
+
+
+_PROJECTIONS = {
+    "qkv": {"l2l": "all", "l2g": "all", "g2g": "all", "g2l": "all"},
+    "kv": {"l2l": "long", "l2g": "long", "g2g": "global", "g2l": "global"},
+    "none": {"l2l": "l2l", "l2g": "l2g", "g2g": "g2g", "g2l": "g2l"},
+}
+"""Which key and value projection each piece uses under each form of sharing."""
+
+
+class ETCAttention(nn.Module):
+    """Bidirectional global-local self-attention. The first `num_global` tokens are the global ones.
+
+    Args:
+        dim, num_heads: M and H; the head width is dim / num_heads.
+        radius: a long token sees that many neighbours on each side.
+        max_distance: K, beyond which distances share a label; None leaves labels out.
+        share: "qkv" uses one set of projections for everything; otherwise queries and outputs have one for each
+            side, and keys and values one for each side's queries ("kv") or for each of the four pieces ("none").
+        dropout: of the weights, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_global: int,
+        radius: int,
+        max_distance: int | None = 12,
+        share: Literal["qkv", "kv", "none"] = "qkv",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"ETCAttention: dim {dim} is not a multiple of num_heads {num_heads}")
+        if num_global < 1 or radius < 1 or (max_distance is not None and max_distance < 1):
+            raise ValueError(
+                f"ETCAttention: num_global, radius and max_distance must be at least 1 (got {num_global}, "
+                f"{radius}, {max_distance})"
+            )
+        if share not in _PROJECTIONS:
+            raise ValueError(
+                f"ETCAttention: unknown share {share!r}; expected one of {', '.join(_PROJECTIONS)}"
+            )
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"ETCAttention: dropout must lie in [0, 1] (got {dropout})")
+        self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
+        self.radius, self.max_distance, self.share, self.dropout = radius, max_distance, share, dropout
+        at = {"device": device, "dtype": dtype}
+        sides = ["all"] if share == "qkv" else ["long", "global"]
+        pieces = sorted(set(_PROJECTIONS[share].values()))
+        self.q_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in sides})
+        self.k_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in pieces})
+        self.v_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in pieces})
+        self.o_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in sides})
+        if max_distance is not None:
+            count = 2 * max_distance + 2
+            for side in ("long", "global"):
+                vector = torch.empty(count, num_heads, dim // num_heads, **at)
+                self.register_parameter(f"{side}_vector", nn.Parameter(vector))
+                self.register_parameter(f"{side}_number", nn.Parameter(torch.empty(count, num_heads, **at)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, p in self.named_parameters():
+            if name.endswith(("bias", "_number")):
+                nn.init.zeros_(p)
+            else:
+                std = 0.5 if name.endswith("_vector") else 0.02
+                nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        *,
+        mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """x is [global tokens, long tokens]; mask hides keys: `regard.masks.padding`, or True = may be seen."""
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < self.num_global:
+            raise ValueError(
+                f"ETCAttention: x has shape {tuple(x.shape)}; expected (batch, at least {self.num_global} tokens, "
+                f"{self.dim})"
+            )
+        NG, T = self.num_global, x.shape[1]
+        keep = _key_padding(mask, x)
+        if keep is not None:  # what padding holds must not reach the rest, not even as 0 * NaN
+            x = x.masked_fill(~keep[..., None] & ~x.detach().isfinite(), 0)
+        parts = {"global": x[:, :NG], "long": x[:, NG:]}
+
+        def heads(projections: nn.ModuleDict, name: str, side: str) -> Float[Tensor, "B H t D"]:
+            return projections[name](parts[side]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        query = {side: heads(self.q_proj, side if side in self.q_proj else "all", side) for side in parts}
+        key_side = {"l": "long", "g": "global"}
+        k, v = (
+            Pieces(
+                **{
+                    piece: heads(proj, name, key_side[piece[-1]])
+                    for piece, name in _PROJECTIONS[self.share].items()
+                }
+            )
+            for proj in (self.k_proj, self.v_proj)
+        )
+        tables = {}
+        if self.max_distance is not None:
+            for side in parts:
+                tables[f"{side}_table"] = Table(
+                    getattr(self, f"{side}_vector"), getattr(self, f"{side}_number")
+                )
+        long_out, global_out = global_local_attention(
+            query["long"],
+            query["global"],
+            k,
+            v,
+            radius=self.radius,
+            masks=NOTHING if keep is None else self._masks(keep),
+            labels=self._labels(T - NG, x.device),
+            dropout=self.dropout if self.training else 0.0,
+            **tables,
+        )
+        out = {"global": global_out, "long": long_out}
+        merged = {side: z.transpose(1, 2).flatten(2).to(x.dtype) for side, z in out.items()}
+        return torch.cat(
+            [self.o_proj[s if s in self.o_proj else "all"](merged[s]) for s in ("global", "long")], 1
+        )
+
+    def _masks(self, keep: Bool[Tensor, "B T"]) -> Pieces:
+        NG, N = self.num_global, keep.shape[1] - self.num_global
+        near, far = keep[:, None, :NG], keep[:, None, NG:]
+        l2l = window(keep[:, NG:], self.radius)
+        return Pieces(l2l, near.expand(-1, N, -1), near.expand(-1, NG, -1), far.expand(-1, NG, -1))
+
+    def _labels(self, N: int, device: torch.device) -> Pieces:
+        if self.max_distance is None:
+            return NOTHING
+        K, NG, R = self.max_distance, self.num_global, self.radius
+        offsets = torch.arange(-R, R + 1, device=device)
+        i = torch.arange(NG, device=device)
+        across = torch.full((1, N, NG), 2 * K + 1, device=device)
+        l2l = distance_labels(offsets, K).expand(1, N, -1)
+        return Pieces(l2l, across, distance_labels(i - i[:, None], K)[None], across.mT)
+
+
+def _key_padding(mask: Mask | Tensor | None, x: Float[Tensor, "B T M"]) -> Bool[Tensor, "B T"] | None:
+    """Whichever form the padding came in, as (B, T); anything else raises."""
+    B, T = x.shape[:2]
+    if mask is None:
+        return None
+    if isinstance(mask, Kept | Lengths):
+        at = torch.arange(T, device=x.device)
+        return mask.at(at[-1:], at)[:, 0, 0].expand(B, -1)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in ((B, T), (B, 1, 1, T)):
+        return mask.reshape(B, T)
+    got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+    raise ValueError(
+        f"ETCAttention: mask can only hide keys (got {got}); expected masks.padding or bool ({B}, {T})"
+    )
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    num_global: int = 2,
+    radius: int = 84,
+    max_distance: int | None = 12,
+    share: Literal["qkv", "kv", "none"] = "qkv",
+    dropout: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ETCAttention:
+    if causal:
+        raise ValueError("etc: is a bidirectional encoder, global tokens see everything (got causal=True)")
+    if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
+        raise ValueError(
+            f"etc: needs num_kv_heads == num_heads and head_dim == dim / num_heads (got {shape.num_kv_heads} key "
+            f"heads of width {shape.head_dim} for {shape.num_heads} heads and dim {shape.dim})"
+        )
+    options = {"num_global": num_global, "radius": radius, "max_distance": max_distance, "share": share}
+    return ETCAttention(shape.dim, shape.num_heads, dropout=dropout, device=device, dtype=dtype, **options)
+
+
+CARD = register(
+    Card(
+        name="etc",
+        family="mixers",
+        gist="A few global tokens see all; long tokens see a window and the global tokens.",
+        equation="long i: softmax over |i - j| <= R and globals;  global i: softmax over all",
+        paper=Paper(
+            "ETC: Encoding Long and Structured Inputs in Transformers",
+            "Ainslie et al.",
+            2020,
+            "2004.08483",
+            "abstract; official code",
+        ),
+        build=_build,
+        supports=frozenset({"bidirectional", "padding", "dropout", "compile"}),
+        traits=frozenset({"normalised", "nonnegative", "linear_in_values"}),
+        cost=Cost("2*B*H*D*(T*(2*radius + 1 + num_global) + num_global*T)", ""),
+        claim="Time grows linearly with length; with R >= N it is full attention: tests/mixers/test_etc.py.",
+        differs=(
+            "Masks are hard, where the code adds -10000.",
+            "Pairs of a long and a global token share one extra label; structured labels go to the function.",
+        ),
+        verified="third-party",
+        example={"num_global": 2, "radius": 2, "max_distance": 3},
+    )
+)

@@ -1,0 +1,58 @@
+"""Mechanisms of a caller's own, most of them with a fault. Workers import this file by its name."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Good(nn.Module):
+    """A causal running mean, which can stream."""
+
+    def __init__(self, *, dim, num_heads, causal, width=1.0):
+        super().__init__()
+        assert causal
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.width = width
+
+    def forward(self, x):
+        return self.proj(x).cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None] * self.width
+
+    def init_state(self, batch_size, capacity):
+        return {"sum": torch.zeros(batch_size, 1, self.proj.out_features), "seen": 0}
+
+    def step(self, x, state):
+        total = state["sum"] + self.proj(x).cumsum(1)
+        count = state["seen"] + torch.arange(1, x.shape[1] + 1)[:, None]
+        return total / count * self.width, {"sum": total[:, -1:], "seen": state["seen"] + x.shape[1]}
+
+
+class Raises(Good):
+    def forward(self, x):
+        raise RuntimeError("this mechanism\nis broken")
+
+
+class Diverges(Good):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+class Short(Good):
+    """Knows 16 positions and no more. Cannot stream."""
+
+    init_state = None
+
+    def forward(self, x):
+        if x.shape[1] > 16:
+            raise ValueError(f"Short: length {x.shape[1]} exceeds 16")
+        return super().forward(x)
+
+
+class Hangs(Good):
+    """Says in a file which process it hangs in."""
+
+    def forward(self, x):
+        Path(os.environ["STUB_PID"]).write_text(str(os.getpid()))
+        time.sleep(600)

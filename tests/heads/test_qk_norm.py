@@ -1,0 +1,37 @@
+"""Query-key normalisation against loops, and torch's own RMS norm."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from regard.heads import QKNorm
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_the_formula(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    B, G, R, T, S, D = (int(torch.randint(1, n, (), generator=g)) for n in (3, 3, 4, 5, 5, 6))
+    eps = (1e-6, 1e-2)[seed % 2]
+    part = QKNorm(D, eps=eps).double()
+    weights = normal(seed, D), normal(seed + 1, D)
+    with torch.no_grad():
+        part.q_weight.copy_(weights[0])
+        part.k_weight.copy_(weights[1])
+    q, k, v = normal(seed + 2, B, G * R, T, D), normal(seed + 3, B, G, S, D), normal(seed + 4, B, G, S, D)
+    got = part(q, k, v)
+    assert torch.equal(got[2], v)
+    for z, weight, result in zip((q, k), weights, got[:2], strict=True):
+        want = torch.zeros_like(z)
+        for row in np.ndindex(*z.shape[:-1]):
+            size = math.sqrt(sum(float(value) ** 2 for value in z[row]) / D + eps)
+            for d in range(D):
+                want[row][d] = z[row][d] / size * weight[d]
+        assert (result - want).abs().max() < 1e-12
+        assert (result - torch.nn.functional.rms_norm(z, (D,), weight, eps)).abs().max() < 1e-12

@@ -1,0 +1,55 @@
+"""The sliding windows against Longformer's own layer."""
+
+import pytest
+import torch
+from transformers import LongformerConfig
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+from regard import masks
+from regard.kinds import HeadShape
+from regard.masks.sliding import DILATED, WINDOW
+
+SHAPE = HeadShape(dim=24, num_heads=6, num_kv_heads=6, head_dim=4)
+
+
+def test_builders_give_the_masks():
+    assert WINDOW.slots(SHAPE) == {"mask": masks.window(128)}
+    assert WINDOW.slots(SHAPE, window=4) == {"mask": masks.window(4)}
+    assert DILATED.slots(SHAPE, window=3, dilation=2) == {"mask": masks.dilated(3, 2)}
+    with pytest.raises(ValueError, match="window: size must be an int >= 1"):
+        WINDOW.slots(SHAPE, window=0)
+    with pytest.raises(ValueError, match="dilated: dilation must be an int >= 1"):
+        DILATED.slots(SHAPE, dilation=0)
+
+
+@pytest.mark.parametrize("w", [4, 8])
+def test_window_is_longformers(w):
+    """Its w is ours as 2 * (window - 1). Its softmax runs in fp32 whatever the input, hence the tolerance."""
+    torch.manual_seed(w)
+    config = LongformerConfig(
+        hidden_size=24, num_attention_heads=6, attention_window=[w], attention_probs_dropout_prob=0.0
+    )
+    layer = LongformerSelfAttention(config, layer_id=0).double().eval()
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    nothing_hidden = torch.zeros(2, 16, dtype=torch.float64)
+    theirs = layer(
+        x,
+        attention_mask=nothing_hidden,
+        is_index_masked=nothing_hidden.bool(),
+        is_index_global_attn=nothing_hidden.bool(),
+        is_global_attn=False,
+    )[0]
+    q, k, v = (f(x).view(2, 16, 6, 4).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
+    allowed = WINDOW.slots(SHAPE, window=w // 2 + 1)["mask"].dense(16)
+    ours = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    torch.testing.assert_close(ours.transpose(1, 2).flatten(2), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_stacked_windows_see_layers_times_as_far():
+    """l layers reach l * (W - 1) keys back, and l * (W - 1) * d when dilated."""
+    for mask, reach in ((masks.window(4), 3), (masks.dilated(4, 3), 9)):
+        one = (masks.causal() & mask).dense(40)[0, 0].double()
+        back = torch.arange(40)[:, None] - torch.arange(40)
+        for layers in (1, 2, 3):
+            seen = torch.linalg.matrix_power(one, layers) > 0
+            assert back[seen].max() == layers * reach

@@ -1,0 +1,119 @@
+"""Text is read whole, split without overlap, and refused in one line where it cannot serve."""
+
+import os
+
+import pytest
+import torch
+
+from regard.tasks.text import TextError, load, needed_bytes
+
+PROSE = "".join(f"line {n} of a text that nobody wrote\n" for n in range(2000)).encode()
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(PROSE)
+    return path
+
+
+def test_both_parts_together_are_the_text(book):
+    text = load([book], length=32)
+    assert text.train + text.heldout == PROSE
+    assert len(text.heldout) == len(PROSE) - len(text.train) == pytest.approx(len(PROSE) / 10, abs=1)
+
+
+def test_the_heldout_end_holds_a_stretch_of_four_lengths(book):
+    book.write_bytes(PROSE[: needed_bytes(128)])
+    text = load([book], length=128)
+    assert len(text.heldout) == len(text.train) == 4 * 128 + 1
+    assert text.heldout_windows(4 * 128, 1000).shape == (1, 4 * 128 + 1)
+
+
+def test_batches_depend_on_the_seed_alone(book):
+    text = load([book], length=16)
+    first, again, other = (next(text.batches(4, 16, seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (4, 17)
+    assert all(bytes(row.tolist()) in text.train for row in first)
+
+
+def test_heldout_windows_predict_each_byte_once(book):
+    text = load([book], length=16)
+    windows = text.heldout_windows(64, 640)
+    assert windows.shape == (10, 65)
+    starts = [text.heldout.find(bytes(w.tolist())) for w in windows]
+    assert all(b - a >= 64 for a, b in zip(starts, starts[1:]))
+
+
+def test_a_fingerprint_tells_texts_apart(book):
+    before = load([book], length=16).fingerprint
+    assert before == load([book], length=16).fingerprint
+    book.write_bytes(PROSE[:-1] + b"!")
+    assert load([book], length=16).fingerprint != before
+
+
+def test_a_folder_is_read_in_an_order_of_its_own_without_binaries_copies_and_hidden_files(tmp_path):
+    for n in range(20):
+        (tmp_path / f"{n:02}.txt").write_bytes(b"%02d " % n * 300)
+    (tmp_path / "copy.txt").write_bytes(b"07 " * 300)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0" * 300)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_bytes(b"hidden " * 300)
+    text = load([tmp_path], length=16)
+    whole = text.train + text.heldout
+    assert sorted(whole.split(b"\n")) == [b"%02d " % n * 300 for n in range(20)]
+    assert whole.split(b"\n") != sorted(whole.split(b"\n")), "the end would be the last names only"
+
+
+def test_the_default_text_is_the_standard_library_and_always_the_same():
+    text = load(length=64)
+    assert 2_000_000 < len(text.train) < 8_000_000
+    assert b"def " in text.train
+    assert b"def " in text.heldout
+    assert text.fingerprint == load(length=64).fingerprint
+
+
+def test_old_eight_bit_text_is_text(book):
+    book.write_bytes("Ein Männlein steht im Walde ganz still und stumm.\n".encode("latin-1") * 50)
+    assert len(load([book], length=16).train) > 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b" \n" * 3000, "is empty"),
+        (b"too short", rf"too short \(9 bytes\).*at least {needed_bytes(64)} bytes"),
+        (b"text\0text" * 500, "NUL bytes"),
+        (bytes(range(128, 256)) * 100, "not UTF-8"),
+    ],
+)
+def test_text_that_cannot_serve_is_refused(book, content, said):
+    book.write_bytes(content)
+    with pytest.raises(TextError, match=said) as caught:
+        load([book], length=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_exactly_enough_is_enough(book):
+    book.write_bytes(PROSE[: needed_bytes(64) - 1])
+    with pytest.raises(TextError, match="too short"):
+        load([book], length=64)
+    book.write_bytes(PROSE[: needed_bytes(64)])
+    load([book], length=64)
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    with pytest.raises(TextError, match=r"nowhere\.txt does not exist"):
+        load([tmp_path / "nowhere.txt"], length=64)
+    with pytest.raises(TextError, match="no text files"):
+        load([tmp_path], length=64)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_refused(book):
+    book.chmod(0)
+    with pytest.raises(TextError, match="Permission denied"):
+        load([book], length=64)
