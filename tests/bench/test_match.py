@@ -58,4 +58,3 @@ def test_hidden_work_counts_at_least_its_parameters():
 def test_a_mechanism_that_is_too_large_is_refused():
     with pytest.raises(ValueError, match=r"cannot be matched in params"):
         matched(LMConfig("softmax(head_dim=512)", 64, 2, 4, 16), "params")
-

@@ -46,7 +46,9 @@ def test_a_row_is_replaced_and_not_doubled(tmp_path):
 
 def test_any_changed_setting_is_another_cell():
     cell = FULL.cell
-    others = [replace(cell, **change) for change in ({"seed": 1}, {"mechanism": "x"}, {"settings": {"steps": 4}})]
+    others = [
+        replace(cell, **change) for change in ({"seed": 1}, {"mechanism": "x"}, {"settings": {"steps": 4}})
+    ]
     assert len({cell.key, *(other.key for other in others)}) == 4
     assert replace(cell, settings=json.loads(json.dumps(cell.settings))).key == cell.key
 
@@ -68,7 +70,10 @@ with opened(sys.argv[1]):
 """
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"in\n"
-        with pytest.raises(StoreError, match=rf"another run is working .*process {other.pid}\b"), opened(tmp_path):
+        with (
+            pytest.raises(StoreError, match=rf"another run is working .*process {other.pid}\b"),
+            opened(tmp_path),
+        ):
             pass
         other.kill()
     assert (tmp_path / ".lock").read_text() == str(other.pid), "what the dead one left"
@@ -125,7 +130,10 @@ def test_a_newer_format_is_left_alone(tmp_path):
 
 def test_folders_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match=r"output folder .* cannot be made"), opened(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(StoreError, match=r"output folder .* cannot be made"),
+        opened(tmp_path / "file" / "run"),
+    ):
         pass
     with pytest.raises(StoreError, match=r"does not exist"):
         read(tmp_path)

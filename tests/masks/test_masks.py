@@ -125,6 +125,12 @@ def test_each_mask_follows_its_rule(name, T, S):
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_each_complement_follows_its_rule(name):
+    mask, rule = RULES[name]
+    check(~mask, lambda *at: not rule(*at), 5, 8, 1, 2, (2, 3))
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_repr_reads_like_the_call(name):
     assert repr(RULES[name][0]) == name
 

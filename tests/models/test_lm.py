@@ -82,7 +82,11 @@ def test_a_mixer_that_cannot_stream_generates_by_full_passes():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_k": 0}, "top_k")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+    ],
 )
 def test_generation_refuses_what_it_cannot_do(options, said):
     with pytest.raises(ValueError, match=said):
@@ -91,7 +95,9 @@ def test_generation_refuses_what_it_cannot_do(options, said):
         model().generate(IDS[:, :0], 2)
 
 
-@pytest.mark.parametrize("change", [{"dim": 0}, {"depth": -1}, {"num_heads": 3}, {"mlp_dim": 1.5}, {"vocab": True}])
+@pytest.mark.parametrize(
+    "change", [{"dim": 0}, {"depth": -1}, {"num_heads": 3}, {"mlp_dim": 1.5}, {"vocab": True}]
+)
 def test_sizes_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match=r"must be an int >= 1|do not divide"):
         replace(SMALL, **change)

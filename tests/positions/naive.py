@@ -48,7 +48,15 @@ def case(seed: int) -> Case:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen, dtype=torch.float64)
 
-    B, G, R, T, more, D, V = pick(1, 2), pick(1, 2), pick(1, 2, 3), pick(1, 3, 4), pick(0, 0, 2), pick(2, 4, 6), pick(3, 5)
+    B, G, R, T, more, D, V = (
+        pick(1, 2),
+        pick(1, 2),
+        pick(1, 2, 3),
+        pick(1, 3, 4),
+        pick(0, 0, 2),
+        pick(2, 4, 6),
+        pick(3, 5),
+    )
     S = T + more
     allowed = torch.ones(B, G * R, T, S, dtype=torch.bool)
     if seed % 2:
@@ -65,7 +73,7 @@ def attention(
     logit: Callable[[int, int, int, int, int], Tensor],
     value: Callable[[int, int, int], Tensor] = lambda h, i, j: 0,
 ) -> Tensor:
-    """softmax over the allowed j of logit(b, h, t, i, j), times v_j + value(h, i, j); 0 where nothing is allowed."""
+    """softmax over the allowed j of logit(b, h, t, i, j), times v_j + value(h, i, j); 0 for an empty row."""
     B, H, T, S = c.allowed.shape
     group = H // c.k.shape[1]
     out = torch.zeros(B, H, T, c.v.shape[-1], dtype=c.v.dtype)
@@ -83,7 +91,15 @@ def run(c: Case, position: Position, kernel: str = "auto") -> Tensor:
     return regard.attention(c.q, c.k, c.v, mask=c.allowed, position=position, kernel=kernel)
 
 
-def rows(q: Tensor, k: Tensor, *, i: Tensor | None = None, j: Tensor | None = None, allowed: Tensor | None = None) -> Rows:
+def check(c: Case, position: Position, wanted: Tensor) -> None:
+    """Whichever kernel runs."""
+    for kernel in ("auto", "eager"):
+        close(run(c, position, kernel), wanted)
+
+
+def rows(
+    q: Tensor, k: Tensor, *, i: Tensor | None = None, j: Tensor | None = None, allowed: Tensor | None = None
+) -> Rows:
     """What a kernel hands to a hook for the whole matrix, with as many key heads as query heads."""
     T, S = q.shape[2], k.shape[2]
     i = torch.arange(S - T, S) if i is None else i

@@ -1,6 +1,7 @@
 """Text is read whole, split without overlap, and refused in one line where it cannot serve."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_heldout_windows_predict_each_byte_once(book):
     windows = text.heldout_windows(64, 640)
     assert windows.shape == (10, 65)
     starts = [text.heldout.find(bytes(w.tolist())) for w in windows]
-    assert all(b - a >= 64 for a, b in zip(starts, starts[1:]))
+    assert all(b - a >= 64 for a, b in pairwise(starts))
 
 
 def test_a_fingerprint_tells_texts_apart(book):

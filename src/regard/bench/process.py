@@ -62,7 +62,8 @@ def answer(
             env=environment,
             start_new_session=True,
         )
-        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         lines: queue.Queue[bytes | None] = queue.Queue()
         threading.Thread(target=_forward, args=(worker.stdout, lines), daemon=True).start()
         deadline = time.monotonic() + timeout

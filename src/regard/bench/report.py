@@ -403,7 +403,8 @@ def _words(key: str) -> str:
 def _warnings(results: Sequence[Result]) -> str:
     lines = []
     for task in dict.fromkeys(r.cell.task for r in results):
-        differing = _differing([r.cell.settings for r in results if r.cell.task == task])
+        settings = [r.cell.settings for r in results if r.cell.task == task]
+        differing = [key for key in _differing(settings) if all(key in found for found in settings)]
         if differing:
             lines.append(
                 f"Not all runs share the same {_listing([_words(k) for k in differing])}: compare with care."
@@ -468,7 +469,10 @@ def _table(group: Group, cards: "_Cards") -> str:
     )
     caption = "<caption>Best first, by held-out loss</caption>"
     head = f'{caption}<thead><tr><th scope="col">Mechanism</th>{head}</tr></thead>'
-    return f'{_scroll("Table of results", head, body)}<p class="note">{legend}</p>'
+    notes = dict.fromkeys((row.label, note) for row in group.rows for r in row.done for note in r.notes)
+    lines = "".join(f"<li>{_text(label, 80)}: {_text(note)}</li>" for label, note in notes)
+    notes_list = f'<ul class="note">{lines}</ul>' if lines else ""
+    return f'{_scroll("Table of results", head, body)}<p class="note">{legend}</p>{notes_list}'
 
 
 def _scroll(label: str, head: str, body: Sequence[str]) -> str:
@@ -770,15 +774,19 @@ def _find_card(name: str) -> Any | None:
         return None
 
 
+def _parts(mechanism: str) -> list[str]:
+    """The names of the cards behind 'gated+rotary' or 'kerple(log_space=True)'."""
+    return [part.strip() for part in mechanism.partition("(")[0].split("+")]
+
+
 class _Cards:
     """The section on the mechanisms; a part that several composites share is told once, then linked."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.names = list(dict.fromkeys(row.mechanism for group in groups for row in group.rows))
-        whole = {name: _find_card(name) for name in self.names if "+" not in name}
-        parts = {part: _find_card(part) for name in self.names if "+" in name for part in name.split("+")}
-        self.cards = {name: card for name, card in (whole | parts).items() if card is not None}
-        told = [n for n in self.names if any(part in self.cards for part in n.split("+"))]
+        found = {part: _find_card(part) for name in self.names for part in _parts(name)}
+        self.cards = {part: card for part, card in found.items() if card is not None}
+        told = [name for name in self.names if any(part in self.cards for part in _parts(name))]
         self.ids = {name: f"mechanism-{i}" for i, name in enumerate(told)}
 
     def link(self, row: Row) -> str:
@@ -788,21 +796,19 @@ class _Cards:
     def section(self) -> str:
         if not self.ids:
             return ""
-        told: dict[str, str] = {name: self.ids[name] for name in self.ids if name in self.cards}
+        # A part with a section of its own is told there, any other in the first section that has it.
+        told = {name: identity for name, identity in self.ids.items() if name in self.cards}
         blocks = []
         for name, identity in self.ids.items():
             blocks.append(f'<section id="{identity}" aria-labelledby="{identity}-name">')
             blocks.append(f'<h3 id="{identity}-name">{_text(name, 80)}</h3>')
-            if name in self.cards:
-                blocks.append(self._card(self.cards[name]))
-            else:
-                for part in (p for p in name.split("+") if p in self.cards):
-                    if part in told:
-                        gist = _text(self.cards[part].gist)
-                        blocks.append(f'<p><a href="#{told[part]}">{_text(part, 80)}</a>: {gist}</p>')
-                    else:
-                        told[part] = identity
-                        blocks.append(f"<h4>{_text(part, 80)}</h4>{self._card(self.cards[part])}")
+            for part in (p for p in _parts(name) if p in self.cards):
+                card = self.cards[part]
+                if told.setdefault(part, identity) != identity:
+                    link = f'<a href="#{told[part]}">{_text(part, 80)}</a>'
+                    blocks.append(f"<p>{link}: {_text(card.gist)}</p>")
+                else:
+                    blocks.append((f"<h4>{_text(part, 80)}</h4>" if part != name else "") + self._card(card))
             blocks.append("</section>")
         return f"<h2>The mechanisms</h2>{''.join(blocks)}"
 

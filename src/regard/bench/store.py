@@ -79,7 +79,7 @@ def read(folder: str | Path) -> list[Result]:
         raise StoreError(f"{path} does not exist; it is written by `regard compare`")
     with (
         _explained(path),
-        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db,
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as db,
     ):
         return [_result(*row) for row in db.execute("SELECT cell, result FROM cells ORDER BY rowid")]
 

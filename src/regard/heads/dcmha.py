@@ -14,6 +14,7 @@ slices.
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ class ComposeHeads(Mix):
         if rank < 1:
             raise ValueError(f"ComposeHeads: rank must be at least 1 (got {rank})")
         hidden = 4 * num_heads if hidden is None else hidden
-        at = {"device": device, "dtype": dtype}
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads = dim, num_heads
         self.dw1 = nn.Parameter(torch.empty(dim, 2, hidden, **at))
         self.qkw = nn.Parameter(torch.empty(2, hidden, 2 * rank, num_heads, **at))

@@ -9,6 +9,7 @@ their equations are inferred. Differs from the paper: the gate has a projection 
 interleaved with the query projection's.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from regard.card import FEATURES, Card, Cost, Paper, register
 from regard.kinds import Gate, GateSite, HeadShape
 
-_ACTIVATIONS = {"sigmoid": torch.sigmoid, "silu": nn.functional.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": nn.functional.silu}
 
 
 def apply_gate(

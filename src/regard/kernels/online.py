@@ -8,16 +8,15 @@ Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B.2. No tile outlive
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from regard.kernels.problem import Problem, combine, dots, rectangle
+from regard.kernels.problem import Problem, attend, combine, dots, rectangle
 from regard.masks.verdict import Tiles
 
 QUERIES, KEYS = 256, 1024
@@ -25,7 +24,7 @@ QUERIES, KEYS = 256, 1024
 
 
 def online(p: Problem, rows: int, keys: int) -> Float[Tensor, "B H T V"]:
-    """Attention with at most an additive bias, in tiles of `rows` x `keys`. Differentiable once."""
+    """Attention with at most an additive bias, in tiles of `rows` x `keys`."""
     bias = [] if p.bias is None else [p.bias]
     parameters = list(p.position.parameters()) if p.position_bias and p.position is not None else []
     out, _ = _Online.apply(p, rows, keys, len(bias), p.q, p.k, p.v, *bias, *parameters)
@@ -59,11 +58,12 @@ class _Online(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *others = ctx.saved_tensors
         biases, parameters = others[: ctx.biases], others[ctx.biases :]
         p = replace(ctx.problem, q=q, k=k, v=v, bias=biases[0] if biases else None)
+        if torch.is_grad_enabled():
+            return None, None, None, None, *_with_graph(p, grad, (q, k, v, *others), ctx.needs_input_grad[4:])
         wide = lse.dtype
         dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
         extra = [torch.zeros_like(t, dtype=wide) for t in others]
@@ -85,6 +85,16 @@ class _Online(torch.autograd.Function):
                 dk[:, :, part] += _per_key(ds, q[:, :, at], k.shape[1])
         grads = [g.to(t.dtype) for g, t in zip((dq, dk, dv, *extra), (q, k, v, *others), strict=True)]
         return None, None, None, None, *grads
+
+
+def _with_graph(
+    p: Problem, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
+    out = attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+    got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(got) if need else None for need in needed]
 
 
 def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:

@@ -60,6 +60,8 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
         run = sdpa.run  # what choose() would say, without its price on small inputs
     else:
         run = KERNELS[choose(p, kernel).kernel].run
+    if 0 in (p.q.shape[0], p.q.shape[2], p.k.shape[2]):
+        run = sdpa.run  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
     if torch.is_autocast_enabled(p.q.device.type):
         with torch.autocast(p.q.device.type, enabled=False):
             return honest(p, run)

@@ -44,7 +44,7 @@ class Mask(ABC):
         return 1
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[int | float, int | float]:
         """(back, ahead), may be infinite: whatever is allowed has -ahead <= i - j <= back."""
         return math.inf, math.inf
 
@@ -173,7 +173,7 @@ class And(Joined):
         return verdict
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[int | float, int | float]:
         return min(part.span[0] for part in self.parts), min(part.span[1] for part in self.parts)
 
     def __repr__(self) -> str:
@@ -196,7 +196,7 @@ class Or(Joined):
         return verdict
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[int | float, int | float]:
         return max(part.span[0] for part in self.parts), max(part.span[1] for part in self.parts)
 
     def __repr__(self) -> str:

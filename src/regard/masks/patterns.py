@@ -16,8 +16,8 @@ from regard.masks.verdict import Tiles, Verdict
 class Diagonals(Mask):
     """-ahead <= i - j <= back, and i - j a multiple of step."""
 
-    back: float
-    ahead: float
+    back: int | float
+    ahead: int | float
     step: int
     words: str = field(compare=False)
 
@@ -50,7 +50,7 @@ class Diagonals(Mask):
         return Verdict.exact(some, full)
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[int | float, int | float]:
         return self.back, self.ahead
 
     @property
@@ -116,7 +116,7 @@ class Blocks(Mask):
         return Verdict.exact(some, some & (first_i == last_i) & (first_j == last_j))
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[int | float, int | float]:
         return self.size - 1, self.size - 1
 
     def __repr__(self) -> str:

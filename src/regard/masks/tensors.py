@@ -236,7 +236,7 @@ class PerHead(Joined):
         return False
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[int | float, int | float]:
         return max(part.span[0] for part in self.parts), max(part.span[1] for part in self.parts)
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ code followed. The attention itself is in `global_local.py`. Differs from the pa
 serves both sides, and every pair of a long and a global token has the label 2K + 1.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +21,6 @@ from regard.kinds import HeadShape
 from regard.masks import Mask
 from regard.masks.tensors import Kept, Lengths
 from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
-
 
 _PROJECTIONS = {
     "qkv": {"l2l": "all", "l2g": "all", "g2g": "all", "g2l": "all"},
@@ -38,8 +37,8 @@ class ETCAttention(nn.Module):
         dim, num_heads: M and H; the head width is dim / num_heads.
         radius: a long token sees that many neighbours on each side.
         max_distance: K, beyond which distances share a label; None leaves labels out.
-        share: "qkv" uses one set of projections for everything; otherwise queries and outputs have one for each
-            side, and keys and values one for each side's queries ("kv") or for each of the four pieces ("none").
+        share: "qkv" uses one set of projections for everything; else queries and outputs have one for each
+            side, keys and values one for each side's queries ("kv") or for each piece ("none").
         dropout: of the weights, in training.
     """
 
@@ -72,7 +71,7 @@ class ETCAttention(nn.Module):
             raise ValueError(f"ETCAttention: dropout must lie in [0, 1] (got {dropout})")
         self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
         self.radius, self.max_distance, self.share, self.dropout = radius, max_distance, share, dropout
-        at = {"device": device, "dtype": dtype}
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         sides = ["all"] if share == "qkv" else ["long", "global"]
         pieces = sorted(set(_PROJECTIONS[share].values()))
         self.q_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in sides})
@@ -101,11 +100,11 @@ class ETCAttention(nn.Module):
         *,
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
-        """x is [global tokens, long tokens]; mask hides keys: `regard.masks.padding`, or True = may be seen."""
+        """x is [global tokens, long tokens]; mask hides keys (`regard.masks.padding`, or True = seen)."""
         if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < self.num_global:
             raise ValueError(
-                f"ETCAttention: x has shape {tuple(x.shape)}; expected (batch, at least {self.num_global} tokens, "
-                f"{self.dim})"
+                f"ETCAttention: x has shape {tuple(x.shape)}; expected (batch, at least {self.num_global} "
+                f"tokens, {self.dim})"
             )
         NG, T = self.num_global, x.shape[1]
         keep = _key_padding(mask, x)
@@ -150,13 +149,13 @@ class ETCAttention(nn.Module):
             [self.o_proj[s if s in self.o_proj else "all"](merged[s]) for s in ("global", "long")], 1
         )
 
-    def _masks(self, keep: Bool[Tensor, "B T"]) -> Pieces:
+    def _masks(self, keep: Bool[Tensor, "B T"]) -> Pieces[Tensor | None]:
         NG, N = self.num_global, keep.shape[1] - self.num_global
         near, far = keep[:, None, :NG], keep[:, None, NG:]
         l2l = window(keep[:, NG:], self.radius)
         return Pieces(l2l, near.expand(-1, N, -1), near.expand(-1, NG, -1), far.expand(-1, NG, -1))
 
-    def _labels(self, N: int, device: torch.device) -> Pieces:
+    def _labels(self, N: int, device: torch.device) -> Pieces[Tensor | None]:
         if self.max_distance is None:
             return NOTHING
         K, NG, R = self.max_distance, self.num_global, self.radius
@@ -199,10 +198,16 @@ def _build(
         raise ValueError("etc: is a bidirectional encoder, global tokens see everything (got causal=True)")
     if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
         raise ValueError(
-            f"etc: needs num_kv_heads == num_heads and head_dim == dim / num_heads (got {shape.num_kv_heads} key "
-            f"heads of width {shape.head_dim} for {shape.num_heads} heads and dim {shape.dim})"
+            f"etc: needs num_kv_heads == num_heads and head_dim == dim / num_heads (got "
+            f"{shape.num_kv_heads} key heads of width {shape.head_dim} for {shape.num_heads} heads, dim "
+            f"{shape.dim})"
         )
-    options = {"num_global": num_global, "radius": radius, "max_distance": max_distance, "share": share}
+    options: dict[str, Any] = {
+        "num_global": num_global,
+        "radius": radius,
+        "max_distance": max_distance,
+        "share": share,
+    }
     return ETCAttention(shape.dim, shape.num_heads, dropout=dropout, device=device, dtype=dtype, **options)
 
 

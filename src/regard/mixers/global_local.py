@@ -10,7 +10,7 @@ gives 0.
 """
 
 import math
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,14 +19,16 @@ from torch.nn import functional as F
 
 from regard.normalizers.softmax import softmax
 
+P = TypeVar("P")
 
-class Pieces(NamedTuple):
+
+class Pieces(NamedTuple, Generic[P]):
     """One thing for each of the four pieces, named query-to-key: l long, g global."""
 
-    l2l: Tensor | None
-    l2g: Tensor | None
-    g2g: Tensor | None
-    g2l: Tensor | None
+    l2l: P
+    l2g: P
+    g2g: P
+    g2l: P
 
 
 class Table(NamedTuple):
@@ -36,26 +38,26 @@ class Table(NamedTuple):
     number: Float[Tensor, "R H"]
 
 
-NOTHING = Pieces(None, None, None, None)
+NOTHING: Pieces[Tensor | None] = Pieces(None, None, None, None)
 
 
 def global_local_attention(
     long_q: Float[Tensor, "B H N D"],
     global_q: Float[Tensor, "B H NG D"],
-    k: Pieces,
-    v: Pieces,
+    k: Pieces[Tensor],
+    v: Pieces[Tensor],
     *,
     radius: int,
-    masks: Pieces = NOTHING,
-    labels: Pieces = NOTHING,
+    masks: Pieces[Tensor | None] = NOTHING,
+    labels: Pieces[Tensor | None] = NOTHING,
     long_table: Table | None = None,
     global_table: Table | None = None,
     dropout: float = 0.0,
 ) -> tuple[Float[Tensor, "B H N V"], Float[Tensor, "B H NG V"]]:
     """Attend globally and locally. Keys and values of each piece are (B, H, keys, width).
 
-    Masks (bool, True = may attend) and labels (int) of l2l are (B|1, N, 2 radius + 1), where column r of row i
-    is key i + r - radius; those of the other pieces (B|1, queries, keys). Columns that fall outside are ignored.
+    Masks (bool, True = may attend) and labels (int) of l2l are (B|1, N, 2 radius + 1): column r of row i is
+    key i + r - radius, ignored where that is outside. Those of the other pieces are (B|1, queries, keys).
     """
     N, D = long_q.shape[2:]
     width, globals_ = 2 * radius + 1, global_q.shape[2]
@@ -99,7 +101,7 @@ def _label_scores(
     far: Tensor | None,
     widths: tuple[int, int],
 ) -> Tensor | float:
-    """q . E[label] + e0[label] of both pieces, by one product with the table and a look-up; 0 without labels."""
+    """q . E[label] + e0[label] of both pieces: one product with the table and a look-up; 0 without labels."""
     if table is None:
         return 0.0
     each = torch.einsum("bhtd,rhd->bhtr", q, table.vector) + table.number.T[:, None]

@@ -79,7 +79,7 @@ CARD = register(
             }
         ),
         cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
-        claim="Heads settle on different sparsity; alpha gets an exact gradient: tests/normalizers/test_entmax.py.",
+        claim="Heads settle on different sparsity: tests/normalizers/test_entmax.py.",
         differs=("The start N(0, 1) of a and the clamp come from code copies.",),
         verified="third-party",
     )

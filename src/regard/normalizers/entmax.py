@@ -44,6 +44,8 @@ def _solve(x: Float[Tensor, "N S"], alpha: float | Float[Tensor, "N 1"]) -> Floa
             slope = rest.sign_().sum(-1, keepdim=True)  # the size of the support
         else:
             power = rest.pow((2 - alpha) / (alpha - 1))
+            if isinstance(alpha, Tensor):
+                power.mul_(rest.sign())  # where alpha is 2, 0^0 must not count as support
             total = rest.mul_(power).sum(-1, keepdim=True)
             h = total.pow(alpha - 1)
             slope = power.sum(-1, keepdim=True) * h / total.clamp(min=tiny)
@@ -145,8 +147,8 @@ def entmax(
     *,
     allowed: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "... S"]:
-    """alpha-entmax along `dim`. A tensor alpha must broadcast against scores with size 1 at `dim`; its values must
-    lie in (1, 2] and are not looked at. What is not allowed (True = allowed), and rows without any, get 0."""
+    """alpha-entmax along `dim`. A tensor alpha must broadcast against scores with size 1 at `dim`; its values
+    must lie in (1, 2] and are not looked at. Entries that are not allowed, and rows without any, get 0."""
     if dim not in (-1, scores.ndim - 1):
         alpha = alpha if not isinstance(alpha, Tensor) or alpha.ndim == 0 else alpha.movedim(dim, -1)
         inner = None if allowed is None else allowed.movedim(dim, -1)

@@ -34,7 +34,7 @@ class Softmax(Normalizer):
     enough.
     """
 
-    sees = "tile"
+    sees = "tile"  # type: ignore[assignment]
     is_softmax = True
 
     def forward(

@@ -33,6 +33,7 @@ def interpolated_lookup(
     by_position: Float[Tensor, "B H t N"], p: Float[Tensor, "B H t S"]
 ) -> Float[Tensor, "B H t S"]:
     """by_position at the real-valued places p, linear between whole ones; p beyond the last is the last."""
+    by_position = by_position.to(p.dtype)  # autocast may have narrowed it
     p = p.clamp(max=by_position.shape[-1] - 1)
     place = p.detach().nan_to_num(0.0)  # NaN can't be an index; it comes back through `part`
     low, high = place.floor(), place.ceil()

@@ -15,7 +15,7 @@ configurations.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,8 +59,8 @@ class KeyQueryConv(Mix):
         super().__init__()
         if query_size < 1 or key_size < 1 or key_size % 2 == 0:
             raise ValueError(
-                f"KeyQueryConv: bad kernel (got query_size {query_size}, key_size {key_size}); expected sizes "
-                "of at least 1 and an odd key_size"
+                f"KeyQueryConv: bad kernel (got query_size {query_size}, key_size {key_size}); expected "
+                "sizes of at least 1 and an odd key_size"
             )
         if on not in ("scores", "weights"):
             raise ValueError(f"KeyQueryConv: unknown on {on!r}; expected 'scores' or 'weights'")
@@ -170,7 +170,8 @@ def _slots(
     head_group: int | None = None,
     layer: int | None = None,
 ) -> dict[str, object]:
-    heads, kernel = shape.num_heads, {"query_size": query_size, "key_size": key_size}
+    heads = shape.num_heads
+    kernel: dict[str, Any] = {"query_size": query_size, "key_size": key_size}
     if head_group is None:
         head_group = max(g for g in range(1, min(16, heads) + 1) if heads % g == 0)
     return {

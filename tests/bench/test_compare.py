@@ -1,0 +1,369 @@
+"""The whole job: refusals before work, one row a cell, resuming after anything, failures that stop no other."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from regard.bench import compare
+from regard.bench.compare import (
+    CompareConfig,
+    CompareError,
+    Finished,
+    Planned,
+    Started,
+    Stepped,
+    execute,
+    run,
+)
+from regard.bench.live import table
+from regard.bench.record import Cell, Result
+from regard.bench.store import read
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+@pytest.fixture
+def config(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("a text that nobody wrote, line by line\n" * 100)
+    return CompareConfig(
+        mechanisms=("softmax", "alibi"),
+        text=(book,),
+        seeds=(0, 1),
+        steps=2,
+        batch=2,
+        length=8,
+        dim=8,
+        depth=1,
+        heads=2,
+        out=tmp_path / "run",
+        threads=1,
+    )
+
+
+class Fake:
+    """Trains nothing, at once, and remembers what it was asked."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+
+    def __call__(self, job, *, timeout, stop, on_step):
+        cell = job["cell"]
+        self.asked.append((cell["mechanism"], cell["seed"]))
+        on_step(1, 8.0)
+        loss = 3 + cell["seed"] + len(cell["mechanism"]) / 100
+        done = {"result": {"status": "done", "heldout": {"1x": loss}, "checkpoint": job["checkpoint"]}}
+        return self.answers.get(cell["mechanism"], done)
+
+
+ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mechanisms": ["softmaxx", "alibi"]}, r"unknown mechanism 'softmaxx'.*did you mean"),
+        ({"mechanisms": ["window(widnow=3)"]}, r"widnow.*did you mean 'window'"),
+        ({"mechanisms": ["alibi("]}, r"'alibi\(' cannot be read"),
+        ({"mechanisms": ["nowhere:Mixer"]}, r"nowhere"),
+        ({"mechanisms": []}, r"no mechanisms"),
+        ({"heads": 3}, r"3 heads do not divide width 8; possible are 1, 2, 4"),
+        ({"steps": 0}, r"steps must be a whole number >= 1, got 0"),
+        ({"batch": 1.5}, r"batch must be a whole number"),
+        ({"lr": float("nan")}, r"lr must be a number > 0, got nan"),
+        ({"timeout": -1}, r"timeout must be"),
+        ({"match": "speed"}, r"match must be 'params' or 'flops'"),
+        ({"seeds": []}, r"seeds must be"),
+        ({"seeds": [-1]}, r"seeds must be"),
+        ({"device": "tpu"}, r"device must be"),
+        ({"device": "cuda:99"}, r"'cuda:99' is not there"),
+        ({"threads": 0}, r"threads must be"),
+        ({"task": "chess"}, r"unknown task"),
+        ({"text": ["/no/such/file"]}, r"/no/such/file does not exist"),
+        ({"length": 10_000}, r"too short"),
+        ({"out": "/proc/nowhere"}, r"output folder /proc/nowhere cannot be made"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_before_any_work(config, change, said):
+    fake = Fake()
+    with pytest.raises(CompareError, match=said) as caught:
+        execute(replace(config, **change), train=fake)
+    assert "\n" not in str(caught.value)
+    assert fake.asked == []
+    assert not (Path(config.out) / "results.db").exists()
+
+
+def test_events_tell_the_story(config):
+    events = []
+    outcome = execute(config, events.append, train=Fake())
+    assert isinstance(events[0], Planned)
+    assert [type(e) for e in events[1:]] == [Started, Stepped, Finished] * 4
+    assert [(e.cell.mechanism, e.cell.seed) for e in events if isinstance(e, Started)] == ALL
+    assert [e.number for e in events if isinstance(e, Finished)] == [1, 2, 3, 4]
+    assert outcome.exit_code == 0
+    assert outcome.results == read(config.out)
+
+
+def test_the_same_command_runs_nothing_twice(config):
+    execute(config, train=Fake())
+    fake, events = Fake(), []
+    outcome = execute(config, events.append, train=fake)
+    assert fake.asked == []
+    assert len(outcome.results) == len(events[0].reused) == 4
+
+
+def test_more_seeds_run_only_what_is_new(config):
+    execute(replace(config, seeds=(0,)), train=Fake())
+    fake = Fake()
+    assert len(execute(config, train=fake).results) == 4
+    assert fake.asked == ALL[2:]
+
+
+@pytest.mark.parametrize("change", [{"steps": 3}, {"lr": 0.1}, {"match": "flops"}, {"threads": 2}])
+def test_rows_of_other_settings_are_kept_and_not_used(config, change):
+    before = execute(config, train=Fake()).results
+    fake, events = Fake(), []
+    outcome = execute(replace(config, **change), events.append, train=fake)
+    assert fake.asked == ALL
+    assert events[0].others == 4
+    assert events[0].differing == list(change)
+    assert read(config.out) == before + outcome.results
+
+
+def test_rows_of_other_code_and_other_text_are_not_used(config, monkeypatch):
+    execute(config, train=Fake())
+    Path(config.text[0]).write_text("another text that nobody wrote\n" * 100)
+    monkeypatch.setattr(compare, "code_version", lambda: "0.0+other")
+    events = []
+    execute(config, events.append, train=Fake())
+    assert set(events[0].differing) == {"bytes", "code", "fingerprint"}
+    assert events[0].reused == []
+
+
+def test_the_code_version_covers_a_mechanism_and_not_the_page(tmp_path, monkeypatch):
+    for name in ("bench/compare.py", "bench/report.py", "positions/alibi.py", "cli.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "bench" / "compare.py"))
+    before = compare.code_version()
+    for name, changes in [("bench/report.py", False), ("cli.py", False), ("positions/alibi.py", True)]:
+        (tmp_path / name).write_text("new")
+        assert (compare.code_version() != before) is changes, name
+
+
+def test_an_edited_mechanism_of_the_callers_own_makes_new_cells(config, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "own_mechanism.py"
+    own.write_text("from stubs import Good\n")
+    mine = replace(config, mechanisms=("own_mechanism:Good(width=2.0)",), seeds=(0,))
+    execute(mine, train=Fake())
+    execute(mine, train=(same := Fake()))
+    own.write_text("from stubs import Good  # edited\n")
+    execute(mine, train=(edited := Fake()))
+    assert (len(same.asked), len(edited.asked)) == (0, 1)
+
+
+def test_a_failed_cell_stops_nothing_and_is_retried_on_request(config):
+    outcome = execute(config, train=Fake(softmax={"failed": "it broke"}))
+    assert [r.status for r in outcome.results] == ["failed", "done", "failed", "done"]
+    assert [r.reason for r in outcome.failed] == ["it broke"] * 2
+    assert outcome.exit_code == 3
+    execute(config, train=(again := Fake()))
+    assert again.asked == []
+    outcome = execute(replace(config, retry_failed=True), train=(retried := Fake()))
+    assert retried.asked == [("softmax", 0), ("softmax", 1)]
+    assert outcome.exit_code == 0
+
+
+def test_a_full_disk_in_a_worker_ends_the_run_in_one_line(config):
+    with pytest.raises(CompareError, match=r"cannot be written: the disk is full .*bytes free"):
+        execute(config, train=Fake(alibi={"full": "x"}))
+    assert [r.cell.mechanism for r in read(config.out)] == ["softmax"]
+
+
+def test_a_missing_checkpoint_is_made_again(config):
+    execute(config, train=Fake())
+    execute(replace(config, checkpoint=True), train=(fake := Fake()))
+    assert fake.asked == ALL
+    names = [r.checkpoint for r in read(config.out)]
+    assert len(set(names)) == 4
+    assert all(name.startswith("checkpoints/") and ".." not in name for name in names)
+
+
+# --- Killed
+
+
+RUN = """
+import json, sys, time
+from pathlib import Path
+from regard.bench import compare
+from regard.tasks.text import Text
+
+folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
+compare.validate = lambda config: (list(config.mechanisms), Text("test", b"x", b"y"))
+compare.code_version = lambda: "test"
+
+def train(job, *, timeout, stop, on_step):
+    cell = job["cell"]
+    log.write(json.dumps([cell["mechanism"], cell["seed"]]) + "\\n")
+    time.sleep(0.01)
+    return {"result": {"status": "done", "parameters": cell["seed"]}}
+
+config = compare.CompareConfig(mechanisms=("a", "b"), seeds=tuple(range(100)), out=folder)
+sys.exit(compare.execute(config, train=train).exit_code)
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_and_repeats_nothing(tmp_path):
+    draw, done = random.Random(0), set()
+    for kill in range(9):
+        log = tmp_path / f"log{kill}"
+        with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "run"), str(log)]) as job:
+            if kill < 8:
+                while job.poll() is None and (
+                    not log.exists() or log.read_bytes().count(b"\n") < 1 + kill % 3
+                ):
+                    time.sleep(0.002)
+                time.sleep(draw.random() * 0.15)
+                job.kill()
+        ran = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
+        assert not done & set(ran), "a committed cell was run again"
+        rows = [(r.cell.mechanism, r.cell.seed) for r in read(tmp_path / "run")]
+        assert len(rows) == len(set(rows))
+        assert done < set(rows), "a committed row was lost, or nothing was done"
+        done = set(rows)
+    assert job.returncode == 0
+    assert done == {(m, seed) for m in "ab" for seed in range(100)}
+    assert all(r.parameters == r.cell.seed for r in read(tmp_path / "run"))
+
+
+def hanging(config, tmp_path):
+    """A run in a process of its own, whose first cell has begun to hang; and the process id of that cell."""
+    code = (
+        "import sys; from pathlib import Path; from regard.bench.compare import *\n"
+        "sys.exit(run(CompareConfig(mechanisms=['stubs:Hangs'], text=[sys.argv[1]], out=sys.argv[2], steps=2, "
+        "batch=2, length=8, dim=8, depth=1, heads=2, seeds=[0], threads=1)))"
+    )
+    environment = {**os.environ, "STUB_PID": str(tmp_path / "pid"), "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", code, str(config.text[0]), str(config.out)]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert job.poll() is None
+        time.sleep(0.05)
+    return job, int((tmp_path / "pid").read_text())
+
+
+def gone(pid, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_a_hint_and_its_worker_with_it(config, tmp_path, number, code):
+    job, worker = hanging(config, tmp_path)
+    with job:
+        job.send_signal(number)
+        said, _ = job.communicate(timeout=20)
+    assert job.returncode == code
+    assert "stopped with 1 cell to go; the same command goes on from here" in said
+    assert gone(worker, 5)
+    assert read(config.out) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_worker_outlives_a_run_that_was_killed(config, tmp_path):
+    job, worker = hanging(config, tmp_path)
+    with job:
+        job.kill()
+    assert gone(worker, 10)
+
+
+# --- For real
+
+
+def test_real_workers_train_fail_and_continue(config):
+    """Good and faulty mechanisms side by side; the loss of the good one is the same in another process."""
+    mechanisms = ("stubs:Good", "stubs:Raises", "stubs:Diverges", "alibi")
+    mixed = replace(config, mechanisms=mechanisms, seeds=(0,), checkpoint=True)
+    out = io.StringIO()
+    assert run(mixed, console=Console(file=out, width=100)) == 3
+    found = {r.cell.mechanism: r for r in read(config.out)}
+    assert [found[m].status for m in mechanisms] == ["done", "failed", "failed", "done"]
+    assert found["stubs:Raises"].reason == "RuntimeError: this mechanism is broken"
+    assert "became nan at step 1" in found["stubs:Diverges"].reason
+    assert found["alibi"].environment["threads"] == "1"
+    assert found["alibi"].peak_memory_bytes > 0
+    assert (Path(config.out) / found["alibi"].checkpoint).is_file()
+    assert "failed: stubs:Raises seed 0: RuntimeError: this mechanism is broken" in out.getvalue()
+    assert (Path(config.out) / "report.html").is_file()
+    again = execute(replace(mixed, mechanisms=("alibi",), out=config.out / "again")).results[0]
+    assert again.heldout == found["alibi"].heldout
+    assert again.curve == found["alibi"].curve
+
+
+# --- What is shown
+
+
+def shown(results, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(results))
+    return console.file.getvalue()
+
+
+def test_the_table_fits_and_marks_the_best():
+    def one(mechanism, seed, loss, **fields):
+        return Result(Cell("text", mechanism, seed), "done", heldout={"1x": loss, "2x": loss + 1}, **fields)
+
+    speed = {"train_tokens_per_second": 51_700.0, "peak_memory_bytes": 10**8, "parameters": 427_264}
+    text = shown(
+        [
+            one("window(window=64)", 0, 3.0, **speed),
+            one("window(window=64)", 1, 3.2, **speed),
+            one("a\x1b[31m_very_long_name_that_nobody_would_give", 0, 2.5, state_bytes=262_144),
+            Result(Cell("text", "broken", 0), "failed", reason="x"),
+        ]
+    )
+    assert max(map(len, text.splitlines())) <= 100
+    assert "\x1b" not in text
+    assert "3.100 ±.141" in text
+    assert text.index("a_very") < text.index("window") < text.index("broken"), "best first"
+    assert "*2.500" in text
+    assert "*3.100" not in text
+    assert "*51.7k" in text
+    assert "427k" in text
+
+
+def test_a_line_a_cell_where_there_is_no_terminal(config, monkeypatch):
+    monkeypatch.setattr(compare, "answer", None)
+    fake = Fake(alibi={"failed": "it \x1b[31m broke"})
+    monkeypatch.setattr(compare.execute, "__kwdefaults__", {"train": fake})
+    console = Console(file=io.StringIO(), width=100)
+    assert run(config, console=console) == 3
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].startswith("2 mechanisms x 2 seeds, 2 steps of 2 x 8 bytes, equal params; text: ")
+    assert lines[1].startswith("[1/4] softmax seed 0: 3.070 bits per byte")
+    assert lines[2] == "[2/4] alibi seed 0: FAILED: it broke"
+    assert "\x1b" not in console.file.getvalue()
