@@ -1,4 +1,4 @@
-"""Fill the parts of README.md that come from commands: `python tools/readme.py`; with --check, only say if one is old.
+"""Fill the parts of README.md that come from commands; with --check, only say whether one is old.
 
 A part begins with `<!-- run: regard ... -->` and ends with `<!-- end -->`.
 """
@@ -30,7 +30,9 @@ def run(command: str) -> str:
     """The output of a regard command at 100 columns."""
     arguments = [sys.executable, "-m", *command.replace("'", "").split()]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
-    return subprocess.run(arguments, env=environment, check=True, capture_output=True, encoding="utf-8").stdout
+    return subprocess.run(
+        arguments, env=environment, check=True, capture_output=True, encoding="utf-8"
+    ).stdout
 
 
 if __name__ == "__main__":

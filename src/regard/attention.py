@@ -19,6 +19,7 @@ from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
 from regard.kinds import Gate, GateSite, HeadMap, Mix, Normalizer, Position
 from regard.masks import Mask, causal, full
+from regard.masks.tensors import Kept, Lengths
 
 
 def attention(
@@ -228,7 +229,7 @@ class Attention(nn.Module):
             self._check_tokens("context", context, self.k_proj.in_features)
             source = context
         if mask is not None:
-            plain_padding = isinstance(mask, Mask) and "padding" in self.supports
+            plain_padding = isinstance(mask, Kept | Lengths) and "padding" in self.supports
             if not plain_padding:
                 self._needs("mask", "takes no mask")
         B, T, S = x.shape[0], x.shape[1], source.shape[1]

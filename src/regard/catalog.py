@@ -106,6 +106,8 @@ def create(
     if any(c.build for c in parts):
         if len(parts) > 1:
             raise ValueError(f"create: {name!r}: only mechanisms that fill slots can be joined by '+'")
+        if "dropout" in own:
+            settings = {"dropout": dropout, **settings}
         module = _required(parts[0].build)(shape, causal=causal, **settings)
     else:
         filled = _slots(parts, shape, {k: v for k, v in settings.items() if k in own})

@@ -35,6 +35,10 @@ _PLAIN = {
 """How pictures and signs read on a terminal that cannot show them."""
 
 
+LEAST = 40
+"""Columns. In fewer, tables would lose their text."""
+
+
 def clean(value: object) -> str:
     """Text without control characters, so that a name or a path cannot steer the terminal."""
     return _UNSAFE.sub("", str(value))
@@ -49,7 +53,9 @@ def console(*, stderr: bool = False) -> "Console":
     """A console of rich that takes text as it is. NO_COLOR and COLUMNS are heeded."""
     from rich.console import Console
 
-    return Console(file=sys.stderr if stderr else sys.stdout, markup=False, highlight=False, emoji=False)
+    made = Console(file=sys.stderr if stderr else sys.stdout, markup=False, highlight=False, emoji=False)
+    made.width = max(made.width, LEAST)
+    return made
 
 
 def show(*parts: "RenderableType", style: str | None = None) -> None:

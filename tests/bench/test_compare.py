@@ -1,4 +1,4 @@
-"""The whole job: refusals before work, one row a cell, resuming after anything, failures that stop no other."""
+"""The whole job: refusals before work, one row a cell, resuming after anything, failures that stop nothing."""
 
 import io
 import json
@@ -231,10 +231,10 @@ sys.exit(compare.execute(config, train=train).exit_code)
 
 def test_a_run_killed_at_any_moment_goes_on_and_repeats_nothing(tmp_path):
     draw, done = random.Random(0), set()
-    for kill in range(9):
+    for kill in range(7):
         log = tmp_path / f"log{kill}"
         with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "run"), str(log)]) as job:
-            if kill < 8:
+            if kill < 6:
                 while job.poll() is None and (
                     not log.exists() or log.read_bytes().count(b"\n") < 1 + kill % 3
                 ):
@@ -245,7 +245,8 @@ def test_a_run_killed_at_any_moment_goes_on_and_repeats_nothing(tmp_path):
         assert not done & set(ran), "a committed cell was run again"
         rows = [(r.cell.mechanism, r.cell.seed) for r in read(tmp_path / "run")]
         assert len(rows) == len(set(rows))
-        assert done < set(rows), "a committed row was lost, or nothing was done"
+        assert done <= set(rows), "a committed row was lost"
+        assert len(set(ran) - set(rows)) <= 1, "more was lost than the cell that ran"
         done = set(rows)
     assert job.returncode == 0
     assert done == {(m, seed) for m in "ab" for seed in range(100)}
@@ -256,8 +257,8 @@ def hanging(config, tmp_path):
     """A run in a process of its own, whose first cell has begun to hang; and the process id of that cell."""
     code = (
         "import sys; from pathlib import Path; from regard.bench.compare import *\n"
-        "sys.exit(run(CompareConfig(mechanisms=['stubs:Hangs'], text=[sys.argv[1]], out=sys.argv[2], steps=2, "
-        "batch=2, length=8, dim=8, depth=1, heads=2, seeds=[0], threads=1)))"
+        "sys.exit(run(CompareConfig(mechanisms=['stubs:Hangs'], text=[sys.argv[1]], out=sys.argv[2], "
+        "steps=2, batch=2, length=8, dim=8, depth=1, heads=2, seeds=[0], threads=1)))"
     )
     environment = {**os.environ, "STUB_PID": str(tmp_path / "pid"), "PYTHONPATH": str(HERE)}
     command = [sys.executable, "-c", code, str(config.text[0]), str(config.out)]

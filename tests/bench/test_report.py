@@ -178,6 +178,13 @@ def test_quantities_keep_three_digits(value, unit, shown):
     assert report._quantity(value, unit) == shown
 
 
+def test_stars_mark_only_what_the_table_can_tell_apart(render):
+    changes = ({"state_bytes": 1000}, {"state_bytes": 1001}, {"state_bytes": 5000})
+    page = render([result(f"m{i}", 0, 1 + i, flops_per_token=1e6 + i, **c) for i, c in enumerate(changes)])
+    assert [page.table[f"m{i}"]["State"] for i in range(3)] == ["★ 1.00 KB", "★ 1.00 KB", "5.00 KB"]
+    assert {page.table[f"m{i}"]["FLOP"] for i in range(3)} == {"1.00 M"}
+
+
 def test_a_difference_within_the_spread_is_said_to_be_undecided(render):
     results = [result("alibi", s, v) for s, v in enumerate((1.50, 1.54))]
     results += [result("gated", s, v) for s, v in enumerate((1.51, 1.55))]

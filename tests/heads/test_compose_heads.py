@@ -109,6 +109,20 @@ def test_is_the_identity_without_qkw_and_dd_and_starts_near_it() -> None:
     close(part(z, rows(z, x, x)).detach(), z, 1e-14)
 
 
+def test_initial_spread_is_that_of_the_authors_code() -> None:
+    torch.manual_seed(0)
+    M, H = 96, 8
+    part, K = ComposeHeads(M, H), 4 * H
+    wanted = {
+        "dw1": math.sqrt(2 / (M + K)),
+        "qkw": 0.02 / (math.sqrt(K) * (H + 2)),
+        "dd": 0.05 * math.sqrt(2 / (H + M)),
+    }
+    for name, std in wanted.items():
+        values = getattr(part, name).detach()
+        assert abs(float(values.std()) / std - 1) < 4 / math.sqrt(2 * values.numel())
+
+
 def test_weights_of_masked_keys_stay_exactly_zero() -> None:
     part = filled(3, 8, 4)
     x = normal(1, 2, 5, 8)

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import regard
 from laws.subject import B, T, build, causalities, close, inputs, law, near, run, same, tokens
@@ -96,7 +97,7 @@ def test_compiled(name: str) -> None:
     for causal in causalities(name)[-1:]:
         torch._dynamo.reset()
         module, x = build(name, causal=causal, dtype=torch.float32), tokens(dtype=torch.float32)
-        graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        graphs = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(module, fullgraph=True, backend=graphs)
         want, got = run(module, x), run(compiled, x)
         exact = run(build(name, causal=causal).double(), x.double())
@@ -112,7 +113,7 @@ def test_compiled(name: str) -> None:
 def test_compiled_for_any_length(name: str) -> None:
     torch._dynamo.reset()
     module = build(name, dtype=torch.float32)
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=graphs)
     for length in (8, 13, 17, 30, 41):
         x = tokens(B, length, dtype=torch.float32)

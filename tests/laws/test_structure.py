@@ -18,11 +18,21 @@ def check_field(name: str, got: Tensor, allowed: Tensor) -> None:
         assert not lost, f"outputs miss tokens of their receptive field: {lost[:5]}"
 
 
+def check_span(module: regard.Attention) -> None:
+    """A window of W sees W keys back, its own included, by count and not by the mask's own predicate."""
+    back, ahead = module.receptive_field().span
+    i, j = reaches(module, tokens(1)).nonzero().T
+    assert (i - j).max() <= back, f"a query sees {int((i - j).max()) + 1} keys back, more than {back + 1}"
+    assert (j - i).max() <= ahead, f"a query sees {int((j - i).max())} keys ahead, more than {ahead}"
+
+
 @law("L3")
 def test_receptive_field(name: str) -> None:
     """Both ways: a token outside the receptive field has gradient exactly 0, one inside has not."""
     for causal in causalities(name):
         module = build(name, causal=causal)
+        if hasattr(module, "receptive_field"):
+            check_span(module)
         got, allowed = reaches(module, tokens(1)), field_of(module, T) | torch.eye(T, dtype=torch.bool)
         # Without a receptive field of its own only the leaks can be judged: nothing sees the future.
         check_field(name, got, allowed if hasattr(module, "receptive_field") else allowed & (got | ~allowed))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import regard
 from regard.mixers.etc import ETCAttention, Pieces, Table, distance_labels, global_local_attention
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B096.npz"
@@ -340,6 +341,29 @@ def test_padding_cannot_poison() -> None:
     poisoned[:, 7:] = float("nan")
     assert torch.equal(layer(x, mask=keep)[:, :7], layer(poisoned, mask=keep)[:, :7])
     assert (layer(x, mask=keep)[:, :7] - layer(x[:, :7])).abs().max() < 1e-12
+
+
+def test_every_form_of_padding_is_the_same_and_other_masks_are_refused() -> None:
+    layer = filled(12, 8, 2, num_global=2, radius=2, max_distance=3)
+    x = normal(13, 3, 9, 8)
+    keep = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.7
+    keep[:, 0] = True
+    want = layer(x, mask=keep)
+    assert torch.equal(layer(x, mask=keep[:, None, None]), want)
+    assert torch.equal(layer(x, mask=regard.masks.padding(keep)), want)
+    assert not torch.equal(layer(x), want)
+    for bad in (regard.masks.causal(), keep[:, :5], keep.float()):
+        with pytest.raises((ValueError, TypeError), match="mask"):
+            layer(x, mask=bad)
+
+
+def test_weights_start_truncated_at_two_standard_deviations() -> None:
+    torch.manual_seed(0)
+    p = ETCAttention(64, 2, num_global=2, radius=2, share="none").state_dict()
+    for name, std in (("k_proj.l2g.weight", 0.02), ("long_vector", 0.5)):
+        assert 1.8 * std < float(p[name].abs().max()) <= 2 * std
+    assert not p["k_proj.l2g.bias"].any()
+    assert not p["long_number"].any()
 
 
 def test_gradcheck() -> None:

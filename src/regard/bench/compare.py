@@ -28,7 +28,7 @@ from regard.tasks.text import load as load_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEFAULT_MECHANISMS = ("softmax", "rotary", "alibi", "kerple", "gated", "window(window=64)")
+DEFAULT_MECHANISMS = ("softmax", "rotary", "alibi", "kerple", "gated", "window(window=32)")
 PARTIAL = 3
 """Exit code when some cells failed and the rest is done."""
 
@@ -46,10 +46,10 @@ class CompareConfig:
     text: Sequence[str | Path] = ()
     """Files and folders; none = the standard library's sources and docs."""
     seeds: Sequence[int] = (0, 1)
-    steps: int = 150
-    batch: int = 16
+    steps: int = 300
+    batch: int = 8
     length: int = 128
-    dim: int = 128
+    dim: int = 96
     depth: int = 2
     heads: int = 4
     lr: float = 3e-3

@@ -16,8 +16,6 @@ from regard import terminal
 from regard.bench.compare import CompareConfig, Event, Finished, Outcome, Planned, Started, Stepped
 from regard.bench.record import Result
 
-LENGTHS = ("1x", "2x", "4x")
-
 
 class Live:
     """Call it with every event. In a terminal it draws two bars; elsewhere it prints a line a cell."""
@@ -115,12 +113,14 @@ Column = tuple[str, Callable[[Result], float | None], Callable[[float], str], in
 
 def _columns() -> list[Column]:
     """Heading, value, how it is written, and whether more is better (1), less (-1) or neither (0)."""
-    losses: list[Column] = [
-        (f"bits/byte {at}" if at == "1x" else at, lambda r, at=at: r.heldout.get(at), "{:.3f}".format, -1)
-        for at in LENGTHS
-    ]
+
+    def loss(at: str) -> Callable[[Result], float | None]:
+        return lambda result: result.heldout.get(at)
+
     return [
-        *losses,
+        ("bits/byte 1x", loss("1x"), "{:.3f}".format, -1),
+        ("2x", loss("2x"), "{:.3f}".format, -1),
+        ("4x", loss("4x"), "{:.3f}".format, -1),
         ("train tok/s", lambda r: r.train_tokens_per_second, si, 1),
         ("gen tok/s", lambda r: r.generate_tokens_per_second, si, 1),
         ("peak MB", lambda r: r.peak_memory_bytes / 1e6, "{:.0f}".format, -1),

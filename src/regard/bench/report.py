@@ -440,9 +440,12 @@ def _table(group: Group, cards: "_Cards") -> str:
     for length in lengths:
         means = [r.loss[length].mean for r in group.rows if length in r.loss and r.loss[length].finite]
         best[length] = min(means, default=math.nan)
-    for name, (_, _, sign) in MEASURES.items():
+    leading: dict[str, str] = {}
+    for name, (_, unit, sign) in MEASURES.items():
         means = [r.measures[name].mean for r in group.rows if name in r.measures]
-        best[name] = (max if sign > 0 else min)(means) if sign and len(set(means)) > 1 else math.nan
+        # Compared as shown: a difference that the table cannot show is none worth a star.
+        if sign and len({_quantity(mean, unit) for mean in means}) > 1:
+            leading[name] = _quantity((max if sign > 0 else min)(means), unit)
     compared = len([r for r in group.rows if r.done]) > 1
     head = "".join(
         f'<th scope="col">{_text(length, 20)}<small>held-out bits/byte</small></th>' for length in lengths
@@ -454,9 +457,10 @@ def _table(group: Group, cards: "_Cards") -> str:
         for name, (_, unit, _) in MEASURES.items():
             stat = row.measures.get(name)
             shown = DASH if stat is None else _quantity(stat.mean, unit)
+            leads = stat is not None and shown == leading.get(name)
             if stat is not None and stat.spread and unit == "tok/s":
                 shown += f"<small>± {_quantity(stat.spread, unit)}</small>"
-            cells += _cell(shown, compared and stat is not None and stat.mean == best[name])
+            cells += _cell(shown, leads)
         runs = len(row.done) + len(row.failed)
         note = "" if not row.failed else f"<small>{len(row.failed)} of {_plural(runs, 'run')} failed</small>"
         body.append(f'<tr><th scope="row">{cards.link(row)}{note}</th>{cells}</tr>')
@@ -588,7 +592,8 @@ def _curves(group: Group, number: int, suffix: str, plots: list[dict[str, Any]])
     early = [v for step, v in points if step >= last / 20] or late
     room = max(3 * (max(late) - min(late)), 0.3 * (max(early) - max(late)))
     top = min(max(early), max(late) + room)
-    low, high = _range([min(v for _, v in points), top], 0.05)
+    seen = [v for _, v in points] + [v for _, curve in seeds for _, v in curve]
+    low, high = _range([min(v for v in seen if math.isfinite(v)), top], 0.05)
     averaged = max(math.ceil(len(row.curve()) / CURVE_POINTS) for row in rows)
     caption = (
         f"Training loss by step for {_plural(len(rows), 'mechanism')}."
@@ -729,8 +734,8 @@ def _extrapolation(group: Group, number: int, suffix: str, plots: list[dict[str,
     if len(growth) > 1:
         least, most = min(growth, key=growth.__getitem__), max(growth, key=growth.__getitem__)
         caption += (
-            f" From {_text(first, 20)} to {_text(last, 20)}, {_text(least, 80)} changes least for the worse "
-            f"({_signed(growth[least])}) and {_text(most, 80)} most ({_signed(growth[most])})."
+            f" From {_text(first, 20)} to {_text(last, 20)} the loss rises least for {_text(least, 80)} "
+            f"({_signed(growth[least])}) and most for {_text(most, 80)} ({_signed(growth[most])})."
         )
     log = _spans([s.mean for row in rows for s in row.loss.values() if s.finite])
     ends = [e for e in ends if e > 0 or not log]

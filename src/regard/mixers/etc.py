@@ -108,8 +108,9 @@ class ETCAttention(nn.Module):
             )
         NG, T = self.num_global, x.shape[1]
         keep = _key_padding(mask, x)
-        if keep is not None:  # what padding holds must not reach the rest, not even as 0 * NaN
-            x = x.masked_fill(~keep[..., None] & ~x.detach().isfinite(), 0)
+        # What is not finite must reach all rows that may see it and no others, not even as 0 * NaN.
+        bad = ~x.detach().isfinite().all(-1)
+        x = x.masked_fill(bad[..., None], 0)
         parts = {"global": x[:, :NG], "long": x[:, NG:]}
 
         def heads(projections: nn.ModuleDict, name: str, side: str) -> Float[Tensor, "B H t D"]:
@@ -145,9 +146,15 @@ class ETCAttention(nn.Module):
         )
         out = {"global": global_out, "long": long_out}
         merged = {side: z.transpose(1, 2).flatten(2).to(x.dtype) for side, z in out.items()}
-        return torch.cat(
-            [self.o_proj[s if s in self.o_proj else "all"](merged[s]) for s in ("global", "long")], 1
-        )
+        y = [self.o_proj[side if side in self.o_proj else "all"](merged[side]) for side in ("global", "long")]
+        return torch.cat(y, 1).masked_fill(self._sees(bad, keep)[..., None], torch.nan)
+
+    def _sees(self, bad: Bool[Tensor, "B T"], keep: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B T"]:
+        """Which tokens are bad or may see a bad one."""
+        seen = bad if keep is None else bad & keep
+        of_global, of_long = seen[:, : self.num_global], seen[:, self.num_global :]
+        by_long = of_global.any(1, keepdim=True) | window(of_long, self.radius).any(-1)
+        return bad | torch.cat([seen.any(1, keepdim=True).expand_as(of_global), by_long], 1)
 
     def _masks(self, keep: Bool[Tensor, "B T"]) -> Pieces[Tensor | None]:
         NG, N = self.num_global, keep.shape[1] - self.num_global

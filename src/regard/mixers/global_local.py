@@ -73,18 +73,16 @@ def global_local_attention(
 
     scores = torch.cat([global_q @ k.g2g.mT, global_q @ k.g2l.mT], -1)
     scores = scores + _label_scores(global_q, global_table, labels.g2g, labels.g2l, (globals_, N))
-    g2g = (
-        torch.ones(1, globals_, globals_, dtype=torch.bool, device=long_q.device)
-        if masks.g2g is None
-        else masks.g2g
-    )
-    weights = softmax(scores / math.sqrt(D), _join(g2g.bool(), masks.g2l, (globals_, N))[:, None])
+    g2g = l2l.new_ones(1, globals_, globals_) if masks.g2g is None else masks.g2g.bool()
+    weights = softmax(scores / math.sqrt(D), _join(g2g, masks.g2l, (globals_, N))[:, None])
     weights = F.dropout(weights, dropout) if dropout else weights
     return long_out, weights @ torch.cat([v.g2g, v.g2l], 2)
 
 
 def window(z: Tensor, radius: int) -> Tensor:
     """(B, N) -> (B, N, 2 radius + 1): what stands at i - radius .. i + radius, zero outside."""
+    if z.shape[1] == 0:
+        return z.new_zeros(z.shape[0], 0, 2 * radius + 1)
     return F.pad(z, (radius, radius)).unfold(1, 2 * radius + 1, 1)
 
 
@@ -119,7 +117,7 @@ def _label_scores(
 
 def _blocks(z: Float[Tensor, "B H N D"], block: int, *, around: bool) -> Float[Tensor, "B H n c D"]:
     """Cut tokens into blocks; `around` adds the block before and the block after (zeros at the ends)."""
-    count = -(-z.shape[2] // block)
+    count = max(1, -(-z.shape[2] // block))
     own = F.pad(z, (0, 0, 0, count * block - z.shape[2])).unflatten(2, (count, block))
     if not around:
         return own

@@ -6,6 +6,7 @@ same for every mechanism: RMSNorm, a GELU MLP, and one embedding used for readin
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,9 @@ class LMConfig:
 class Block(nn.Module):
     """Mix tokens, then mix features; each on a normalised copy that is added back."""
 
+    mixer: Any
+    """A TokenMixer, perhaps a StreamingMixer."""
+
     def __init__(self, mixer: nn.Module, dim: int, mlp_dim: int):
         super().__init__()
         self.mixer = mixer
@@ -58,17 +62,19 @@ class Block(nn.Module):
         return self.mlp(x + self.mixer(self.mixer_norm(x)))
 
     def step(self, x: Float[Tensor, "B t M"], state: object) -> tuple[Float[Tensor, "B t M"], object]:
-        y, state = self.mixer.step(self.mixer_norm(x), state)  # type: ignore[operator]
+        y, state = self.mixer.step(self.mixer_norm(x), state)
         return self.mlp(x + y), state
 
 
 class LanguageModel(nn.Module):
     """Predicts the next token. `mixers` holds one causal token mixer for each block."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, mixers: Sequence[nn.Module], *, dim: int, mlp_dim: int, vocab: int = 256):
         super().__init__()
         self.embedding = nn.Embedding(vocab, dim)
-        self.blocks = nn.ModuleList(Block(mixer, dim, mlp_dim) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(mixer, dim, mlp_dim) for mixer in mixers)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:

@@ -167,18 +167,18 @@ def _slots(
     *,
     query_size: int = 6,
     key_size: int = 11,
-    head_group: int | None = None,
+    head_group: int = 16,
     layer: int | None = None,
 ) -> dict[str, object]:
+    """The released configuration; weights are mixed in equal groups of at most `head_group` heads."""
     heads = shape.num_heads
     kernel: dict[str, Any] = {"query_size": query_size, "key_size": key_size}
-    if head_group is None:
-        head_group = max(g for g in range(1, min(16, heads) + 1) if heads % g == 0)
+    if head_group < 1:
+        raise ValueError(f"mta: head_group must be at least 1 (got {head_group})")
+    group = max(g for g in range(1, min(head_group, heads) + 1) if heads % g == 0)
     return {
         "score_mix": MixSequence([KeyQueryConv(heads, **kernel), HeadMix(heads)]),
-        "weight_mix": MixSequence(
-            [KeyQueryConv(heads, on="weights", **kernel), HeadMix(heads, group=head_group)]
-        ),
+        "weight_mix": MixSequence([KeyQueryConv(heads, on="weights", **kernel), HeadMix(heads, group=group)]),
         "gate": HeadNormGate(shape.head_dim, layer=layer),
     }
 

@@ -120,7 +120,7 @@ def _standard_library() -> list[bytes]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        topics = {}
+        topics = {}  # type: ignore[misc]
     docs = [topics[name].encode() for name in sorted(topics, key=_shuffled)]
     pieces = _distinct(root, files, DEFAULT_BYTES - sum(map(len, docs)))
     found = sorted([*docs, *pieces], key=lambda piece: hashlib.sha256(piece).digest())

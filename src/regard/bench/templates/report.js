@@ -30,6 +30,10 @@
       const [[x, y], [u, v]] = [corners[k - 1], corners[k]]; // right, then down, as the line is drawn
       taken.push([x, y - 0.5, u, y + 0.5], [u - 0.5, y, u + 0.5, v]);
     }
+    for (const p of points) {
+      const [x, top] = pixel(p.x, p.y + p.spread), low = p.y - p.spread;
+      taken.push([x - 3, top, x + 3, plot.y.type === "log" && low <= 0 ? inner.y : pixel(p.x, low)[1]]);
+    }
     const hit = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
     const order = points.map((_, i) => i).sort((a, b) => points[b].front - points[a].front);
     const places = [
@@ -58,7 +62,8 @@
     const width = printing ? PRINT_WIDTH : Math.max(240, div.clientWidth);
     const height = printing || width < 520 ? 340 : plot.height;
     const shown = plot.series.filter((s) => !hidden.has(s.mechanism));
-    const points = plot.labels ? shown.map((s) => ({ x: s.x[0], y: s.y[0], label: s.label, front: s.front })) : [];
+    const point = (s) => ({ x: s.x[0], y: s.y[0], label: s.label, front: s.front, spread: s.spread ? s.spread[0] : 0 });
+    const points = plot.labels ? shown.map(point) : [];
     const places = placeLabels(plot, points, width, height);
     const missing = document.getElementById(plot.id + "-unlabelled");
     if (missing) missing.hidden = places.every((p) => p !== null);

@@ -1,0 +1,306 @@
+"""L47: the laws are tested too. Bugs that real libraries have shipped are planted one by one; each must be caught."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import regard
+from laws import test_gradients as gradients
+from laws import test_masking as masking
+from laws import test_modules as modules
+from laws import test_numerics as numerics
+from laws import test_reference as reference
+from laws import test_streaming as streaming
+from laws import test_structure as structure
+from laws import test_symmetry as symmetry
+from regard.cache import KVCache
+from regard.kernels import block_sparse, chunked, eager, online, plan, problem, sdpa
+from regard.masks import patterns, tensors
+
+Patch = pytest.MonkeyPatch
+Laws = list[tuple[Any, ...]]
+BUGS: dict[str, tuple[Callable[[Patch], None], Laws]] = {}
+
+
+def bug(*laws: tuple[Any, ...]) -> Callable[[Callable[[Patch], None]], None]:
+    """A way to break the library, and the laws (function, arguments) of which one at least must notice."""
+
+    def add(plant: Callable[[Patch], None]) -> None:
+        BUGS[plant.__name__] = (plant, list(laws))
+
+    return add
+
+
+def everywhere(patch: Patch, name: str, changed: Callable[..., Any]) -> None:
+    """Replace a function of `regard.kernels` in every kernel that imported it."""
+    for module in (problem, eager, chunked, online, block_sparse, sdpa, plan):
+        if hasattr(module, name):
+            patch.setattr(module, name, changed)
+
+
+def fused(patch: Patch, change: Callable[..., dict[str, Any]]) -> None:
+    """Change the arguments of torch's fused kernel."""
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def changed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return real(**{"query": q, "key": k, "value": v, **options, **change(q, k, v, **options)})
+
+    patch.setattr(torch.nn.functional, "scaled_dot_product_attention", changed)
+
+
+# --- scale, heads, axes ------------------------------------------------------------------------------------------------
+
+
+@bug((reference.test_kernel_is_the_formula, "eager", "none"))
+def scale_2_percent_too_large(patch):
+    real = problem.dots
+    everywhere(patch, "dots", lambda q, k: 1.02 * real(q, k))
+
+
+@bug((reference.test_kernel_is_the_formula, "sdpa", "none"))
+def fused_scale_half_a_percent_too_large(patch):
+    fused(patch, lambda q, k, v, *, scale, **rest: {"scale": 1.005 * scale})
+
+
+@bug((reference.test_kernels_agree, "alibi"))
+def bias_is_scaled_too(patch):
+    real = sdpa._additive
+    patch.setattr(sdpa, "_additive", lambda p, mask: p.scale * real(p, mask))
+
+
+@bug((symmetry.test_grouped_keys_are_repeated, "cope"), (reference.test_kernel_is_the_formula, "eager", "none"))
+def grouped_keys_are_tiled(patch):
+    def tiled(k, H):
+        return k.repeat(1, H // k.shape[1], 1, 1)
+
+    everywhere(patch, "dots", lambda q, k: q @ tiled(k, q.shape[1]).mT)
+    everywhere(patch, "combine", lambda weights, v: weights @ tiled(v, weights.shape[1]))
+
+
+@bug((reference.test_kernels_agree, "gqa"))
+def group_gradients_are_averaged(patch):
+    real = online._per_key
+    patch.setattr(online, "_per_key", lambda w, z, G: real(w, z, G) * G / w.shape[1])
+
+
+@bug((reference.test_kernel_is_the_formula, "eager", "none"), (symmetry.test_heads_do_not_meet, "cope"))
+def softmax_over_queries(patch):
+    patch.setattr(problem, "softmax", lambda scores, allowed: scores.softmax(-2))
+
+
+@bug((symmetry.test_heads_do_not_meet, "window"))
+def heads_share_their_first_query(patch):
+    fused(patch, lambda q, k, v, **rest: {"query": q[:, :1].expand_as(q)})
+
+
+# --- what may see what -------------------------------------------------------------------------------------------------
+
+
+@bug((structure.test_future_changes_nothing, "alibi"))
+def one_future_key_leaks(patch):
+    patch.setattr(regard.Attention, "receptive_field", lambda self: patterns.Diagonals(math.inf, 1, 1, "causal()"))
+
+
+@bug((structure.test_receptive_field, "alibi"))
+def last_query_misses_first_key(patch):
+    real = problem.rectangle
+
+    def changed(p, rows, keys, **options):
+        part = real(p, rows, keys, **options)
+        if part.allowed is not None:
+            allowed = part.allowed.clone()
+            allowed[..., -1, 0] = False
+            part = replace(part, allowed=allowed)
+        return part
+
+    everywhere(patch, "rectangle", changed)
+
+
+@bug((structure.test_receptive_field, "window"), (streaming.test_token_by_token, "window"))
+def window_one_too_wide(patch):
+    real = patterns.Diagonals.__call__
+    patch.setattr(patterns.Diagonals, "__call__", lambda m, b, h, i, j: real(replace(m, back=m.back + 1), b, h, i, j))
+
+
+@bug((structure.test_receptive_field, "softmax"))
+def one_key_dropped_without_mask(patch):
+    def change(q, k, v, *, attn_mask, is_causal, **rest):
+        return {} if is_causal or attn_mask is not None else {"key": k[:, :, 1:], "value": v[:, :, 1:]}
+
+    fused(patch, change)
+
+
+@bug((structure.test_alignment_of_unequal_lengths, "cope"), (structure.test_one_query_is_the_last, "cope", "eager"))
+def causality_aligned_top_left(patch):
+    start = property(lambda p: torch.arange(p.first_key, p.first_key + p.q.shape[2]))
+    patch.setattr(problem.Problem, "i", start)
+
+
+@bug((reference.test_kernels_agree, "softmax"))
+def partial_blocks_taken_for_full(patch):
+    real = block_sparse.run
+
+    def changed(p, layout=None):
+        layout = p.mask.layout(*p.shape[3:], block=block_sparse.BLOCK) if layout is None else layout
+        return real(p, replace(layout, full=torch.ones_like(layout.full)))
+
+    patch.setattr(block_sparse, "run", changed)
+
+
+@bug((structure.test_batch_rows_do_not_meet, "softmax"))
+def batch_rows_meet(patch):
+    fused(patch, lambda q, k, v, **rest: {"key": k.mean(0, keepdim=True).expand_as(k)})
+
+
+# --- padding, empty rows, NaN ------------------------------------------------------------------------------------------
+
+
+@bug((masking.test_padding_changes_nothing, "alibi"))
+def padding_unmasked_in_last_row(patch):
+    real = tensors.Kept.__call__
+    patch.setattr(tensors.Kept, "__call__", lambda m, b, h, i, j: real(m, b, h, i, j) | ((i == i.max()) & (j >= 0)))
+
+
+@bug((masking.test_padding_changes_nothing, "entmax"))
+def padding_of_the_first_row_for_all(patch):
+    real = tensors.Kept.__call__
+    patch.setattr(tensors.Kept, "__call__", lambda m, b, h, i, j: real(m, 0 * b, h, i, j))
+
+
+@bug((masking.test_padding_changes_nothing, "learned"))
+def positions_count_left_pads(patch):
+    Attention = regard.Attention
+    patch.setattr(Attention, "_positions", lambda self, positions, B, T, device: torch.arange(T, device=device))
+
+
+@bug((reference.test_kernel_is_the_formula, "chunked", "dense"), (reference.test_kernel_is_the_formula, "chunked", "window"))
+def infinity_minus_infinity_in_the_running_softmax(patch):
+    class Torch:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        @staticmethod
+        def where(condition, a, b):
+            return b if isinstance(a, float) and a == 0.0 else torch.where(condition, a, b)
+
+    patch.setattr(online, "torch", Torch())
+
+
+@bug((masking.test_rows_that_see_nothing, "cope"), (masking.test_masks_as_biases, "cope"))
+def empty_rows_average_their_values(patch):
+    def softmax(scores, allowed):
+        return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+
+    patch.setattr(problem, "softmax", softmax)
+
+
+@bug((masking.test_nan_reaches_what_sees_it, "softmax"))
+def nan_becomes_zero(patch):
+    patch.setattr(plan, "honest", lambda p, run: run(p).nan_to_num())
+
+
+@bug((masking.test_nan_reaches_what_sees_it, "cope"))
+def nan_leaks_through_masks(patch):
+    patch.setattr(plan, "honest", lambda p, run: run(p))
+
+
+# --- states, randomness, gradients, dtypes -----------------------------------------------------------------------------
+
+
+@bug((streaming.test_a_state_is_a_value, "alibi"))
+def a_second_append_overwrites_the_first(patch):
+    real = KVCache.append
+
+    def changed(self, **new):
+        self.written[0] = self.length
+        return real(self, **new)
+
+    patch.setattr(KVCache, "append", changed)
+
+
+@bug((streaming.test_token_by_token, "window"))
+def window_cache_one_too_short(patch):
+    real = regard.Attention.init_state
+    patch.setattr(regard.Attention, "init_state", lambda m, *a, **o: replace(c := real(m, *a, **o), window=c.window - 1))
+
+
+@bug((streaming.test_token_by_token, "rotary"), (streaming.test_token_by_token, "learned"))
+def each_step_starts_at_position_zero(patch):
+    real = regard.Attention._project
+
+    def changed(self, x, source, where, where_keys, cross):
+        return real(self, x, source, where - where[:1], where_keys - where_keys[:1], cross)
+
+    patch.setattr(regard.Attention, "_project", changed)
+
+
+@bug((streaming.test_cache_algebra, "alibi"))
+def crop_forgets_nothing(patch):
+    patch.setattr(KVCache, "crop", lambda self, length: self)
+
+
+@bug((modules.test_dropout, "softmax"))
+def dropout_in_eval(patch):
+    real = regard.Attention._problem
+    patch.setattr(regard.Attention, "_problem", lambda self, *a: replace(real(self, *a), dropout=self.dropout))
+
+
+@bug((modules.test_no_randomness_unasked, "softmax"))
+def generator_advances(patch):
+    real = regard.Attention._finish
+    patch.setattr(regard.Attention, "_finish", lambda self, out, x: real(self, out, x) + 0 * float(torch.rand(())))
+
+
+@bug((gradients.test_first_derivatives, "cope", 3))
+def values_get_no_gradient(patch):
+    real = problem.combine
+    everywhere(patch, "combine", lambda weights, v: real(weights, v.detach()))
+
+
+@bug((gradients.test_second_derivatives, "memory_efficient"))
+def second_derivatives_are_silently_zero(patch):
+    patch.setattr(online, "_with_graph", lambda p, grad, tensors, needed: [torch.zeros_like(t) for t in tensors])
+
+
+@bug((reference.test_dtypes, "cope", torch.bfloat16), (numerics.test_large_logits, "cope", torch.float32))
+def exponentials_without_a_maximum(patch):
+    def softmax(scores, allowed):
+        weights = scores.exp() if allowed is None else scores.exp().masked_fill(~allowed, 0)
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+
+    patch.setattr(problem, "softmax", softmax)
+
+
+@bug((modules.test_purity, "softmax"))
+def inputs_are_overwritten(patch):
+    real = regard.Attention._project
+
+    def changed(self, x, *rest):
+        x.detach().mul_(1.0)
+        return real(self, x, *rest)
+
+    patch.setattr(regard.Attention, "_project", changed)
+
+
+@pytest.mark.parametrize("name", list(BUGS))
+def test_planted_bug_is_caught(name: str, monkeypatch: Patch) -> None:
+    plant, laws = BUGS[name]
+    plant(monkeypatch)
+    caught = []
+    for test, *arguments in laws:
+        try:
+            test(*arguments)
+        except Exception as error:  # a crash is a catch too
+            caught.append(f"{test.__name__}: {error}")
+    assert caught, f"no law noticed: {name}"
+
+
+@pytest.mark.parametrize("name", list(BUGS))
+def test_those_laws_hold_without_the_bug(name: str) -> None:
+    for test, *arguments in BUGS[name][1]:
+        test(*arguments)
