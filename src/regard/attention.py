@@ -241,8 +241,10 @@ class Attention(nn.Module):
         allowed = self._static(call_mask)
         where = self._positions(positions, B, T, x.device)
         where_keys = where if context is None else torch.arange(S, device=x.device)
+        # Relative schemes stand bottom-right, as masks and biases do; what is added to tokens counts each side from 0.
+        turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
         bad, x, source = _quarantine(x, None if context is None else source)
-        q, k, v, x, source = self._project(x, source, where, where_keys, context is not None)
+        q, k, v, x, source = self._project(x, source, where, where_keys, turn)
         out = execute(self._problem(q, k, v, x, source, allowed), self.kernel)
         return _restore(self._finish(out, x), bad, allowed)
 
@@ -263,6 +265,10 @@ class Attention(nn.Module):
         self._needs("streaming", "has no streaming form")
         if not self.causal:
             raise ValueError("Attention: streaming needs causal=True, this layer sees later tokens; rebuild it causal")
+        if self.position is not None and not self.position.streams:
+            raise ValueError(
+                f"Attention: {self.position} changes with the whole length, so cached keys go stale; it can't stream"
+            )
         for name, n, least in (("batch_size", batch_size, 0), ("capacity", capacity, 1)):
             if isinstance(n, bool) or not isinstance(n, int) or n < least:
                 raise ValueError(f"init_state: {name} must be an int >= {least}, got {n!r}")
@@ -296,7 +302,7 @@ class Attention(nn.Module):
             raise TypeError(f"step: mask must be a regard.masks.Mask, got {type(mask).__name__}")
         B, t = x.shape[:2]
         where = torch.arange(state.length, state.length + t, device=x.device)
-        q, k, v, x, _ = self._project(x, x, where, where, False)
+        q, k, v, x, _ = self._project(x, x, where, where, where)
         new = {"k": k, "v": v}
         if "x" in state.buffers:
             new["x"] = x
@@ -334,21 +340,20 @@ class Attention(nn.Module):
         )
 
     def _project(
-        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, cross: bool
+        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, rotated, and the tokens behind them."""
         if self.position is not None and self.position.changes("embed"):
+            alone = source is x
             x = self.position.embed(x, where)
-            source = self.position.embed(source, where_keys) if cross else x
-        elif not cross:
-            source = x
+            source = x if alone else self.position.embed(source, where_keys)
         q = self._split(self.q_proj(x), self.num_heads)
         k, v = (self._split(proj(source), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
         q, k, v = self._gated(q, x, "query"), self._gated(k, source, "key"), self._gated(v, source, "value")
         if self.heads is not None:
             q, k, v = self.heads(q, k, v)
         if self.position is not None and self.position.changes("rotate"):
-            q, k = self.position.rotate(q, where), self.position.rotate(k, where_keys)
+            q, k = self.position.rotate(q, turn), self.position.rotate(k, where_keys)
         return q, k, v, x, source
 
     def _finish(self, out: Float[Tensor, "B H T D"], x: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class Stage(nn.Module):
 class Position(Stage):
     """How a mechanism knows where tokens stand. Override the hooks that the paper changes; the rest do nothing."""
 
+    streams: bool = True
+    """False where what a hook does to a token depends on how many tokens follow, so that nothing can be cached."""
+
     def embed(self, x: Float[Tensor, "B T M"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B T M"]:
         """Change the tokens before projection (absolute schemes)."""
         return x

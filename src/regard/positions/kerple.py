@@ -105,6 +105,7 @@ PAPER = Paper(
 )
 TRAITS = frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"})
 DIFFERS = (
+    "Each layer has parameters of its own; the paper shares them among layers (pass one part to all layers for that).",
     (
         "The kernel is added after the scores are divided by sqrt(D), as in the authors' code; the paper "
         "has it inside."

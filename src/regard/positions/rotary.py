@@ -26,6 +26,11 @@ from regard.positions._shared import angles, check_above, check_even, check_widt
 class Scaling(Protocol):
     """How a rotary part trained at one length is stretched to another."""
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether frequencies depend on the length at hand, so that rotated keys can't be cached."""
+        ...
+
     def frequencies(
         self, w: Float[Tensor, "half"], base: float, length: Int[Tensor, ""]
     ) -> Float[Tensor, "half"]:
@@ -96,6 +101,7 @@ class Rotary(Position):
         self.base = base
         self.scaling = scaling
         self.interleaved = interleaved
+        self.streams = scaling is None or not scaling.follows_length
 
     def rotate(self, z: Float[Tensor, "B H T D"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B H T D"]:
         check_width("Rotary", "z", z, self.head_dim)

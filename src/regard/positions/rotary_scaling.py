@@ -16,6 +16,7 @@ keys that were turned and cached at a shorter length no longer match. They have 
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Linear:
     """Position interpolation: every position is divided by `factor`."""
 
     factor: float
+
+    follows_length: ClassVar[bool] = False
+    """Whether frequencies depend on the length at hand."""
 
     def __post_init__(self) -> None:
         check_above(type(self).__name__, "factor", self.factor, 1.0, inclusive=True)
@@ -64,6 +68,8 @@ class DynamicNTK(NTK):
     """NTK whose factor grows with the input, from 1 at `original_max` on."""
 
     original_max: int
+
+    follows_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +107,8 @@ class LongRoPE(Linear):
     original_max: int
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
+
+    follows_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
