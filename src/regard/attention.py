@@ -8,6 +8,7 @@ https://arxiv.org/abs/1706.03762, eq. 1 and section 3.2.2):  softmax(q k^T / sqr
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -184,11 +185,11 @@ class Attention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
         self.causal, self.mask, self.scale, self.dropout, self.kernel = causal, mask, scale, dropout, kernel
         context_dim = dim if context_dim is None else context_dim
-        make = {"bias": bias, "device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * D, **make)  # type: ignore[arg-type]
-        self.k_proj = nn.Linear(context_dim, G * D, **make)  # type: ignore[arg-type]
-        self.v_proj = nn.Linear(context_dim, G * D, **make)  # type: ignore[arg-type]
-        self.o_proj = nn.Linear(num_heads * D, dim, **make)  # type: ignore[arg-type]
+        make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, num_heads * D, **make)
+        self.k_proj = nn.Linear(context_dim, G * D, **make)
+        self.v_proj = nn.Linear(context_dim, G * D, **make)
+        self.o_proj = nn.Linear(num_heads * D, dim, **make)
         self.position, self.heads, self.gate = position, heads, gate
         self.score_mix, self.normalizer, self.weight_mix = score_mix, normalizer, weight_mix
         for part in (position, heads, gate, score_mix, normalizer, weight_mix):
@@ -221,6 +222,23 @@ class Attention(nn.Module):
             positions: where the tokens of x stand, for absolute and rotary schemes (left-padded or packed batches);
                 (T,) or (B, T), default 0, 1, 2, ...
         """
+        p, x, bad = self._prepare(x, context, mask, positions)
+        return _restore(self._finish(execute(p, self.kernel), x), bad, p.mask)
+
+    def plan(
+        self,
+        x: Float[Tensor, "B T M"],
+        context: Float[Tensor, "B S C"] | None = None,
+        *,
+        mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+    ) -> Plan:
+        """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do."""
+        return choose(self._prepare(x, context, mask, None)[0], self.kernel)
+
+    def _prepare(
+        self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, positions: Tensor | None
+    ) -> tuple[Problem, Tensor, tuple[Tensor, Tensor] | None]:
+        """The problem for the kernel, the tokens behind its queries, and which tokens held NaN or inf."""
         self._check_tokens("x", x, self.dim)
         if context is None:
             source = x
@@ -245,8 +263,7 @@ class Attention(nn.Module):
         turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
         bad, x, source = _quarantine(x, None if context is None else source)
         q, k, v, x, source = self._project(x, source, where, where_keys, turn)
-        out = execute(self._problem(q, k, v, x, source, allowed), self.kernel)
-        return _restore(self._finish(out, x), bad, allowed)
+        return self._problem(q, k, v, x, source, allowed), x, bad
 
     def init_state(
         self,
@@ -276,12 +293,13 @@ class Attention(nn.Module):
         reach = self.receptive_field().reach
         window = None if reach is None else max(1, reach - 1 + halo)
         n = capacity if window is None else 0
-        at = {"device": device or self.k_proj.weight.device, "dtype": dtype or self.k_proj.weight.dtype}
+        weight = self.k_proj.weight
+        at: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         buffers = {name: torch.zeros(batch_size, G, n, D, **at) for name in "kv"}  # type: ignore[arg-type]
         if self._reads_tokens():
-            buffers["x"] = torch.zeros(batch_size, n, self.dim, **at)  # type: ignore[arg-type]
+            buffers["x"] = torch.zeros(batch_size, n, self.dim, **at)
         if halo:
-            buffers["q"] = torch.zeros(batch_size, self.num_heads, n, D, **at)  # type: ignore[arg-type]
+            buffers["q"] = torch.zeros(batch_size, self.num_heads, n, D, **at)
         return KVCache(buffers, window=window)
 
     def step(

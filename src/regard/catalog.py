@@ -108,6 +108,8 @@ def create(
             raise ValueError(f"create: {name!r}: only mechanisms that fill slots can be joined by '+'")
         if "dropout" in own:
             settings = {"dropout": dropout, **settings}
+        if dropout:
+            settings["dropout"] = dropout
         module = _required(parts[0].build)(shape, causal=causal, **settings)
     else:
         filled = _slots(parts, shape, {k: v for k, v in settings.items() if k in own})

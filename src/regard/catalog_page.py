@@ -254,8 +254,7 @@ def bias_picture(module: nn.Module) -> list[str]:
     # How much of a key's weight is left, on one scale for all heads; the bias itself has no natural bounds.
     left = (bias - bias.amax(1, keepdim=True)).exp()
     lines = [
-        f"share of a key's weight that the bias leaves at distance 0 .. {DISTANCES - 1} "
-        f"({LEVELS[0]} near 0, {LEVELS[-1]} near 1)"
+        f"share of a key's weight left at distance 0 .. {DISTANCES - 1} ({LEVELS[0]} none, {LEVELS[-1]} all)"
     ]
     for head, row in enumerate(left.tolist()):
         lines.append(f"head {head}  " + "".join(LEVELS[min(7, int(8 * x))] for x in row))

@@ -73,9 +73,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of text
 Family = Annotated[str | None, typer.Option(help="Only this family, e.g. positions.")]
 Batch = Annotated[int, typer.Option(min=1, help="B, sequences.")]
 Heads = Annotated[int, typer.Option(min=1, help="H, query heads.")]
-KvHeads = Annotated[int | None, typer.Option(min=1, help="G, key heads, dividing H.  [default: H]")]
+KvHeads = Annotated[int | None, typer.Option(min=1, help="G, key heads, dividing H (default: H).")]
 Length = Annotated[int, typer.Option(min=1, max=2**20, help="T, queries.")]
-Keys = Annotated[int | None, typer.Option(min=1, max=2**20, help="S, keys.  [default: T]")]
+Keys = Annotated[int | None, typer.Option(min=1, max=2**20, help="S, keys (default: T).")]
 Width = Annotated[int, typer.Option(min=1, help="D, the width of a head.")]
 
 
@@ -140,7 +140,7 @@ def show(
     for heading, lines in catalog_page.page(card, spec.options, cost, drawing):
         terminal.show("", Text(heading, "bold"))
         if heading == "picture":  # drawn to scale, so cut and not wrapped
-            terminal.show(*(Text(f"  {text}", no_wrap=True, overflow="crop") for text in lines))
+            terminal.show(*(f"  {text}" for text in lines), cut=True)
         else:
             terminal.show(*(terminal.indented(text) for text in lines))
     if svg is not None:
@@ -164,7 +164,9 @@ def plan(
     length: Length = 1024,
     keys: Keys = None,
     width: Width = 64,
-    dtype: Annotated[Dtype, typer.Option(help="What the tensors hold.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float64.")
+    ] = Dtype.float32,
     mechanism: Annotated[
         str | None,
         typer.Option(help="Plan this mechanism instead of plain attention, e.g. alibi or entmax+rotary."),
@@ -213,7 +215,6 @@ def _plan(
 
     import regard
     from regard import catalog, masks
-    from regard.kernels import choose
     from regard.models.mixer import parse
 
     B, H, G, T, S, D = sizes.values()
@@ -234,16 +235,10 @@ def _plan(
     settings |= {} if kernel == "auto" else {"kernel": kernel}
     module = regard.create(spec.name, dim=H * D, num_heads=H, **settings)
     assert isinstance(module, regard.Attention)
-    source = torch.empty(B, S, H * D, dtype=dtype, device="meta")
-    if T > S:
-        raise ValueError(
-            f"plan: {T} queries are more than {S} keys; a mechanism is planned for the last T of S tokens"
-        )
-    i, j = torch.arange(S - T, S, device="meta"), torch.arange(S, device="meta")
-    q, k, v, x, source = module._project(source[:, -T:], source, i, j, T != S)
+    sizes["G"] = module.num_kv_heads  # what the mechanism makes of it
+    x, context = (torch.empty(B, n, H * D, dtype=dtype, device="meta") for n in (T, S))
     own = None if window is None else masks.window(window)
-    sizes["G"] = k.shape[1]  # what the mechanism makes of it
-    return choose(module._problem(q, k, v, x, source, module._static(own)), module.kernel)
+    return module.plan(x, None if T == S else context, mask=own)
 
 
 @app.command()
@@ -282,7 +277,7 @@ def compare(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A file or folder to train on; may be repeated.  [default: Python's own sources and docs]"
+            help="A file or folder to train on; may be repeated (default: Python's own sources and docs)."
         ),
     ] = None,
     mechanisms: Annotated[
@@ -314,7 +309,7 @@ def compare(
         bool, typer.Option("--retry-failed", help="Run cells again that failed earlier.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of a cell.  [default: all, at most 8]")
+        int | None, typer.Option(help="CPU threads of a cell (default: all, at most 8).")
     ] = None,
 ) -> None:
     """Train mechanisms on the same data at equal budget; print a table and write report.html.
@@ -351,9 +346,7 @@ def compare(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The file to write.  [default: FOLDER/report.html]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write (default: FOLDER/report.html).")] = None,
 ) -> None:
     """Write the report of a comparison again, from its stored results."""
     from regard.bench.report import write

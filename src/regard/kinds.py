@@ -74,13 +74,13 @@ class Position(Stage):
         """Change queries and keys alike (rotary schemes)."""
         return z
 
-    def bias(self, rows: Rows) -> Float[Tensor, "#B #H t s"] | None:
+    def bias(self, rows: Rows) -> Float[Tensor, "#B #H t s"]:
         """What is added to the scaled scores."""
-        return None
+        return rows.q.new_zeros(1, 1, 1, 1)
 
-    def values(self, weights: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t V"] | None:
+    def values(self, weights: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "#B #H #t #V"]:
         """What is added to weights @ v."""
-        return None
+        return weights.new_zeros(1, 1, 1, 1)
 
     @classmethod
     def changes(cls, hook: str) -> bool:

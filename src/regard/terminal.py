@@ -58,12 +58,12 @@ def console(*, stderr: bool = False) -> "Console":
     return made
 
 
-def show(*parts: "RenderableType", style: str | None = None) -> None:
-    """Print to stdout, without blanks at the ends of lines."""
+def show(*parts: "RenderableType", style: str | None = None, cut: bool = False) -> None:
+    """Print to stdout, without blanks at the ends of lines; long lines are wrapped, or cut."""
     to = console()
     with to.capture() as captured:
         for part in parts:
-            to.print(part, style=style)
+            to.print(part, style=style, no_wrap=cut, overflow="crop" if cut else None)
     print("\n".join(text.rstrip() for text in captured.get().split("\n")), end="")
 
 

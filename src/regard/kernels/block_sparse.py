@@ -57,8 +57,8 @@ class _At(Mask):
     b: int
     h: int
 
-    def __call__(self, b: Tensor | int, h: Tensor | int, i: Tensor, j: Tensor) -> Tensor:
-        return self.mask(self.b, self.h, i, j)
+    def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.mask(b + self.b, h + self.h, i, j)
 
 
 def _one(p: Problem, b: int, h: int, group: int) -> Problem:

@@ -59,9 +59,10 @@ def _within(n: int, most: int) -> int:
 
 def _tiles_alone(p: Problem) -> bool:
     """Whether this is softmax with additive terms only, so that any tile can be computed by itself."""
-    others = p.normalizer is not None or p.score_mix is not None or p.weight_mix is not None or p.position_values
-    reads = p.position_bias and p.position is not None and (p.position.sees == "rows" or "scores" in p.position.needs)
-    return not (others or reads or p.dropout > 0)
+    others = (p.normalizer, p.score_mix, p.weight_mix, p.position_values)
+    bias = p.position_bias
+    reads = bias is not None and (bias.sees == "rows" or "scores" in bias.needs)
+    return all(stage is None for stage in others) and not reads and p.dropout == 0
 
 
 def key_range(p: Problem, rows: slice) -> slice:

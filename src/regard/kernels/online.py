@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.kernels.problem import Problem, attend, combine, dots, rectangle
+from regard.kinds import Position
 from regard.masks.verdict import Tiles
 
 QUERIES, KEYS = 256, 1024
@@ -26,7 +27,7 @@ QUERIES, KEYS = 256, 1024
 def online(p: Problem, rows: int, keys: int) -> Float[Tensor, "B H T V"]:
     """Attention with at most an additive bias, in tiles of `rows` x `keys`."""
     bias = [] if p.bias is None else [p.bias]
-    parameters = list(p.position.parameters()) if p.position_bias and p.position is not None else []
+    parameters = [] if p.position_bias is None else list(p.position_bias.parameters())
     out, _ = _Online.apply(p, rows, keys, len(bias), p.q, p.k, p.v, *bias, *parameters)
     return out
 
@@ -78,8 +79,8 @@ class _Online(torch.autograd.Function):
                 ds = weights.mul_(dots(do, v[:, :, part]).sub_(delta))
                 if p.bias is not None and ctx.needs_input_grad[7]:
                     _add_bias_grad(extra[0], ds, at, part)
-                if p.position_bias:
-                    _add_position_grads(p, ds, at, part, dq, dk, extra[len(biases) :], parameters)
+                if p.position_bias is not None:
+                    _add_position_grads(p.position_bias, p, ds, at, part, dq, dk, extra[len(biases) :], parameters)
                 ds = ds.mul_(p.scale)
                 dq[:, :, at] += combine(ds, k[:, :, part])
                 dk[:, :, part] += _per_key(ds, q[:, :, at], k.shape[1])
@@ -120,8 +121,8 @@ def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple
 def _scores(p: Problem, at: slice, part: slice, full: bool) -> Float[Tensor, "B H t s"]:
     """Scaled scores with bias, -inf where masked."""
     scores = dots(p.q[:, :, at], p.k[:, :, part]).mul_(p.scale)
-    if p.position_bias:
-        scores += p.position.bias(rectangle(p, at, part, scored=False))  # type: ignore[union-attr,operator]
+    if p.position_bias is not None:
+        scores += p.position_bias.bias(rectangle(p, at, part, scored=False))
     if p.bias is not None:
         scores += _slice(p.bias, at, part)
     if not full and p.mask is not None:
@@ -147,14 +148,14 @@ def _add_bias_grad(total: Tensor, ds: Tensor, at: slice, part: slice) -> None:
 
 
 def _add_position_grads(
-    p: Problem, ds: Tensor, at: slice, part: slice, dq: Tensor, dk: Tensor, extra: list[Tensor], parameters: list[Tensor]
+    position: Position, p: Problem, ds: Tensor, at: slice, part: slice, dq: Tensor, dk: Tensor, extra: list[Tensor], parameters: list[Tensor]
 ) -> None:
     """What flows through the position's bias: to its parameters, and to q and k if it reads them."""
     with torch.enable_grad():
         q, k = (t.detach().requires_grad_() for t in (p.q[:, :, at], p.k[:, :, part]))
         rows = replace(rectangle(p, at, part, scored=False), q=q, k=k)
-        bias = p.position.bias(rows)  # type: ignore[union-attr]
-    if bias is None or not bias.requires_grad:
+        bias = position.bias(rows)
+    if not bias.requires_grad:
         return
     wanted = [t for t in parameters if t.requires_grad]
     got = torch.autograd.grad(

@@ -51,18 +51,20 @@ class Problem:
         return torch.arange(self.first_key, self.first_key + self.k.shape[2], device=self.q.device)
 
     @property
-    def position_bias(self) -> bool:
-        return self.position is not None and self.position.changes("bias")
+    def position_bias(self) -> Position | None:
+        """The position, if it adds to the scores."""
+        return self.position if self.position is not None and self.position.changes("bias") else None
 
     @property
-    def position_values(self) -> bool:
-        return self.position is not None and self.position.changes("values")
+    def position_values(self) -> Position | None:
+        """The position, if it adds to the outputs."""
+        return self.position if self.position is not None and self.position.changes("values") else None
 
     @property
     def stages(self) -> list[Stage]:
         """The stages that are not plain softmax attention, in order."""
-        bias = self.position if self.position_bias or self.position_values else None
-        return [s for s in (bias, self.score_mix, self.normalizer, self.weight_mix) if s is not None]
+        position = self.position_bias or self.position_values
+        return [s for s in (position, self.score_mix, self.normalizer, self.weight_mix) if s is not None]
 
     @property
     def halo(self) -> int:
@@ -93,8 +95,8 @@ def rectangle(p: Problem, rows: slice, keys: Keys, *, scored: bool = True) -> Ro
 def biased_scores(p: Problem, rows: Rows, at: slice, keys: Keys) -> Float[Tensor, "B H t s"]:
     """Scores after position bias, tensor bias and score mixing."""
     scores = rows.scores
-    if p.position_bias:
-        scores = scores + p.position.bias(rows)  # type: ignore[union-attr,operator]
+    if p.position_bias is not None:
+        scores = scores + p.position_bias.bias(rows)
     if p.bias is not None:
         bias = p.bias if p.bias.shape[2] == 1 else p.bias[:, :, at]
         scores = scores + (bias if bias.shape[3] == 1 else bias[..., keys])
@@ -113,8 +115,8 @@ def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     if p.dropout:
         weights = torch.nn.functional.dropout(weights, p.dropout)
     out = combine(weights, p.v[:, :, keys])
-    if p.position_values:
-        out = out + p.position.values(weights, part)  # type: ignore[union-attr]
+    if p.position_values is not None:
+        out = out + p.position_values.values(weights, part)
     return out[:, :, rows.start - first :].to(p.v.dtype)
 
 
@@ -155,11 +157,10 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     if torch.compiler.is_compiling() or p.q.device.type != "cpu" or _finite(p.q, p.k, p.v):
         return run(p)
     bad_q, bad_k = ~_rows_finite(p.q), ~(_rows_finite(p.k) & _rows_finite(p.v))
-    clean = {n: _zero(getattr(p, n), bad) for n, bad in (("q", bad_q), ("k", bad_k), ("v", bad_k))}
-    for name, bad in (("x", bad_q), ("context", bad_k)):
-        if (tokens := getattr(p, name)) is not None:
-            clean[name] = _zero(tokens, bad.any(1))
-    out = run(replace(p, **clean))
+    clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
+    if p.x is not None and p.context is not None:
+        clean = replace(clean, x=_zero(p.x, bad_q.any(1)), context=_zero(p.context, bad_k.any(1)))
+    out = run(clean)
     if p.score_mix is not None or p.weight_mix is not None:  # heads (and a mix's earlier rows) read each other
         bad_q, bad_k = bad_q.any(1, keepdim=True).expand_as(bad_q), bad_k.any(1, keepdim=True).expand_as(bad_k)
     hit = sees(p.mask, p.i, p.j, bad_q, bad_k.repeat_interleave(p.q.shape[1] // p.k.shape[1], 1))

@@ -17,11 +17,10 @@ def why_not(p: Problem) -> list[str]:
     for name in ("score_mix", "weight_mix"):
         if (stage := getattr(p, name)) is not None:
             reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
-    if p.position_values:
+    if p.position_values is not None:
         reasons.append(f"position {type(p.position).__name__} adds to the values")
-    if p.position_bias:
-        assert p.position is not None
-        if "scores" in p.position.needs:
+    if p.position_bias is not None:
+        if "scores" in p.position_bias.needs:
             reasons.append(f"position {type(p.position).__name__} reads the scores")
         elif score_bytes(p) > MATERIALISE:
             reasons.append(f"the position bias would be materialised: {sized(score_bytes(p))}")
@@ -35,20 +34,25 @@ def run(p: Problem) -> Tensor:
         # An empty product with a graph behind it: zeros, and zero gradients.
         return p.q.new_zeros(B, H, T, p.v.shape[3]) + 0 * (p.q.sum() + p.k.sum() + p.v.sum())
     mask, is_causal = _mask(p)
-    if p.position_bias or p.bias is not None:
+    if _biased(p):
         mask = _additive(p, mask)
     return F.scaled_dot_product_attention(
         p.q, p.k, p.v, attn_mask=mask, dropout_p=p.dropout, is_causal=is_causal, scale=p.scale, enable_gqa=H != G
     )
 
 
+def _biased(p: Problem) -> bool:
+    return p.position_bias is not None or p.bias is not None
+
+
 def _mask(p: Problem) -> tuple[Tensor | None, bool]:
+    """The mask as torch takes it: a tensor or None, and whether it is causal instead."""
     T, S = p.q.shape[2], p.k.shape[2]
     if p.mask is None or (T == 1 and p.mask == causal()):
         return None, False
     # torch aligns is_causal top-left, so it means the same only for a square.
-    if T == S and p.first_key == 0 and p.mask == causal():
-        return None, not (p.position_bias or p.bias is not None)
+    if T == S and p.first_key == 0 and p.mask == causal() and not _biased(p):
+        return None, True
     return p.mask.at(p.i, p.j), False
 
 
@@ -56,14 +60,10 @@ def _additive(p: Problem, mask: Tensor | None) -> Tensor:
     """Bias and mask as the one float tensor that torch takes."""
     T, S = p.q.shape[2], p.k.shape[2]
     bias = p.q.new_zeros(1, 1, 1, 1)
-    if p.position_bias:
-        rows = rectangle(p, slice(0, T), slice(0, S), scored=False)
-        bias = bias + p.position.bias(rows)  # type: ignore[union-attr,operator]
-        mask = rows.allowed
+    if p.position_bias is not None:
+        bias = bias + p.position_bias.bias(rectangle(p, slice(0, T), slice(0, S), scored=False))
     if p.bias is not None:
         bias = bias + p.bias
-        if mask is None and p.mask is not None:
-            mask = p.mask.at(p.i, p.j)
     if mask is not None:
         bias = bias.masked_fill(~mask, -torch.inf)
     return bias.to(p.q.dtype).expand(-1, -1, T, S)
