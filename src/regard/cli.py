@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from regard import terminal
 
@@ -272,7 +272,20 @@ class Match(StrEnum):
     flops = "flops"
 
 
-@app.command()
+class Comparison(TyperCommand):
+    """Help that shows the defaults, which stand in CompareConfig alone."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from regard.bench.compare import CompareConfig
+
+        for option in self.params:
+            value = getattr(CompareConfig, str(option.name), None)
+            if value not in (None, (), False) and isinstance(option, TyperOption):
+                option.default = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=Comparison)
 def compare(
     text: Annotated[
         list[Path] | None,

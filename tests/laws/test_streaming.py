@@ -91,6 +91,7 @@ def test_a_state_is_a_value(name: str) -> None:
     again, _ = module.step(x[:, 5:8], early)
     same(again, first, "the same step twice")
     same(module.step(x[:, 5:8], copied)[0], first, "from a copy")
+    module.step(other[:, 5:8], early)
     close(module.step(x[:, 8:], late)[0], module(x)[:, 8:], "after others have written")
 
 

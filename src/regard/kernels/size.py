@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from regard.kernels.problem import Problem
 
 MATERIALISE = 256 * 2**20
@@ -16,5 +18,7 @@ def score_bytes(p: Problem) -> int:
 
 def sized(n: float) -> str:
     """1536 -> '1.5 KB'."""
+    if torch.compiler.is_compiling():
+        return "many bytes"  # the number may be symbolic, which has no decimals
     unit = min(4, int(math.log(n, 1024))) if n >= 1 else 0
     return f"{n / 1024**unit:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"

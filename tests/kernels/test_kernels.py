@@ -1,0 +1,196 @@
+"""Kernels beyond the laws: irregular masks, sizes that straddle chunks, memory, and what the plan says."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import regard
+from regard import masks
+from regard.kernels import KERNELS, block_sparse, chunked, size
+from regard.normalizers import Entmax
+from regard.positions import Alibi, Kerple
+
+
+def qkv(B: int, H: int, T: int, D: int, *, G: int | None = None, S: int | None = None) -> list[Tensor]:
+    G, S = G or H, S or T
+    sizes = ((B, H, T, D), (B, G, S, D), (B, G, S, D))
+    return [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in sizes]
+
+
+def agrees(kernel: str, given: list[Tensor], extra: list[Tensor] = (), **options: object) -> None:  # type: ignore[assignment]
+    """Output and all gradients are eager's."""
+    results = []
+    for name in (kernel, "eager"):
+        out = regard.attention(*given, kernel=name, **options)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+        results.append([out, *torch.autograd.grad(out, [*given, *extra], grad)])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 1e-10 * (1 + want.abs().max())
+
+
+# --- block_sparse ----------------------------------------------------------------------------------------------------
+
+
+def random_mask(shape: tuple[int, ...], density: float, block: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(*shape[:2], -(-shape[2] // block), -(-shape[3] // block), generator=generator) < density
+    return small.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, : shape[2], : shape[3]]
+
+
+MASKS = {
+    "random": masks.dense(random_mask((1, 1, 29, 37), 0.3)),
+    "random blocks": masks.dense(random_mask((1, 1, 29, 37), 0.3, block=8)),
+    "by batch row": masks.dense(random_mask((2, 1, 29, 37), 0.3, block=8)),
+    "by head": masks.dense(random_mask((1, 4, 29, 37), 0.3, block=8)),
+    "by both": masks.dense(random_mask((2, 4, 29, 37), 0.3, block=5)),
+    "ragged": masks.causal() & masks.padding(lengths=torch.tensor([37, 11])),
+    "one row empty": masks.padding(lengths=torch.tensor([37, 0])),
+    "patterns by head": masks.per_head([masks.window(3), masks.causal(), masks.strided(5), masks.full()]),
+    "documents": masks.documents(torch.tensor([0] * 20 + [1] * 9 + [0] * 8)),
+    "far apart": masks.global_tokens(2) | masks.window(2),
+    "nothing": masks.nothing(),
+}
+
+
+@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize("case", list(MASKS))
+def test_block_sparse(case: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sparse, "BLOCK", block)
+    agrees("block_sparse", qkv(2, 4, 29, 6, G=2, S=37), mask=MASKS[case])
+
+
+def test_block_sparse_runs_stages_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sparse, "BLOCK", 8)
+    position = Kerple(4).double()
+    given, bias = qkv(2, 4, 29, 6, G=2, S=37), torch.randn(2, 4, 1, 37, dtype=torch.float64, requires_grad=True)
+    options = {"mask": MASKS["by head"], "position": position, "bias": bias, "normalizer": Entmax()}
+    agrees("block_sparse", given, [bias, *position.parameters()], **options)
+
+
+def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work follows the blocks that hold something: 1/8 of them here."""
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q, k, v, **options):
+        seen.append(q.shape[2] * k.shape[2])
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    q, k, v = qkv(1, 1, 1024, 4)
+    regard.attention(q, k, v, mask=masks.blocks(128), kernel="block_sparse")
+    assert sum(seen) == 1024 * 128
+
+
+# --- chunked -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (15, 16), (16, 17), (17, 4), (31, 33), (48, 48), (50, 7)])
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.causal() & masks.window(5)], ids=["all", "causal", "window"])
+def test_chunked_across_chunk_edges(T: int, S: int, mask: masks.Mask | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 queries and 7 keys."""
+    monkeypatch.setattr(chunked, "KEYS", 7)
+    monkeypatch.setattr(chunked, "TILE_BYTES", 0)
+    position = Kerple(4).double()
+    given = qkv(2, 4, T, 3, G=2, S=S)
+    agrees("chunked", given, list(position.parameters()) if max(T, S) > 1 else [], mask=mask, position=position)
+    agrees("chunked", given, mask=mask, normalizer=Entmax())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 37), (2, 4, 29, 37), (1, 4, 29, 1), (2, 1, 1, 1)], ids=str)
+def test_bias_gradients_are_summed_to_its_shape(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "KEYS", 7)
+    monkeypatch.setattr(chunked, "TILE_BYTES", 0)
+    bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    given = qkv(2, 4, 29, 3, G=2, S=37)
+    for kernel in ("chunked", "sdpa", "block_sparse"):
+        agrees(kernel, given, [bias], bias=bias, mask=masks.causal())
+
+
+def test_a_gradient_for_the_bias_alone() -> None:
+    """pytorch#148476."""
+    given = [t.detach() for t in qkv(1, 2, 5, 3)]
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for kernel in ("chunked", "sdpa", "eager"):
+        grads.append(torch.autograd.grad(regard.attention(*given, bias=bias, kernel=kernel).square().sum(), bias)[0])
+    for g in grads[:2]:
+        assert (g - grads[2]).abs().max() < 1e-10
+
+
+PEAK = """
+import resource, torch, regard
+from regard.positions import Alibi
+torch.set_num_threads(1)
+T, train, kernel = {T}, {train}, {kernel!r}
+q, k, v = (torch.randn(1, 2, T, 16, requires_grad=train) for _ in "qkv")
+regard.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], position=Alibi(2), mask=regard.masks.causal(), kernel=kernel)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = regard.attention(q, k, v, position=Alibi(2), mask=regard.masks.causal(), kernel=kernel)
+if train:
+    out.sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak(T: int, train: bool, kernel: str) -> float:
+    """Extra MB at the peak, in a process of its own."""
+    code = PEAK.format(T=T, train=train, kernel=kernel)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    return int(done.stdout) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_chunked_memory_is_linear(train: bool) -> None:
+    """At T = 4096 the T x S scores take 2 x 64 MB; chunked stays far below, and does not grow with the square."""
+    eager, small, large = peak(4096, train, "eager"), peak(4096, train, "chunked"), peak(8192, train, "chunked")
+    assert eager > 2 * 64
+    assert small < eager / 5
+    assert large < 2.5 * small + 16
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def meta(T: int, S: int | None = None, H: int = 8) -> list[Tensor]:
+    return [torch.empty(1, H, n, 64, device="meta") for n in (T, S or T, S or T)]
+
+
+def test_plans() -> None:
+    """What is chosen where, on shapes alone."""
+    assert regard.plan(*meta(1024)).kernel == "sdpa"
+    assert regard.plan(*meta(1024), mask=masks.causal()).kernel == "sdpa"
+    assert regard.plan(*meta(16384), mask=masks.causal() & masks.window(512)).kernel == "block_sparse"
+    assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel in ("chunked", "block_sparse")
+    assert regard.plan(*meta(16384), normalizer=Entmax()).kernel == "chunked"
+    assert regard.plan(*meta(64), normalizer=Entmax()).kernel in ("eager", "chunked")
+
+
+def test_the_plan_says_why() -> None:
+    plan = regard.plan(*meta(16384), position=Alibi(8), normalizer=Entmax())
+    assert plan.why_not.keys() == KERNELS.keys() - {plan.kernel}
+    assert "normalizer Entmax is not softmax" in plan.why_not["sdpa"]
+    assert any("no mask" in reason for reason in plan.why_not["block_sparse"])
+    assert any("times the time" in reason for reason in plan.why_not["eager"])
+    text = str(plan)
+    assert text.startswith(f"{plan.kernel}: {plan.because}")
+    assert all(f"not {name}: " in text for name in plan.why_not)
+    named = regard.plan(*meta(64), kernel="eager")
+    assert (named.kernel, named.because) == ("eager", "asked for by name")
+
+
+def test_a_named_kernel_is_never_replaced() -> None:
+    q, k, v = qkv(1, 2, 5, 3)
+    with pytest.raises(ValueError, match="kernel 'block_sparse' can't run this: no mask.*these can: sdpa, chunked, eager"):
+        regard.attention(q, k, v, kernel="block_sparse")
+    with pytest.raises(ValueError, match="unknown kernel 'flash'"):
+        regard.plan(q, k, v, kernel="flash")
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1.02e+03 B"), (1536, "1.5 KB"), (3 * 2**30, "3 GB"), (2**52, "4.1e+03 TB")])
+def test_sizes_are_readable(n: int, text: str) -> None:
+    assert size.sized(n) == text
