@@ -24,5 +24,8 @@ lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:
+docs: $(VENV)/.installed  ## refill the command outputs and tables in README.md
+	$(BIN)/python tools/readme.py
+
+clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs

@@ -41,7 +41,9 @@ def poisoned_memory():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "law(id): a law of the suite; a card may except itself from it by id, with a reason")
+    config.addinivalue_line(
+        "markers", "law(id): a law of the suite; a card may except itself from it by id, with a reason"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -54,7 +56,9 @@ def pytest_collection_modifyitems(items):
         law = marker.args[0]
         item.user_properties.append(("law", f"{name} {law}"))
         if reason := excepted(name, law):
-            item.add_marker(pytest.mark.xfail(reason=f"{name} is excepted from {law}: {reason}", strict=False))
+            item.add_marker(
+                pytest.mark.xfail(reason=f"{name} is excepted from {law}: {reason}", strict=False)
+            )
 
 
 def excepted(name: str, law: str) -> str:
@@ -90,7 +94,14 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_sessionfinish(session, exitstatus):
     """Exceptions are strict: one that no cell needs fails a full run of the laws."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if exitstatus or reporter is None or session.config.option.keyword or hasattr(session.config, "workerinput"):
+    options = session.config.option
+    if (
+        exitstatus
+        or reporter is None
+        or options.keyword
+        or options.markexpr
+        or hasattr(session.config, "workerinput")
+    ):
         return
     if any("::" in arg or arg.endswith(".py") for arg in session.config.args):
         return

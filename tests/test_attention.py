@@ -29,30 +29,74 @@ def close(got: Tensor, want: Tensor) -> None:
 
 Q = torch.zeros(2, 4, 5, 6)
 BAD = {
-    "rank": (dict(q=torch.zeros(2, 5, 6)), ValueError, r"q must be \(batch, heads, tokens, width\), got shape \(2, 5, 6\)"),
+    "rank": (
+        dict(q=torch.zeros(2, 5, 6)),
+        ValueError,
+        r"q must be \(batch, heads, tokens, width\), got shape \(2, 5, 6\)",
+    ),
     "not a tensor": (dict(k=[1.0]), TypeError, "k must be a Tensor, got list"),
     "head width": (dict(k=torch.zeros(2, 4, 5, 8)), ValueError, r"head widths of q \(6\) and k \(8\) differ"),
     "no width": (dict(q=torch.zeros(2, 4, 5, 0), k=torch.zeros(2, 4, 5, 0)), ValueError, "head width is 0"),
     "lengths": (dict(v=torch.zeros(2, 4, 3, 6)), ValueError, "k length 5 and v length 3 differ"),
-    "batch": (dict(k=torch.zeros(1, 4, 5, 6)), ValueError, "batch sizes differ .*sizes of 1 are not repeated"),
-    "groups": (dict(k=torch.zeros(2, 3, 5, 6), v=torch.zeros(2, 3, 5, 6)), ValueError, "4 query heads are not a multiple of 3"),
-    "more key heads": (dict(k=torch.zeros(2, 8, 5, 6), v=torch.zeros(2, 8, 5, 6)), ValueError, "4 query heads are not a multiple of 8"),
+    "batch": (
+        dict(k=torch.zeros(1, 4, 5, 6)),
+        ValueError,
+        "batch sizes differ .*sizes of 1 are not repeated",
+    ),
+    "groups": (
+        dict(k=torch.zeros(2, 3, 5, 6), v=torch.zeros(2, 3, 5, 6)),
+        ValueError,
+        "4 query heads are not a multiple of 3",
+    ),
+    "more key heads": (
+        dict(k=torch.zeros(2, 8, 5, 6), v=torch.zeros(2, 8, 5, 6)),
+        ValueError,
+        "4 query heads are not a multiple of 8",
+    ),
     "one value head": (dict(v=torch.zeros(2, 1, 5, 6)), ValueError, "k has 4 heads and v has 1"),
     "mixed dtypes": (dict(k=Q.half()), TypeError, r"dtypes differ .*float16.*never promoted"),
     "integers": (dict(q=Q.int(), k=Q.int(), v=Q.int()), TypeError, "floating point, got torch.int32"),
     "bool": (dict(q=Q.bool(), k=Q.bool(), v=Q.bool()), TypeError, "floating point, got torch.bool"),
-    "complex": (dict(q=Q.cfloat(), k=Q.cfloat(), v=Q.cfloat()), TypeError, "floating point, got torch.complex64"),
+    "complex": (
+        dict(q=Q.cfloat(), k=Q.cfloat(), v=Q.cfloat()),
+        TypeError,
+        "floating point, got torch.complex64",
+    ),
     "devices": (dict(k=Q.to("meta")), ValueError, "devices differ .*meta.*move them together"),
-    "integer mask": (dict(mask=torch.ones(1, 1, 5, 5, dtype=torch.int64)), TypeError, r"mask must be bool.*mask\.bool\(\)"),
+    "integer mask": (
+        dict(mask=torch.ones(1, 1, 5, 5, dtype=torch.int64)),
+        TypeError,
+        r"mask must be bool.*mask\.bool\(\)",
+    ),
     "float mask": (dict(mask=torch.ones(1, 1, 5, 5)), TypeError, "mask must be bool.*bias="),
-    "flat mask": (dict(mask=torch.ones(5, 5, dtype=torch.bool)), ValueError, r"\(5, 5\) is ambiguous.*padding"),
-    "wrong mask": (dict(mask=torch.ones(2, 1, 5, 4, dtype=torch.bool)), ValueError, r"does not fit.*S=4.*only B and H may be 1"),
+    "flat mask": (
+        dict(mask=torch.ones(5, 5, dtype=torch.bool)),
+        ValueError,
+        r"\(5, 5\) is ambiguous.*padding",
+    ),
+    "wrong mask": (
+        dict(mask=torch.ones(2, 1, 5, 4, dtype=torch.bool)),
+        ValueError,
+        r"does not fit.*S=4.*only B and H may be 1",
+    ),
     "row mask": (dict(mask=torch.ones(2, 1, 1, 5, dtype=torch.bool)), ValueError, r"does not fit.*T=1"),
-    "not a mask": (dict(mask="causal"), TypeError, "mask must be a regard.masks.Mask or a bool Tensor, got str"),
-    "mask of another batch": (dict(mask=masks.padding(lengths=torch.tensor([1, 2, 3]))), ValueError, "batch 3 .*inputs have 2"),
+    "not a mask": (
+        dict(mask="causal"),
+        TypeError,
+        "mask must be a regard.masks.Mask or a bool Tensor, got str",
+    ),
+    "mask of another batch": (
+        dict(mask=masks.padding(lengths=torch.tensor([1, 2, 3]))),
+        ValueError,
+        "batch 3 .*inputs have 2",
+    ),
     "bias rank": (dict(bias=torch.zeros(5, 5) + 0.5), ValueError, r"\(5, 5\) does not broadcast"),
     "bias shape": (dict(bias=torch.zeros(1, 3, 5, 5) + 0.5), ValueError, "does not broadcast"),
-    "bool bias": (dict(bias=torch.ones(1, 1, 5, 5, dtype=torch.bool)), TypeError, "boolean masks go into mask="),
+    "bool bias": (
+        dict(bias=torch.ones(1, 1, 5, 5, dtype=torch.bool)),
+        TypeError,
+        "boolean masks go into mask=",
+    ),
     "boolean bias": (dict(bias=torch.eye(5)[None, None]), ValueError, "looks boolean.*may attend"),
     "NaN in bias": (dict(bias=torch.full((1, 1, 5, 5), float("nan"))), ValueError, r"NaN or \+inf"),
     "inf in bias": (dict(bias=torch.full((1, 1, 5, 5), float("inf"))), ValueError, r"NaN or \+inf"),
@@ -61,7 +105,11 @@ BAD = {
     "NaN scale": (dict(scale=float("nan")), ValueError, "scale must be finite and > 0, got nan"),
     "dropout": (dict(dropout=2.0), ValueError, r"dropout must be in \[0, 1\], got 2.0"),
     "kernel": (dict(kernel="flsh"), ValueError, "unknown kernel 'flsh'; known: auto, sdpa"),
-    "stage in the wrong slot": (dict(position=Entmax()), TypeError, r"position must be a regard.kinds.Position, got Entmax"),
+    "stage in the wrong slot": (
+        dict(position=Entmax()),
+        TypeError,
+        r"position must be a regard.kinds.Position, got Entmax",
+    ),
     "a class": (dict(normalizer=Entmax), TypeError, "normalizer must be a regard.kinds.Normalizer, got"),
 }
 
@@ -222,7 +270,9 @@ def test_full_and_streamed_agree_across_the_window() -> None:
 def test_grouped_keys_stand_side_by_side(kernel: str) -> None:
     """onnx PR#7274: tiled instead of interleaved."""
     q, k, v = qkv(H=6, G=2)
-    want = torch.cat([regard.attention(q[:, h : h + 1], k[:, h // 3, None], v[:, h // 3, None]) for h in range(6)], 1)
+    want = torch.cat(
+        [regard.attention(q[:, h : h + 1], k[:, h // 3, None], v[:, h // 3, None]) for h in range(6)], 1
+    )
     close(regard.attention(q, k, v, kernel=kernel), want)
 
 
@@ -263,7 +313,12 @@ def test_slots_mix_freely() -> None:
 
     def make(**changed: object) -> regard.Attention:
         torch.manual_seed(0)
-        slots = {"position": Alibi(4), "normalizer": Entmax(), "gate": SigmoidGate(24, 4), "mask": masks.window(5)}
+        slots = {
+            "position": Alibi(4),
+            "normalizer": Entmax(),
+            "gate": SigmoidGate(24, 4),
+            "mask": masks.window(5),
+        }
         return regard.Attention(24, 4, num_kv_heads=2, causal=True, **{**slots, **changed}).double().eval()
 
     x = torch.randn(2, 9, 24, dtype=torch.float64)
@@ -302,6 +357,13 @@ def test_a_users_own_stages() -> None:
     distance = -0.1 * (torch.arange(9.0)[:, None] - torch.arange(9)).abs().double()
     want = ((q @ k.mT / 6**0.5 + distance).relu().tril()) @ v
     for kernel in ("auto", "eager", "chunked", "block_sparse"):
-        close(regard.attention(q, k, v, mask=masks.causal(), position=Distance(), normalizer=Relu(), kernel=kernel), want)
-    with pytest.raises(ValueError, match="normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"):
+        close(
+            regard.attention(
+                q, k, v, mask=masks.causal(), position=Distance(), normalizer=Relu(), kernel=kernel
+            ),
+            want,
+        )
+    with pytest.raises(
+        ValueError, match="normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"
+    ):
         regard.attention(q, k, v, mask=masks.causal(), normalizer=Relu(), kernel="sdpa")

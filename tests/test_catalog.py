@@ -41,7 +41,9 @@ def test_unknown_things_are_named() -> None:
         regard.card("zzzz")
     with pytest.raises(ValueError, match="unknown family 'position'; did you mean 'positions'"):
         regard.mechanisms("position")
-    with pytest.raises(ValueError, match="unknown option of 'shaw' 'max_distnace'; did you mean 'max_distance'"):
+    with pytest.raises(
+        ValueError, match="unknown option of 'shaw' 'max_distnace'; did you mean 'max_distance'"
+    ):
         make("shaw", max_distnace=3)
     with pytest.raises(ValueError, match="unknown mechanism"):
         make("alibi+zzzz")
@@ -96,7 +98,9 @@ def test_composites_that_collide() -> None:
 
 
 def test_options_of_the_layer_pass_through() -> None:
-    layer = make("alibi", num_kv_heads=2, head_dim=8, bias=True, kernel="chunked", dropout=0.1, dtype=torch.float64)
+    layer = make(
+        "alibi", num_kv_heads=2, head_dim=8, bias=True, kernel="chunked", dropout=0.1, dtype=torch.float64
+    )
     assert (layer.num_kv_heads, layer.head_dim, layer.kernel, layer.dropout) == (2, 8, "chunked", 0.1)
     assert layer.q_proj.bias is not None
     assert layer.q_proj.weight.dtype == torch.float64
@@ -137,11 +141,15 @@ def test_card_stands_in_its_room(name: str) -> None:
     file = Path(module.__file__)
     assert file.parent == Path(room.__file__).parent
     assert card.paper.ref in module.__doc__, f"the docstring of {file.name} doesn't name {card.paper.ref}"
-    assert any(line.startswith("    ") for line in module.__doc__.splitlines()), "the docstring shows no equation"
+    assert any(line.startswith("    ") for line in module.__doc__.splitlines()), (
+        "the docstring shows no equation"
+    )
     code = file.read_text().split("\nCARD = ")[0].splitlines()
     assert sum(bool(line.strip()) for line in code) <= 200, f"{file.name} is too long to be read in one go"
     texts = [t.stem + t.read_text().lower() for t in (TESTS / card.family).glob("test_*.py")]
-    assert any(file.stem in text or name in text for text in texts), f"no test in tests/{card.family} speaks of {name}"
+    assert any(file.stem in text or name in text for text in texts), (
+        f"no test in tests/{card.family} speaks of {name}"
+    )
 
 
 def test_urls() -> None:
@@ -155,7 +163,9 @@ EXTRAS = "transformers datasets sklearn plotly faiss torch_geometric ray scipy l
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

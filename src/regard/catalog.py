@@ -16,10 +16,7 @@ from regard.attention import Attention, head_counts
 from regard.card import Card, _registry
 from regard.kinds import HeadShape
 
-ROOMS = (
-    "masks kernels scores positions normalizers heads routing linear mixers cross recurrent vision detection graph "
-    "timeseries cache distributed training"
-).split()
+ROOMS = ["masks", "kernels", "scores", "positions", "normalizers", "heads", "routing", "linear", "mixers", "cross", "recurrent", "vision", "detection", "graph", "timeseries", "cache", "distributed", "training"]
 """The sub-packages that may hold cards."""
 
 _walked: list[str] = []

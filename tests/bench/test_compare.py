@@ -1,4 +1,4 @@
-"""The whole job: refusals before work, one row a cell, resuming after anything, failures that stop nothing."""
+"""The whole job: refusals before work, a row a cell, resuming after anything, failures that stop nothing."""
 
 import io
 import json

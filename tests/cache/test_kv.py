@@ -38,7 +38,10 @@ def test_append_returns_all_that_is_held() -> None:
         (new(1, batch=3), r"k of shape \(3, 1, 1, 3\) does not fit"),
         ({"k": torch.zeros(2, 1, 1, 3)}, r"holds \['k', 'v'\], got \['k'\]"),
         ({"k": torch.zeros(2, 1, 1, 4), "v": torch.zeros(2, 1, 1, 2)}, "k of shape .* must match"),
-        ({"k": torch.zeros(2, 1, 1, 3).half(), "v": torch.zeros(2, 1, 1, 2)}, "k is torch.float16.*must match"),
+        (
+            {"k": torch.zeros(2, 1, 1, 3).half(), "v": torch.zeros(2, 1, 1, 2)},
+            "k is torch.float16.*must match",
+        ),
         ({"k": torch.zeros(2, 1, 1, 3, device="meta"), "v": torch.zeros(2, 1, 1, 2)}, "meta.*must match"),
     ],
 )
@@ -57,7 +60,9 @@ def test_bad_crops(length: object) -> None:
         state.crop(length)
 
 
-@pytest.mark.parametrize("index", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.0])])
+@pytest.mark.parametrize(
+    "index", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.0])]
+)
 def test_bad_orders(index: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="index must"):
         cache().reorder(index)

@@ -36,7 +36,9 @@ def agrees(kernel: str, given: list[Tensor], extra: list[Tensor] = (), **options
 
 def random_mask(shape: tuple[int, ...], density: float, block: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    small = torch.rand(*shape[:2], -(-shape[2] // block), -(-shape[3] // block), generator=generator) < density
+    small = (
+        torch.rand(*shape[:2], -(-shape[2] // block), -(-shape[3] // block), generator=generator) < density
+    )
     return small.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, : shape[2], : shape[3]]
 
 
@@ -65,7 +67,10 @@ def test_block_sparse(case: str, block: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_block_sparse_runs_stages_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sparse, "BLOCK", 8)
     position = Kerple(4).double()
-    given, bias = qkv(2, 4, 29, 6, G=2, S=37), torch.randn(2, 4, 1, 37, dtype=torch.float64, requires_grad=True)
+    given, bias = (
+        qkv(2, 4, 29, 6, G=2, S=37),
+        torch.randn(2, 4, 1, 37, dtype=torch.float64, requires_grad=True),
+    )
     options = {"mask": MASKS["by head"], "position": position, "bias": bias, "normalizer": Entmax()}
     agrees("block_sparse", given, [bias, *position.parameters()], **options)
 
@@ -89,19 +94,27 @@ def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (15, 16), (16, 17), (17, 4), (31, 33), (48, 48), (50, 7)])
-@pytest.mark.parametrize("mask", [None, masks.causal(), masks.causal() & masks.window(5)], ids=["all", "causal", "window"])
-def test_chunked_across_chunk_edges(T: int, S: int, mask: masks.Mask | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(), masks.causal() & masks.window(5)], ids=["all", "causal", "window"]
+)
+def test_chunked_across_chunk_edges(
+    T: int, S: int, mask: masks.Mask | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks of 16 queries and 7 keys."""
     monkeypatch.setattr(chunked, "KEYS", 7)
     monkeypatch.setattr(chunked, "TILE_BYTES", 0)
     position = Kerple(4).double()
     given = qkv(2, 4, T, 3, G=2, S=S)
-    agrees("chunked", given, list(position.parameters()) if max(T, S) > 1 else [], mask=mask, position=position)
+    agrees(
+        "chunked", given, list(position.parameters()) if max(T, S) > 1 else [], mask=mask, position=position
+    )
     agrees("chunked", given, mask=mask, normalizer=Entmax())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 37), (2, 4, 29, 37), (1, 4, 29, 1), (2, 1, 1, 1)], ids=str)
-def test_bias_gradients_are_summed_to_its_shape(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bias_gradients_are_summed_to_its_shape(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunked, "KEYS", 7)
     monkeypatch.setattr(chunked, "TILE_BYTES", 0)
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -116,7 +129,9 @@ def test_a_gradient_for_the_bias_alone() -> None:
     bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     grads = []
     for kernel in ("chunked", "sdpa", "eager"):
-        grads.append(torch.autograd.grad(regard.attention(*given, bias=bias, kernel=kernel).square().sum(), bias)[0])
+        grads.append(
+            torch.autograd.grad(regard.attention(*given, bias=bias, kernel=kernel).square().sum(), bias)[0]
+        )
     for g in grads[:2]:
         assert (g - grads[2]).abs().max() < 1e-10
 
@@ -139,7 +154,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def peak(T: int, train: bool, kernel: str) -> float:
     """Extra MB at the peak, in a process of its own."""
     code = PEAK.format(T=T, train=train, kernel=kernel)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
     return int(done.stdout) / 1024
 
 
@@ -147,7 +164,11 @@ def peak(T: int, train: bool, kernel: str) -> float:
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_chunked_memory_is_linear(train: bool) -> None:
     """At T = 4096 the T x S scores take 2 x 64 MB; chunked stays far below, and does not grow with the square."""
-    eager, small, large = peak(4096, train, "eager"), peak(4096, train, "chunked"), peak(8192, train, "chunked")
+    eager, small, large = (
+        peak(4096, train, "eager"),
+        peak(4096, train, "chunked"),
+        peak(8192, train, "chunked"),
+    )
     assert eager > 2 * 64
     assert small < eager / 5
     assert large < 2.5 * small + 16
@@ -165,7 +186,10 @@ def test_plans() -> None:
     assert regard.plan(*meta(1024)).kernel == "sdpa"
     assert regard.plan(*meta(1024), mask=masks.causal()).kernel == "sdpa"
     assert regard.plan(*meta(16384), mask=masks.causal() & masks.window(512)).kernel == "block_sparse"
-    assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel in ("chunked", "block_sparse")
+    assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel in (
+        "chunked",
+        "block_sparse",
+    )
     assert regard.plan(*meta(16384), normalizer=Entmax()).kernel == "chunked"
     assert regard.plan(*meta(64), normalizer=Entmax()).kernel in ("eager", "chunked")
 
@@ -185,12 +209,17 @@ def test_the_plan_says_why() -> None:
 
 def test_a_named_kernel_is_never_replaced() -> None:
     q, k, v = qkv(1, 2, 5, 3)
-    with pytest.raises(ValueError, match="kernel 'block_sparse' can't run this: no mask.*these can: sdpa, chunked, eager"):
+    with pytest.raises(
+        ValueError, match="kernel 'block_sparse' can't run this: no mask.*these can: sdpa, chunked, eager"
+    ):
         regard.attention(q, k, v, kernel="block_sparse")
     with pytest.raises(ValueError, match="unknown kernel 'flash'"):
         regard.plan(q, k, v, kernel="flash")
 
 
-@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1.02e+03 B"), (1536, "1.5 KB"), (3 * 2**30, "3 GB"), (2**52, "4.1e+03 TB")])
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 B"), (1023, "1.02e+03 B"), (1536, "1.5 KB"), (3 * 2**30, "3 GB"), (2**52, "4.1e+03 TB")],
+)
 def test_sizes_are_readable(n: int, text: str) -> None:
     assert size.sized(n) == text

@@ -92,7 +92,9 @@ def build(
     return module.to(dtype).eval()
 
 
-def tokens(batch: int = B, length: int = T, *, dim: int = DIM, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+def tokens(
+    batch: int = B, length: int = T, *, dim: int = DIM, seed: int = 2, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """N(0, 1) tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, dim, generator=generator, dtype=torch.float64).to(dtype)
@@ -170,7 +172,9 @@ class Form:
         for own in (self.parts.get("mask"), masks.causal() if causal else None):
             if own is not None:
                 whole = own if whole is None else own & whole
-        slots = {n: self.parts[n] for n in ("position", "score_mix", "normalizer", "weight_mix") if n in self.parts}
+        slots = {
+            n: self.parts[n] for n in ("position", "score_mix", "normalizer", "weight_mix") if n in self.parts
+        }
         kernel = kernel or self.parts.get("kernel", "auto")
         return {**slots, "mask": whole, "bias": bias, "scale": scale, "kernel": kernel}
 
@@ -183,10 +187,18 @@ class Form:
         """Whether queries and keys count by their products alone."""
         position = self.parts.get("position")
         mixes = self.parts.keys() & {"score_mix", "weight_mix"}
-        return not mixes and (position is None or not (position.changes("bias") or position.changes("values")))
+        return not mixes and (
+            position is None or not (position.changes("bias") or position.changes("values"))
+        )
 
     def qkv(
-        self, batch: int = B, length: int = T, keys: int | None = None, *, value_width: int | None = None, seed: int = 3
+        self,
+        batch: int = B,
+        length: int = T,
+        keys: int | None = None,
+        *,
+        value_width: int | None = None,
+        seed: int = 3,
     ) -> list[Tensor]:
         """Random queries, keys and values that want gradients."""
         generator = torch.Generator().manual_seed(seed)
@@ -269,7 +281,9 @@ def close(got: Tensor, want: Tensor, what: str = "") -> None:
     assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, expected {want.dtype}"
     if want.numel() == 0:
         return
-    assert torch.equal(got.isfinite(), want.isfinite()), f"{what}: NaN or inf at other places than in the reference"
+    assert torch.equal(got.isfinite(), want.isfinite()), (
+        f"{what}: NaN or inf at other places than in the reference"
+    )
     for g, w in slices(got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)):
         off, bound = (g - w).abs().max(), 1e-10 * (1 + w.abs().max())
         assert off <= bound, f"{what} differs by up to {off:.3g}, allowed {bound:.3g}"

@@ -4,7 +4,22 @@ import pytest
 import torch
 
 import regard
-from laws.subject import B, T, HEADS, build, causalities, close, field_of, form, law, reaches, run, same, takes, tokens
+from laws.subject import (
+    HEADS,
+    B,
+    T,
+    build,
+    causalities,
+    close,
+    field_of,
+    form,
+    law,
+    reaches,
+    run,
+    same,
+    takes,
+    tokens,
+)
 from regard import masks
 from regard.kernels import KERNELS
 from regard.kinds import Position
@@ -42,7 +57,10 @@ def test_padding_changes_nothing(name: str) -> None:
             if takes(module, "positions"):
                 options["positions"] = (kept.cumsum(1) - 1).clamp(min=0)
             for content in (0.0, 1e4, float("nan")):
-                x, grad_out = tokens(len(rows), max(LENGTHS)), torch.zeros(len(rows), max(LENGTHS), rows[0].shape[2])
+                x, grad_out = (
+                    tokens(len(rows), max(LENGTHS)),
+                    torch.zeros(len(rows), max(LENGTHS), rows[0].shape[2]),
+                )
                 x[~kept], grad_out = content, grad_out.double()
                 for b in range(len(rows)):
                     x[b, kept[b]], grad_out[b, kept[b]] = rows[b][0], grads[b][0]
@@ -139,12 +157,20 @@ def test_nan_reaches_what_sees_it(name: str) -> None:
                         continue
                     want = torch.zeros(B, HEADS, 5, dtype=torch.bool)
                     group = HEADS // f.shape.num_kv_heads
-                    heads = range(HEADS) if across else [i for i in range(HEADS) if hurt == "q" or i // group == h % f.shape.num_kv_heads]
+                    heads = (
+                        range(HEADS)
+                        if across
+                        else [
+                            i for i in range(HEADS) if hurt == "q" or i // group == h % f.shape.num_kv_heads
+                        ]
+                    )
                     for head in [h] if hurt == "q" and not across else heads:
                         sees = allowed[b, head, n].any() if hurt == "q" else allowed[b, head, :, n]
                         want[b, head, n if hurt == "q" else slice(None)] = sees
                     got = ~out.isfinite().all(-1)
-                    assert torch.equal(got, want), f"{kernel}: {bad} in {hurt} reaches {got.nonzero().tolist()}"
+                    assert torch.equal(got, want), (
+                        f"{kernel}: {bad} in {hurt} reaches {got.nonzero().tolist()}"
+                    )
 
 
 @law("L9")

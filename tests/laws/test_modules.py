@@ -42,8 +42,14 @@ def test_dropout(name: str) -> None:
     same(module(x), want, "eval")
     module.train()
     assert not torch.equal(module(x), module(x)), "dropout does nothing in training"
-    many = module(x.expand(2000, -1, -1)) if regard.card(name).slots else torch.cat([module(x) for _ in range(300)])
-    if "linear_in_values" in regard.card(name).traits and not hasattr(module.gate if hasattr(module, "gate") else None, "forward"):
+    many = (
+        module(x.expand(2000, -1, -1))
+        if regard.card(name).slots
+        else torch.cat([module(x) for _ in range(300)])
+    )
+    if "linear_in_values" in regard.card(name).traits and not hasattr(
+        module.gate if hasattr(module, "gate") else None, "forward"
+    ):
         sigma = many.std(0) / len(many) ** 0.5
         assert ((many.mean(0) - want[0]).abs() <= 4.5 * sigma + 1e-6).all(), "the mean is off"
 
@@ -91,6 +97,7 @@ def test_purity(name: str) -> None:
         assert t._version == state[key][1], f"{key} was written to"
 
 
+@pytest.mark.slow
 @law("L32", needs="compile")
 def test_compiled(name: str) -> None:
     """No graph breaks; forward and backward of the eager layer; the second call compiles nothing."""
@@ -153,7 +160,9 @@ def test_all_state_is_registered(name: str) -> None:
 def test_saved_and_loaded(name: str) -> None:
     """Through safetensors, strictly: same keys, same outputs; a missing or misshapen tensor is named."""
     module, given = build(name), inputs(name)
-    state = safetensors.torch.load(safetensors.torch.save({k: t.contiguous() for k, t in module.state_dict().items()}))
+    state = safetensors.torch.load(
+        safetensors.torch.save({k: t.contiguous() for k, t in module.state_dict().items()})
+    )
     fresh = build(name, noise=0.01)
     assert not torch.equal(fresh(*given), module(*given))
     fresh.load_state_dict(state, strict=True)
@@ -167,7 +176,9 @@ def test_saved_and_loaded(name: str) -> None:
 
 
 @law("L37", protocols=ALL)
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies(name: str, how) -> None:
     """A copy computes the same and shares nothing."""
     module, given = build(name), inputs(name)
@@ -194,4 +205,7 @@ def test_copied_states(name: str) -> None:
 def test_every_module_is_a_module() -> None:
     for name in regard.mechanisms():
         assert isinstance(build(name), nn.Module)
-        assert catalog.options(regard.card(name)).keys() >= regard.card(name).example.keys() - {"num_kv_heads", "kernel"}
+        assert catalog.options(regard.card(name)).keys() >= regard.card(name).example.keys() - {
+            "num_kv_heads",
+            "kernel",
+        }

@@ -3,7 +3,23 @@
 import pytest
 import torch
 
-from laws.subject import B, DIM, HEADS, T, build, causalities, close, form, law, near, naive_precision, no_worse_than_naive, run, same, tokens
+from laws.subject import (
+    DIM,
+    HEADS,
+    B,
+    T,
+    build,
+    causalities,
+    close,
+    form,
+    law,
+    naive_precision,
+    near,
+    no_worse_than_naive,
+    run,
+    same,
+    tokens,
+)
 
 
 @law("L25", pipeline=True)
@@ -12,7 +28,10 @@ def test_large_logits(name: str, dtype: torch.dtype) -> None:
     """Logits of thousands: finite forward and backward, in whatever dtype."""
     module = build(name, dtype=dtype)
     x = tokens(dtype=dtype)
-    q, k = (p(x).unflatten(-1, (-1, DIM // HEADS)).float().norm(dim=-1).max() for p in (module.q_proj, module.k_proj))
+    q, k = (
+        p(x).unflatten(-1, (-1, DIM // HEADS)).float().norm(dim=-1).max()
+        for p in (module.q_proj, module.k_proj)
+    )
     with torch.no_grad():
         module.q_proj.weight *= 1e4 * (DIM / HEADS) ** 0.5 / float(q * k)
     got = run(module, x)
@@ -30,7 +49,9 @@ def test_larger_logits_are_no_less_exact(name: str) -> None:
         with torch.no_grad():
             module.q_proj.weight *= 10
 
-    no_worse_than_naive(name, torch.bfloat16, [tokens(dtype=torch.bfloat16, seed=100 + n) for n in range(8)], grow)
+    no_worse_than_naive(
+        name, torch.bfloat16, [tokens(dtype=torch.bfloat16, seed=100 + n) for n in range(8)], grow
+    )
 
 
 @law("L26")

@@ -73,7 +73,9 @@ def bias_is_scaled_too(patch):
     patch.setattr(sdpa, "_additive", lambda p, mask: p.scale * real(p, mask))
 
 
-@bug((symmetry.test_grouped_keys_are_repeated, "cope"), (reference.test_kernel_is_the_formula, "eager", "none"))
+@bug(
+    (symmetry.test_grouped_keys_are_repeated, "cope"), (reference.test_kernel_is_the_formula, "eager", "none")
+)
 def grouped_keys_are_tiled(patch):
     def tiled(k, H):
         return k.repeat(1, H // k.shape[1], 1, 1)
@@ -103,7 +105,9 @@ def heads_share_their_first_query(patch):
 
 @bug((structure.test_future_changes_nothing, "alibi"))
 def one_future_key_leaks(patch):
-    patch.setattr(regard.Attention, "receptive_field", lambda self: patterns.Diagonals(math.inf, 1, 1, "causal()"))
+    patch.setattr(
+        regard.Attention, "receptive_field", lambda self: patterns.Diagonals(math.inf, 1, 1, "causal()")
+    )
 
 
 @bug((structure.test_receptive_field, "alibi"))
@@ -124,7 +128,9 @@ def last_query_misses_first_key(patch):
 @bug((structure.test_receptive_field, "window"), (streaming.test_token_by_token, "window"))
 def window_one_too_wide(patch):
     real = patterns.Diagonals.__call__
-    patch.setattr(patterns.Diagonals, "__call__", lambda m, b, h, i, j: real(replace(m, back=m.back + 1), b, h, i, j))
+    patch.setattr(
+        patterns.Diagonals, "__call__", lambda m, b, h, i, j: real(replace(m, back=m.back + 1), b, h, i, j)
+    )
 
 
 @bug((structure.test_receptive_field, "softmax"))
@@ -135,7 +141,10 @@ def one_key_dropped_without_mask(patch):
     fused(patch, change)
 
 
-@bug((structure.test_alignment_of_unequal_lengths, "cope"), (structure.test_one_query_is_the_last, "cope", "eager"))
+@bug(
+    (structure.test_alignment_of_unequal_lengths, "cope"),
+    (structure.test_one_query_is_the_last, "cope", "eager"),
+)
 def causality_aligned_top_left(patch):
     start = property(lambda p: torch.arange(p.first_key, p.first_key + p.q.shape[2]))
     patch.setattr(problem.Problem, "i", start)
@@ -163,7 +172,9 @@ def batch_rows_meet(patch):
 @bug((masking.test_padding_changes_nothing, "alibi"))
 def padding_unmasked_in_last_row(patch):
     real = tensors.Kept.__call__
-    patch.setattr(tensors.Kept, "__call__", lambda m, b, h, i, j: real(m, b, h, i, j) | ((i == i.max()) & (j >= 0)))
+    patch.setattr(
+        tensors.Kept, "__call__", lambda m, b, h, i, j: real(m, b, h, i, j) | ((i == i.max()) & (j >= 0))
+    )
 
 
 @bug((masking.test_padding_changes_nothing, "entmax"))
@@ -175,10 +186,15 @@ def padding_of_the_first_row_for_all(patch):
 @bug((masking.test_padding_changes_nothing, "learned"))
 def positions_count_left_pads(patch):
     Attention = regard.Attention
-    patch.setattr(Attention, "_positions", lambda self, positions, B, T, device: torch.arange(T, device=device))
+    patch.setattr(
+        Attention, "_positions", lambda self, positions, B, T, device: torch.arange(T, device=device)
+    )
 
 
-@bug((reference.test_kernel_is_the_formula, "chunked", "dense"), (reference.test_kernel_is_the_formula, "chunked", "window"))
+@bug(
+    (reference.test_kernel_is_the_formula, "chunked", "dense"),
+    (reference.test_kernel_is_the_formula, "chunked", "window"),
+)
 def infinity_minus_infinity_in_the_running_softmax(patch):
     class Torch:
         def __getattr__(self, name):
@@ -226,7 +242,9 @@ def a_second_append_overwrites_the_first(patch):
 @bug((streaming.test_token_by_token, "window"))
 def window_cache_one_too_short(patch):
     real = regard.Attention.init_state
-    patch.setattr(regard.Attention, "init_state", lambda m, *a, **o: replace(c := real(m, *a, **o), window=c.window - 1))
+    patch.setattr(
+        regard.Attention, "init_state", lambda m, *a, **o: replace(c := real(m, *a, **o), window=c.window - 1)
+    )
 
 
 @bug((streaming.test_token_by_token, "rotary"), (streaming.test_token_by_token, "learned"))
@@ -247,13 +265,17 @@ def crop_forgets_nothing(patch):
 @bug((modules.test_dropout, "softmax"))
 def dropout_in_eval(patch):
     real = regard.Attention._problem
-    patch.setattr(regard.Attention, "_problem", lambda self, *a: replace(real(self, *a), dropout=self.dropout))
+    patch.setattr(
+        regard.Attention, "_problem", lambda self, *a: replace(real(self, *a), dropout=self.dropout)
+    )
 
 
 @bug((modules.test_no_randomness_unasked, "softmax"))
 def generator_advances(patch):
     real = regard.Attention._finish
-    patch.setattr(regard.Attention, "_finish", lambda self, out, x: real(self, out, x) + 0 * float(torch.rand(())))
+    patch.setattr(
+        regard.Attention, "_finish", lambda self, out, x: real(self, out, x) + 0 * float(torch.rand(()))
+    )
 
 
 @bug((gradients.test_every_parameter_has_a_gradient, "cope"))

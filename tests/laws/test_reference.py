@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import B, T, build, causalities, close, close_all, form, law, no_worse_than_naive, run, small_tiles, tokens
+from laws.subject import (
+    B,
+    T,
+    build,
+    causalities,
+    close,
+    close_all,
+    form,
+    law,
+    no_worse_than_naive,
+    run,
+    small_tiles,
+    tokens,
+)
 from regard import masks
 from regard.attention import _problem
 from regard.kernels import KERNELS
@@ -15,7 +28,9 @@ from regard.kernels import KERNELS
 LONG = 37  # three query chunks of 16, the last one ragged
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, entry by entry."""
     (n, H, Q, D), (_, G, S, _) = q.shape, k.shape
     out = q.new_zeros(n, H, Q, v.shape[3])
@@ -23,7 +38,11 @@ def formula(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, bias
         for h in range(H):
             g = h // (H // G)
             for t in range(Q):
-                seen = [s for s in range(S) if allowed is None or allowed[b % len(allowed), h % allowed.shape[1], t, s]]
+                seen = [
+                    s
+                    for s in range(S)
+                    if allowed is None or allowed[b % len(allowed), h % allowed.shape[1], t, s]
+                ]
                 logits = [
                     sum(float(q[b, h, t, d]) * float(k[b, g, s, d]) for d in range(D)) / math.sqrt(D)
                     + (0.0 if bias is None else float(bias.expand(n, H, Q, S)[b, h, t, s]))
@@ -55,7 +74,10 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
     """The second oracle: Python floats, written without the pipeline. T != S, grouped keys, V != D."""
     mask = cases()[case]
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, h, n, w, generator=generator, dtype=torch.float64) for h, n, w in ((4, 6, 3), (2, 9, 3), (2, 9, 5)))
+    q, k, v = (
+        torch.randn(2, h, n, w, generator=generator, dtype=torch.float64)
+        for h, n, w in ((4, 6, 3), (2, 9, 3), (2, 9, 5))
+    )
     bias = torch.randn(1, 4, 1, 9, generator=generator, dtype=torch.float64)
     allowed = None if mask is None else mask.dense(6, 9)
     with small_tiles():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import regard
-from laws.subject import B, HEADS, T, build, close, law, same, tokens
+from laws.subject import HEADS, B, T, build, close, law, same, tokens
 from regard import masks
 
 
@@ -71,7 +71,9 @@ def test_gradients_through_the_stream(name: str) -> None:
     parameters = list(module.parameters())
     direction = tokens(seed=8)
     want = torch.autograd.grad((module(x) * direction).sum(), [x, *parameters], allow_unused=True)
-    got = torch.autograd.grad((stream(module, x, [5, 1, 6]) * direction).sum(), [x, *parameters], allow_unused=True)
+    got = torch.autograd.grad(
+        (stream(module, x, [5, 1, 6]) * direction).sum(), [x, *parameters], allow_unused=True
+    )
     for g, w in zip(got, want, strict=True):
         assert (g is None) == (w is None)
         if w is not None:

@@ -3,7 +3,23 @@
 import torch
 
 import regard
-from laws.subject import B, DIM, HEADS, T, WIDTH, build, causalities, close, close_all, form, law, run, same, takes, tokens
+from laws.subject import (
+    DIM,
+    HEADS,
+    WIDTH,
+    B,
+    T,
+    build,
+    causalities,
+    close,
+    close_all,
+    form,
+    law,
+    run,
+    same,
+    takes,
+    tokens,
+)
 from regard import masks
 
 
@@ -65,7 +81,9 @@ def test_order_of_keys_and_mask_is_free(name: str) -> None:
 @law("L13", needs="gqa")
 def test_grouped_keys_are_repeated(name: str) -> None:
     """G key heads = H key heads of which each group is the same one, side by side; gradients add up over the group."""
-    grouped = build(name, num_kv_heads=2) if regard.card(name).slots is None or "gqa" not in name else build(name)
+    grouped = (
+        build(name, num_kv_heads=2) if regard.card(name).slots is None or "gqa" not in name else build(name)
+    )
     if grouped.num_kv_heads == HEADS:
         return
     G = grouped.num_kv_heads
@@ -86,7 +104,11 @@ def test_grouped_keys_are_repeated(name: str) -> None:
 def _repeat(tensor: torch.Tensor, shape: torch.Size, G: int) -> torch.Tensor:
     for axis, (have, need) in enumerate(zip(tensor.shape, shape, strict=True)):
         if have != need:
-            tensor = tensor.unflatten(axis, (G, have // G)).repeat_interleave(need // have, axis).flatten(axis, axis + 1)
+            tensor = (
+                tensor.unflatten(axis, (G, have // G))
+                .repeat_interleave(need // have, axis)
+                .flatten(axis, axis + 1)
+            )
     return tensor
 
 
@@ -160,7 +182,7 @@ def test_shift_of_positions(name: str) -> None:
 def test_shift_of_everything(name: str) -> None:
     """What stands behind a few hidden tokens comes out as if they weren't there: in biases and values too."""
     f, hidden = form(name), 3
-    if not f.arguments()["mask"] is None and not f.parts["mask"].is_shift_invariant:
+    if f.arguments()["mask"] is not None and not f.parts["mask"].is_shift_invariant:
         return
     for causal in causalities(name):
         q, k, v = f.qkv()

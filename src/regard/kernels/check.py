@@ -25,13 +25,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     (B, H, _, D), (Bk, G, S, Dk), (Bv, Gv, Sv, _) = q.shape, k.shape, v.shape
     if not B == Bk == Bv:
         raise ValueError(f"attention: batch sizes differ (q {B}, k {Bk}, v {Bv}); expand them, sizes of 1 are not repeated")
-    if D != Dk:
+    if Dk != D:
         raise ValueError(f"attention: head widths of q ({D}) and k ({Dk}) differ; they must match")
     if D == 0:
         raise ValueError("attention: head width is 0; it must be at least 1")
-    if S != Sv:
+    if Sv != S:
         raise ValueError(f"attention: k length {S} and v length {Sv} differ; they must match")
-    if G != Gv:
+    if Gv != G:
         raise ValueError(f"attention: k has {G} heads and v has {Gv}; they must match")
     if G == 0 or H % G:
         raise ValueError(f"attention: {H} query heads are not a multiple of {G} key heads")

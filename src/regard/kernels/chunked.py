@@ -40,9 +40,9 @@ def run(p: Problem) -> Tensor:
         keys = min(S, KEYS)
         return online(p, _within(TILE_BYTES // (each * keys), QUERIES), keys)
     size = _within(TILE_BYTES // (each * S), 1024)
-    if T <= size:
+    if size >= T:
         return attend(p, slice(0, T), key_range(p, slice(0, T)))
-    recompute = torch.is_grad_enabled() and T > size
+    recompute = torch.is_grad_enabled() and size < T
     outs = []
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))

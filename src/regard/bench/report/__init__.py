@@ -1,0 +1,40 @@
+"""The report of a comparison: one HTML file that holds its plots, its numbers and how to repeat it.
+
+Everything that comes from outside (names, reasons, paths, settings) is text: `text.text` cleans and escapes
+it for markup and attributes, and the plots receive it as JSON. The page loads nothing from anywhere.
+"""
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from regard.bench.record import Result
+from regard.bench.report.page import render
+
+
+def write(results: Sequence[Result], path: str | os.PathLike[str], *, title: str = "regard compare") -> Path:
+    """Write `results` as one self-contained page to `path`, whole or not at all, and return the path."""
+    if not results:
+        raise ValueError("results: is empty; expected at least one Result")
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('report.html needs plotly: pip install "regard[report]"') from None
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _replace(target, render(results, title, get_plotlyjs()).encode())
+    return target
+
+
+def _replace(target: Path, content: bytes) -> None:
+    """Readers see the old file or the new one, never a part: written beside it, then renamed over it."""
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""Results brought together: a group a task, in it a row a mechanism, in it statistics over seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from regard.bench.record import Result
+from regard.bench.report.settings import as_text, differing
+
+MEASURES: dict[str, tuple[str, str, int]] = {
+    "train_tokens_per_second": ("Train", "tok/s", 1),
+    "generate_tokens_per_second": ("Generate", "tok/s", 1),
+    "peak_memory_bytes": ("Peak memory", "B", -1),
+    "state_bytes": ("State", "B", -1),
+    "parameters": ("Parameters", "", 0),
+    "mlp_dim": ("MLP width", "", 0),
+    "flops_per_token": ("FLOP per token", "", -1),
+}
+"""Field of a result -> its heading in the table, unit, whether more is better (1), less (-1) or neither."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean over seeds with its sample standard deviation (None with fewer than two seeds)."""
+
+    mean: float
+    spread: float | None
+    count: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.mean)
+
+    @property
+    def ends(self) -> list[float]:
+        """One spread below the mean and one above."""
+        return [self.mean - (self.spread or 0), self.mean + (self.spread or 0)]
+
+
+def _stat(values: Iterable[float]) -> Stat | None:
+    found = [float(v) for v in values]
+    if not found:
+        return None
+    if not all(map(math.isfinite, found)):
+        return Stat(math.nan, None, len(found))
+    return Stat(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+
+def undecided(best: Stat, other: Stat) -> bool | None:
+    """Whether two means lie within the larger of their spreads; None where one seed leaves that unknown."""
+    if best.spread is None or other.spread is None:
+        return None
+    return abs(other.mean - best.mean) <= max(best.spread, other.spread)
+
+
+@dataclass
+class Row:
+    """All seeds of one mechanism under one set of settings."""
+
+    label: str
+    mechanism: str
+    done: list[Result]
+    failed: list[Result]
+    index: int = 0
+    """Its place in the whole report, which decides its colour, dash and marker."""
+    loss: dict[str, Stat] = field(default_factory=dict)
+    measures: dict[str, Stat] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for length in {length for r in self.done for length in r.heldout}:
+            stat = _stat(r.heldout[length] for r in self.done if length in r.heldout)
+            if stat is not None:
+                self.loss[length] = stat
+        for name in MEASURES:
+            stat = _stat(value for r in self.done if (value := getattr(r, name)) > 0)
+            if stat is not None and stat.finite:
+                self.measures[name] = stat
+
+    def curve(self) -> list[tuple[int, float]]:
+        """The mean training loss at the steps that every seed recorded."""
+        curves = [dict(r.curve) for r in self.done if r.curve]
+        steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+        return [(step, statistics.fmean(c[step] for c in curves)) for step in steps]
+
+
+@dataclass
+class Group:
+    """The rows of one task, best first; those without a finite loss come last."""
+
+    task: str
+    rows: list[Row]
+    lengths: list[str]
+    main: str
+    """The length that ranks: the training length wherever it was measured."""
+
+    @property
+    def ranked(self) -> list[Row]:
+        return [r for r in self.rows if self.main in r.loss and r.loss[self.main].finite]
+
+
+def grouped(results: Sequence[Result]) -> list[Group]:
+    """The latest result of every cell, by task."""
+    latest = {r.cell.key: r for r in results}.values()
+    groups, index = [], 0
+    for task in dict.fromkeys(r.cell.task for r in latest):
+        rows = _rows([r for r in latest if r.cell.task == task])
+        lengths = sorted({length for row in rows for length in row.loss}, key=factor)
+        main = lengths[0] if lengths and "1x" not in lengths else "1x"
+        rows.sort(key=lambda row: _order(row, main))
+        for row in rows:
+            row.index, index = index, index + 1
+        groups.append(Group(task, rows, lengths, main))
+    return groups
+
+
+def _rows(results: Sequence[Result]) -> list[Row]:
+    """A row a mechanism and settings, as a mean must not mix settings."""
+    variants: dict[tuple[str, str], list[Result]] = {}
+    for r in results:
+        same = (r.cell.mechanism, json.dumps(r.cell.settings, sort_keys=True))
+        variants.setdefault(same, []).append(r)
+    rows = []
+    for (mechanism, _), members in variants.items():
+        # Where a mechanism ran under several settings, its label says what differs.
+        keys = differing([m[0].cell.settings for (name, _), m in variants.items() if name == mechanism])
+        settings = members[0].cell.settings
+        label = " · ".join([mechanism, *(f"{key}={as_text(settings.get(key))}" for key in keys)])
+        done = [r for r in members if r.status == "done"]
+        rows.append(Row(label, mechanism, done, [r for r in members if r.status != "done"]))
+    return rows
+
+
+def factor(length: str) -> tuple[float, str]:
+    """The order of lengths: '1x', '2x', '16x', then what is no number."""
+    try:
+        return float(length.removesuffix("x")), length
+    except ValueError:
+        return math.inf, length
+
+
+def _order(row: Row, main: str) -> tuple[int, float]:
+    """By loss; then those that diverged; then those that failed."""
+    stat = row.loss.get(main)
+    if stat is not None and stat.finite:
+        return 0, stat.mean
+    return (1 if row.done else 2), 0.0

@@ -1,0 +1,113 @@
+"""The head of the page: the answer first, then what was run, what to be careful about and what failed."""
+
+import math
+from collections.abc import Sequence
+
+from regard.bench.record import Result
+from regard.bench.report.groups import Group, Stat, undecided
+from regard.bench.report.settings import collected, differing, words
+from regard.bench.report.text import listing, loss, plural, quantity, text
+
+FACTS: dict[str, tuple[str, ...]] = {
+    "Data": ("data", "text", "dataset", "source", "files", "bytes", "tokenizer", "vocab"),
+    "Model": ("dim", "depth", "heads", "num_heads", "layers", "host", "match"),
+    "Budget": ("steps", "batch", "batch_size", "length", "learning_rate", "lr", "budget"),
+    "Device": ("device", "dtype"),
+}
+"""Which settings the head of the page shows, under which word. All others stand at the end."""
+
+
+def headline(group: Group) -> str:
+    """Which mechanism is best, by how much, and whether that is more than chance."""
+    where = f" on {text(group.task)}"
+    count = len({row.mechanism for row in group.rows})
+    if not group.ranked:
+        seen = f"{plural(count, 'mechanism')} compared{where}"
+        return f'<p class="answer">{seen}; none finished with a usable loss.</p>'
+    best, *others = group.ranked
+    stat = best.loss[group.main]
+    at = "" if group.main == "1x" else f" at {text(group.main)} the training length"
+    reached = f"{_mean_and_spread(stat)} bits per byte{at}"
+    name = f"<strong>{text(best.label, 80)}</strong>"
+    seeds = "one seed" if stat.count == 1 else f"{stat.count} seeds"
+    if not others:
+        lead = f'<p class="answer">{name} reaches {reached} on held-out data{where} ({seeds}).</p>'
+        alone = "<p>No other mechanism finished, so there is nothing to compare it with.</p>"
+        return lead + (alone if count > 1 else "")
+    lead = f"Of {plural(count, 'mechanism')}{where}, {name} predicts held-out data best: {reached} ({seeds})."
+    second = others[0].loss[group.main]
+    follower = f"{text(others[0].label, 80)}, the next, is {second.mean - stat.mean:.3f} behind"
+    close = [text(r.label, 80) for r in others if undecided(stat, r.loss[group.main])]
+    if undecided(stat, second) is None:
+        rest = f"{follower}. With one seed the spread is unknown: the gap may be chance."
+    elif close:
+        rest = (
+            f"{follower}. <strong>The difference from {listing(close)} is within the spread</strong> "
+            "over seeds, so these runs do not tell them apart."
+        )
+    else:
+        rest = f"{follower}, which is more than the spread over seeds."
+    return f'<p class="answer">{lead}</p><p>{rest}</p>'
+
+
+def _mean_and_spread(stat: Stat) -> str:
+    return loss(stat.mean) + (f"\u00a0±\u00a0{stat.spread:.3f}" if stat.spread is not None else "")
+
+
+def facts(results: Sequence[Result]) -> str:
+    """Data, model, budget, device and seeds, a line each."""
+    settings = collected([r.cell.settings for r in results])
+    surroundings = collected([r.environment for r in results if r.environment])
+    lines = []
+    for word, keys in FACTS.items():
+        parts = [f"{words(k)} {text(listing(settings[k], 4), 120)}" for k in keys if k in settings]
+        if word == "Device":
+            parts += [text(listing(v, 3), 160) for k, v in surroundings.items() if "device" in k.lower()]
+        if word == "Data":
+            parts = [*(text(task, 80) for task in dict.fromkeys(r.cell.task for r in results)), *parts]
+        if word == "Budget" and (tokens := _tokens(settings)):
+            parts.append(f"{quantity(tokens, 'tokens')} a run")
+        if parts:
+            lines.append(f"<dt>{word}</dt><dd>{' · '.join(parts)}</dd>")
+    seeds = sorted({r.cell.seed for r in results})
+    done = sum(r.status == "done" for r in results)
+    runs = f"{plural(done, 'run')} finished, {len(results) - done} failed"
+    listed = ", ".join(map(str, seeds[:12])) + (" …" if len(seeds) > 12 else "")
+    lines.append(f"<dt>Seeds</dt><dd>{plural(len(seeds), 'seed')} ({listed}) · {runs}</dd>")
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+def _tokens(settings: dict[str, list[str]]) -> int | None:
+    """How many tokens a run trains on, where all runs agree on it."""
+    factors = [settings.get("steps"), settings.get("batch", settings.get("batch_size")), settings.get("length")]
+    numbers = [int(f[0]) for f in factors if f is not None and len(f) == 1 and f[0].isdecimal()]
+    return math.prod(numbers) if len(numbers) == 3 else None
+
+
+def warnings(results: Sequence[Result]) -> str:
+    """A line for every difference between runs that makes their numbers hard to compare."""
+    lines = []
+    for task in dict.fromkeys(r.cell.task for r in results):
+        settings = [r.cell.settings for r in results if r.cell.task == task]
+        keys = [words(key) for key in differing(settings) if all(key in found for found in settings)]
+        if keys:
+            lines.append(f"Not all runs share the same {listing(keys)}: compare with care.")
+    if keys := differing([r.environment for r in results if r.status == "done"]):
+        lines.append(f"The runs differ in {listing([words(k) for k in keys])}: compare speed with care.")
+    return "".join(f'<p class="warning">{line}</p>' for line in dict.fromkeys(lines))
+
+
+def failures(results: Sequence[Result]) -> str:
+    """The failed runs with their reasons; seeds that failed alike share a line."""
+    failed = [r for r in results if r.status != "done"]
+    if not failed:
+        return ""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for r in failed:
+        alike.setdefault((r.cell.mechanism, r.reason or "no reason recorded"), []).append(r.cell.seed)
+    items = "".join(
+        f"<li><strong>{text(name, 80)}</strong> (seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))}): {text(reason)}</li>"
+        for (name, reason), seeds in alike.items()
+    )
+    return f'<div class="warning"><h2>Failed: {plural(len(failed), "run")}</h2><ul>{items}</ul></div>'
