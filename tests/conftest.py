@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, fixed seeds, no TF32, poisoned uninitialised memory, and the count of exceptions."""
+"""What holds for every test: one thread, fixed seeds, no TF32, poisoned memory, the count of exceptions."""
 
 from collections import defaultdict
 
@@ -37,7 +37,7 @@ def poisoned_memory():
         yield
 
 
-# --- laws: which cells are excepted, and how many ------------------------------------------------------------------
+# --- laws: which cells are excepted, and how many -----------------------------------------------------------
 
 
 def pytest_configure(config):
@@ -47,7 +47,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """An excepted cell still runs, and is expected to fail; the summary names exceptions that nothing needs any more."""
+    """An excepted cell still runs, and is expected to fail; the summary names exceptions that none needs."""
     for item in items:
         marker, call = item.get_closest_marker("law"), getattr(item, "callspec", None)
         name = None if call is None else call.params.get("name")

@@ -1,4 +1,4 @@
-"""`regard.attention` and `regard.Attention` themselves: what they refuse, and bugs that other libraries have shipped."""
+"""`regard.attention` and `regard.Attention` themselves: what they refuse, and bugs of other libraries."""
 
 import re
 import time
@@ -25,92 +25,92 @@ def close(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 1e-10 * (1 + want.abs().max())
 
 
-# --- bad inputs --------------------------------------------------------------------------------------------------------
+# --- bad inputs ---------------------------------------------------------------------------------------------
 
 Q = torch.zeros(2, 4, 5, 6)
 BAD = {
     "rank": (
-        dict(q=torch.zeros(2, 5, 6)),
+        {"q": torch.zeros(2, 5, 6)},
         ValueError,
         r"q must be \(batch, heads, tokens, width\), got shape \(2, 5, 6\)",
     ),
-    "not a tensor": (dict(k=[1.0]), TypeError, "k must be a Tensor, got list"),
-    "head width": (dict(k=torch.zeros(2, 4, 5, 8)), ValueError, r"head widths of q \(6\) and k \(8\) differ"),
-    "no width": (dict(q=torch.zeros(2, 4, 5, 0), k=torch.zeros(2, 4, 5, 0)), ValueError, "head width is 0"),
-    "lengths": (dict(v=torch.zeros(2, 4, 3, 6)), ValueError, "k length 5 and v length 3 differ"),
+    "not a tensor": ({"k": [1.0]}, TypeError, "k must be a Tensor, got list"),
+    "head width": ({"k": torch.zeros(2, 4, 5, 8)}, ValueError, r"head widths of q \(6\) and k \(8\) differ"),
+    "no width": ({"q": torch.zeros(2, 4, 5, 0), "k": torch.zeros(2, 4, 5, 0)}, ValueError, "head width is 0"),
+    "lengths": ({"v": torch.zeros(2, 4, 3, 6)}, ValueError, "k length 5 and v length 3 differ"),
     "batch": (
-        dict(k=torch.zeros(1, 4, 5, 6)),
+        {"k": torch.zeros(1, 4, 5, 6)},
         ValueError,
         "batch sizes differ .*sizes of 1 are not repeated",
     ),
     "groups": (
-        dict(k=torch.zeros(2, 3, 5, 6), v=torch.zeros(2, 3, 5, 6)),
+        {"k": torch.zeros(2, 3, 5, 6), "v": torch.zeros(2, 3, 5, 6)},
         ValueError,
         "4 query heads are not a multiple of 3",
     ),
     "more key heads": (
-        dict(k=torch.zeros(2, 8, 5, 6), v=torch.zeros(2, 8, 5, 6)),
+        {"k": torch.zeros(2, 8, 5, 6), "v": torch.zeros(2, 8, 5, 6)},
         ValueError,
         "4 query heads are not a multiple of 8",
     ),
-    "one value head": (dict(v=torch.zeros(2, 1, 5, 6)), ValueError, "k has 4 heads and v has 1"),
-    "mixed dtypes": (dict(k=Q.half()), TypeError, r"dtypes differ .*float16.*never promoted"),
-    "integers": (dict(q=Q.int(), k=Q.int(), v=Q.int()), TypeError, "floating point, got torch.int32"),
-    "bool": (dict(q=Q.bool(), k=Q.bool(), v=Q.bool()), TypeError, "floating point, got torch.bool"),
+    "one value head": ({"v": torch.zeros(2, 1, 5, 6)}, ValueError, "k has 4 heads and v has 1"),
+    "mixed dtypes": ({"k": Q.half()}, TypeError, r"dtypes differ .*float16.*never promoted"),
+    "integers": ({"q": Q.int(), "k": Q.int(), "v": Q.int()}, TypeError, "floating point, got torch.int32"),
+    "bool": ({"q": Q.bool(), "k": Q.bool(), "v": Q.bool()}, TypeError, "floating point, got torch.bool"),
     "complex": (
-        dict(q=Q.cfloat(), k=Q.cfloat(), v=Q.cfloat()),
+        {"q": Q.cfloat(), "k": Q.cfloat(), "v": Q.cfloat()},
         TypeError,
         "floating point, got torch.complex64",
     ),
-    "devices": (dict(k=Q.to("meta")), ValueError, "devices differ .*meta.*move them together"),
+    "devices": ({"k": Q.to("meta")}, ValueError, "devices differ .*meta.*move them together"),
     "integer mask": (
-        dict(mask=torch.ones(1, 1, 5, 5, dtype=torch.int64)),
+        {"mask": torch.ones(1, 1, 5, 5, dtype=torch.int64)},
         TypeError,
         r"mask must be bool.*mask\.bool\(\)",
     ),
-    "float mask": (dict(mask=torch.ones(1, 1, 5, 5)), TypeError, "mask must be bool.*bias="),
+    "float mask": ({"mask": torch.ones(1, 1, 5, 5)}, TypeError, "mask must be bool.*bias="),
     "flat mask": (
-        dict(mask=torch.ones(5, 5, dtype=torch.bool)),
+        {"mask": torch.ones(5, 5, dtype=torch.bool)},
         ValueError,
         r"\(5, 5\) is ambiguous.*padding",
     ),
     "wrong mask": (
-        dict(mask=torch.ones(2, 1, 5, 4, dtype=torch.bool)),
+        {"mask": torch.ones(2, 1, 5, 4, dtype=torch.bool)},
         ValueError,
         r"does not fit.*S=4.*only B and H may be 1",
     ),
-    "row mask": (dict(mask=torch.ones(2, 1, 1, 5, dtype=torch.bool)), ValueError, r"does not fit.*T=1"),
+    "row mask": ({"mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)}, ValueError, r"does not fit.*T=1"),
     "not a mask": (
-        dict(mask="causal"),
+        {"mask": "causal"},
         TypeError,
         "mask must be a regard.masks.Mask or a bool Tensor, got str",
     ),
     "mask of another batch": (
-        dict(mask=masks.padding(lengths=torch.tensor([1, 2, 3]))),
+        {"mask": masks.padding(lengths=torch.tensor([1, 2, 3]))},
         ValueError,
         "batch 3 .*inputs have 2",
     ),
-    "bias rank": (dict(bias=torch.zeros(5, 5) + 0.5), ValueError, r"\(5, 5\) does not broadcast"),
-    "bias shape": (dict(bias=torch.zeros(1, 3, 5, 5) + 0.5), ValueError, "does not broadcast"),
+    "bias rank": ({"bias": torch.zeros(5, 5) + 0.5}, ValueError, r"\(5, 5\) does not broadcast"),
+    "bias shape": ({"bias": torch.zeros(1, 3, 5, 5) + 0.5}, ValueError, "does not broadcast"),
     "bool bias": (
-        dict(bias=torch.ones(1, 1, 5, 5, dtype=torch.bool)),
+        {"bias": torch.ones(1, 1, 5, 5, dtype=torch.bool)},
         TypeError,
         "boolean masks go into mask=",
     ),
-    "boolean bias": (dict(bias=torch.eye(5)[None, None]), ValueError, "looks boolean.*may attend"),
-    "NaN in bias": (dict(bias=torch.full((1, 1, 5, 5), float("nan"))), ValueError, r"NaN or \+inf"),
-    "inf in bias": (dict(bias=torch.full((1, 1, 5, 5), float("inf"))), ValueError, r"NaN or \+inf"),
-    "scale 0": (dict(scale=0.0), ValueError, "scale must be finite and > 0, got 0.0"),
-    "negative scale": (dict(scale=-1.0), ValueError, "scale must be finite and > 0, got -1.0"),
-    "NaN scale": (dict(scale=float("nan")), ValueError, "scale must be finite and > 0, got nan"),
-    "dropout": (dict(dropout=2.0), ValueError, r"dropout must be in \[0, 1\], got 2.0"),
-    "kernel": (dict(kernel="flsh"), ValueError, "unknown kernel 'flsh'; known: auto, sdpa"),
+    "boolean bias": ({"bias": torch.eye(5)[None, None]}, ValueError, "looks boolean.*may attend"),
+    "NaN in bias": ({"bias": torch.full((1, 1, 5, 5), float("nan"))}, ValueError, r"NaN or \+inf"),
+    "inf in bias": ({"bias": torch.full((1, 1, 5, 5), float("inf"))}, ValueError, r"NaN or \+inf"),
+    "scale 0": ({"scale": 0.0}, ValueError, "scale must be finite and > 0, got 0.0"),
+    "negative scale": ({"scale": -1.0}, ValueError, "scale must be finite and > 0, got -1.0"),
+    "NaN scale": ({"scale": float("nan")}, ValueError, "scale must be finite and > 0, got nan"),
+    "dropout": ({"dropout": 2.0}, ValueError, r"dropout must be in \[0, 1\], got 2.0"),
+    "kernel": ({"kernel": "flsh"}, ValueError, "unknown kernel 'flsh'; known: auto, sdpa"),
     "stage in the wrong slot": (
-        dict(position=Entmax()),
+        {"position": Entmax()},
         TypeError,
         r"position must be a regard.kinds.Position, got Entmax",
     ),
-    "a class": (dict(normalizer=Entmax), TypeError, "normalizer must be a regard.kinds.Normalizer, got"),
+    "a class": ({"normalizer": Entmax}, TypeError, "normalizer must be a regard.kinds.Normalizer, got"),
 }
 
 
@@ -131,13 +131,16 @@ def test_bad_inputs_are_refused_before_any_work(case: str, monkeypatch: pytest.M
 
 
 LAYERS = {
-    "heads": (dict(dim=10, num_heads=4), "4 heads do not divide the width 10"),
-    "groups": (dict(dim=12, num_heads=4, num_kv_heads=3), "4 query heads are not a multiple of 3 key heads"),
-    "no heads": (dict(dim=12, num_heads=0), "num_heads must be an int >= 1, got 0"),
-    "bool": (dict(dim=12, num_heads=True), "num_heads must be an int >= 1, got True"),
-    "float": (dict(dim=12.0, num_heads=4), "dim must be an int >= 1, got 12.0"),
-    "dropout": (dict(dim=12, num_heads=4, dropout=-0.1), r"dropout must be in \[0, 1\], got -0.1"),
-    "scale": (dict(dim=12, num_heads=4, scale=float("inf")), "scale must be finite and > 0, got inf"),
+    "heads": ({"dim": 10, "num_heads": 4}, "4 heads do not divide the width 10"),
+    "groups": (
+        {"dim": 12, "num_heads": 4, "num_kv_heads": 3},
+        "4 query heads are not a multiple of 3 key heads",
+    ),
+    "no heads": ({"dim": 12, "num_heads": 0}, "num_heads must be an int >= 1, got 0"),
+    "bool": ({"dim": 12, "num_heads": True}, "num_heads must be an int >= 1, got True"),
+    "float": ({"dim": 12.0, "num_heads": 4}, "dim must be an int >= 1, got 12.0"),
+    "dropout": ({"dim": 12, "num_heads": 4, "dropout": -0.1}, r"dropout must be in \[0, 1\], got -0.1"),
+    "scale": ({"dim": 12, "num_heads": 4, "scale": float("inf")}, "scale must be finite and > 0, got inf"),
 }
 
 
@@ -161,14 +164,14 @@ def test_bad_calls_of_a_layer() -> None:
         layer(x, positions=torch.arange(4))
     with pytest.raises(ValueError, match="positions must be integers"):
         layer(x, positions=torch.arange(5.0))
-    with pytest.raises(TypeError, match="mask must be a regard.masks.Mask"):
+    with pytest.raises(TypeError, match=r"mask must be a regard.masks.Mask"):
         regard.Attention(12, 4, mask=torch.ones(5, 5, dtype=torch.bool))
     causal = regard.Attention(12, 4, causal=True)
-    with pytest.raises(TypeError, match="mask must be a regard.masks.Mask, got Tensor"):
+    with pytest.raises(TypeError, match=r"mask must be a regard.masks.Mask, got Tensor"):
         causal.step(x, causal.init_state(2, 8), mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
 
 
-# --- bugs that other libraries have shipped silently -----------------------------------------------------------------
+# --- bugs that other libraries have shipped silently --------------------------------------------------------
 
 
 def test_causal_with_fewer_queries_than_keys_is_bottom_right() -> None:
@@ -251,7 +254,7 @@ def test_the_mask_survives_dropout(kernel: str) -> None:
 
 
 def test_full_and_streamed_agree_across_the_window() -> None:
-    """fla#494 (full and chunked differ with a cache) and transformers#37574 (a window cache at and past its size)."""
+    """fla#494 (full and chunked differ with a cache), transformers#37574 (a window cache at its size)."""
     layer = regard.Attention(12, 2, causal=True, mask=masks.window(4), position=Rotary(6)).double().eval()
     x = torch.randn(1, 11, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -304,11 +307,11 @@ def test_eval_means_no_dropout() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-# --- slots -----------------------------------------------------------------------------------------------------------
+# --- slots --------------------------------------------------------------------------------------------------
 
 
 def test_slots_mix_freely() -> None:
-    """Position, normalizer, grouped keys, static mask and kernel in one layer; each of them changes the output."""
+    """Position, normalizer, grouped keys, static mask and kernel in one layer; each changes the output."""
     from regard.heads import SigmoidGate
 
     def make(**changed: object) -> regard.Attention:
@@ -364,6 +367,6 @@ def test_a_users_own_stages() -> None:
             want,
         )
     with pytest.raises(
-        ValueError, match="normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"
+        ValueError, match=r"normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"
     ):
         regard.attention(q, k, v, mask=masks.causal(), normalizer=Relu(), kernel="sdpa")

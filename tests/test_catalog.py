@@ -20,7 +20,7 @@ def make(name: str, **options: object) -> torch.nn.Module:
     return regard.create(name, **{"dim": 24, "num_heads": 6, **options})
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def test_names_by_family() -> None:
@@ -69,7 +69,7 @@ def test_cards_are_checked_when_made() -> None:
         Card(**rest)
 
 
-# --- create ------------------------------------------------------------------------------------------------------------
+# --- create -------------------------------------------------------------------------------------------------
 
 
 def test_composites() -> None:
@@ -82,7 +82,9 @@ def test_composites() -> None:
     x = torch.randn(2, 5, 24)
     assert not torch.allclose(both(x), both(x.flip(1)).flip(1))
     three = make("alibi + entmax + qk_norm")
-    assert three.position and three.normalizer and three.heads
+    assert three.position
+    assert three.normalizer
+    assert three.heads
     assert make("shaw+entmax", max_distance=2).position.max_distance == 2
 
 
@@ -108,17 +110,22 @@ def test_options_of_the_layer_pass_through() -> None:
         make("alibi", num_kv_heads=4)
 
 
-# --- cards -------------------------------------------------------------------------------------------------------------
+# --- cards --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_card_is_well_formed(name: str) -> None:
     card = regard.card(name)
     assert card.name == name == name.lower()
-    assert " " not in name and "+" not in name
-    assert 20 <= len(card.gist) < 90 and "\n" not in card.gist
+    assert " " not in name
+    assert "+" not in name
+    assert 20 <= len(card.gist) < 90
+    assert "\n" not in card.gist
     assert len(card.equation) > 10
-    assert card.paper.title and card.paper.authors and 1990 <= card.paper.year <= 2030 and card.paper.ref
+    assert card.paper.title
+    assert card.paper.authors
+    assert 1990 <= card.paper.year <= 2030
+    assert card.paper.ref
     assert card.cost.time
     assert bool(card.cost.state) == ("streaming" in card.supports)
     assert not (card.exceptions.keys() - {f"L{n}" for n in range(1, 48)} - {"supported"})
@@ -157,7 +164,7 @@ def test_urls() -> None:
     assert Paper("T", "A", 2020, "ICML 2020").url is None
 
 
-# --- imports -----------------------------------------------------------------------------------------------------------
+# --- imports ------------------------------------------------------------------------------------------------
 
 EXTRAS = "transformers datasets sklearn plotly faiss torch_geometric ray scipy lightning accelerate entmax hypothesis pandas matplotlib"
 

@@ -13,6 +13,8 @@ pytest.importorskip("plotly")
 
 from regard.bench import report
 from regard.bench.record import Cell, Result
+from regard.bench.report import cards, curves, pareto
+from regard.bench.report.text import clean, quantity
 from regard.card import Card, Paper
 
 HOSTILE = [
@@ -175,7 +177,7 @@ def test_units_are_readable(render):
     ],
 )
 def test_quantities_keep_three_digits(value, unit, shown):
-    assert report._quantity(value, unit) == shown
+    assert quantity(value, unit) == shown
 
 
 def test_stars_mark_only_what_the_table_can_tell_apart(render):
@@ -282,7 +284,7 @@ def test_curves_are_means_over_seeds_at_common_steps(render):
 
 def test_long_curves_are_averaged_not_sampled():
     curve = [(s, float(s % 2)) for s in range(1200)]
-    smooth = report._smoothed(curve)
+    smooth = curves._smoothed(curve)
     assert len(smooth) == 60
     assert {v for _, v in smooth} == {0.5}
     assert statistics.fmean(s for s, _ in smooth) == pytest.approx(599.5, abs=1)
@@ -295,8 +297,8 @@ def test_the_front_is_what_nothing_dominates():
         for i, (x, y) in enumerate(points)
         if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)
     ]
-    assert sorted(report._front(points)) == brute
-    assert report._front(points) == [1, 2, 0]
+    assert sorted(pareto._front(points)) == brute
+    assert pareto._front(points) == [1, 2, 0]
 
 
 def test_pareto_plots_hold_the_means(render):
@@ -338,7 +340,7 @@ def card(name, **changes):
 
 def test_cards_are_shown_and_linked_and_parts_told_once(render, monkeypatch):
     known = {name: card(name, differs=("No dropout.",)) for name in ("gated", "rotary")}
-    monkeypatch.setattr(report, "_find_card", known.get)
+    monkeypatch.setattr(cards, "_find_card", known.get)
     page = render([result("gated", 0, 1.5), result("gated+rotary", 0, 1.6), result("unknown", 0, 1.7)])
     assert page.text.count("the gist of rotary") == 1
     assert "A = q k^T < 1" in page.text
@@ -351,15 +353,15 @@ def test_cards_are_shown_and_linked_and_parts_told_once(render, monkeypatch):
 
 
 def test_options_in_a_name_still_find_the_card(render, monkeypatch):
-    monkeypatch.setattr(report, "_find_card", {name: card(name) for name in ("gated", "rotary")}.get)
+    monkeypatch.setattr(cards, "_find_card", {name: card(name) for name in ("gated", "rotary")}.get)
     page = render([result("gated+rotary(base=100)", 0, 1.5), result("rotary(base=5)", 0, 1.6)])
     assert page.text.count("the gist of gated") == 1
     assert page.text.count("A = q k^T < 1") == 2  # the second mention of rotary is a link
 
 
 def test_the_catalogue_is_asked():
-    assert report._find_card("alibi").name == "alibi"
-    assert report._find_card("no such mechanism") is None
+    assert cards._find_card("alibi").name == "alibi"
+    assert cards._find_card("no such mechanism") is None
 
 
 def test_notes_say_what_was_not_measured(render):
@@ -367,7 +369,7 @@ def test_notes_say_what_was_not_measured(render):
 
 
 def test_without_cards_the_section_is_left_out(render, monkeypatch):
-    monkeypatch.setattr(report, "_find_card", lambda name: None)
+    monkeypatch.setattr(cards, "_find_card", lambda name: None)
     assert "The mechanisms" not in render([result()]).text
 
 
@@ -419,7 +421,7 @@ def test_hostile_text_adds_no_element_and_no_attribute(render, monkeypatch, text
     def of(word):
         paper = Paper(word, word, 2022, word, word)
         monkeypatch.setattr(
-            report,
+            cards,
             "_find_card",
             lambda name: Card(name, "f", word, word, paper, slots=dict, differs=(word,), claim=word),
         )
@@ -438,7 +440,7 @@ def test_hostile_text_adds_no_element_and_no_attribute(render, monkeypatch, text
         if key in series
     ]
     assert not re.search("[\x00\x1b\u2028\u202e]", "".join([*hostile.words, *shown]))
-    assert report._clean(text)[:20] in "".join(hostile.words)
+    assert clean(text)[:20] in "".join(hostile.words)
 
 
 def test_endless_text_is_shortened(render):

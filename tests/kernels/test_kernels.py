@@ -31,7 +31,7 @@ def agrees(kernel: str, given: list[Tensor], extra: list[Tensor] = (), **options
         assert (got - want).abs().max() <= 1e-10 * (1 + want.abs().max())
 
 
-# --- block_sparse ----------------------------------------------------------------------------------------------------
+# --- block_sparse -------------------------------------------------------------------------------------------
 
 
 def random_mask(shape: tuple[int, ...], density: float, block: int = 1) -> Tensor:
@@ -90,7 +90,7 @@ def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(seen) == 1024 * 128
 
 
-# --- chunked -----------------------------------------------------------------------------------------------------------
+# --- chunked ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (15, 16), (16, 17), (17, 4), (31, 33), (48, 48), (50, 7)])
@@ -142,9 +142,10 @@ from regard.positions import Alibi
 torch.set_num_threads(1)
 T, train, kernel = {T}, {train}, {kernel!r}
 q, k, v = (torch.randn(1, 2, T, 16, requires_grad=train) for _ in "qkv")
-regard.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], position=Alibi(2), mask=regard.masks.causal(), kernel=kernel)
+options = dict(position=Alibi(2), mask=regard.masks.causal(), kernel=kernel)
+regard.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], **options)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = regard.attention(q, k, v, position=Alibi(2), mask=regard.masks.causal(), kernel=kernel)
+out = regard.attention(q, k, v, **options)
 if train:
     out.sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -163,7 +164,7 @@ def peak(T: int, train: bool, kernel: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_chunked_memory_is_linear(train: bool) -> None:
-    """At T = 4096 the T x S scores take 2 x 64 MB; chunked stays far below, and does not grow with the square."""
+    """At T = 4096 the scores take 2 x 64 MB; chunked stays far below, and does not grow with the square."""
     eager, small, large = (
         peak(4096, train, "eager"),
         peak(4096, train, "chunked"),
@@ -174,7 +175,7 @@ def test_chunked_memory_is_linear(train: bool) -> None:
     assert large < 2.5 * small + 16
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------------
+# --- the plan -----------------------------------------------------------------------------------------------
 
 
 def meta(T: int, S: int | None = None, H: int = 8) -> list[Tensor]:
@@ -210,7 +211,7 @@ def test_the_plan_says_why() -> None:
 def test_a_named_kernel_is_never_replaced() -> None:
     q, k, v = qkv(1, 2, 5, 3)
     with pytest.raises(
-        ValueError, match="kernel 'block_sparse' can't run this: no mask.*these can: sdpa, chunked, eager"
+        ValueError, match=r"kernel 'block_sparse' can't run this: no mask.*these can: sdpa, chunked, eager"
     ):
         regard.attention(q, k, v, kernel="block_sparse")
     with pytest.raises(ValueError, match="unknown kernel 'flash'"):

@@ -19,7 +19,7 @@ B, T, DIM, HEADS, WIDTH = 2, 12, 24, 6, 4
 """No two of the sizes that can be mixed up are equal."""
 
 
-# --- which cards a law is about --------------------------------------------------------------------------------------
+# --- which cards a law is about -----------------------------------------------------------------------------
 
 
 def names(
@@ -61,7 +61,7 @@ def causalities(name: str) -> list[bool]:
     return [c for c, feature in ((False, "bidirectional"), (True, "causal")) if feature in supports]
 
 
-# --- instances -------------------------------------------------------------------------------------------------------
+# --- instances ----------------------------------------------------------------------------------------------
 
 
 def perturb(module: nn.Module, seed: int = 1, size: float = 0.3) -> None:
@@ -134,7 +134,7 @@ def reaches(module: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
     return torch.stack(rows)[:, 0].ne(0).any(-1)
 
 
-# --- the mechanism as a function of queries, keys and values -----------------------------------------------------------
+# --- the mechanism as a function of queries, keys and values ------------------------------------------------
 
 
 @dataclass
@@ -212,7 +212,7 @@ class Form:
 
 
 def form(name: str, *, heads: int = HEADS, kv_heads: int | None = None, width: int = WIDTH) -> Form | None:
-    """The card's function form; None where it is a module only (or changes tokens, heads or gates, which are modules')."""
+    """The card's function form; None where it needs a module (it reads tokens, changes heads, or gates)."""
     card = regard.card(name)
     if card.slots is None:
         return None
@@ -240,7 +240,7 @@ def able(plan: regard.Plan, reasons: Callable[[str], list[str]]) -> Iterator[str
             yield kernel
 
 
-# --- running and comparing ---------------------------------------------------------------------------------------------
+# --- running and comparing ----------------------------------------------------------------------------------
 
 
 def run(
@@ -296,10 +296,10 @@ def close_all(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def near(got: Tensor, want: Tensor, naive: Tensor, what: str = "", *, grad: bool = False) -> None:
-    """TLP for half precision, T32 for fp32: no worse than a plain computation in the same dtype, up to a factor.
+    """TLP for half precision, T32 for fp32: no worse than a plain computation in that dtype, up to a factor.
 
-    The bounds come from the naive computation's errors over all inputs, and hold for the whole and, for outputs, for
-    every slice. (A bound from one small slice alone would be the ratio of two handfuls of rounding errors.)
+    The bounds come from the naive computation's errors over all inputs. They hold for the whole and, for
+    outputs, for every slice. (A bound from one small slice alone would be the ratio of two handfuls of rounding errors.)
     """
     assert got.dtype == naive.dtype, f"{what}: dtype {got.dtype}, expected {naive.dtype}"
     assert torch.equal(got.isfinite(), want.isfinite()), f"{what}: NaN or inf at other places than in float64"
@@ -326,7 +326,7 @@ def near(got: Tensor, want: Tensor, naive: Tensor, what: str = "", *, grad: bool
 def no_worse_than_naive(
     name: str, dtype: torch.dtype, given: list[Tensor], change: Callable[[Any], None] = lambda module: None
 ) -> None:
-    """The layer in this dtype against float64, by the measure of the plain computation in the dtype; with gradients."""
+    """The layer in this dtype and its gradients, next to the plain computation's distance from float64."""
     module = build(name, dtype=dtype)
     change(module)
     exact = build(name, dtype=dtype)
@@ -341,6 +341,11 @@ def no_worse_than_naive(
     for key in want[0]:
         g, w, n = (torch.stack([r[key] for r in results]) for results in (got, want, naive))
         near(g, w, n, key, grad=key != "out")
+
+
+def says(error: Exception, *words: object) -> None:
+    """The refusal names what it is about."""
+    assert all(str(word) in str(error) for word in words), error
 
 
 @contextlib.contextmanager

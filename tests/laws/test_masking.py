@@ -17,6 +17,7 @@ from laws.subject import (
     reaches,
     run,
     same,
+    says,
     takes,
     tokens,
 )
@@ -45,7 +46,7 @@ def sides(name: str, module: object) -> list[str]:
 
 @law("L5", needs="padding")
 def test_padding_changes_nothing(name: str) -> None:
-    """Padded batches, different per row, whatever the pads hold: outputs and all gradients of the unpadded runs."""
+    """Padded batches, different per row, whatever the pads hold: outputs and gradients of the unpadded runs."""
     for causal in causalities(name):
         module = build(name, causal=causal)
         rows = [tokens(1, n, seed=20 + n) for n in LENGTHS]
@@ -137,7 +138,7 @@ def test_no_keys_at_all(name: str) -> None:
 
 @law("L9", function=True)
 def test_nan_reaches_what_sees_it(name: str) -> None:
-    """NaN or inf in one token makes exactly the rows that see it non-finite, on every kernel: none hidden, none more."""
+    """NaN or inf in one token makes exactly the rows that see it non-finite, on every kernel."""
     f = form(name)
     across = bool(f.parts.keys() & {"score_mix", "weight_mix"})
     for causal in causalities(name):
@@ -153,7 +154,7 @@ def test_nan_reaches_what_sees_it(name: str) -> None:
                     try:
                         out = f(**given, causal=causal, mask=mask, kernel=kernel)
                     except ValueError as error:
-                        assert "can't run this" in str(error), error
+                        says(error, "can't run this")
                         continue
                     want = torch.zeros(B, HEADS, 5, dtype=torch.bool)
                     group = HEADS // f.shape.num_kv_heads

@@ -1,4 +1,4 @@
-"""L1, L2, L39: every kernel gives what the formula gives, in every dtype, and runs where its name is asked for."""
+"""L1, L2, L39: every kernel gives what the formula gives, in every dtype, and runs when named."""
 
 import math
 
@@ -18,6 +18,7 @@ from laws.subject import (
     law,
     no_worse_than_naive,
     run,
+    says,
     small_tiles,
     tokens,
 )
@@ -109,7 +110,7 @@ def test_kernels_agree(name: str) -> None:
                 try:
                     got = run(module, x, **options)
                 except ValueError as error:
-                    assert "can't run this" in str(error), error
+                    says(error, "can't run this")
                     continue
             close_all(got, want)
             ran.append(kernel)
@@ -126,7 +127,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
 
 @law("L39", function=True)
 def test_named_kernels_run_or_refuse(name: str) -> None:
-    """`plan` names the kernel that runs, and why not every other; a refused kernel raises with that reason."""
+    """`plan` names the kernel that runs, and why not the others; a refused kernel raises with the reason."""
     f = form(name)
     q, k, v = f.qkv()
     for causal in causalities(name):
@@ -140,7 +141,7 @@ def test_named_kernels_run_or_refuse(name: str) -> None:
             launched = []
             with pytest.MonkeyPatch.context() as patch:
                 real = module.run
-                patch.setattr(module, "run", lambda *a, real=real: launched.append(1) or real(*a))
+                patch.setattr(module, "run", lambda *a, real=real, log=launched: log.append(1) or real(*a))
                 reasons = module.why_not(p)
                 if reasons:
                     with pytest.raises(ValueError) as caught:

@@ -1,6 +1,7 @@
 """L18, L19, L21: token by token and chunk by chunk are the full pass, and a state is a value."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_token_by_token(name: str) -> None:
 def test_any_partition(name: str, cuts: list[int]) -> None:
     module, x = build(name, causal=True), tokens()
     ends = [0, *sorted(cuts), T]
-    close(stream(module, x, [b - a for a, b in zip(ends, ends[1:], strict=False)]), module(x))
+    close(stream(module, x, [b - a for a, b in itertools.pairwise(ends)]), module(x))
 
 
 @law("L18", needs="streaming gqa")
@@ -83,7 +84,7 @@ def test_gradients_through_the_stream(name: str) -> None:
 @law("L21", needs="streaming")
 @torch.no_grad()
 def test_a_state_is_a_value(name: str) -> None:
-    """Stepping from a state leaves it as it was: it can be stepped from again, with other tokens, or copied."""
+    """Stepping from a state leaves it as it was: it can be stepped from again, or copied."""
     module, x, other = build(name, causal=True), tokens(), tokens(seed=11)
     _, early = module.step(x[:, :5], module.init_state(B, T))
     copied = copy.deepcopy(early)
@@ -121,7 +122,7 @@ def test_cache_algebra(name: str) -> None:
 @law("L21", needs="streaming", pipeline=True)
 @torch.no_grad()
 def test_cache_limits(name: str) -> None:
-    """A full cache refuses; a layer that looks back W tokens keeps no more, at W - 1, W, W + 1 and far beyond."""
+    """A full cache refuses; a layer that looks back W tokens keeps no more, before W, at W and far beyond."""
     module, x = build(name, causal=True), tokens(B, 40)
     _, state = module.step(x[:, :T], module.init_state(B, T))
     if state.window is None:

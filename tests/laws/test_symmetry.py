@@ -25,7 +25,7 @@ from regard import masks
 
 @law("L11", traits="head_independent", pipeline=True)
 def test_order_of_heads_is_free(name: str) -> None:
-    """Permuting the heads of everything that has heads leaves the layer unchanged (11 is no other size here)."""
+    """Permuting the heads of all tensors leaves the layer unchanged (11 is no other size here)."""
     H, D, dim = 11, 4, 20
     shape = {"dim": dim, "num_heads": H, "head_dim": D}
     module, x = build(name, **shape), tokens(dim=dim)
@@ -80,7 +80,7 @@ def test_order_of_keys_and_mask_is_free(name: str) -> None:
 
 @law("L13", needs="gqa")
 def test_grouped_keys_are_repeated(name: str) -> None:
-    """G key heads = H key heads of which each group is the same one, side by side; gradients add up over the group."""
+    """G key heads = H key heads of which each group is one, side by side; gradients add up over the group."""
     grouped = (
         build(name, num_kv_heads=2) if regard.card(name).slots is None or "gqa" not in name else build(name)
     )
@@ -142,7 +142,7 @@ def weights(name: str, causal: bool, allowed: torch.Tensor) -> torch.Tensor:
 
 @law("L15", function=True, traits="linear_in_values", needs="mask")
 def test_weights(name: str) -> None:
-    """Masked weights are exactly 0; by trait, rows sum to 1 and nothing is negative, or some allowed weights are 0."""
+    """Masked weights are exactly 0; by trait, rows sum to 1, nothing is negative, some allowed are 0."""
     traits = regard.card(name).traits
     for causal in causalities(name):
         drawn = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(0)) < 0.7

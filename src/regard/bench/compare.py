@@ -237,8 +237,8 @@ def code_version() -> str:
     """regard's version and a hash of the sources that decide what a cell finds."""
     root = Path(__file__).parent.parent
     silent = re.compile(
-        r"(cli\.py|__main__\.py|(inspect|steer|integrations|distributed)/.*"
-        r"|bench/(report|live|profile|process|store|generate)\.py)"
+        r"(cli\.py|__main__\.py|(inspect|steer|integrations|distributed|bench/report)/.*"
+        r"|bench/(live|profile|process|store|generate)\.py)"
     )
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

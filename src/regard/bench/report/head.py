@@ -79,7 +79,11 @@ def facts(results: Sequence[Result]) -> str:
 
 def _tokens(settings: dict[str, list[str]]) -> int | None:
     """How many tokens a run trains on, where all runs agree on it."""
-    factors = [settings.get("steps"), settings.get("batch", settings.get("batch_size")), settings.get("length")]
+    factors = [
+        settings.get("steps"),
+        settings.get("batch", settings.get("batch_size")),
+        settings.get("length"),
+    ]
     numbers = [int(f[0]) for f in factors if f is not None and len(f) == 1 and f[0].isdecimal()]
     return math.prod(numbers) if len(numbers) == 3 else None
 

@@ -46,7 +46,12 @@ def _pareto(
     front = _front(points)
     series = []
     for i, ((row, x), stat) in enumerate(zip(costs, stats)):
-        point = {"x": digits([x]), "y": digits([stat.mean]), "label": clean(row.label, 24), "front": i in front}
+        point = {
+            "x": digits([x]),
+            "y": digits([stat.mean]),
+            "label": clean(row.label, 24),
+            "front": i in front,
+        }
         spread = {} if stat.spread is None else {"spread": [stat.spread]}
         series.append(look(row) | point | spread)
     x_axis = axis(title, xs, 0.16, max(xs) > 8 * min(xs))
