@@ -299,7 +299,7 @@ def near(got: Tensor, want: Tensor, naive: Tensor, what: str = "", *, grad: bool
     """TLP for half precision, T32 for fp32: no worse than a plain computation in that dtype, up to a factor.
 
     The bounds come from the naive computation's errors over all inputs. They hold for the whole and, for
-    outputs, for every slice. (A bound from one small slice alone would be the ratio of two handfuls of rounding errors.)
+    outputs, for every slice: a bound from one small slice alone would rest on a handful of roundings.
     """
     assert got.dtype == naive.dtype, f"{what}: dtype {got.dtype}, expected {naive.dtype}"
     assert torch.equal(got.isfinite(), want.isfinite()), f"{what}: NaN or inf at other places than in float64"

@@ -46,7 +46,7 @@ def sides(name: str, module: object) -> list[str]:
 
 @law("L5", needs="padding")
 def test_padding_changes_nothing(name: str) -> None:
-    """Padded batches, different per row, whatever the pads hold: outputs and gradients of the unpadded runs."""
+    """Padded differently per row, whatever the pads hold: outputs and gradients of the unpadded runs."""
     for causal in causalities(name):
         module = build(name, causal=causal)
         rows = [tokens(1, n, seed=20 + n) for n in LENGTHS]

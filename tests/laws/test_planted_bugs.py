@@ -1,4 +1,4 @@
-"""L47: the laws are tested too. Bugs that libraries have shipped are planted one by one; each must be caught."""
+"""L47: the laws are tested too. Bugs that libraries have shipped are planted; each must be caught."""
 
 import math
 from collections.abc import Callable

@@ -46,7 +46,7 @@ class CompareConfig:
     text: Sequence[str | Path] = ()
     """Files and folders; none = the standard library's sources and docs."""
     seeds: Sequence[int] = (0, 1)
-    steps: int = 300
+    steps: int = 250
     batch: int = 8
     length: int = 128
     dim: int = 96
@@ -237,7 +237,7 @@ def code_version() -> str:
     """regard's version and a hash of the sources that decide what a cell finds."""
     root = Path(__file__).parent.parent
     silent = re.compile(
-        r"(cli\.py|__main__\.py|(inspect|steer|integrations|distributed|bench/report)/.*"
+        r"((cli|__main__|terminal|doctor|catalog_page)\.py|(inspect|steer|integrations|distributed|bench/report)/.*"
         r"|bench/(live|profile|process|store|generate)\.py)"
     )
     digest = hashlib.sha256()

@@ -47,7 +47,7 @@ def answer(
     """The worker's last event: {"result": …}, {"failed": reason} or {"full": path}; None if stopped."""
     threads = str(job["cell"]["settings"]["threads"])
     environment = {
-        # Threads that wait without sleeping take the cores from each other: a shared machine trains 5 times slower.
+        # Threads that wait without sleeping rob each other: a shared machine would train 5 times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "OMP_NUM_THREADS": threads,

@@ -89,8 +89,11 @@ def _pull_back_alpha(dp: Tensor, p: Tensor, alpha: Tensor) -> Tensor:
 def _in_blocks(x: Tensor, alpha: float | Tensor) -> Iterator[tuple[slice, float | Tensor]]:
     """Cut the rows of x (N, S) into pieces that fit in cache; in one piece where that does not help."""
     whole = x.device.type != "cpu" or torch.compiler.is_compiling()
-    size = len(x) if whole else max(1, _BLOCK // x.shape[1])
-    for start in range(0, len(x), max(1, size)):
+    if whole:  # no loop: its count would tie a compiled graph to one length
+        yield slice(None), alpha
+        return
+    size = max(1, _BLOCK // max(1, x.shape[1]))
+    for start in range(0, len(x), size):
         rows = slice(start, start + size)
         yield rows, alpha if isinstance(alpha, float) else alpha[rows]
 

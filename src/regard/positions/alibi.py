@@ -70,6 +70,7 @@ CARD = register(
         traits=frozenset(
             {"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}
         ),
+        exceptions={"L11": "slopes belong to the heads' order by definition, so heads can't be permuted"},
         cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
         claim=(
             "Positions matter through distance only, so it extrapolates; with q = k = 0 weights are "
