@@ -56,9 +56,7 @@ def pytest_collection_modifyitems(items):
         law = marker.args[0]
         item.user_properties.append(("law", f"{name} {law}"))
         if reason := excepted(name, law):
-            item.add_marker(
-                pytest.mark.xfail(reason=f"{name} is excepted from {law}: {reason}", strict=False)
-            )
+            item.add_marker(pytest.mark.xfail(reason=f"{name} is excepted from {law}: {reason}", strict=False))
 
 
 def excepted(name: str, law: str) -> str:
@@ -95,13 +93,7 @@ def pytest_sessionfinish(session, exitstatus):
     """Exceptions are strict: one that no cell needs fails a full run of the laws."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     options = session.config.option
-    if (
-        exitstatus
-        or reporter is None
-        or options.keyword
-        or options.markexpr
-        or hasattr(session.config, "workerinput")
-    ):
+    if exitstatus or reporter is None or options.keyword or options.markexpr or hasattr(session.config, "workerinput"):
         return
     if any("::" in arg or arg.endswith(".py") for arg in session.config.args):
         return

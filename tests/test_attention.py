@@ -273,9 +273,7 @@ def test_full_and_streamed_agree_across_the_window() -> None:
 def test_grouped_keys_stand_side_by_side(kernel: str) -> None:
     """onnx PR#7274: tiled instead of interleaved."""
     q, k, v = qkv(H=6, G=2)
-    want = torch.cat(
-        [regard.attention(q[:, h : h + 1], k[:, h // 3, None], v[:, h // 3, None]) for h in range(6)], 1
-    )
+    want = torch.cat([regard.attention(q[:, h : h + 1], k[:, h // 3, None], v[:, h // 3, None]) for h in range(6)], 1)
     close(regard.attention(q, k, v, kernel=kernel), want)
 
 
@@ -361,12 +359,8 @@ def test_a_users_own_stages() -> None:
     want = ((q @ k.mT / 6**0.5 + distance).relu().tril()) @ v
     for kernel in ("auto", "eager", "chunked", "block_sparse"):
         close(
-            regard.attention(
-                q, k, v, mask=masks.causal(), position=Distance(), normalizer=Relu(), kernel=kernel
-            ),
+            regard.attention(q, k, v, mask=masks.causal(), position=Distance(), normalizer=Relu(), kernel=kernel),
             want,
         )
-    with pytest.raises(
-        ValueError, match=r"normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"
-    ):
+    with pytest.raises(ValueError, match=r"normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"):
         regard.attention(q, k, v, mask=masks.causal(), normalizer=Relu(), kernel="sdpa")

@@ -41,9 +41,7 @@ def test_unknown_things_are_named() -> None:
         regard.card("zzzz")
     with pytest.raises(ValueError, match="unknown family 'position'; did you mean 'positions'"):
         regard.mechanisms("position")
-    with pytest.raises(
-        ValueError, match="unknown option of 'shaw' 'max_distnace'; did you mean 'max_distance'"
-    ):
+    with pytest.raises(ValueError, match="unknown option of 'shaw' 'max_distnace'; did you mean 'max_distance'"):
         make("shaw", max_distnace=3)
     with pytest.raises(ValueError, match="unknown mechanism"):
         make("alibi+zzzz")
@@ -100,9 +98,7 @@ def test_composites_that_collide() -> None:
 
 
 def test_options_of_the_layer_pass_through() -> None:
-    layer = make(
-        "alibi", num_kv_heads=2, head_dim=8, bias=True, kernel="chunked", dropout=0.1, dtype=torch.float64
-    )
+    layer = make("alibi", num_kv_heads=2, head_dim=8, bias=True, kernel="chunked", dropout=0.1, dtype=torch.float64)
     assert (layer.num_kv_heads, layer.head_dim, layer.kernel, layer.dropout) == (2, 8, "chunked", 0.1)
     assert layer.q_proj.bias is not None
     assert layer.q_proj.weight.dtype == torch.float64
@@ -148,17 +144,13 @@ def test_card_stands_in_its_room(name: str) -> None:
     file = Path(module.__file__)
     assert file.parent == Path(room.__file__).parent
     assert card.paper.ref in module.__doc__, f"the docstring of {file.name} doesn't name {card.paper.ref}"
-    assert any(line.startswith("    ") for line in module.__doc__.splitlines()), (
-        "the docstring shows no equation"
-    )
+    assert any(line.startswith("    ") for line in module.__doc__.splitlines()), "the docstring shows no equation"
     code = file.read_text().split("\nCARD = ")[0].splitlines()
     assert sum(bool(line.strip()) for line in code) <= 200, f"{file.name} is too long to be read in one go"
     texts = [t.stem + t.read_text().lower() for t in (TESTS / card.family).glob("test_*.py")]
     own = [n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     public = {name, file.stem, *(n.lower() for n in own if not n.startswith("_"))}
-    assert any(word in text for text in texts for word in public), (
-        f"nothing in tests/{card.family} tests {name}"
-    )
+    assert any(word in text for text in texts for word in public), f"nothing in tests/{card.family} tests {name}"
 
 
 def test_urls() -> None:
@@ -175,9 +167,7 @@ EXTRAS = (
 
 
 def python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

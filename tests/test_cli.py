@@ -27,9 +27,7 @@ NAMES = regard.mechanisms()
 
 
 def invoke(*arguments, **environment):
-    return CliRunner().invoke(
-        cli.app, [str(a) for a in arguments], env={**PLAIN, **environment}, prog_name="regard"
-    )
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={**PLAIN, **environment}, prog_name="regard")
 
 
 def output(*arguments, **environment):
@@ -69,9 +67,7 @@ def test_list_of_a_family():
 def test_marks_tell_what_is_supported():
     assert set(catalog_page.MARKS) == set(catalog_page.MEANING) == FEATURES
     assert len(set(catalog_page.MARKS.values())) == len(FEATURES)
-    lacking = regard.Card(
-        "x", "f", "", "", regard.Paper("", "", 2000, ""), slots=dict, supports=FEATURES - {"cross"}
-    )
+    lacking = regard.Card("x", "f", "", "", regard.Paper("", "", 2000, ""), slots=dict, supports=FEATURES - {"cross"})
     assert catalog_page.marks(lacking) == "cb-pmgsdt"
 
 
@@ -119,9 +115,9 @@ def test_costs_are_formulas_that_can_be_computed(name):
 
 
 def test_show_computes_cost_at_the_given_size():
-    numbers = json.loads(output("show", "alibi", "--json", "--length", 100, "--heads", 3, "--width", 5))[
-        "cost"
-    ]["numbers"]
+    numbers = json.loads(output("show", "alibi", "--json", "--length", 100, "--heads", 3, "--width", 5))["cost"][
+        "numbers"
+    ]
     assert numbers["time"] == 2 * 3 * 100 * 100 * 5 + 3 * 100 * 100
     assert numbers["state"] == 2 * 100 * 3 * 5
     assert "333,000 multiply-adds" not in output("show", "alibi", "--length", 101, "--heads", 3, "--width", 5)
@@ -137,9 +133,7 @@ def test_formulas(formula, number):
     assert catalog_page.evaluate(formula, {"T": 4, "r": 2}) == number
 
 
-@pytest.mark.parametrize(
-    "formula", ["T*unknown", "__import__('os')", "T.real", "2*", "T/0", "[T]", "min(T, key=r)"]
-)
+@pytest.mark.parametrize("formula", ["T*unknown", "__import__('os')", "T.real", "2*", "T/0", "[T]", "min(T, key=r)"])
 def test_formulas_refuse_what_is_no_arithmetic(formula):
     with pytest.raises(ValueError, match=r"no number for|cannot be computed"):
         catalog_page.evaluate(formula, {"T": 4, "r": 2})
@@ -330,9 +324,7 @@ def test_report_is_written_again(tmp_path):
     from regard.bench.store import opened
 
     with opened(tmp_path) as store:
-        store.put(
-            Result(Cell("text", "alibi", 0), "done", curve=[(1, 2.0)], heldout={"1x": 2.5}, parameters=10)
-        )
+        store.put(Result(Cell("text", "alibi", 0), "done", curve=[(1, 2.0)], heldout={"1x": 2.5}, parameters=10))
     assert output("report", tmp_path) == f"report: {tmp_path / 'report.html'}\n"
     assert "alibi" in (tmp_path / "report.html").read_text()
     output("report", tmp_path, "--out", tmp_path / "other.html")
@@ -439,8 +431,7 @@ def test_help_and_version():
         assert widest(output(*command.split(), "--help")) <= 100
     shown = output("--help")
     assert all(
-        f" {command} " in shown
-        for command in ("list", "show", "plan", "doctor", "compare", "report", "generate")
+        f" {command} " in shown for command in ("list", "show", "plan", "doctor", "compare", "report", "generate")
     )
 
 
@@ -501,9 +492,7 @@ def test_the_readmes_python_runs(capsys):
     space = {}
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), space)
-    assert capsys.readouterr().out.startswith(
-        str(regard.plan(*(space[n] for n in "qkv"), mask=space["near"]))
-    )
+    assert capsys.readouterr().out.startswith(str(regard.plan(*(space[n] for n in "qkv"), mask=space["near"])))
 
 
 def test_the_readmes_outputs_are_current():
@@ -521,19 +510,13 @@ def test_the_readmes_commands_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `regard (\w+)", text, re.MULTILINE)) == known
     read = {
-        v
-        for p in (ROOT / "src").rglob("*.py")
-        for v in re.findall(r"environ\S*?[(\[]\"(\w+)", p.read_text("utf-8"))
+        v for p in (ROOT / "src").rglob("*.py") for v in re.findall(r"environ\S*?[(\[]\"(\w+)", p.read_text("utf-8"))
     }
-    assert read <= set(re.findall(r"^\| `(\w+)=", text, re.MULTILINE)), (
-        "every environment variable is in the table"
-    )
+    assert read <= set(re.findall(r"^\| `(\w+)=", text, re.MULTILINE)), "every environment variable is in the table"
 
 
 def test_the_contributing_example_is_a_mechanism(monkeypatch):
-    part, test = (
-        block.replace('"soft_cap"', '"temporary_example"') for block in blocks("CONTRIBUTING.md", "python")
-    )
+    part, test = (block.replace('"soft_cap"', '"temporary_example"') for block in blocks("CONTRIBUTING.md", "python"))
     module = types.ModuleType("regard.scores.soft_cap")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     catalog.cards()

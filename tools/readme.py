@@ -30,9 +30,7 @@ def run(command: str) -> str:
     """The output of a regard command at 100 columns."""
     arguments = [sys.executable, "-m", *command.replace("'", "").split()]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
-    return subprocess.run(
-        arguments, env=environment, check=True, capture_output=True, encoding="utf-8"
-    ).stdout
+    return subprocess.run(arguments, env=environment, check=True, capture_output=True, encoding="utf-8").stdout
 
 
 if __name__ == "__main__":

@@ -96,9 +96,7 @@ def _problem(
     dropout: float,
 ) -> Problem:
     check_inputs(q, k, v)
-    check_options(
-        scale, dropout, position=position, score_mix=score_mix, normalizer=normalizer, weight_mix=weight_mix
-    )
+    check_options(scale, dropout, position=position, score_mix=score_mix, normalizer=normalizer, weight_mix=weight_mix)
     for name, stage in (("score_mix", score_mix), ("weight_mix", weight_mix)):
         if stage is not None and "tokens" in stage.needs:
             raise ValueError(
@@ -178,7 +176,12 @@ class Attention(nn.Module):
         super().__init__()
         G, D = head_counts(dim, num_heads, num_kv_heads, head_dim)
         check_options(
-            scale, dropout, position=position, score_mix=score_mix, normalizer=normalizer, weight_mix=weight_mix
+            scale,
+            dropout,
+            position=position,
+            score_mix=score_mix,
+            normalizer=normalizer,
+            weight_mix=weight_mix,
         )
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"Attention: mask must be a regard.masks.Mask, got {type(mask).__name__}")
@@ -318,7 +321,7 @@ class Attention(nn.Module):
             raise TypeError(f"step: state must be the KVCache of init_state, got {type(state).__name__}")
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"step: mask must be a regard.masks.Mask, got {type(mask).__name__}")
-        B, t = x.shape[:2]
+        t = x.shape[1]
         where = torch.arange(state.length, state.length + t, device=x.device)
         q, k, v, x, _ = self._project(x, x, where, where, where)
         new = {"k": k, "v": v}
@@ -333,7 +336,12 @@ class Attention(nn.Module):
             q = held["q"][:, :, -(halo + t) :]
         tokens = held.get("x")
         p = self._problem(
-            q, held["k"], held["v"], None if tokens is None else tokens[:, -q.shape[2] :], tokens, self._static(mask)
+            q,
+            held["k"],
+            held["v"],
+            None if tokens is None else tokens[:, -q.shape[2] :],
+            tokens,
+            self._static(mask),
         )
         out = execute(replace(p, first_key=first_key), self.kernel)[:, :, halo:]
         return self._finish(out, x), state
@@ -409,7 +417,9 @@ class Attention(nn.Module):
 
     def _needs(self, feature: str, what: str) -> None:
         if feature not in self.supports:
-            raise ValueError(f"{getattr(self, 'name', 'Attention')}: this mechanism {what} (no {feature!r} on its card)")
+            raise ValueError(
+                f"{getattr(self, 'name', 'Attention')}: this mechanism {what} (no {feature!r} on its card)"
+            )
 
     @staticmethod
     def _check_tokens(name: str, x: Tensor, width: int) -> None:
@@ -419,7 +429,12 @@ class Attention(nn.Module):
 
 def head_counts(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """G and D for these widths; raises where they don't divide."""
-    for name, n in (("dim", dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+    for name, n in (
+        ("dim", dim),
+        ("num_heads", num_heads),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+    ):
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise ValueError(f"Attention: {name} must be an int >= 1, got {n!r}")
     if head_dim is None and dim % num_heads:
@@ -440,12 +455,18 @@ def _quarantine(x: Tensor, context: Tensor | None) -> tuple[tuple[Tensor, Tensor
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return None, x, source
     with torch.no_grad():
-        total = float(x.sum(dtype=torch.float64)) + (0.0 if context is None else float(context.sum(dtype=torch.float64)))
+        total = float(x.sum(dtype=torch.float64)) + (
+            0.0 if context is None else float(context.sum(dtype=torch.float64))
+        )
     if math.isfinite(total):
         return None, x, source
     bad_x, bad_source = (~z.detach().isfinite().all(-1) for z in (x, source))
     clean = x.masked_fill(bad_x[..., None], 0.0)
-    return (bad_x, bad_source), clean, clean if context is None else source.masked_fill(bad_source[..., None], 0.0)
+    return (
+        (bad_x, bad_source),
+        clean,
+        clean if context is None else source.masked_fill(bad_source[..., None], 0.0),
+    )
 
 
 def _restore(out: Tensor, bad: tuple[Tensor, Tensor] | None, mask: Mask | None) -> Tensor:

@@ -4,9 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FEATURES = frozenset(
-    {"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "dropout", "compile"}
-)
+FEATURES = frozenset({"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "dropout", "compile"})
 """What a card may claim in `supports`. Claimed: tested to work. Not claimed: tested to raise.
 
 causal / bidirectional  may be built with causal=True / False
@@ -20,7 +18,15 @@ compile                 torch.compile(fullgraph=True)
 """
 
 TRAITS = frozenset(
-    {"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent", "sparse"}
+    {
+        "normalised",
+        "nonnegative",
+        "linear_in_values",
+        "position_free",
+        "shift_invariant",
+        "head_independent",
+        "sparse",
+    }
 )
 """Mathematical properties that switch laws on.
 
@@ -33,7 +39,17 @@ head_independent  a head's output depends on its own projections only
 sparse            some allowed weights are exactly 0
 """
 
-SLOTS = ("mask", "position", "heads", "score_mix", "normalizer", "weight_mix", "gate", "num_kv_heads", "kernel")
+SLOTS = (
+    "mask",
+    "position",
+    "heads",
+    "score_mix",
+    "normalizer",
+    "weight_mix",
+    "gate",
+    "num_kv_heads",
+    "kernel",
+)
 """What a slot builder may return keys of; each is a keyword of `regard.Attention`."""
 
 
@@ -112,6 +128,8 @@ _registry: dict[str, Card] = {}
 def register(card: Card) -> Card:
     """Add a card to the catalogue. A name can be taken once."""
     if card.name in _registry and _registry[card.name] is not card:
-        raise ValueError(f"register: a card named {card.name!r} already exists (family {_registry[card.name].family!r})")
+        raise ValueError(
+            f"register: a card named {card.name!r} already exists (family {_registry[card.name].family!r})"
+        )
     _registry[card.name] = card
     return card

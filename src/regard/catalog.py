@@ -16,7 +16,26 @@ from regard.attention import Attention, head_counts
 from regard.card import Card, _registry
 from regard.kinds import HeadShape
 
-ROOMS = ["masks", "kernels", "scores", "positions", "normalizers", "heads", "routing", "linear", "mixers", "cross", "recurrent", "vision", "detection", "graph", "timeseries", "cache", "distributed", "training"]
+ROOMS = [
+    "masks",
+    "kernels",
+    "scores",
+    "positions",
+    "normalizers",
+    "heads",
+    "routing",
+    "linear",
+    "mixers",
+    "cross",
+    "recurrent",
+    "vision",
+    "detection",
+    "graph",
+    "timeseries",
+    "cache",
+    "distributed",
+    "training",
+]
 """The sub-packages that may hold cards."""
 
 _walked: list[str] = []

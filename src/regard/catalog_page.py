@@ -84,9 +84,7 @@ def markdown(cards: Sequence[Card]) -> str:
 
 def data(card: Card) -> dict[str, Any]:
     """The card as what JSON can hold."""
-    paper = {
-        name: getattr(card.paper, name) for name in ("title", "authors", "year", "ref", "equations", "url")
-    }
+    paper = {name: getattr(card.paper, name) for name in ("title", "authors", "year", "ref", "equations", "url")}
     return {
         "name": card.name,
         "family": card.family,
@@ -111,9 +109,7 @@ def _literal(value: object) -> object:
     """The value itself where JSON has it; None for an option without default."""
     if value is Parameter.empty:
         return None
-    return (
-        value if isinstance(value, str | int | float | bool | None) and not _infinite(value) else repr(value)
-    )
+    return value if isinstance(value, str | int | float | bool | None) and not _infinite(value) else repr(value)
 
 
 def _infinite(value: object) -> bool:
@@ -190,9 +186,7 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> float:
     raise ValueError(f"no number for {ast.unparse(node)}")
 
 
-def costs(
-    card: Card, own: Mapping[str, Any], *, batch: int, heads: int, length: int, width: int
-) -> dict[str, Any]:
+def costs(card: Card, own: Mapping[str, Any], *, batch: int, heads: int, length: int, width: int) -> dict[str, Any]:
     """Time and state at one size: {'time': number or why not, 'state': ..., 'at': the size in words}."""
     sizes = {
         "B": batch,
@@ -245,17 +239,13 @@ def bias_picture(module: nn.Module) -> list[str]:
     if not isinstance(position, Position) or not position.changes("bias") or position.needs:
         return []
     bias = _bias(module, position, 0)
-    if bias is None or not torch.equal(
-        bias, other if (other := _bias(module, position, 1)) is not None else -bias
-    ):
+    if bias is None or not torch.equal(bias, other if (other := _bias(module, position, 1)) is not None else -bias):
         return []
     if float(bias.amin()) == float(bias.amax()):
         return []
     # How much of a key's weight is left, on one scale for all heads; the bias itself has no natural bounds.
     left = (bias - bias.amax(1, keepdim=True)).exp()
-    lines = [
-        f"share of a key's weight left at distance 0 .. {DISTANCES - 1} ({LEVELS[0]} none, {LEVELS[-1]} all)"
-    ]
+    lines = [f"share of a key's weight left at distance 0 .. {DISTANCES - 1} ({LEVELS[0]} none, {LEVELS[-1]} all)"]
     for head, row in enumerate(left.tolist()):
         lines.append(f"head {head}  " + "".join(LEVELS[min(7, int(8 * x))] for x in row))
     return lines
@@ -289,11 +279,7 @@ def page(
     slots = fills(card)
     yield (
         "kind",
-        [
-            f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}"
-            if slots
-            else f"a {card.protocol} of its own"
-        ],
+        [f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}" if slots else f"a {card.protocol} of its own"],
     )
     yield (
         "supports",

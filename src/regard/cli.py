@@ -103,16 +103,12 @@ def list_(
 
 @app.command()
 def show(
-    mechanism: Annotated[
-        str, typer.Argument(metavar="NAME", help="A name, or 'window(window=8)' with options.")
-    ],
+    mechanism: Annotated[str, typer.Argument(metavar="NAME", help="A name, or 'window(window=8)' with options.")],
     length: Annotated[int, typer.Option(min=1, help="T = S, tokens, for the numbers of the cost.")] = 1024,
     heads: Annotated[int, typer.Option(min=1, help="H = G, heads, likewise.")] = 8,
     width: Annotated[int, typer.Option(min=1, help="D = V, the width of a head, likewise.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="B, sequences, likewise.")] = 1,
-    svg: Annotated[
-        Path | None, typer.Option(help="Write a picture of what a query may see to this file.")
-    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of what a query may see to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show all that is known about a mechanism: equation, paper, support, cost, picture."""
@@ -171,12 +167,8 @@ def plan(
         str | None,
         typer.Option(help="Plan this mechanism instead of plain attention, e.g. alibi or entmax+rotary."),
     ] = None,
-    causal: Annotated[
-        bool, typer.Option("--causal/--bidirectional", help="Whether queries see later keys.")
-    ] = True,
-    window: Annotated[
-        int | None, typer.Option(min=1, help="Keys that a query sees, its own included.")
-    ] = None,
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Whether queries see later keys.")] = True,
+    window: Annotated[int | None, typer.Option(min=1, help="Keys that a query sees, its own included.")] = None,
     dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
     kernel: Annotated[str, typer.Option(help="A kernel by name, to see whether it can run.")] = "auto",
     as_json: AsJson = False,
@@ -186,15 +178,11 @@ def plan(
     sizes = {"B": batch, "H": heads, "G": G, "T": length, "S": S, "D": width}
     found = _plan(sizes, dtype.value, mechanism, causal, window, dropout, kernel)
     if as_json:
-        _print_json(
-            {"kernel": found.kernel, "because": found.because, "why_not": found.why_not, "sizes": sizes}
-        )
+        _print_json({"kernel": found.kernel, "because": found.because, "why_not": found.why_not, "sizes": sizes})
         return
     asked = [mechanism or "softmax attention", "causal" if causal else "bidirectional"]
     asked += [f"window {window}"] * (window is not None) + [dtype.value]
-    terminal.show(
-        terminal.line(f"{', '.join(asked)}; {', '.join(f'{n}={size}' for n, size in sizes.items())}")
-    )
+    terminal.show(terminal.line(f"{', '.join(asked)}; {', '.join(f'{n}={size}' for n, size in sizes.items())}"))
     grid = terminal.grid(4, 0, 0)
     grid.add_row("runs", found.kernel, found.because, style="bold green")
     for name, reasons in found.why_not.items():
@@ -227,9 +215,7 @@ def _plan(
         return regard.plan(q, k, v, mask=mask, dropout=dropout, kernel=kernel)
     spec = parse(mechanism)
     if any(catalog.card(part).build for part in spec.name.split("+")):
-        raise ValueError(
-            f"plan: {mechanism} is a layer of its own, not a pipeline; there is no kernel to choose"
-        )
+        raise ValueError(f"plan: {mechanism} is a layer of its own, not a pipeline; there is no kernel to choose")
     settings: dict[str, Any] = {**spec.options, "device": "meta", "dtype": dtype}
     settings |= {"causal": causal, "num_kv_heads": None if G == H else G, "head_dim": D, "dropout": dropout}
     settings |= {} if kernel == "auto" else {"kernel": kernel}
@@ -289,15 +275,11 @@ class Comparison(TyperCommand):
 def compare(
     text: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="A file or folder to train on; may be repeated (default: Python's own sources and docs)."
-        ),
+        typer.Option(help="A file or folder to train on; may be repeated (default: Python's own sources and docs)."),
     ] = None,
     mechanisms: Annotated[
         str | None,
-        typer.Option(
-            help="Names with commas between, options in brackets: softmax,'window(window=64)',gated+rotary."
-        ),
+        typer.Option(help="Names with commas between, options in brackets: softmax,'window(window=64)',gated+rotary."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of a cell.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, e.g. 0,1,2.")] = None,
@@ -308,22 +290,12 @@ def compare(
     heads: Annotated[int | None, typer.Option(help="Heads of a layer.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     match: Annotated[Match | None, typer.Option(help="What is equal to softmax attention's.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; the same command resumes there.")
-    ] = None,
-    checkpoint: Annotated[
-        bool, typer.Option("--checkpoint/--no-checkpoint", help="Keep the trained models.")
-    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; the same command resumes there.")] = None,
+    checkpoint: Annotated[bool, typer.Option("--checkpoint/--no-checkpoint", help="Keep the trained models.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which a cell counts as failed.")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run cells again that failed earlier.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads of a cell (default: all, at most 8).")
-    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which a cell counts as failed.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells again that failed earlier.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a cell (default: all, at most 8).")] = None,
 ) -> None:
     """Train mechanisms on the same data at equal budget; print a table and write report.html.
 
@@ -374,9 +346,7 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file that compare --checkpoint kept.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
     count: Annotated[int, typer.Option("--bytes", help="Bytes to write.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest byte; higher is more varied.")
-    ] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte; higher is more varied.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among so many likeliest bytes only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     mechanism: Annotated[

@@ -54,9 +54,7 @@ def _devices() -> list[Finding]:
     if torch.backends.mps.is_available():
         found.append(Finding("devices", "mps", "ok", "Apple GPU"))
     if len(found) == 1:
-        found.append(
-            Finding("devices", "gpu", "no", "none that this torch can use; everything runs on the CPU")
-        )
+        found.append(Finding("devices", "gpu", "no", "none that this torch can use; everything runs on the CPU"))
     return found
 
 
@@ -132,9 +130,7 @@ def _surroundings() -> list[Finding]:
     try:
         with tempfile.TemporaryFile(dir="."):
             free = shutil.disk_usage(".").free / 2**30
-        found.append(
-            Finding("surroundings", "folder", "ok", f"{os.getcwd()} can be written, {free:.0f} GiB free")
-        )
+        found.append(Finding("surroundings", "folder", "ok", f"{os.getcwd()} can be written, {free:.0f} GiB free"))
     except OSError as error:
         found.append(
             Finding(

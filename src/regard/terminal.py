@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _UNSAFE = re.compile(
-    "\x1b\\[[0-9;?]*[ -/]*[@-~]"
-    "|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+    "\x1b\\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 """Terminal sequences, control characters but tab and newline, turns of reading direction, half surrogates."""
 

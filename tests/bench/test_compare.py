@@ -235,9 +235,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_repeats_nothing(tmp_path):
         log = tmp_path / f"log{kill}"
         with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "run"), str(log)]) as job:
             if kill < 6:
-                while job.poll() is None and (
-                    not log.exists() or log.read_bytes().count(b"\n") < 1 + kill % 3
-                ):
+                while job.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 1 + kill % 3):
                     time.sleep(0.002)
                 time.sleep(draw.random() * 0.15)
                 job.kill()

@@ -13,9 +13,7 @@ JOB = {"cell": {"settings": {"threads": 1}}}
 
 
 def ask(code, *, timeout=60.0, stop=None, on_step=lambda step, loss: None):
-    return answer(
-        JOB, timeout=timeout, stop=stop or Stop(), on_step=on_step, command=(sys.executable, "-c", code)
-    )
+    return answer(JOB, timeout=timeout, stop=stop or Stop(), on_step=on_step, command=(sys.executable, "-c", code))
 
 
 def test_steps_and_the_result_arrive():

@@ -204,9 +204,7 @@ def test_one_seed_says_that_the_spread_is_unknown(render):
 
 
 def test_seeds_of_different_settings_are_never_averaged(render):
-    page = render(
-        [result(seed=s, loss=v, settings=SETTINGS | {"dim": d}) for s, v, d in ((0, 1.0, 64), (1, 2.0, 128))]
-    )
+    page = render([result(seed=s, loss=v, settings=SETTINGS | {"dim": d}) for s, v, d in ((0, 1.0, 64), (1, 2.0, 128))])
     assert "1.500" not in page.text
     labels = [row[0] for row in page.rows if "dim=" in "".join(row[:1])]
     assert [label.strip() for label in labels] == ["alibi · dim=64", "alibi · dim=128"]
@@ -227,9 +225,7 @@ def test_tasks_stay_apart(render):
 
 
 def test_failures_are_listed_with_their_reason(render):
-    page = render(
-        [result("gated"), failed("alibi", 0), failed("alibi", 1), failed("cope", 0, "out of memory")]
-    )
+    page = render([result("gated"), failed("alibi", 0), failed("alibi", 1), failed("cope", 0, "out of memory")])
     assert "Failed: 3 runs" in page.text
     assert "alibi (seeds 0, 1): ValueError: dim: is odd (got 3)" in page.text
     assert "cope (seed 0): out of memory" in page.text
@@ -256,9 +252,7 @@ def test_diverged_runs_are_named_and_never_best(render):
 @pytest.mark.parametrize("heldout", [{"1x": 1.5}, {"1x": 1.5, "4x": 1.9}, {}], ids=["1x", "no 2x", "none"])
 def test_lengths_may_be_missing(render, heldout):
     page = render([result("alibi", 0, heldout=heldout), result("gated", 0, 1.7)])
-    assert page.table["alibi"]["4x"].removeprefix("★ ") == (
-        f"{heldout['4x']:.3f}" if "4x" in heldout else "—"
-    )
+    assert page.table["alibi"]["4x"].removeprefix("★ ") == (f"{heldout['4x']:.3f}" if "4x" in heldout else "—")
 
 
 def test_unmeasured_costs_are_dashes_and_leave_the_plots(render):
@@ -292,11 +286,7 @@ def test_long_curves_are_averaged_not_sampled():
 
 def test_the_front_is_what_nothing_dominates():
     points = [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.0, 2.5), (3.0, 3.0), (2.5, 2.0)]
-    brute = [
-        i
-        for i, (x, y) in enumerate(points)
-        if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)
-    ]
+    brute = [i for i, (x, y) in enumerate(points) if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)]
     assert sorted(pareto._front(points)) == brute
     assert pareto._front(points) == [1, 2, 0]
 
@@ -309,9 +299,7 @@ def test_pareto_plots_hold_the_means(render):
         name: ([pytest.approx(1e6 / speed)], [pytest.approx(loss)]) for name, (loss, speed) in speeds.items()
     }
     assert {s["label"] for s in plot["series"] if s["front"]} == {"alibi", "gated"}
-    assert "nothing is both faster and better than gated, alibi" in page.text.replace(
-        "alibi and gated", "gated, alibi"
-    )
+    assert "nothing is both faster and better than gated, alibi" in page.text.replace("alibi and gated", "gated, alibi")
 
 
 @pytest.mark.parametrize("count", [1, 30])
@@ -333,9 +321,7 @@ def test_looks_differ_and_points_stay_inside_their_axes(render, count):
 
 def card(name, **changes):
     paper = Paper("A Title & More", "Ada, Byron", 2022, "2108.12409", "eq. 1")
-    return Card(
-        name, "positions", f"the gist of {name}", "A = q k^T < 1", paper, slots=lambda shape: {}, **changes
-    )
+    return Card(name, "positions", f"the gist of {name}", "A = q k^T < 1", paper, slots=lambda shape: {}, **changes)
 
 
 def test_cards_are_shown_and_linked_and_parts_told_once(render, monkeypatch):
@@ -378,9 +364,7 @@ def test_without_cards_the_section_is_left_out(render, monkeypatch):
 
 def test_the_page_is_self_contained_and_accessible(render):
     page = render([result("alibi", 0, 1.5), result("gated", 0, 1.6)])
-    assert not [
-        a for a in page.attributes if a[1] in ("src", "srcset", "action", "style") or a[1].startswith("on")
-    ]
+    assert not [a for a in page.attributes if a[1] in ("src", "srcset", "action", "style") or a[1].startswith("on")]
     assert not [a for a in page.attributes if a[1] == "href" and a[2].startswith("//")]
     links = [a for a in page.attributes if (a[2] or "").startswith("http")]
     assert all(tag == "a" and value.startswith("https://arxiv.org/abs/") for tag, _, value in links)
@@ -404,10 +388,7 @@ def test_only_scripts_with_the_fresh_nonce_may_run(render):
 
 
 def page_about(render, text):
-    results = [
-        result(text, s, 1.5, checkpoint=text, settings=SETTINGS | {text: text, "data": text})
-        for s in range(2)
-    ]
+    results = [result(text, s, 1.5, checkpoint=text, settings=SETTINGS | {text: text, "data": text}) for s in range(2)]
     results += [
         result(f"{text}+{text}", 0, 1.6, environment={text: text}),
         failed(text + text, 0, reason=text),

@@ -46,9 +46,7 @@ def test_a_row_is_replaced_and_not_doubled(tmp_path):
 
 def test_any_changed_setting_is_another_cell():
     cell = FULL.cell
-    others = [
-        replace(cell, **change) for change in ({"seed": 1}, {"mechanism": "x"}, {"settings": {"steps": 4}})
-    ]
+    others = [replace(cell, **change) for change in ({"seed": 1}, {"mechanism": "x"}, {"settings": {"steps": 4}})]
     assert len({cell.key, *(other.key for other in others)}) == 4
     assert replace(cell, settings=json.loads(json.dumps(cell.settings))).key == cell.key
 
@@ -84,9 +82,7 @@ with opened(sys.argv[1]):
 def test_a_full_disk_loses_nothing_and_is_named(tmp_path):
     with opened(tmp_path) as store:
         store.put(FULL)
-        store._database.execute(
-            f"PRAGMA max_page_count = {store._database.execute('PRAGMA page_count').fetchone()[0]}"
-        )
+        store._database.execute(f"PRAGMA max_page_count = {store._database.execute('PRAGMA page_count').fetchone()[0]}")
         with pytest.raises(StoreError, match=r"results\.db cannot be written: .*bytes free") as caught:
             store.put(result(1, reason="x" * 100_000))
         assert "\n" not in str(caught.value)

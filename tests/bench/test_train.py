@@ -16,9 +16,7 @@ from regard.models.lm import LanguageModel
 from regard.tasks.text import Text
 
 CPU = torch.device("cpu")
-TEXT = Text(
-    "test", b"the quick brown fox jumps over the lazy dog. " * 40, b"a lazy dog and a quick fox meet. " * 10
-)
+TEXT = Text("test", b"the quick brown fox jumps over the lazy dog. " * 40, b"a lazy dog and a quick fox meet. " * 10)
 SETTINGS = {
     "steps": 6,
     "batch": 4,
@@ -57,18 +55,14 @@ def test_training_learns():
 
 def test_a_result_is_complete(tmp_path):
     steps = []
-    got = train(
-        CELL, TEXT, progress=lambda *pair: steps.append(pair), checkpoint=tmp_path / "a" / "m.safetensors"
-    )
+    got = train(CELL, TEXT, progress=lambda *pair: steps.append(pair), checkpoint=tmp_path / "a" / "m.safetensors")
     assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
     assert set(got.heldout) == {"1x", "2x", "4x"}
     assert got.notes == []
     assert got.mlp_dim == 64
     assert got.parameters == 256 * 16 + 3 * 16 + 4 * 16 * 16 + 2 * 16 * 64
     assert got.state_bytes == 2 * 16 * 16 * 4, "keys and values of 16 tokens in fp32"
-    assert (
-        min(got.train_tokens_per_second, got.generate_tokens_per_second, got.flops_per_token, got.seconds) > 0
-    )
+    assert min(got.train_tokens_per_second, got.generate_tokens_per_second, got.flops_per_token, got.seconds) > 0
     model, config = load(tmp_path / "a" / "m.safetensors")
     assert config.length == 16
     again, _ = bits_per_byte(model, TEXT, 16, 4, CPU)
@@ -113,9 +107,7 @@ def test_the_rate_warms_up_and_cools_down():
 
 def test_state_is_counted_once_and_a_cache_by_what_it_holds():
     shared = torch.zeros(10)
-    assert (
-        state_bytes([shared, {"again": shared, "more": (torch.zeros(3, dtype=torch.float64), None, 5)}]) == 64
-    )
+    assert state_bytes([shared, {"again": shared, "more": (torch.zeros(3, dtype=torch.float64), None, 5)}]) == 64
     cache = KVCache({"k": torch.zeros(1, 2, 100, 4), "v": torch.zeros(1, 2, 100, 4)}, length=7)
     assert state_bytes([cache]) == 2 * 2 * 7 * 4 * 4
 

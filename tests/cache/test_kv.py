@@ -60,9 +60,7 @@ def test_bad_crops(length: object) -> None:
         state.crop(length)
 
 
-@pytest.mark.parametrize(
-    "index", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.0])]
-)
+@pytest.mark.parametrize("index", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.0])])
 def test_bad_orders(index: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="index must"):
         cache().reorder(index)

@@ -169,8 +169,7 @@ def layer_inputs(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Ten
     """Queries, keys and values of every query head, from the layer's projections."""
     D, R = layer.head_dim, layer.num_heads // layer.num_kv_heads
     q, k, v = (
-        (x @ getattr(layer, n + "_proj").weight.T).unflatten(-1, (-1, D)).transpose(1, 2).detach()
-        for n in "qkv"
+        (x @ getattr(layer, n + "_proj").weight.T).unflatten(-1, (-1, D)).transpose(1, 2).detach() for n in "qkv"
     )
     return q, k.repeat_interleave(R, 1), v.repeat_interleave(R, 1)
 

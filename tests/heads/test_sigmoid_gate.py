@@ -161,9 +161,7 @@ def test_refuses_unknown_options(option: str, value: str) -> None:
         SigmoidGate(8, 2, **{option: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "site"), [*(("gated", site) for site in SITES), ("gated_headwise", "output")]
-)
+@pytest.mark.parametrize(("name", "site"), [*(("gated", site) for site in SITES), ("gated_headwise", "output")])
 def test_the_layer_gates_at_the_place_of_that_name(name: str, site: str) -> None:
     """Queries, keys and values before the scores, output before heads merge, dense after o_proj."""
     options = {} if name == "gated_headwise" else {"site": site}

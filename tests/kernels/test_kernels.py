@@ -36,9 +36,7 @@ def agrees(kernel: str, given: list[Tensor], extra: list[Tensor] = (), **options
 
 def random_mask(shape: tuple[int, ...], density: float, block: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    small = (
-        torch.rand(*shape[:2], -(-shape[2] // block), -(-shape[3] // block), generator=generator) < density
-    )
+    small = torch.rand(*shape[:2], -(-shape[2] // block), -(-shape[3] // block), generator=generator) < density
     return small.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, : shape[2], : shape[3]]
 
 
@@ -97,24 +95,18 @@ def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "mask", [None, masks.causal(), masks.causal() & masks.window(5)], ids=["all", "causal", "window"]
 )
-def test_chunked_across_chunk_edges(
-    T: int, S: int, mask: masks.Mask | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_across_chunk_edges(T: int, S: int, mask: masks.Mask | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 queries and 7 keys."""
     monkeypatch.setattr(chunked, "KEYS", 7)
     monkeypatch.setattr(chunked, "TILE_BYTES", 0)
     position = Kerple(4).double()
     given = qkv(2, 4, T, 3, G=2, S=S)
-    agrees(
-        "chunked", given, list(position.parameters()) if max(T, S) > 1 else [], mask=mask, position=position
-    )
+    agrees("chunked", given, list(position.parameters()) if max(T, S) > 1 else [], mask=mask, position=position)
     agrees("chunked", given, mask=mask, normalizer=Entmax())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 37), (2, 4, 29, 37), (1, 4, 29, 1), (2, 1, 1, 1)], ids=str)
-def test_bias_gradients_are_summed_to_its_shape(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bias_gradients_are_summed_to_its_shape(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "KEYS", 7)
     monkeypatch.setattr(chunked, "TILE_BYTES", 0)
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -129,9 +121,7 @@ def test_a_gradient_for_the_bias_alone() -> None:
     bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     grads = []
     for kernel in ("chunked", "sdpa", "eager"):
-        grads.append(
-            torch.autograd.grad(regard.attention(*given, bias=bias, kernel=kernel).square().sum(), bias)[0]
-        )
+        grads.append(torch.autograd.grad(regard.attention(*given, bias=bias, kernel=kernel).square().sum(), bias)[0])
     for g in grads[:2]:
         assert (g - grads[2]).abs().max() < 1e-10
 
@@ -155,9 +145,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def peak(T: int, train: bool, kernel: str) -> float:
     """Extra MB at the peak, in a process of its own."""
     code = PEAK.format(T=T, train=train, kernel=kernel)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     return int(done.stdout) / 1024
 
 

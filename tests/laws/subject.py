@@ -172,9 +172,7 @@ class Form:
         for own in (self.parts.get("mask"), masks.causal() if causal else None):
             if own is not None:
                 whole = own if whole is None else own & whole
-        slots = {
-            n: self.parts[n] for n in ("position", "score_mix", "normalizer", "weight_mix") if n in self.parts
-        }
+        slots = {n: self.parts[n] for n in ("position", "score_mix", "normalizer", "weight_mix") if n in self.parts}
         kernel = kernel or self.parts.get("kernel", "auto")
         return {**slots, "mask": whole, "bias": bias, "scale": scale, "kernel": kernel}
 
@@ -187,9 +185,7 @@ class Form:
         """Whether queries and keys count by their products alone."""
         position = self.parts.get("position")
         mixes = self.parts.keys() & {"score_mix", "weight_mix"}
-        return not mixes and (
-            position is None or not (position.changes("bias") or position.changes("values"))
-        )
+        return not mixes and (position is None or not (position.changes("bias") or position.changes("values")))
 
     def qkv(
         self,
@@ -281,9 +277,7 @@ def close(got: Tensor, want: Tensor, what: str = "") -> None:
     assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, expected {want.dtype}"
     if want.numel() == 0:
         return
-    assert torch.equal(got.isfinite(), want.isfinite()), (
-        f"{what}: NaN or inf at other places than in the reference"
-    )
+    assert torch.equal(got.isfinite(), want.isfinite()), f"{what}: NaN or inf at other places than in the reference"
     for g, w in slices(got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)):
         off, bound = (g - w).abs().max(), 1e-10 * (1 + w.abs().max())
         assert off <= bound, f"{what} differs by up to {off:.3g}, allowed {bound:.3g}"

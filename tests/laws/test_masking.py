@@ -161,17 +161,13 @@ def test_nan_reaches_what_sees_it(name: str) -> None:
                     heads = (
                         range(HEADS)
                         if across
-                        else [
-                            i for i in range(HEADS) if hurt == "q" or i // group == h % f.shape.num_kv_heads
-                        ]
+                        else [i for i in range(HEADS) if hurt == "q" or i // group == h % f.shape.num_kv_heads]
                     )
                     for head in [h] if hurt == "q" and not across else heads:
                         sees = allowed[b, head, n].any() if hurt == "q" else allowed[b, head, :, n]
                         want[b, head, n if hurt == "q" else slice(None)] = sees
                     got = ~out.isfinite().all(-1)
-                    assert torch.equal(got, want), (
-                        f"{kernel}: {bad} in {hurt} reaches {got.nonzero().tolist()}"
-                    )
+                    assert torch.equal(got, want), f"{kernel}: {bad} in {hurt} reaches {got.nonzero().tolist()}"
 
 
 @law("L9")

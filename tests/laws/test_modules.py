@@ -43,11 +43,7 @@ def test_dropout(name: str) -> None:
     same(module(x), want, "eval")
     module.train()
     assert not torch.equal(module(x), module(x)), "dropout does nothing in training"
-    many = (
-        module(x.expand(2000, -1, -1))
-        if regard.card(name).slots
-        else torch.cat([module(x) for _ in range(300)])
-    )
+    many = module(x.expand(2000, -1, -1)) if regard.card(name).slots else torch.cat([module(x) for _ in range(300)])
     if "linear_in_values" in regard.card(name).traits and not hasattr(
         module.gate if hasattr(module, "gate") else None, "forward"
     ):
@@ -161,9 +157,7 @@ def test_all_state_is_registered(name: str) -> None:
 def test_saved_and_loaded(name: str) -> None:
     """Through safetensors, strictly: same keys, same outputs; a missing or misshapen tensor is named."""
     module, given = build(name), inputs(name)
-    state = safetensors.torch.load(
-        safetensors.torch.save({k: t.contiguous() for k, t in module.state_dict().items()})
-    )
+    state = safetensors.torch.load(safetensors.torch.save({k: t.contiguous() for k, t in module.state_dict().items()}))
     fresh = build(name, noise=0.01)
     assert not torch.equal(fresh(*given), module(*given))
     fresh.load_state_dict(state, strict=True)
@@ -177,9 +171,7 @@ def test_saved_and_loaded(name: str) -> None:
 
 
 @law("L37", protocols=ALL)
-@pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies(name: str, how) -> None:
     """A copy computes the same and shares nothing."""
     module, given = build(name), inputs(name)

@@ -29,10 +29,7 @@ def test_large_logits(name: str, dtype: torch.dtype) -> None:
     """Logits of thousands: finite forward and backward, in whatever dtype."""
     module = build(name, dtype=dtype)
     x = tokens(dtype=dtype)
-    q, k = (
-        p(x).unflatten(-1, (-1, DIM // HEADS)).float().norm(dim=-1).max()
-        for p in (module.q_proj, module.k_proj)
-    )
+    q, k = (p(x).unflatten(-1, (-1, DIM // HEADS)).float().norm(dim=-1).max() for p in (module.q_proj, module.k_proj))
     with torch.no_grad():
         module.q_proj.weight *= 1e4 * (DIM / HEADS) ** 0.5 / float(q * k)
     got = run(module, x)
@@ -50,9 +47,7 @@ def test_larger_logits_are_no_less_exact(name: str) -> None:
         with torch.no_grad():
             module.q_proj.weight *= 10
 
-    no_worse_than_naive(
-        name, torch.bfloat16, [tokens(dtype=torch.bfloat16, seed=100 + n) for n in range(8)], grow
-    )
+    no_worse_than_naive(name, torch.bfloat16, [tokens(dtype=torch.bfloat16, seed=100 + n) for n in range(8)], grow)
 
 
 @law("L26")

@@ -73,9 +73,7 @@ def bias_is_scaled_too(patch):
     patch.setattr(sdpa, "_additive", lambda p, mask: p.scale * real(p, mask))
 
 
-@bug(
-    (symmetry.test_grouped_keys_are_repeated, "cope"), (reference.test_kernel_is_the_formula, "eager", "none")
-)
+@bug((symmetry.test_grouped_keys_are_repeated, "cope"), (reference.test_kernel_is_the_formula, "eager", "none"))
 def grouped_keys_are_tiled(patch):
     def tiled(k, H):
         return k.repeat(1, H // k.shape[1], 1, 1)
@@ -105,9 +103,7 @@ def heads_share_their_first_query(patch):
 
 @bug((structure.test_future_changes_nothing, "alibi"))
 def one_future_key_leaks(patch):
-    patch.setattr(
-        regard.Attention, "receptive_field", lambda self: patterns.Diagonals(math.inf, 1, 1, "causal()")
-    )
+    patch.setattr(regard.Attention, "receptive_field", lambda self: patterns.Diagonals(math.inf, 1, 1, "causal()"))
 
 
 @bug((structure.test_receptive_field, "alibi"), (structure.test_receptive_field, "cope"))
@@ -128,9 +124,7 @@ def last_query_misses_first_key(patch):
 @bug((structure.test_receptive_field, "window"), (streaming.test_token_by_token, "window"))
 def window_one_too_wide(patch):
     real = patterns.Diagonals.__call__
-    patch.setattr(
-        patterns.Diagonals, "__call__", lambda m, b, h, i, j: real(replace(m, back=m.back + 1), b, h, i, j)
-    )
+    patch.setattr(patterns.Diagonals, "__call__", lambda m, b, h, i, j: real(replace(m, back=m.back + 1), b, h, i, j))
 
 
 @bug((structure.test_receptive_field, "softmax"))
@@ -172,9 +166,7 @@ def batch_rows_meet(patch):
 @bug((masking.test_padding_changes_nothing, "alibi"))
 def padding_unmasked_in_last_row(patch):
     real = tensors.Kept.__call__
-    patch.setattr(
-        tensors.Kept, "__call__", lambda m, b, h, i, j: real(m, b, h, i, j) | ((i == i.max()) & (j >= 0))
-    )
+    patch.setattr(tensors.Kept, "__call__", lambda m, b, h, i, j: real(m, b, h, i, j) | ((i == i.max()) & (j >= 0)))
 
 
 @bug((masking.test_padding_changes_nothing, "entmax"))
@@ -186,9 +178,7 @@ def padding_of_the_first_row_for_all(patch):
 @bug((masking.test_padding_changes_nothing, "learned"))
 def positions_count_left_pads(patch):
     Attention = regard.Attention
-    patch.setattr(
-        Attention, "_positions", lambda self, positions, B, T, device: torch.arange(T, device=device)
-    )
+    patch.setattr(Attention, "_positions", lambda self, positions, B, T, device: torch.arange(T, device=device))
 
 
 @bug(
@@ -265,17 +255,13 @@ def crop_forgets_nothing(patch):
 @bug((modules.test_dropout, "softmax"))
 def dropout_in_eval(patch):
     real = regard.Attention._problem
-    patch.setattr(
-        regard.Attention, "_problem", lambda self, *a: replace(real(self, *a), dropout=self.dropout)
-    )
+    patch.setattr(regard.Attention, "_problem", lambda self, *a: replace(real(self, *a), dropout=self.dropout))
 
 
 @bug((modules.test_no_randomness_unasked, "softmax"))
 def generator_advances(patch):
     real = regard.Attention._finish
-    patch.setattr(
-        regard.Attention, "_finish", lambda self, out, x: real(self, out, x) + 0 * float(torch.rand(()))
-    )
+    patch.setattr(regard.Attention, "_finish", lambda self, out, x: real(self, out, x) + 0 * float(torch.rand(())))
 
 
 @bug((gradients.test_every_parameter_has_a_gradient, "cope"))

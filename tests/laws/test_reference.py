@@ -29,9 +29,7 @@ from regard.kernels import KERNELS
 LONG = 37  # three query chunks of 16, the last one ragged
 
 
-def formula(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def formula(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, entry by entry."""
     (n, H, Q, D), (_, G, S, _) = q.shape, k.shape
     out = q.new_zeros(n, H, Q, v.shape[3])
@@ -39,11 +37,7 @@ def formula(
         for h in range(H):
             g = h // (H // G)
             for t in range(Q):
-                seen = [
-                    s
-                    for s in range(S)
-                    if allowed is None or allowed[b % len(allowed), h % allowed.shape[1], t, s]
-                ]
+                seen = [s for s in range(S) if allowed is None or allowed[b % len(allowed), h % allowed.shape[1], t, s]]
                 logits = [
                     sum(float(q[b, h, t, d]) * float(k[b, g, s, d]) for d in range(D)) / math.sqrt(D)
                     + (0.0 if bias is None else float(bias.expand(n, H, Q, S)[b, h, t, s]))

@@ -72,9 +72,7 @@ def test_gradients_through_the_stream(name: str) -> None:
     parameters = list(module.parameters())
     direction = tokens(seed=8)
     want = torch.autograd.grad((module(x) * direction).sum(), [x, *parameters], allow_unused=True)
-    got = torch.autograd.grad(
-        (stream(module, x, [5, 1, 6]) * direction).sum(), [x, *parameters], allow_unused=True
-    )
+    got = torch.autograd.grad((stream(module, x, [5, 1, 6]) * direction).sum(), [x, *parameters], allow_unused=True)
     for g, w in zip(got, want, strict=True):
         assert (g is None) == (w is None)
         if w is not None:

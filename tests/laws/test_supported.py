@@ -32,13 +32,9 @@ def test_claims_work(name: str) -> None:
             assert not torch.allclose(with_pads[:, -1], module(x)[:, -1]), "the padding mask changes nothing"
         if "mask" in supports:
             allowed = torch.eye(T, dtype=torch.bool)[None, None]
-            assert not torch.allclose(module(x, mask=allowed)[:, -1], module(x)[:, -1]), (
-                "the mask changes nothing"
-            )
+            assert not torch.allclose(module(x, mask=allowed)[:, -1], module(x)[:, -1]), "the mask changes nothing"
     if "gqa" in supports:
-        assert (
-            build(name, **({} if "gqa" in name or "mqa" in name else {"num_kv_heads": 2}))(x).shape == x.shape
-        )
+        assert build(name, **({} if "gqa" in name or "mqa" in name else {"num_kv_heads": 2}))(x).shape == x.shape
     if "streaming" in supports:
         assert "causal" in supports, "only what is causal can stream"
         assert hasattr(module, "step")
@@ -71,9 +67,7 @@ def test_no_dropout(name: str) -> None:
 @law("supported", **lacks("cross"))
 def test_not_across(name: str) -> None:
     module = build(name)
-    with pytest.raises(
-        ValueError if takes(module, "context") else TypeError, match=r"cross|context|argument"
-    ):
+    with pytest.raises(ValueError if takes(module, "context") else TypeError, match=r"cross|context|argument"):
         module(tokens(), tokens(B, 7))
 
 

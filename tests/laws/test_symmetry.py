@@ -81,9 +81,7 @@ def test_order_of_keys_and_mask_is_free(name: str) -> None:
 @law("L13", needs="gqa")
 def test_grouped_keys_are_repeated(name: str) -> None:
     """G key heads = H key heads of which each group is one, side by side; gradients add up over the group."""
-    grouped = (
-        build(name, num_kv_heads=2) if regard.card(name).slots is None or "gqa" not in name else build(name)
-    )
+    grouped = build(name, num_kv_heads=2) if regard.card(name).slots is None or "gqa" not in name else build(name)
     if grouped.num_kv_heads == HEADS:
         return
     G = grouped.num_kv_heads
@@ -105,9 +103,7 @@ def _repeat(tensor: torch.Tensor, shape: torch.Size, G: int) -> torch.Tensor:
     for axis, (have, need) in enumerate(zip(tensor.shape, shape, strict=True)):
         if have != need:
             tensor = (
-                tensor.unflatten(axis, (G, have // G))
-                .repeat_interleave(need // have, axis)
-                .flatten(axis, axis + 1)
+                tensor.unflatten(axis, (G, have // G)).repeat_interleave(need // have, axis).flatten(axis, axis + 1)
             )
     return tensor
 

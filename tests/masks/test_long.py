@@ -41,9 +41,7 @@ print((peak - before) * unit / 2**20, seconds, layout.num_blocks, count)
 def test_256k_without_the_square(mask, blocks, count):
     """T x S would be 64 GiB of booleans."""
     run = [sys.executable, "-c", PROGRAM.format(mask=mask)]
-    megabytes, seconds, *found = subprocess.run(
-        run, capture_output=True, text=True, check=True
-    ).stdout.split()
+    megabytes, seconds, *found = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
     assert [int(x) for x in found] == [blocks, count]
     assert float(megabytes) < 300
     assert float(seconds) < 20

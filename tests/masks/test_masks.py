@@ -206,9 +206,7 @@ def test_masks_of_numbers_are_values():
     assert one == two
     assert hash(one) == hash(two)
     assert one != masks.causal() & (masks.window(5) | ~masks.blocks(2))
-    assert (masks.causal() & masks.window(2)) & masks.full() == masks.causal() & (
-        masks.window(2) & masks.full()
-    )
+    assert (masks.causal() & masks.window(2)) & masks.full() == masks.causal() & (masks.window(2) & masks.full())
     assert ~~one == one
     assert repr(one) == "causal() & (window(4) | ~blocks(2))"
     assert repr(~(masks.causal() & masks.window(2))) == "~(causal() & window(2))"

@@ -30,9 +30,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
     assert (got - want).abs().max() <= tolerance * (1 + want.abs().max())
 
 
-def attend_one(
-    q: Tensor, seen: list[tuple[Tensor, Tensor, int | None]], table: Table | None, head: int
-) -> Tensor:
+def attend_one(q: Tensor, seen: list[tuple[Tensor, Tensor, int | None]], table: Table | None, head: int) -> Tensor:
     """One query, one head: softmax over (key, value, label) triples."""
     logits = []
     for key, _, label in seen:
@@ -64,9 +62,7 @@ def oracle(
     def piece(given: Tensor | None, b: int, i: int, column: int) -> int | None:
         return None if given is None else int(given[min(b, given.shape[0] - 1), i, column])
 
-    def entry(
-        name: str, b: int, h: int, i: int, j: int, column: int
-    ) -> list[tuple[Tensor, Tensor, int | None]]:
+    def entry(name: str, b: int, h: int, i: int, j: int, column: int) -> list[tuple[Tensor, Tensor, int | None]]:
         if piece(getattr(masks, name), b, i, column) == 0:
             return []
         key, value = getattr(k, name)[b, h, j], getattr(v, name)[b, h, j]
@@ -164,9 +160,7 @@ def test_gives_the_authors_numbers(case: str, which: str) -> None:
     close(got[0].detach(), z["long_out"])
     close(got[1].detach(), z["global_out"])
     if which == "module":
-        sum(
-            (out * z["w_" + side]).sum() for out, side in zip(got, ("long", "global"), strict=True)
-        ).backward()
+        sum((out * z["w_" + side]).sum() for out, side in zip(got, ("long", "global"), strict=True)).backward()
         close(x_long.grad, z["grad_long_in"])
         close(x_global.grad, z["grad_global_in"])
 
@@ -224,9 +218,7 @@ def filled(seed: int, *sizes: int, **options) -> ETCAttention:
     return layer
 
 
-def layer_oracle(
-    layer: ETCAttention, x: Tensor, keep: Tensor, num_global: int, radius: int, K: int | None
-) -> Tensor:
+def layer_oracle(layer: ETCAttention, x: Tensor, keep: Tensor, num_global: int, radius: int, K: int | None) -> Tensor:
     """The layer by its description: projections by name, labels by distance, one for long-global pairs."""
     p = {name: value.detach() for name, value in layer.state_dict().items()}
     H = p["long_vector"].shape[1] if "long_vector" in p else layer.num_heads
@@ -243,9 +235,7 @@ def layer_oracle(
 
     def four(kind: str) -> Pieces:
         side = {"l": "long", "g": "global"}
-        return Pieces(
-            *(project(x_long if n[2] == "l" else x_global, kind, n, side[n[0]], "all") for n in PIECES)
-        )
+        return Pieces(*(project(x_long if n[2] == "l" else x_global, kind, n, side[n[0]], "all") for n in PIECES))
 
     shapes = Pieces((N, 2 * radius + 1), (N, NG), (NG, NG), (NG, N))
     keep_long, keep_global = keep[:, NG:], keep[:, :NG]

@@ -95,9 +95,7 @@ def test_generated_text_follows_the_seed(kept):
     assert b"".join(generate(path, "", count=5, seed=3)) != b""
 
 
-@pytest.mark.parametrize(
-    "option", [{"count": -1}, {"temperature": -0.5}, {"temperature": float("nan")}, {"top_k": 0}]
-)
+@pytest.mark.parametrize("option", [{"count": -1}, {"temperature": -0.5}, {"temperature": float("nan")}, {"top_k": 0}])
 def test_generate_refuses_before_it_reads(option, tmp_path):
     with pytest.raises(ValueError, match=r"generate: (the number of bytes|temperature|top_k) must"):
         generate(tmp_path / "not-even-there", **option)
@@ -107,9 +105,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
     path = tmp_path / "file"
     write_atomically(path, b"old")
     path.chmod(0o640)
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

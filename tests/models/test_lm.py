@@ -95,9 +95,7 @@ def test_generation_refuses_what_it_cannot_do(options, said):
         model().generate(IDS[:, :0], 2)
 
 
-@pytest.mark.parametrize(
-    "change", [{"dim": 0}, {"depth": -1}, {"num_heads": 3}, {"mlp_dim": 1.5}, {"vocab": True}]
-)
+@pytest.mark.parametrize("change", [{"dim": 0}, {"depth": -1}, {"num_heads": 3}, {"mlp_dim": 1.5}, {"vocab": True}])
 def test_sizes_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match=r"must be an int >= 1|do not divide"):
         replace(SMALL, **change)

@@ -175,10 +175,7 @@ def test_sorting_forms_give_the_authors_numbers(function, name: str) -> None:
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_equals_the_entmax_package(alpha: float, dim: int) -> None:
     package = pytest.importorskip("entmax")
-    x = (
-        torch.randn(4, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(int(100 * alpha)))
-        * 3
-    )
+    x = torch.randn(4, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(int(100 * alpha))) * 3
     close(entmax(x, alpha, dim=dim), package.entmax_bisect(x, alpha, dim=dim, n_iter=60))
     close(entmax15(x, dim=dim), package.entmax15(x, dim=dim))
     close(sparsemax(x, dim=dim), package.sparsemax(x, dim=dim))

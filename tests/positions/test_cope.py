@@ -36,9 +36,7 @@ def test_matches_the_definition(seed):
     D = c.q.shape[-1]
     part = build(D, 2 + seed % 5)
     table = part.table.detach()
-    wanted = attention(
-        c, lambda b, h, t, i, j: c.dot(b, h, t, j) / math.sqrt(D) + interpolated(c, table, b, h, t, j)
-    )
+    wanted = attention(c, lambda b, h, t, i, j: c.dot(b, h, t, j) / math.sqrt(D) + interpolated(c, table, b, h, t, j))
     check(c, part, wanted)
 
 
@@ -72,9 +70,7 @@ def test_hidden_keys_are_not_counted():
     changed = k.masked_fill(~keep[0, :, None], 50.0)
     out = regard.attention(q, k, v, mask=mask, position=part)
     assert torch.equal(out, regard.attention(q, changed, v, mask=mask, position=part))
-    short = regard.attention(
-        q[:, :, keep[0]], k[:, :, keep[0]], v[:, :, keep[0]], mask=masks.causal(), position=part
-    )
+    short = regard.attention(q[:, :, keep[0]], k[:, :, keep[0]], v[:, :, keep[0]], mask=masks.causal(), position=part)
     close(out[:, :, keep[0]], short)
 
 

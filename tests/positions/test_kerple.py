@@ -33,9 +33,7 @@ def test_matches_the_definition(seed, form):
     r1, r2 = torch.rand(2, H, dtype=torch.float64) + 0.1
     wanted = attention(
         c,
-        lambda b, h, t, i, j: (
-            c.dot(b, h, t, j) / math.sqrt(D) + formula(float(r1[h]), float(r2[h]), abs(i - j))
-        ),
+        lambda b, h, t, i, j: c.dot(b, h, t, j) / math.sqrt(D) + formula(float(r1[h]), float(r2[h]), abs(i - j)),
     )
     check(c, with_values(cls, r1, r2), wanted)
 
@@ -71,9 +69,7 @@ def smallest_centred_eigenvalue(matrix):
     return float(torch.linalg.eigvalsh(centre @ matrix @ centre)[0])
 
 
-@pytest.mark.parametrize(
-    ("cls", "r1", "r2"), [(Kerple, 0.7, 0.3), (Kerple, 2.0, 5.0), (KerplePower, 0.5, 0.4)]
-)
+@pytest.mark.parametrize(("cls", "r1", "r2"), [(Kerple, 0.7, 0.3), (Kerple, 2.0, 5.0), (KerplePower, 0.5, 0.4)])
 def test_kernels_are_conditionally_positive_definite(cls, r1, r2):
     assert smallest_centred_eigenvalue(kernel_matrix(cls, r1, r2)) > -1e-9
 
@@ -90,9 +86,7 @@ def test_power_one_is_alibi():
     H = c.q.shape[1]
     at = torch.zeros(1, H, 2, 2, dtype=torch.float64)
     slopes = -Alibi(H).bias(rows(at, at))[0, :, 1, 0]
-    close(
-        run(c, with_values(KerplePower, slopes.clamp(min=0.01), torch.ones(H))), run(c, Alibi(H)), atol=1e-2
-    )
+    close(run(c, with_values(KerplePower, slopes.clamp(min=0.01), torch.ones(H))), run(c, Alibi(H)), atol=1e-2)
     steep = slopes > 0.01  # smaller slopes are projected up to 0.01
     assert steep.any()
     close(

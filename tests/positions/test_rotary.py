@@ -20,10 +20,7 @@ from regard.positions import (
     to_interleaved,
 )
 
-Z = {
-    k: torch.as_tensor(v) if v.dtype.kind in "fi" else ast.literal_eval(str(v))
-    for k, v in vectors("B134").items()
-}
+Z = {k: torch.as_tensor(v) if v.dtype.kind in "fi" else ast.literal_eval(str(v)) for k, v in vectors("B134").items()}
 
 
 def turned(z, position, frequencies, *, factor=1.0, interleaved=False):

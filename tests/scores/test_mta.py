@@ -87,9 +87,7 @@ def test_convolution_equals_the_formula(seed: int, on) -> None:
     allowed = random_mask(seed, B, H, T, S)
     z = normal(seed + 1, B, H, T, S)
     want = conv_oracle(z, kernel, allowed)
-    got = part(
-        z if on == "scores" or allowed is None else z.masked_fill(~allowed, 0.0), rows(z, allowed)
-    ).detach()
+    got = part(z if on == "scores" or allowed is None else z.masked_fill(~allowed, 0.0), rows(z, allowed)).detach()
     if allowed is not None:
         if on == "weights":
             assert not got.masked_select(~allowed).any()
@@ -249,8 +247,7 @@ def layer_inputs(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Ten
     """Queries, keys and values of every query head, from the layer's projections."""
     D, R = layer.head_dim, layer.num_heads // layer.num_kv_heads
     q, k, v = (
-        (x @ getattr(layer, n + "_proj").weight.T).unflatten(-1, (-1, D)).transpose(1, 2).detach()
-        for n in "qkv"
+        (x @ getattr(layer, n + "_proj").weight.T).unflatten(-1, (-1, D)).transpose(1, 2).detach() for n in "qkv"
     )
     return q, k.repeat_interleave(R, 1), v.repeat_interleave(R, 1)
 

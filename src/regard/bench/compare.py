@@ -179,8 +179,7 @@ def validate(config: CompareConfig) -> tuple[list[str], Text]:
         near = [h for h in range(1, config.dim + 1) if config.dim % h == 0]
         best = sorted(near, key=lambda h: abs(h - config.heads))[:3]
         raise CompareError(
-            f"{config.heads} heads do not divide width {config.dim}; "
-            f"possible are {', '.join(map(str, sorted(best)))}"
+            f"{config.heads} heads do not divide width {config.dim}; possible are {', '.join(map(str, sorted(best)))}"
         )
     for name in ("lr", "timeout"):
         value = getattr(config, name)
@@ -252,11 +251,7 @@ def _own_code(name: str) -> str:
     """A hash of the caller's own module, so that editing it makes new cells."""
     found = importlib.util.find_spec(name.partition(":")[0])
     origin = found.origin if found else None
-    return (
-        hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:12]
-        if origin and os.path.isfile(origin)
-        else "?"
-    )
+    return hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:12] if origin and os.path.isfile(origin) else "?"
 
 
 def _mechanisms(config: CompareConfig) -> list[str]:
@@ -292,11 +287,7 @@ def _reusable(store: Store, cell: Cell, config: CompareConfig) -> Result | None:
     result = store.get(cell.key)
     if result is None or (result.status == "failed" and config.retry_failed):
         return None
-    if (
-        config.checkpoint
-        and result.status == "done"
-        and not (store.folder / (result.checkpoint or "?")).is_file()
-    ):
+    if config.checkpoint and result.status == "done" and not (store.folder / (result.checkpoint or "?")).is_file():
         return None
     return result
 
@@ -309,9 +300,7 @@ def _planned(cells: list[Cell], known: dict[str, Result | None], store: Store) -
     return Planned(cells, reused, len(others), sorted(differing))
 
 
-def _run(
-    cell: Cell, config: CompareConfig, stop: Stop, on_event: Callable[[Event], None], train: Any
-) -> Result | None:
+def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: Callable[[Event], None], train: Any) -> Result | None:
     """One cell in its process; None if stopped."""
     name = re.sub(r"[^\w.+-]+", "_", cell.mechanism).strip("._")[:60]
     job = {
@@ -323,13 +312,9 @@ def _run(
         },
         "text": [os.fspath(Path(path).absolute()) for path in config.text],
         "folder": os.fspath(Path(config.out).absolute()),
-        "checkpoint": f"checkpoints/{name}-seed{cell.seed}-{cell.key[:8]}.safetensors"
-        if config.checkpoint
-        else "",
+        "checkpoint": f"checkpoints/{name}-seed{cell.seed}-{cell.key[:8]}.safetensors" if config.checkpoint else "",
     }
-    said = train(
-        job, timeout=config.timeout, stop=stop, on_step=lambda step, loss: on_event(Stepped(cell, step, loss))
-    )
+    said = train(job, timeout=config.timeout, stop=stop, on_step=lambda step, loss: on_event(Stepped(cell, step, loss)))
     if said is None:
         return None
     if "full" in said:

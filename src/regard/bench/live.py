@@ -47,9 +47,7 @@ class Live:
             case Planned():
                 self._plan(event)
             case Started():
-                self._bars.reset(
-                    self._cell, total=self.config.steps, description=label(event.cell), note="starting"
-                )
+                self._bars.reset(self._cell, total=self.config.steps, description=label(event.cell), note="starting")
             case Stepped() if time.monotonic() - self._drawn > 0.1 or event.step == self.config.steps:
                 self._drawn = time.monotonic()
                 note = f"{event.loss:.3f} bits" if event.step < self.config.steps else "measuring"
@@ -157,15 +155,9 @@ def table(results: Sequence[Result]) -> Table:
                 cells.append(Text("-", style="dim"))
                 continue
             mean = statistics.fmean(values[n])
-            spread = (
-                f" ±{statistics.stdev(values[n]):.3f}".replace("±0.", "±.")
-                if n < 3 and len(values[n]) > 1
-                else ""
-            )
+            spread = f" ±{statistics.stdev(values[n]):.3f}".replace("±0.", "±.") if n < 3 and len(values[n]) > 1 else ""
             first = mean == best[n] and len(rows) > 1
-            cells.append(
-                Text(f"{'*' if first else ''}{write(mean)}{spread}", style="bold green" if first else "")
-            )
+            cells.append(Text(f"{'*' if first else ''}{write(mean)}{spread}", style="bold green" if first else ""))
         out.add_row(*cells)
     return out
 

@@ -44,9 +44,7 @@ def train(
     """Train and measure `cell`. Raises TrainingError, or whatever the mechanism raises."""
     began, want = time.perf_counter(), cell.settings
     device = torch.device(want["device"])
-    host = LMConfig(
-        cell.mechanism, want["dim"], want["depth"], want["heads"], 4 * want["dim"], length=want["length"]
-    )
+    host = LMConfig(cell.mechanism, want["dim"], want["depth"], want["heads"], 4 * want["dim"], length=want["length"])
     config = matched(host, want["match"])
     torch.manual_seed(cell.seed)
     model = language_model(config).to(device)
@@ -179,18 +177,12 @@ def bits_per_byte(
 
 
 @torch.no_grad()
-def generation_speed(
-    model: LanguageModel, text: Text, length: int, device: torch.device
-) -> tuple[float, int]:
+def generation_speed(model: LanguageModel, text: Text, length: int, device: torch.device) -> tuple[float, int]:
     """Tokens per second of one sequence behind a past of the training length, and the bytes of state it left.
 
     Without streaming, each token is a full pass and there is no state: 0 bytes.
     """
-    past = (
-        torch.frombuffer(bytearray(text.heldout[: length + GENERATED]), dtype=torch.uint8)
-        .long()[None]
-        .to(device)
-    )
+    past = torch.frombuffer(bytearray(text.heldout[: length + GENERATED]), dtype=torch.uint8).long()[None].to(device)
     seconds = []
     if not model.streams:
         for n in range(4):

@@ -89,9 +89,7 @@ class ComposeHeads(Mix):
             if x.shape[-1] != self.dim:
                 raise ValueError(f"ComposeHeads: {side} tokens have width {x.shape[-1]}; expected {self.dim}")
         context, hidden = rows.context, None
-        if (
-            rows.allowed is not None
-        ):  # what stands where no head may look must not reach the rest, not even as 0 * NaN
+        if rows.allowed is not None:  # what stands where no head may look must not reach the rest, not even as 0 * NaN
             hidden = ~rows.allowed.any(1, keepdim=True)
             context = context.masked_fill(hidden.all(2).squeeze(1)[..., None], 0)
             z = z.masked_fill(hidden, 0)

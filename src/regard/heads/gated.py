@@ -22,9 +22,7 @@ from regard.kinds import Gate, GateSite, HeadShape
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": nn.functional.silu}
 
 
-def apply_gate(
-    z: Tensor, logits: Tensor, *, combine: str = "multiply", activation: str = "sigmoid"
-) -> Tensor:
+def apply_gate(z: Tensor, logits: Tensor, *, combine: str = "multiply", activation: str = "sigmoid") -> Tensor:
     """z * activation(logits), or z + activation(logits)."""
     gate = _ACTIVATIONS[activation](logits)
     return z * gate if combine == "multiply" else z + gate
@@ -59,9 +57,7 @@ class SigmoidGate(Gate):
             if given not in known:
                 raise ValueError(f"SigmoidGate: unknown {name} {given!r}; expected one of {', '.join(known)}")
         if site == "dense" and (granularity == "headwise" or shared):
-            raise ValueError(
-                "SigmoidGate: heads are merged at site 'dense'; expected elementwise, not shared"
-            )
+            raise ValueError("SigmoidGate: heads are merged at site 'dense'; expected elementwise, not shared")
         if head_dim is None and dim % num_heads:
             raise ValueError(f"SigmoidGate: dim {dim} is no multiple of num_heads {num_heads}; pass head_dim")
         self.site, self.combine, self.activation = site, combine, activation
@@ -69,9 +65,7 @@ class SigmoidGate(Gate):
         heads = 1 if shared or site == "dense" else heads
         width = {"headwise": 1, "elementwise": head_dim or dim // num_heads}[granularity]
         self.gate_shape = (heads, dim if site == "dense" else width)
-        self.proj = nn.Linear(
-            dim, self.gate_shape[0] * self.gate_shape[1], bias=bias, device=device, dtype=dtype
-        )
+        self.proj = nn.Linear(dim, self.gate_shape[0] * self.gate_shape[1], bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,9 +22,7 @@ def _multi_head(shape: HeadShape) -> dict[str, object]:
 
 def _multi_query(shape: HeadShape) -> dict[str, object]:
     if shape.num_kv_heads not in (1, shape.num_heads):
-        raise ValueError(
-            f"mqa: num_kv_heads is always 1 (got {shape.num_kv_heads}); use 'gqa' for other numbers"
-        )
+        raise ValueError(f"mqa: num_kv_heads is always 1 (got {shape.num_kv_heads}); use 'gqa' for other numbers")
     return {"num_kv_heads": 1}
 
 
@@ -48,9 +46,7 @@ CARD = register(
         family="heads",
         gist="Multi-head scaled dot-product attention with softmax: the baseline.",
         equation="y = softmax(q k^T / sqrt(D)) v",
-        paper=Paper(
-            "Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "equation 1; section 3.2"
-        ),
+        paper=Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "equation 1; section 3.2"),
         slots=_multi_head,
         supports=FEATURES,
         traits=_TRAITS,
@@ -66,9 +62,7 @@ MQA = register(
         family="heads",
         gist="All query heads share one key head and one value head: a cache H times smaller.",
         equation="head_h = softmax(q_h k^T / sqrt(D)) v",
-        paper=Paper(
-            "Fast Transformer Decoding: One Write-Head is All You Need", "Shazeer", 2019, "1911.02150"
-        ),
+        paper=Paper("Fast Transformer Decoding: One Write-Head is All You Need", "Shazeer", 2019, "1911.02150"),
         slots=_multi_query,
         supports=FEATURES - {"gqa"},
         traits=_TRAITS,

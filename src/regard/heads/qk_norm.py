@@ -18,9 +18,7 @@ from regard.card import FEATURES, Card, Cost, Paper, register
 from regard.kinds import HeadMap, HeadShape
 
 
-def rms_norm(
-    z: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float = 1e-6
-) -> Float[Tensor, "... D"]:
+def rms_norm(z: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float = 1e-6) -> Float[Tensor, "... D"]:
     """z / rms(z) * weight, in at least fp32."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(z.dtype)
@@ -84,9 +82,7 @@ CARD = register(
         ),
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="Logits stay within sqrt(D) * max|w_q w_k| whatever the size of the input.",
-        differs=(
-            "RMS norm with a weight per channel and scale 1 / sqrt(D); the paper: unit length, one scale.",
-        ),
+        differs=("RMS norm with a weight per channel and scale 1 / sqrt(D); the paper: unit length, one scale.",),
         verified="third-party",
     )
 )

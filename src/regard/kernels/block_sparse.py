@@ -36,7 +36,7 @@ def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
         layout = p.mask.layout(T, S, block=BLOCK)
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
-    Bm, Hm, nq, _ = layout.shape
+    Bm, Hm = layout.shape[:2]
     blocks, full = layout.to_dense_blocks(), layout.to_dense_full()
     if Bm == Hm == 1 or p.stages or p.bias is not None:
         # Stages hold parameters per head and can't be cut along heads: all heads take the union of their blocks.
@@ -65,9 +65,7 @@ def _one(p: Problem, b: int, h: int, group: int) -> Problem:
     """Batch row b, head h alone."""
     g = h // group
     mask = None if p.mask is None else _At(p.mask, b, h)
-    return replace(
-        p, q=p.q[b : b + 1, h : h + 1], k=p.k[b : b + 1, g : g + 1], v=p.v[b : b + 1, g : g + 1], mask=mask
-    )
+    return replace(p, q=p.q[b : b + 1, h : h + 1], k=p.k[b : b + 1, g : g + 1], v=p.v[b : b + 1, g : g + 1], mask=mask)
 
 
 def _rows(p: Problem, layout: BlockLayout, blocks: Tensor, full: Tensor) -> Tensor:

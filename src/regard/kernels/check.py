@@ -24,7 +24,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
     (B, H, _, D), (Bk, G, S, Dk), (Bv, Gv, Sv, _) = q.shape, k.shape, v.shape
     if not B == Bk == Bv:
-        raise ValueError(f"attention: batch sizes differ (q {B}, k {Bk}, v {Bv}); expand them, sizes of 1 are not repeated")
+        raise ValueError(
+            f"attention: batch sizes differ (q {B}, k {Bk}, v {Bv}); expand them, sizes of 1 are not repeated"
+        )
     if Dk != D:
         raise ValueError(f"attention: head widths of q ({D}) and k ({Dk}) differ; they must match")
     if D == 0:
@@ -58,11 +60,15 @@ def check_mask(mask: object, B: int, H: int, T: int, S: int, device: torch.devic
                 f"attention: mask of shape {tuple(mask.shape)} is ambiguous; pair masks are (B or 1, H or 1, T, S), "
                 "keys are masked by regard.masks.padding(keep)"
             )
-        wrong = [f"{n}={got}" for n, got, ok in zip("BHTS", mask.shape, (B, H, T, S)) if got != ok and not (n in "BH" and got == 1)]
+        wrong = [
+            f"{n}={got}"
+            for n, got, ok in zip("BHTS", mask.shape, (B, H, T, S))
+            if got != ok and not (n in "BH" and got == 1)
+        ]
         if wrong:
             raise ValueError(
-                f"attention: mask of shape {tuple(mask.shape)} does not fit B={B}, H={H}, T={T}, S={S} ({', '.join(wrong)}); "
-                "only B and H may be 1"
+                f"attention: mask of shape {tuple(mask.shape)} does not fit B={B}, H={H}, T={T}, S={S} "
+                f"({', '.join(wrong)}); only B and H may be 1"
             )
         if mask.device != device:
             raise ValueError(f"attention: mask is on {mask.device}, q on {device}; move them together")
@@ -118,4 +124,6 @@ def check_options(scale: float | None, dropout: float, **stages: object) -> None
     kinds = {"position": Position, "score_mix": Mix, "normalizer": Normalizer, "weight_mix": Mix}
     for name, stage in stages.items():
         if stage is not None and not isinstance(stage, kinds[name]):
-            raise TypeError(f"attention: {name} must be a regard.kinds.{kinds[name].__name__}, got {type(stage).__name__}")
+            raise TypeError(
+                f"attention: {name} must be a regard.kinds.{kinds[name].__name__}, got {type(stage).__name__}"
+            )

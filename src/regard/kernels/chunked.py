@@ -90,15 +90,17 @@ CARD = register(
         gist="exact softmax attention in memory linear in T, by chunks with a running softmax",
         equation="out = n / d;  n = sum_j exp(s_j - m) v_j,  d = sum_j exp(s_j - m),  m = max_j s_j,  chunk by chunk",
         paper=Paper(
-            "Self-attention Does Not Need O(n^2) Memory", "Rabe, Staats", 2021, "2112.05682", "sections 2-4, figure 1"
+            "Self-attention Does Not Need O(n^2) Memory",
+            "Rabe, Staats",
+            2021,
+            "2112.05682",
+            "sections 2-4, figure 1",
         ),
         slots=_slots,
         traits=frozenset({"normalised", "nonnegative", "linear_in_values", "position_free", "head_independent"}),
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="at T = 16384 many times less memory than the full score matrix: `python -m benchmarks.memory`",
-        differs=(
-            "backward recomputes tiles from the log-sum-exp; key chunks that nobody may see are skipped",
-        ),
+        differs=("backward recomputes tiles from the log-sum-exp; key chunks that nobody may see are skipped",),
         verified="equation",
     )
 )

@@ -88,9 +88,7 @@ class _Online(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
-def _with_graph(
-    p: Problem, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
-) -> list[Tensor | None]:
+def _with_graph(p: Problem, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
     out = attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))
     wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
@@ -148,7 +146,15 @@ def _add_bias_grad(total: Tensor, ds: Tensor, at: slice, part: slice) -> None:
 
 
 def _add_position_grads(
-    position: Position, p: Problem, ds: Tensor, at: slice, part: slice, dq: Tensor, dk: Tensor, extra: list[Tensor], parameters: list[Tensor]
+    position: Position,
+    p: Problem,
+    ds: Tensor,
+    at: slice,
+    part: slice,
+    dq: Tensor,
+    dk: Tensor,
+    extra: list[Tensor],
+    parameters: list[Tensor],
 ) -> None:
     """What flows through the position's bias: to its parameters, and to q and k if it reads them."""
     with torch.enable_grad():
@@ -158,10 +164,12 @@ def _add_position_grads(
     if not bias.requires_grad:
         return
     wanted = [t for t in parameters if t.requires_grad]
-    got = torch.autograd.grad(
-        bias, [q, k, *wanted], ds.sum_to_size(bias.shape).to(bias.dtype), allow_unused=True
-    )
-    targets = [dq[:, :, at], dk[:, :, part], *(e for e, t in zip(extra, parameters, strict=True) if t.requires_grad)]
+    got = torch.autograd.grad(bias, [q, k, *wanted], ds.sum_to_size(bias.shape).to(bias.dtype), allow_unused=True)
+    targets = [
+        dq[:, :, at],
+        dk[:, :, part],
+        *(e for e, t in zip(extra, parameters, strict=True) if t.requires_grad),
+    ]
     for target, g in zip(targets, got, strict=True):
         if g is not None:
             target += g

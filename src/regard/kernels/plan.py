@@ -13,7 +13,12 @@ from regard.kernels.problem import Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes, sized
 from regard.masks import Mask, causal
 
-KERNELS: dict[str, ModuleType] = {"sdpa": sdpa, "block_sparse": block_sparse, "chunked": chunked, "eager": eager}
+KERNELS: dict[str, ModuleType] = {
+    "sdpa": sdpa,
+    "block_sparse": block_sparse,
+    "chunked": chunked,
+    "eager": eager,
+}
 """By preference where estimates tie. Each module has `run(problem)` and `why_not(problem)`."""
 
 
@@ -40,7 +45,8 @@ def choose(p: Problem, kernel: str = "auto") -> Plan:
         if cannot[kernel]:
             able = [name for name, reasons in cannot.items() if not reasons]
             raise ValueError(
-                f"attention: kernel {kernel!r} can't run this: {'; '.join(cannot[kernel])}; these can: {', '.join(able)}"
+                f"attention: kernel {kernel!r} can't run this: {'; '.join(cannot[kernel])}; "
+                f"these can: {', '.join(able)}"
             )
         return Plan(kernel, "asked for by name", {n: r or ["not asked for"] for n, r in cannot.items() if n != kernel})
     work = {name: _work(p, name) for name in KERNELS if not cannot[name]}

@@ -162,7 +162,10 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
         clean = replace(clean, x=_zero(p.x, bad_q.any(1)), context=_zero(p.context, bad_k.any(1)))
     out = run(clean)
     if p.score_mix is not None or p.weight_mix is not None:  # heads (and a mix's earlier rows) read each other
-        bad_q, bad_k = bad_q.any(1, keepdim=True).expand_as(bad_q), bad_k.any(1, keepdim=True).expand_as(bad_k)
+        bad_q, bad_k = (
+            bad_q.any(1, keepdim=True).expand_as(bad_q),
+            bad_k.any(1, keepdim=True).expand_as(bad_k),
+        )
     hit = sees(p.mask, p.i, p.j, bad_q, bad_k.repeat_interleave(p.q.shape[1] // p.k.shape[1], 1))
     return out.masked_fill(hit[..., None], math.nan)
 

@@ -37,7 +37,14 @@ def run(p: Problem) -> Tensor:
     if _biased(p):
         mask = _additive(p, mask)
     return F.scaled_dot_product_attention(
-        p.q, p.k, p.v, attn_mask=mask, dropout_p=p.dropout, is_causal=is_causal, scale=p.scale, enable_gqa=H != G
+        p.q,
+        p.k,
+        p.v,
+        attn_mask=mask,
+        dropout_p=p.dropout,
+        is_causal=is_causal,
+        scale=p.scale,
+        enable_gqa=H != G,
     )
 
 

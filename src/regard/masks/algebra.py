@@ -82,9 +82,7 @@ class Mask(ABC):
         T, S = lengths("dense", T, S)
         return self.at(torch.arange(S - T, S, device=device), torch.arange(S, device=device))
 
-    def layout(
-        self, T: int, S: int | None = None, *, block: int | tuple[int, int] = 128
-    ) -> "layout.BlockLayout":
+    def layout(self, T: int, S: int | None = None, *, block: int | tuple[int, int] = 128) -> "layout.BlockLayout":
         """Which blocks hold anything, and which of them are full, on the CPU and without forming T x S."""
         return layout.layout(self.to("cpu"), *lengths("layout", T, S), block)
 
@@ -137,9 +135,7 @@ class Joined(Mask):
         for what in ("batch", "heads"):
             sizes = sorted({getattr(part, what) for part in self.parts} - {1})
             if len(sizes) > 1:
-                raise ValueError(
-                    f"mask: cannot combine {what} sizes (got {sizes} in {self!r}); expected equal or 1"
-                )
+                raise ValueError(f"mask: cannot combine {what} sizes (got {sizes} in {self!r}); expected equal or 1")
 
     @property
     def batch(self) -> int:

@@ -60,9 +60,7 @@ class BlockLayout:
         return torch.arange(len(count), device=count.device).repeat_interleave(count)
 
     def to(self, device: torch.device | str) -> "BlockLayout":
-        return replace(
-            self, row_ptr=self.row_ptr.to(device), cols=self.cols.to(device), full=self.full.to(device)
-        )
+        return replace(self, row_ptr=self.row_ptr.to(device), cols=self.cols.to(device), full=self.full.to(device))
 
     def to_dense_blocks(self) -> Bool[Tensor, "Bm Hm nq nk"]:
         """True where a block is stored."""
@@ -160,9 +158,7 @@ def areas(where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> 
     return (T - r * bq).clamp(max=bq) * (S - c * bk).clamp(max=bk)
 
 
-def inspect(
-    mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]
-) -> Int[Tensor, "n"]:
+def inspect(mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, "n"]:
     """How many entries of each block are allowed, by asking the predicate."""
     bq, bk = block
     counts = [torch.zeros(0, dtype=torch.long)]

@@ -73,17 +73,13 @@ def svg(mask: "Mask", T: int, S: int, b: int, h: int) -> str:
         across = "".join(f"M{left} {top + r * size}H{right}" for r in range(1, rows))
         down = "".join(f"M{left + c * size} {top}V{bottom}" for c in range(1, cols))
         out.append(f'<path class="grid" d="{across}{down}"/>')
-    out.append(
-        f'<text class="ink" x="{left}" y="{height - 9}">keys across, queries down (positions i)</text></svg>'
-    )
+    out.append(f'<text class="ink" x="{left}" y="{height - 9}">keys across, queries down (positions i)</text></svg>')
     return "\n".join(out)
 
 
 def _title(mask: "Mask", T: int, S: int, b: int, h: int, bq: int, bk: int) -> str:
     parts = [f"T={T}" if T == S else f"T={T} S={S}"]
-    parts += [f"batch {b} of {mask.batch}"] * (mask.batch > 1) + [f"head {h} of {mask.heads}"] * (
-        mask.heads > 1
-    )
+    parts += [f"batch {b} of {mask.batch}"] * (mask.batch > 1) + [f"head {h} of {mask.heads}"] * (mask.heads > 1)
     parts += [f"a cell = {bq} x {bk}"] * (bq * bk > 1)
     return f"{mask!r}  {', '.join(parts)}"
 

@@ -91,9 +91,7 @@ def packed(cu_seqlens: Int[Tensor, "P"]) -> Mask:
     sizes = cu_seqlens.long().diff()
     if falls := (sizes < 0).nonzero().flatten().tolist():
         before, after = cu_seqlens[falls[0] : falls[0] + 2].tolist()
-        raise ValueError(
-            f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {falls[0] + 1})"
-        )
+        raise ValueError(f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {falls[0] + 1})")
     return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[None])
 
 

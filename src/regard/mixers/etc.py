@@ -64,9 +64,7 @@ class ETCAttention(nn.Module):
                 f"{radius}, {max_distance})"
             )
         if share not in _PROJECTIONS:
-            raise ValueError(
-                f"ETCAttention: unknown share {share!r}; expected one of {', '.join(_PROJECTIONS)}"
-            )
+            raise ValueError(f"ETCAttention: unknown share {share!r}; expected one of {', '.join(_PROJECTIONS)}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"ETCAttention: dropout must lie in [0, 1] (got {dropout})")
         self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
@@ -120,19 +118,14 @@ class ETCAttention(nn.Module):
         key_side = {"l": "long", "g": "global"}
         k, v = (
             Pieces(
-                **{
-                    piece: heads(proj, name, key_side[piece[-1]])
-                    for piece, name in _PROJECTIONS[self.share].items()
-                }
+                **{piece: heads(proj, name, key_side[piece[-1]]) for piece, name in _PROJECTIONS[self.share].items()}
             )
             for proj in (self.k_proj, self.v_proj)
         )
         tables = {}
         if self.max_distance is not None:
             for side in parts:
-                tables[f"{side}_table"] = Table(
-                    getattr(self, f"{side}_vector"), getattr(self, f"{side}_number")
-                )
+                tables[f"{side}_table"] = Table(getattr(self, f"{side}_vector"), getattr(self, f"{side}_number"))
         long_out, global_out = global_local_attention(
             query["long"],
             query["global"],
@@ -184,9 +177,7 @@ def _key_padding(mask: Mask | Tensor | None, x: Float[Tensor, "B T M"]) -> Bool[
     if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in ((B, T), (B, 1, 1, T)):
         return mask.reshape(B, T)
     got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-    raise ValueError(
-        f"ETCAttention: mask can only hide keys (got {got}); expected masks.padding or bool ({B}, {T})"
-    )
+    raise ValueError(f"ETCAttention: mask can only hide keys (got {got}); expected masks.padding or bool ({B}, {T})")
 
 
 def _build(

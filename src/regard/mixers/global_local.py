@@ -107,9 +107,7 @@ def _label_scores(
 
     def look_up(label: Tensor | None, width: int) -> Tensor:
         return (
-            q.new_zeros(B, H, t, width)
-            if label is None
-            else each.gather(3, label.long()[:, None].expand(B, H, t, -1))
+            q.new_zeros(B, H, t, width) if label is None else each.gather(3, label.long()[:, None].expand(B, H, t, -1))
         )
 
     return torch.cat([look_up(near, widths[0]), look_up(far, widths[1])], -1)
@@ -118,7 +116,8 @@ def _label_scores(
 def _blocks(z: Float[Tensor, "B H N D"], block: int, *, around: bool) -> Float[Tensor, "B H n c D"]:
     """Cut tokens into blocks; `around` adds the block before and the block after (zeros at the ends)."""
     count = max(1, -(-z.shape[2] // block))
-    own = F.pad(z, (0, 0, 0, count * block - z.shape[2])).unflatten(2, (count, block))
+    # Contiguous first: padding by nothing keeps strides, which a graph compiled for some padding does not expect.
+    own = F.pad(z.contiguous(), (0, 0, 0, count * block - z.shape[2])).unflatten(2, (count, block))
     if not around:
         return own
     before, after = F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0)), F.pad(own[:, :, 1:], (0, 0, 0, 0, 0, 1))
@@ -127,9 +126,7 @@ def _blocks(z: Float[Tensor, "B H N D"], block: int, *, around: bool) -> Float[T
 
 def _columns(radius: int, block: int, device: torch.device) -> Int[Tensor, "c W"]:
     """Which of the 3 block keys around a block are the window of its query c."""
-    return (
-        block + torch.arange(block, device=device)[:, None] + torch.arange(-radius, radius + 1, device=device)
-    )
+    return block + torch.arange(block, device=device)[:, None] + torch.arange(-radius, radius + 1, device=device)
 
 
 def _local_scores(q: Tensor, k: Tensor, radius: int, block: int) -> Float[Tensor, "B H N W"]:
@@ -138,9 +135,7 @@ def _local_scores(q: Tensor, k: Tensor, radius: int, block: int) -> Float[Tensor
     return scores.gather(4, columns).flatten(2, 3)[:, :, : q.shape[2]]
 
 
-def _local_values(
-    weights: Float[Tensor, "B H N W"], v: Tensor, radius: int, block: int
-) -> Float[Tensor, "B H N V"]:
+def _local_values(weights: Float[Tensor, "B H N W"], v: Tensor, radius: int, block: int) -> Float[Tensor, "B H N V"]:
     cut = _blocks(weights, block, around=False)
     columns = _columns(radius, block, v.device).expand(*cut.shape[:3], -1, -1)
     wide = cut.new_zeros(*cut.shape[:4], 3 * block).scatter(4, columns, cut)

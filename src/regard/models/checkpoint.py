@@ -53,9 +53,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def save(model: LanguageModel, config: LMConfig, path: str | Path) -> Path:
     """Write the model to a .safetensors file."""
     path = Path(path)
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     text = json.dumps(asdict(config), sort_keys=True)
     metadata = {"format": FORMAT, "config": text, "sha256": _digest(tensors, text)}
     write_atomically(path, write_tensors(tensors, metadata))
@@ -107,9 +105,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig]:
         ".pkl",
         ".ckpt",
     ):
-        raise ValueError(
-            f"{path} looks like a pickle, which can run code when loaded; only .safetensors is accepted"
-        )
+        raise ValueError(f"{path} looks like a pickle, which can run code when loaded; only .safetensors is accepted")
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size].decode())

@@ -36,9 +36,7 @@ class LMConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LMConfig: {name} must be an int >= 1, got {value!r}")
         if self.dim % self.num_heads:
-            raise ValueError(
-                f"{self.num_heads} heads do not divide width {self.dim}; choose a width that they divide"
-            )
+            raise ValueError(f"{self.num_heads} heads do not divide width {self.dim}; choose a width that they divide")
 
 
 class Block(nn.Module):
@@ -95,9 +93,7 @@ class LanguageModel(nn.Module):
         """Empty states for `step`, one a block. Raises what the mixer raises where it cannot stream."""
         return [block.mixer.init_state(batch_size, capacity) for block in self.blocks]
 
-    def step(
-        self, ids: Int[Tensor, "B t"], states: list[object]
-    ) -> tuple[Float[Tensor, "B t V"], list[object]]:
+    def step(self, ids: Int[Tensor, "B t"], states: list[object]) -> tuple[Float[Tensor, "B t V"], list[object]]:
         """Logits for new tokens, given the states that earlier ones left."""
         x, after = self.embedding(ids), []
         for block, state in zip(self.blocks, states, strict=True):

@@ -42,9 +42,7 @@ class AdaptiveEntmax(Normalizer):
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:
         if scores.shape[1] != len(self.pre_alpha):
-            raise ValueError(
-                f"AdaptiveEntmax: scores have {scores.shape[1]} heads; expected {len(self.pre_alpha)}"
-            )
+            raise ValueError(f"AdaptiveEntmax: scores have {scores.shape[1]} heads; expected {len(self.pre_alpha)}")
         return entmax(scores, self.alpha[:, None, None], allowed=allowed)
 
 

@@ -18,9 +18,7 @@ from regard.kinds import HeadShape, Normalizer
 from regard.normalizers.softmax import softmax
 
 
-def cog(
-    scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
-) -> Float[Tensor, "B H t S"]:
+def cog(scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None) -> Float[Tensor, "B H t S"]:
     """sign(scores) * softmax(|scores|). A score of exactly 0 gets weight 0."""
     z = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if allowed is not None:
@@ -59,9 +57,7 @@ CARD = register(
         traits=frozenset({"linear_in_values", "position_free", "shift_invariant", "head_independent"}),
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="One head can copy one token and delete another: tests/normalizers/test_cog.py.",
-        differs=(
-            "Only the normaliser: rotary positions and the outer layers' softmax are the host's choice.",
-        ),
+        differs=("Only the normaliser: rotary positions and the outer layers' softmax are the host's choice.",),
         verified="third-party",
     )
 )

@@ -162,9 +162,7 @@ def entmax(
         return scores
     if isinstance(alpha, Tensor):
         if alpha.ndim and alpha.shape[-1] != 1:
-            raise ValueError(
-                f"entmax: alpha has size {alpha.shape[-1]} along the normalised axis; expected 1"
-            )
+            raise ValueError(f"entmax: alpha has size {alpha.shape[-1]} along the normalised axis; expected 1")
         alpha = alpha.reshape((1,) * (scores.ndim - alpha.ndim) + alpha.shape)
     elif not 1 <= alpha <= 2:
         raise ValueError(f"entmax: alpha must lie in [1, 2] (got {alpha}); 1 is softmax, 2 is sparsemax")

@@ -43,9 +43,7 @@ def check_even(owner: str, name: str, value: object) -> None:
     """Refuse what is no even int >= 2: channels are used in pairs."""
     check_int(owner, name, value, least=2)
     if value % 2:  # type: ignore[operator]
-        raise ValueError(
-            f"{owner}: {name} is odd (got {value}); expected an even int, channels are used in pairs"
-        )
+        raise ValueError(f"{owner}: {name} is odd (got {value}); expected an even int, channels are used in pairs")
 
 
 def check_above(owner: str, name: str, value: float, bound: float, *, inclusive: bool = False) -> None:
@@ -53,9 +51,7 @@ def check_above(owner: str, name: str, value: float, bound: float, *, inclusive:
     ok = (value >= bound if inclusive else value > bound) and value != float("inf")
     if not ok:
         sign = ">=" if inclusive else ">"
-        raise ValueError(
-            f"{owner}: {name} is out of range (got {value}); expected a finite number {sign} {bound:g}"
-        )
+        raise ValueError(f"{owner}: {name} is out of range (got {value}); expected a finite number {sign} {bound:g}")
 
 
 def check_width(owner: str, name: str, tensor: Tensor, width: int) -> None:

@@ -67,14 +67,11 @@ CARD = register(
             "section 3",
         ),
         slots=_slots,
-        traits=frozenset(
-            {"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}
-        ),
+        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}),
         exceptions={"L11": "slopes belong to the heads' order by definition, so heads can't be permuted"},
         cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
         claim=(
-            "Positions matter through distance only, so it extrapolates; with q = k = 0 weights are "
-            "geometric in m."
+            "Positions matter through distance only, so it extrapolates; with q = k = 0 weights are geometric in m."
         ),
         differs=("Bidirectional attention uses |i-j|; the paper defines the causal case only.",),
         verified="third-party",

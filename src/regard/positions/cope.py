@@ -29,9 +29,7 @@ def contextual_positions(
     return scores.sigmoid().flip(-1).cumsum(-1).flip(-1)
 
 
-def interpolated_lookup(
-    by_position: Float[Tensor, "B H t N"], p: Float[Tensor, "B H t S"]
-) -> Float[Tensor, "B H t S"]:
+def interpolated_lookup(by_position: Float[Tensor, "B H t N"], p: Float[Tensor, "B H t S"]) -> Float[Tensor, "B H t S"]:
     """by_position at the real-valued places p, linear between whole ones; p beyond the last is the last."""
     by_position = by_position.to(p.dtype)  # autocast may have narrowed it
     p = p.clamp(max=by_position.shape[-1] - 1)
@@ -79,9 +77,7 @@ CARD = register(
         name="cope",
         family="positions",
         gist="Positions count the keys that a query's own gates let through.",
-        equation=(
-            "p[i,j] = sum_{l=j..i} sigmoid(q[i].k[l]/sqrt(D)); score = q.k/sqrt(D) + q[i].E[min(p, N-1)]"
-        ),
+        equation=("p[i,j] = sum_{l=j..i} sigmoid(q[i].k[l]/sqrt(D)); score = q.k/sqrt(D) + q[i].E[min(p, N-1)]"),
         paper=Paper(
             "Contextual Position Encoding: Learning to Count What's Important",
             "Golovneva, Wang, Weston, Sukhbaatar",
@@ -89,16 +85,11 @@ CARD = register(
             "2405.18719",
         ),
         slots=_slots,
-        traits=frozenset(
-            {"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}
-        ),
+        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}),
         cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
         claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions.",
         differs=(
-            (
-                "The term c isn't divided by sqrt(D), as in the paper's listing; the authors' repository "
-                "divides it."
-            ),
+            ("The term c isn't divided by sqrt(D), as in the paper's listing; the authors' repository divides it."),
         ),
         verified="equation",
         example={"max_positions": 6},

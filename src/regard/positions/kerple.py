@@ -106,18 +106,9 @@ PAPER = Paper(
 TRAITS = frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"})
 DIFFERS = (
     "Each layer has parameters of its own; the paper shares them among layers (pass one part to all layers for that).",
-    (
-        "The kernel is added after the scores are divided by sqrt(D), as in the authors' code; the paper "
-        "has it inside."
-    ),
-    (
-        "Bounds hold for the values used, with straight-through gradients; the code clips the parameters "
-        "in place."
-    ),
-    (
-        "Each layer has its own parameters unless one part is shared by hand; the paper shares them among"
-        " layers."
-    ),
+    ("The kernel is added after the scores are divided by sqrt(D), as in the authors' code; the paper has it inside."),
+    ("Bounds hold for the values used, with straight-through gradients; the code clips the parameters in place."),
+    ("Each layer has its own parameters unless one part is shared by hand; the paper shares them among layers."),
 )
 
 CARD = register(
@@ -130,10 +121,7 @@ CARD = register(
         slots=_log_slots,
         traits=TRAITS,
         cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-        claim=(
-            "The kernel is conditionally positive definite, and extrapolates best in log form: "
-            "tests/positions."
-        ),
+        claim=("The kernel is conditionally positive definite, and extrapolates best in log form: tests/positions."),
         differs=DIFFERS,
         verified="third-party",
     )

@@ -55,9 +55,7 @@ class NTK(Linear):
 
     def check(self, head_dim: int) -> None:
         if head_dim < 4:
-            raise ValueError(
-                f"{type(self).__name__}: head_dim is too small (got {head_dim}); expected at least 4"
-            )
+            raise ValueError(f"{type(self).__name__}: head_dim is too small (got {head_dim}); expected at least 4")
 
     def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
         return w * _spread(w, self.factor)

@@ -98,9 +98,7 @@ CARD = register(
         name="shaw",
         family="positions",
         gist="Trained vectors for clipped relative offsets are added to keys and to values.",
-        equation=(
-            "score = q[i].(k[j] + AK[r])/sqrt(D), out[i] = sum_j a[i,j] (v[j] + AV[r]); r = clip(j-i, -K, K)"
-        ),
+        equation=("score = q[i].(k[j] + AK[r])/sqrt(D), out[i] = sum_j a[i,j] (v[j] + AV[r]); r = clip(j-i, -K, K)"),
         paper=Paper(
             "Self-Attention with Relative Position Representations",
             "Shaw, Uszkoreit, Vaswani",
@@ -112,14 +110,10 @@ CARD = register(
         traits=frozenset({"shift_invariant", "head_independent"}),
         cost=Cost("2*B*H*T*S*D + 2*B*H*T*(2*max_distance+1)*D", "2*S*G*D"),
         claim=(
-            "Shifting all positions changes nothing; beyond max_distance equal keys score equally: "
-            "tests/positions."
+            "Shifting all positions changes nothing; beyond max_distance equal keys score equally: tests/positions."
         ),
         differs=(
-            (
-                "One table for all heads by default, as in the authors' code; per_head=True is the "
-                "paper's base model."
-            ),
+            ("One table for all heads by default, as in the authors' code; per_head=True is the paper's base model."),
             "The scores' term keeps the scale 1/sqrt(D) whatever scale the attention is given.",
         ),
         verified="third-party",

@@ -106,9 +106,7 @@ class HeadMix(Mix):
             self.weight.copy_(torch.eye(self.weight.shape[-1]).expand_as(self.weight))
 
     def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
-        if (
-            rows.allowed is not None
-        ):  # what no head may see must not reach the weights' gradient, not even as 0 * NaN
+        if rows.allowed is not None:  # what no head may see must not reach the weights' gradient, not even as 0 * NaN
             z = z.masked_fill(~rows.allowed.any(1, keepdim=True), 0)
         grouped = z.unflatten(1, self.weight.shape[:2])
         return torch.einsum("rgh,brhts->brgts", self.weight.to(z.dtype), grouped).flatten(1, 2)
@@ -199,9 +197,7 @@ CARD = register(
         slots=_slots,
         supports=FEATURES,
         traits=frozenset(),
-        cost=Cost(
-            "2*B*H*T*S*D + 2*B*H*T*S*query_size*key_size + B*H*T*S*(H + head_group)", "S*(2*G*D + H*D)"
-        ),
+        cost=Cost("2*B*H*T*S*D + 2*B*H*T*S*query_size*key_size + B*H*T*S*(H + head_group)", "S*(2*G*D + H*D)"),
         claim="Two taps find a key only where two neighbours match together: tests/scores/test_mta.py.",
         differs=(
             "No depth scaling unless `layer` is given, and a gate after the norm, as in the released models.",

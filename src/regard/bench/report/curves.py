@@ -52,10 +52,7 @@ def _smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Means over stretches of equally many records; a curve of few records stays as it is."""
     stride = max(1, math.ceil(len(curve) / CURVE_POINTS))
     stretches = [curve[i : i + stride] for i in range(0, len(curve), stride)]
-    return [
-        (round(statistics.fmean(s for s, _ in part)), statistics.fmean(v for _, v in part))
-        for part in stretches
-    ]
+    return [(round(statistics.fmean(s for s, _ in part)), statistics.fmean(v for _, v in part)) for part in stretches]
 
 
 def _top(points: Sequence[tuple[int, float]], last: int) -> float:

@@ -27,8 +27,7 @@ def reproduce(results: Sequence[Result]) -> str:
 
 def _terms(found: dict[str, list[str]]) -> str:
     return "".join(
-        f"<dt>{words(key)}</dt>"
-        f"<dd>{'differs: ' if len(values) > 1 else ''}{text(listing(values, 12), 1000)}</dd>"
+        f"<dt>{words(key)}</dt><dd>{'differs: ' if len(values) > 1 else ''}{text(listing(values, 12), 1000)}</dd>"
         for key, values in found.items()
     )
 

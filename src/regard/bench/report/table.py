@@ -13,9 +13,7 @@ def table(group: Group, cards: Cards) -> str:
     lowest = {length: _lowest(group.rows, length) for length in lengths}
     leading = _leading(group.rows)
     compared = sum(bool(row.done) for row in group.rows) > 1
-    head = "".join(
-        f'<th scope="col">{text(length, 20)}<small>held-out bits/byte</small></th>' for length in lengths
-    )
+    head = "".join(f'<th scope="col">{text(length, 20)}<small>held-out bits/byte</small></th>' for length in lengths)
     head += "".join(f'<th scope="col">{heading}</th>' for heading, _, _ in MEASURES.values())
     caption = "<caption>Best first, by held-out loss</caption>"
     head = f'{caption}<thead><tr><th scope="col">Mechanism</th>{head}</tr></thead>'
