@@ -14,7 +14,7 @@ import platform
 import torch
 
 import regard
-from regard.bench.memory import peak_bytes
+from regard.bench.memory import PeakMemory
 from regard.masks import causal
 
 
@@ -24,12 +24,12 @@ def measure(kernel: str, length: int, heads: int, train: bool) -> float:
     q, k, v = (torch.randn(1, heads, length, 64, requires_grad=train) for _ in range(3))
     with torch.no_grad():  # first calls load what later ones share
         regard.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], mask=causal(), kernel=kernel)
-    before = peak_bytes()
+    memory = PeakMemory(torch.device("cpu"))
     with torch.set_grad_enabled(train):
         out = regard.attention(q, k, v, mask=causal(), kernel=kernel)
     if train:
         out.sum().backward()
-    return (peak_bytes() - before) / 2**20
+    return memory.bytes() / 2**20
 
 
 def alone(*args: object) -> float:

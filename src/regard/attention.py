@@ -1,6 +1,6 @@
 """The pipeline: `attention`, a function of queries, keys and values, and `Attention`, the layer around it.
 
-    x - project - position(q, k) - score - bias - score mix - mask - normalise - weight mix - values - gate - project - y
+    x - project - position - score - bias - score mix - mask - normalise - weight mix - values - gate - project - y
 
 Each stage is a slot. With every slot empty this is scaled dot-product attention (Vaswani et al. 2017,
 https://arxiv.org/abs/1706.03762, eq. 1 and section 3.2.2):  softmax(q k^T / sqrt(D)) v.

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from regard.bench import train as module
+from regard.bench.memory import PeakMemory
 from regard.bench.record import Cell
-from regard.bench.train import PeakMemory, TrainingError, bits_per_byte, rate, state_bytes, train
+from regard.bench.train import TrainingError, bits_per_byte, rate, state_bytes, train
 from regard.cache import KVCache
 from regard.models.checkpoint import load
 from regard.models.lm import LanguageModel

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from regard.card import Card, Cost, Paper, register
 from regard.kinds import HeadShape
-from regard.masks import Mask
+from regard.masks import Mask, global_tokens
+from regard.masks import window as near
 from regard.masks.tensors import Kept, Lengths
 from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
 
@@ -91,6 +92,10 @@ class ETCAttention(nn.Module):
             else:
                 std = 0.5 if name.endswith("_vector") else 0.02
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
+
+    def receptive_field(self) -> Mask:
+        """Global tokens see and are seen by all; long ones see `radius` neighbours on each side."""
+        return global_tokens(self.num_global) | near(self.radius + 1)
 
     def forward(
         self,

@@ -62,10 +62,8 @@ def split(text: str) -> list[str]:
 def build(spec: Spec, dim: int, num_heads: int) -> nn.Module:
     """One causal token mixer (B, T, M) -> (B, T, M)."""
     if not spec.own:
-        from regard import Attention, create, mechanisms
+        from regard import create
 
-        if spec.name == "softmax" and "softmax" not in mechanisms():
-            return Attention(dim, num_heads, causal=True, **spec.options)
         return create(spec.name, dim=dim, num_heads=num_heads, causal=True, **spec.options)
     module, _, attribute = spec.name.partition(":")
     try:
