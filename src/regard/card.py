@@ -39,6 +39,11 @@ head_independent  a head's output depends on its own projections only
 sparse            some allowed weights are exactly 0
 """
 
+PLAIN = frozenset(
+    {"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"}
+)
+"""The traits of plain softmax attention, from which a mechanism's own are often a step away."""
+
 SLOTS = (
     "mask",
     "position",

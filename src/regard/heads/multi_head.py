@@ -8,12 +8,10 @@
 The pipeline itself is this mechanism, so the cards fill no slot but the number of key/value heads.
 """
 
-from regard.card import FEATURES, Card, Cost, Paper, register
+from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape
 
-_TRAITS = frozenset(
-    {"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"}
-)
+
 
 
 def _multi_head(shape: HeadShape) -> dict[str, object]:
@@ -49,7 +47,7 @@ CARD = register(
         paper=Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "equation 1; section 3.2"),
         slots=_multi_head,
         supports=FEATURES,
-        traits=_TRAITS,
+        traits=PLAIN,
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="Any key is one step away from any query.",
         verified="third-party",
@@ -65,7 +63,7 @@ MQA = register(
         paper=Paper("Fast Transformer Decoding: One Write-Head is All You Need", "Shazeer", 2019, "1911.02150"),
         slots=_multi_query,
         supports=FEATURES - {"gqa"},
-        traits=_TRAITS,
+        traits=PLAIN,
         cost=Cost("2*B*H*T*S*D", "2*S*D"),
         claim="Little loss of quality for much faster decoding; the state formula shows the factor H.",
         verified="third-party",
@@ -86,7 +84,7 @@ GQA = register(
         ),
         slots=_grouped_query,
         supports=FEATURES,
-        traits=_TRAITS,
+        traits=PLAIN,
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="Quality close to multi-head at a speed close to multi-query; state is H / G times smaller.",
         verified="third-party",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import FEATURES, Card, Cost, Paper, register
+from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadMap, HeadShape
 
 
@@ -70,16 +70,7 @@ CARD = register(
         ),
         slots=_slots,
         supports=FEATURES,
-        traits=frozenset(
-            {
-                "normalised",
-                "nonnegative",
-                "linear_in_values",
-                "position_free",
-                "shift_invariant",
-                "head_independent",
-            }
-        ),
+        traits=PLAIN,
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="Logits stay within sqrt(D) * max|w_q w_k| whatever the size of the input.",
         differs=("RMS norm with a weight per channel and scale 1 / sqrt(D); the paper: unit length, one scale.",),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.card import Card, Cost, Paper, register
+from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kernels.online import KEYS, QUERIES, online
 from regard.kernels.problem import Problem, attend
 from regard.kinds import HeadShape
@@ -97,7 +97,7 @@ CARD = register(
             "sections 2-4, figure 1",
         ),
         slots=_slots,
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "position_free", "head_independent"}),
+        traits=PLAIN,
         cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
         claim="at T = 16384 many times less memory than the full score matrix: `python -m benchmarks.memory`",
         differs=("backward recomputes tiles from the log-sum-exp; key chunks that nobody may see are skipped",),

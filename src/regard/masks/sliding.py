@@ -11,13 +11,13 @@ W counts the keys of one side with the query's own, which is what a causal layer
 
 from typing import Any
 
-from regard.card import Card, Cost, Paper, register
+from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape
 from regard.masks.patterns import dilated, window
 
 PAPER = Paper("Longformer: The Long-Document Transformer", "Beltagy, Peters, Cohan", 2020, "2004.05150", "section 3.1")
 SIDES = "the paper's w counts w/2 keys on each side besides the query's own; here window = w/2 + 1"
-TRAITS = frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"})
+TRAITS = PLAIN - {"position_free"}
 
 
 def _window(shape: HeadShape, *, window: int = 128) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import FEATURES, Card, Cost, Paper, register
+from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape, Normalizer
 from regard.normalizers.entmax import entmax
 
@@ -65,17 +65,7 @@ CARD = register(
         ),
         slots=_slots,
         supports=FEATURES,
-        traits=frozenset(
-            {
-                "normalised",
-                "nonnegative",
-                "linear_in_values",
-                "position_free",
-                "shift_invariant",
-                "head_independent",
-                "sparse",
-            }
-        ),
+        traits=PLAIN | {"sparse"},
         cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
         claim="Heads settle on different sparsity: tests/normalizers/test_entmax.py.",
         differs=("The start N(0, 1) of a and the clamp come from code copies.",),

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import FEATURES, Card, Cost, Paper, register
+from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape, Normalizer
 from regard.normalizers.softmax import softmax
 
@@ -220,17 +220,7 @@ CARD = register(
         ),
         slots=_slots,
         supports=FEATURES,
-        traits=frozenset(
-            {
-                "normalised",
-                "nonnegative",
-                "linear_in_values",
-                "position_free",
-                "shift_invariant",
-                "head_independent",
-                "sparse",
-            }
-        ),
+        traits=PLAIN | {"sparse"},
         cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
         claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
         differs=("tau is found by monotone Newton steps on a convex form of sum p = 1.",),

@@ -6,7 +6,7 @@ Martins, Astudillo 2016, https://arxiv.org/abs/1602.02068 (equations as the auth
 text not read).
 """
 
-from regard.card import FEATURES, Card, Cost, Paper, register
+from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape
 from regard.normalizers.entmax import Entmax
 
@@ -37,17 +37,7 @@ CARD = register(
         ),
         slots=_slots,
         supports=FEATURES,
-        traits=frozenset(
-            {
-                "normalised",
-                "nonnegative",
-                "linear_in_values",
-                "position_free",
-                "shift_invariant",
-                "head_independent",
-                "sparse",
-            }
-        ),
+        traits=PLAIN | {"sparse"},
         cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
         claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
         verified="third-party",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
+from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape, Position, Rows
 from regard.positions._shared import check_heads, check_int, distances, work_dtype
 
@@ -67,7 +67,7 @@ CARD = register(
             "section 3",
         ),
         slots=_slots,
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}),
+        traits=PLAIN - {"position_free"},
         exceptions={"L11": "slopes belong to the heads' order by definition, so heads can't be permuted"},
         cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
         claim=(

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape, Position, Rows
 from regard.positions._shared import check_int, check_width, work_dtype
 
@@ -85,7 +85,7 @@ CARD = register(
             "2405.18719",
         ),
         slots=_slots,
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"}),
+        traits=PLAIN - {"position_free"},
         cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
         claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions.",
         differs=(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape, Position, Rows
 from regard.positions._shared import check_heads, check_int, distances, work_dtype
 
@@ -103,9 +103,8 @@ PAPER = Paper(
     "2205.09921",
     "eqs. 1-2",
 )
-TRAITS = frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"})
+TRAITS = PLAIN - {"position_free"}
 DIFFERS = (
-    "Each layer has parameters of its own; the paper shares them among layers (pass one part to all layers for that).",
     ("The kernel is added after the scores are divided by sqrt(D), as in the authors' code; the paper has it inside."),
     ("Bounds hold for the values used, with straight-through gradients; the code clips the parameters in place."),
     ("Each layer has its own parameters unless one part is shared by hand; the paper shares them among layers."),

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
+from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape, Position
 from regard.positions._shared import angles, check_above, check_even, check_width, frequencies, work_dtype
 
@@ -120,7 +120,7 @@ def _slots(shape: HeadShape, *, base: float = 10000.0, interleaved: bool = False
     return {"position": Rotary(shape.head_dim, base=base, interleaved=interleaved)}
 
 
-TRAITS = frozenset({"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"})
+TRAITS = PLAIN - {"position_free"}
 COST = Cost("2*B*H*T*S*D + 3*(B*H*T*D + B*G*S*D)", "2*S*G*D")
 
 CARD = register(
