@@ -12,8 +12,6 @@ from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kinds import HeadShape
 
 
-
-
 def _multi_head(shape: HeadShape) -> dict[str, object]:
     return {}
 

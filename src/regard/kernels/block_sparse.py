@@ -7,9 +7,10 @@ attended to at once; blocks that hold no allowed pair cost nothing. Any stage th
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from regard.kernels import sdpa
 from regard.kernels.problem import Keys, Problem, attend
 from regard.masks import BlockLayout, Mask
 
@@ -71,14 +72,19 @@ def _one(p: Problem, b: int, h: int, group: int) -> Problem:
 def _rows(p: Problem, layout: BlockLayout, blocks: Tensor, full: Tensor) -> Tensor:
     """All query blocks, one after another; `blocks` and `full` are (nq, nk) bool."""
     (bq, bk), T, S = layout.block, p.q.shape[2], p.k.shape[2]
-    plain = not p.stages and p.bias is None
+    fusable = not sdpa.why_not(p)
     outs = []
     for r, (row, row_full) in enumerate(zip(blocks, full, strict=True)):
         rows = slice(r * bq, min((r + 1) * bq, T))
         cols = row.nonzero().flatten()
         keys = _keys(cols, bk, S)
         here = replace(p, mask=None) if len(cols) and bool(row_full[cols].all()) else p
-        outs.append(_plain(here, rows, keys) if plain and len(cols) else attend(here, rows, keys))
+        run = sdpa.fused if fusable and len(cols) else attend
+        if torch.is_grad_enabled() and (p.stages or p.bias is not None):
+            # Or every block's scores or bias would wait for backward.
+            outs.append(checkpoint(run, here, rows, keys, use_reentrant=False, preserve_rng_state=p.dropout > 0))
+        else:
+            outs.append(run(here, rows, keys))
     return torch.cat(outs, 2)
 
 
@@ -91,17 +97,3 @@ def _keys(cols: Tensor, bk: int, S: int) -> Keys:
         return slice(first * bk, min((last + 1) * bk, S))
     keys = (cols[:, None] * bk + torch.arange(bk, device=cols.device)).flatten()
     return keys[keys < S]
-
-
-def _plain(p: Problem, rows: slice, keys: Keys) -> Tensor:
-    """Softmax without stages: torch's fused kernel on the gathered keys."""
-    mask = None if p.mask is None else p.mask.at(p.i[rows], p.j[keys])
-    return F.scaled_dot_product_attention(
-        p.q[:, :, rows],
-        p.k[:, :, keys],
-        p.v[:, :, keys],
-        attn_mask=mask,
-        dropout_p=p.dropout,
-        scale=p.scale,
-        enable_gqa=p.q.shape[1] != p.k.shape[1],
-    )

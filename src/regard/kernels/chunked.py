@@ -14,11 +14,10 @@ scores) or see the weights run too, checkpointed by query chunks and without key
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from regard.card import PLAIN, Card, Cost, Paper, register
 from regard.kernels.online import KEYS, QUERIES, online
-from regard.kernels.problem import Problem, attend
+from regard.kernels.problem import Problem, attend, by_rows, key_range
 from regard.kinds import HeadShape
 
 TILE_BYTES = 16 * 2**20
@@ -38,25 +37,8 @@ def run(p: Problem) -> Tensor:
     each = 4 * B * H
     if _tiles_alone(p) and not torch.compiler.is_compiling():
         keys = min(S, KEYS)
-        return online(p, _within(TILE_BYTES // (each * keys), QUERIES), keys)
-    size = _within(TILE_BYTES // (each * S), 1024)
-    if size >= T:
-        return attend(p, slice(0, T), key_range(p, slice(0, T)))
-    recompute = torch.is_grad_enabled() and size < T
-    outs = []
-    for start in range(0, T, size):
-        rows = slice(start, min(start + size, T))
-        args = (p, rows, key_range(p, rows))
-        if recompute:
-            # Dropout is the only randomness; without it there is no generator state worth saving.
-            outs.append(checkpoint(attend, *args, use_reentrant=False, preserve_rng_state=p.dropout > 0))
-        else:
-            outs.append(attend(*args))
-    return torch.cat(outs, 2)
-
-
-def _within(n: int, most: int) -> int:
-    return max(16, min(most, n))
+        return online(p, max(16, min(TILE_BYTES // (each * keys), QUERIES)), keys)
+    return by_rows(p, lambda rows: attend(p, rows, key_range(p, rows)), TILE_BYTES // (each * S))
 
 
 def _tiles_alone(p: Problem) -> bool:
@@ -65,18 +47,6 @@ def _tiles_alone(p: Problem) -> bool:
     bias = p.position_bias
     reads = bias is not None and (bias.sees == "rows" or "scores" in bias.needs)
     return all(stage is None for stage in others) and not reads and p.dropout == 0
-
-
-def key_range(p: Problem, rows: slice) -> slice:
-    """The keys that these rows may reach at all, as the mask's bounds tell."""
-    S = p.k.shape[2]
-    if p.mask is None:
-        return slice(0, S)
-    offset = S - p.q.shape[2]  # both counted from the first key handed in
-    first, last = max(0, rows.start - p.halo) + offset, rows.stop - 1 + offset
-    start = 0 if p.mask.reach is None else max(0, first - p.mask.reach + 1)
-    stop = min(S, last + 1) if p.mask.is_causal else S
-    return slice(min(start, S), max(stop, min(start, S)))
 
 
 def _slots(shape: HeadShape) -> dict[str, object]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from regard.kinds import Mix, Normalizer, Position, Rows, Stage
 from regard.masks import Mask
@@ -129,6 +130,32 @@ def softmax(scores: Float[Tensor, "B H t S"], allowed: Tensor | None) -> Float[T
     alive = allowed.any(-1, keepdim=True)
     weights = scores.masked_fill(~allowed & alive, -math.inf).softmax(-1)
     return torch.where(alive, weights, weights.new_zeros(()))
+
+
+def by_rows(p: Problem, run: Callable[[slice], Tensor], rows: int) -> Tensor:
+    """`run` on about `rows` query rows at a time, each chunk computed again in backward instead of kept."""
+    T = p.q.shape[2]
+    size = max(16, min(1024, rows))
+    if size >= T:
+        return run(slice(0, T))
+    chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
+    if not torch.is_grad_enabled():
+        return torch.cat([run(chunk) for chunk in chunks], 2)
+    # Dropout is the only randomness; without it there is no generator state worth saving.
+    outs = [checkpoint(run, c, use_reentrant=False, preserve_rng_state=p.dropout > 0) for c in chunks]
+    return torch.cat(outs, 2)
+
+
+def key_range(p: Problem, rows: slice) -> slice:
+    """The keys that these rows may reach at all, as the mask's bounds tell."""
+    S = p.k.shape[2]
+    if p.mask is None:
+        return slice(0, S)
+    offset = S - p.q.shape[2]  # both counted from the first key handed in
+    first, last = max(0, rows.start - p.halo) + offset, rows.stop - 1 + offset
+    start = 0 if p.mask.reach is None else max(0, first - p.mask.reach + 1)
+    stop = min(S, last + 1) if p.mask.is_causal else S
+    return slice(min(start, S), max(stop, min(start, S)))
 
 
 def dots(q: Float[Tensor, "B H t D"], k: Float[Tensor, "B G s D"]) -> Float[Tensor, "B H t s"]:
