@@ -9,7 +9,7 @@ from torch import Tensor
 
 import regard
 from regard import masks
-from regard.kernels import KERNELS, block_sparse, chunked, size
+from regard.kernels import KERNELS, block_sparse, chunked, sdpa, size
 from regard.normalizers import Entmax
 from regard.positions import Alibi, Kerple
 
@@ -78,9 +78,9 @@ def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = []
     real = torch.nn.functional.scaled_dot_product_attention
 
-    def counted(q, k, v, **options):
+    def counted(q, k, v, *rest, **options):
         seen.append(q.shape[2] * k.shape[2])
-        return real(q, k, v, **options)
+        return real(q, k, v, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     q, k, v = qkv(1, 1, 1024, 4)
@@ -126,19 +126,32 @@ def test_a_gradient_for_the_bias_alone() -> None:
         assert (g - grads[2]).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("case", [*MASKS, "none"])
+@pytest.mark.parametrize("biased", [False, True], ids=["mask", "mask and bias"])
+def test_fused_by_chunks_of_queries(case: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 queries; bias and position are trained through them."""
+    monkeypatch.setattr(sdpa, "BIAS_BYTES", 0)
+    given, options, extra = qkv(2, 4, 29, 3, G=2, S=37), {}, []
+    if biased:
+        position, bias = Kerple(4).double(), torch.randn(2, 1, 29, 37, dtype=torch.float64, requires_grad=True)
+        options, extra = {"position": position, "bias": bias}, [bias, *position.parameters()]
+    agrees("sdpa", given, extra, mask=MASKS.get(case), **options)
+
+
 PEAK = """
-import resource, torch, regard
+import torch, regard
+from regard.bench.memory import PeakMemory
 from regard.positions import Alibi
 torch.set_num_threads(1)
 T, train, kernel = {T}, {train}, {kernel!r}
 q, k, v = (torch.randn(1, 2, T, 16, requires_grad=train) for _ in "qkv")
 options = dict(position=Alibi(2), mask=regard.masks.causal(), kernel=kernel)
 regard.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], **options)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+memory = PeakMemory(torch.device("cpu"))
 out = regard.attention(q, k, v, **options)
 if train:
     out.sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(memory.bytes())
 """
 
 
@@ -146,20 +159,17 @@ def peak(T: int, train: bool, kernel: str) -> float:
     """Extra MB at the peak, in a process of its own."""
     code = PEAK.format(T=T, train=train, kernel=kernel)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
-    return int(done.stdout) / 1024
+    return int(done.stdout) / 2**20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_chunked_memory_is_linear(train: bool) -> None:
-    """At T = 4096 the scores take 2 x 64 MB; chunked stays far below, and does not grow with the square."""
-    eager, small, large = (
-        peak(4096, train, "eager"),
-        peak(4096, train, "chunked"),
-        peak(8192, train, "chunked"),
-    )
+@pytest.mark.parametrize(("kernel", "less"), [("chunked", 5), ("sdpa", 2.5)])
+def test_memory_is_linear(kernel: str, less: float, train: bool) -> None:
+    """At T = 4096 the scores take 2 x 64 MB, eager several times that; these stay below, and grow linearly."""
+    eager, small, large = (peak(4096, train, "eager"), peak(4096, train, kernel), peak(8192, train, kernel))
     assert eager > 2 * 64
-    assert small < eager / 5
+    assert small < eager / less
     assert large < 2.5 * small + 16
 
 
@@ -175,10 +185,7 @@ def test_plans() -> None:
     assert regard.plan(*meta(1024)).kernel == "sdpa"
     assert regard.plan(*meta(1024), mask=masks.causal()).kernel == "sdpa"
     assert regard.plan(*meta(16384), mask=masks.causal() & masks.window(512)).kernel == "block_sparse"
-    assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel in (
-        "chunked",
-        "block_sparse",
-    )
+    assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel == "sdpa"
     assert regard.plan(*meta(16384), normalizer=Entmax()).kernel == "chunked"
     assert regard.plan(*meta(64), normalizer=Entmax()).kernel in ("eager", "chunked")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from regard.kernels.problem import Keys, Problem, by_rows, key_range, rectangle
 from regard.masks import causal
 
-BIAS_BYTES = 16 * 2**20
+BIAS_BYTES = 8 * 2**20
 """Mask and bias formed at once stay within this."""
 
 
