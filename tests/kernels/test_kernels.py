@@ -164,13 +164,15 @@ def peak(T: int, train: bool, kernel: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("kernel", "less"), [("chunked", 5), ("sdpa", 2.5)])
-def test_memory_is_linear(kernel: str, less: float, train: bool) -> None:
-    """At T = 4096 the scores take 2 x 64 MB, eager several times that; these stay below, and grow linearly."""
-    eager, small, large = (peak(4096, train, "eager"), peak(4096, train, kernel), peak(8192, train, kernel))
-    assert eager > 2 * 64
-    assert small < eager / less
-    assert large < 2.5 * small + 16
+def test_memory(train: bool) -> None:
+    """At T = 8192 the scores take 2 x 256 MB, and eager several times that. Chunks of them stay far below.
+
+    What the allocator keeps for later makes single figures uncertain by some 100 MB.
+    """
+    eager, chunks, fused = (peak(8192, train, kernel) for kernel in ("eager", "chunked", "sdpa"))
+    assert eager > 4 * 256
+    assert chunks < eager / 20
+    assert fused < eager / 5
 
 
 # --- the plan -----------------------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ def fused_scale_half_a_percent_too_large(patch):
 
 @bug((reference.test_kernels_agree, "alibi"))
 def bias_is_scaled_too(patch):
-    real = sdpa._additive
-    patch.setattr(sdpa, "_additive", lambda p, mask: p.scale * real(p, mask))
+    real = sdpa._term
+    patch.setattr(sdpa, "_term", lambda p, rows, keys: p.scale * real(p, rows, keys))
 
 
 @bug((symmetry.test_grouped_keys_are_repeated, "cope"), (reference.test_kernel_is_the_formula, "eager", "none"))

@@ -48,9 +48,13 @@ def run(p: Problem) -> Tensor:
 
 
 def fused(p: Problem, rows: slice, keys: Keys) -> Tensor:
-    """Query rows `rows` against `keys`, with their part of mask and bias as the one tensor that torch takes."""
+    """Query rows `rows` against `keys`, with their part of mask and bias."""
+    return _torch(p, p.q[:, :, rows], p.k[:, :, keys], p.v[:, :, keys], mask=_term(p, rows, keys))
+
+
+def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
+    """Mask and bias as the one tensor that torch takes: bool, or additive with -inf."""
     term: Tensor | None = None
-    i, j = p.i[rows], p.j[keys]
     if p.position_bias is not None:
         term = p.position_bias.bias(rectangle(p, rows, keys, scored=False))
     if p.bias is not None:
@@ -58,11 +62,12 @@ def fused(p: Problem, rows: slice, keys: Keys) -> Tensor:
         bias = bias if bias.shape[3] == 1 else bias[..., keys]
         term = bias if term is None else term + bias
     if p.mask is not None:
-        allowed = p.mask.at(i, j)
+        allowed = p.mask.at(p.i[rows], p.j[keys])
         term = allowed if term is None else torch.where(allowed, term, -torch.inf)
-    if term is not None:
-        term = (term if term.dtype == torch.bool else term.to(p.q.dtype)).expand(-1, -1, len(i), len(j))
-    return _torch(p, p.q[:, :, rows], p.k[:, :, keys], p.v[:, :, keys], mask=term)
+    if term is None:
+        return None
+    term = term if term.dtype == torch.bool else term.to(p.q.dtype)
+    return term.expand(-1, -1, len(p.i[rows]), len(p.j[keys]))
 
 
 def _torch(
