@@ -46,7 +46,7 @@ class CompareConfig:
     text: Sequence[str | Path] = ()
     """Files and folders; none = the standard library's sources and docs."""
     seeds: Sequence[int] = (0, 1)
-    steps: int = 250
+    steps: int = 180
     batch: int = 8
     length: int = 128
     dim: int = 96
