@@ -6,7 +6,6 @@ Each stage is a slot. With every slot empty this is scaled dot-product attention
 https://arxiv.org/abs/1706.03762, eq. 1 and section 3.2.2):  softmax(q k^T / sqrt(D)) v.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,8 @@ from regard.cache import KVCache
 from regard.card import FEATURES
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
-from regard.kinds import Gate, GateSite, HeadMap, Mix, Normalizer, Position
+from regard.kinds import Gate, GateSite, HeadMap, Mix, Normalizer, Position, Selector
+from regard.layer import check_tokens, head_counts, quarantine, spoil
 from regard.masks import Mask, causal, full
 from regard.masks.tensors import Kept, Lengths
 
@@ -34,6 +34,7 @@ def attention(
     score_mix: Mix | None = None,
     normalizer: Normalizer | None = None,
     weight_mix: Mix | None = None,
+    selector: Selector | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     kernel: str = "auto",
@@ -48,6 +49,7 @@ def attention(
         bias: added to the scaled scores; -inf masks.
         position: rotates q and k, and adds to scores and values, as its hooks say. (`embed` is for tokens, not here.)
         score_mix, normalizer, weight_mix: stages before, at and after the softmax.
+        selector: looks at q and k (after rotation) and says which pairs to keep of those the mask allows.
         scale: multiplies q . k before any bias; default 1 / sqrt(D).
         dropout: probability with which weights are dropped; applied whenever > 0, as torch does.
         kernel: "auto" lets `plan` choose; a name runs that kernel or raises.
@@ -55,7 +57,7 @@ def attention(
     Raises:
         ValueError, TypeError: inputs that don't fit together, before any work is done.
     """
-    p = _problem(q, k, v, mask, bias, position, score_mix, normalizer, weight_mix, scale, dropout)
+    p = _problem(q, k, v, mask, bias, position, score_mix, normalizer, weight_mix, selector, scale, dropout)
     return execute(p, kernel)
 
 
@@ -70,6 +72,7 @@ def plan(
     score_mix: Mix | None = None,
     normalizer: Normalizer | None = None,
     weight_mix: Mix | None = None,
+    selector: Selector | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     kernel: str = "auto",
@@ -78,7 +81,7 @@ def plan(
 
     Tensors on the meta device will do: only shapes, dtypes and the mask count.
     """
-    p = _problem(q, k, v, mask, bias, position, score_mix, normalizer, weight_mix, scale, dropout)
+    p = _problem(q, k, v, mask, bias, position, score_mix, normalizer, weight_mix, selector, scale, dropout)
     return choose(p, kernel)
 
 
@@ -92,11 +95,20 @@ def _problem(
     score_mix: Mix | None,
     normalizer: Normalizer | None,
     weight_mix: Mix | None,
+    selector: Selector | None,
     scale: float | None,
     dropout: float,
 ) -> Problem:
     check_inputs(q, k, v)
-    check_options(scale, dropout, position=position, score_mix=score_mix, normalizer=normalizer, weight_mix=weight_mix)
+    check_options(
+        scale,
+        dropout,
+        position=position,
+        score_mix=score_mix,
+        normalizer=normalizer,
+        weight_mix=weight_mix,
+        selector=selector,
+    )
     for name, stage in (("score_mix", score_mix), ("weight_mix", weight_mix)):
         if stage is not None and "tokens" in stage.needs:
             raise ValueError(
@@ -120,7 +132,16 @@ def _problem(
         p = check_bias(p)
     if position is not None and position.changes("rotate"):
         p = replace(p, q=position.rotate(q, p.i), k=position.rotate(k, p.j))
-    return p
+    return p if selector is None else replace(p, mask=_selected(selector, p.q, p.k, p.mask))
+
+
+def _selected(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None) -> Mask:
+    """The pairs that the selector keeps, of those the mask allows."""
+    with torch.no_grad():
+        kept = selector(q.detach(), k.detach(), mask)
+    if not isinstance(kept, Mask):
+        raise TypeError(f"attention: selector {type(selector).__name__} must return a Mask, got {type(kept).__name__}")
+    return kept if mask is None else mask & kept
 
 
 def _normalizer(normalizer: Normalizer | None) -> Normalizer | None:
@@ -138,7 +159,7 @@ class Attention(nn.Module):
         head_dim: D; default dim / num_heads.
         causal: no query sees a later key.
         mask: a static pattern, combined with the one given to `forward`.
-        position, heads, score_mix, normalizer, weight_mix, gate: the stages; see `regard.kinds`.
+        position, heads, score_mix, normalizer, weight_mix, selector, gate: the stages; see `regard.kinds`.
         scale: default 1 / sqrt(D).
         dropout: of the weights, in training.
         bias: whether the four projections have one.
@@ -164,6 +185,7 @@ class Attention(nn.Module):
         score_mix: Mix | None = None,
         normalizer: Normalizer | None = None,
         weight_mix: Mix | None = None,
+        selector: Selector | None = None,
         gate: Gate | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
@@ -182,6 +204,7 @@ class Attention(nn.Module):
             score_mix=score_mix,
             normalizer=normalizer,
             weight_mix=weight_mix,
+            selector=selector,
         )
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"Attention: mask must be a regard.masks.Mask, got {type(mask).__name__}")
@@ -194,8 +217,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(context_dim, G * D, **make)
         self.o_proj = nn.Linear(num_heads * D, dim, **make)
         self.position, self.heads, self.gate = position, heads, gate
-        self.score_mix, self.normalizer, self.weight_mix = score_mix, normalizer, weight_mix
-        for part in (position, heads, gate, score_mix, normalizer, weight_mix):
+        self.score_mix, self.normalizer, self.weight_mix, self.selector = score_mix, normalizer, weight_mix, selector
+        for part in (position, heads, gate, score_mix, normalizer, weight_mix, selector):
             if part is not None and (device is not None or dtype is not None):
                 part.to(device=device, dtype=dtype)
 
@@ -225,8 +248,8 @@ class Attention(nn.Module):
             positions: where the tokens of x stand, for absolute and rotary schemes (left-padded or packed batches);
                 (T,) or (B, T), default 0, 1, 2, ...
         """
-        p, x, bad = self._prepare(x, context, mask, positions)
-        return _restore(self._finish(execute(p, self.kernel), x), bad, p.mask)
+        p, x, allowed, bad = self._prepare(x, context, mask, positions)
+        return spoil(self._finish(execute(p, self.kernel), x), *bad, allowed)
 
     def plan(
         self,
@@ -240,14 +263,14 @@ class Attention(nn.Module):
 
     def _prepare(
         self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, positions: Tensor | None
-    ) -> tuple[Problem, Tensor, tuple[Tensor, Tensor] | None]:
-        """The problem for the kernel, the tokens behind its queries, and which tokens held NaN or inf."""
-        self._check_tokens("x", x, self.dim)
+    ) -> tuple[Problem, Tensor, Mask | None, tuple[Tensor | None, Tensor | None]]:
+        """The problem for the kernel, the tokens behind its queries, what may be seen, which tokens held NaN or inf."""
+        check_tokens(self._who, "x", x, self.dim)
         if context is None:
             source = x
         else:
             self._needs("cross", "attends only to its own tokens; call it without context")
-            self._check_tokens("context", context, self.k_proj.in_features)
+            check_tokens(self._who, "context", context, self.k_proj.in_features)
             source = context
         if mask is not None:
             plain_padding = isinstance(mask, Kept | Lengths) and "padding" in self.supports
@@ -264,9 +287,10 @@ class Attention(nn.Module):
         where_keys = where if context is None else torch.arange(S, device=x.device)
         # Relative schemes stand bottom-right, as masks and biases do; what is added to tokens counts each side from 0.
         turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
-        bad, x, source = _quarantine(x, None if context is None else source)
+        x, bad = quarantine(x)
+        source, bad_source = (x, bad) if context is None else quarantine(source)
         q, k, v, x, source = self._project(x, source, where, where_keys, turn)
-        return self._problem(q, k, v, x, source, allowed), x, bad
+        return self._problem(q, k, v, x, source, allowed), x, allowed, (bad, bad_source)
 
     def init_state(
         self,
@@ -289,11 +313,13 @@ class Attention(nn.Module):
             raise ValueError(
                 f"Attention: {self.position} changes with the whole length, so cached keys go stale; it can't stream"
             )
+        if self.selector is not None and not self.selector.streams:
+            raise ValueError(f"Attention: {self.selector} chooses for whole blocks of queries at once; it can't stream")
         for name, n, least in (("batch_size", batch_size, 0), ("capacity", capacity, 1)):
             if isinstance(n, bool) or not isinstance(n, int) or n < least:
                 raise ValueError(f"init_state: {name} must be an int >= {least}, got {n!r}")
         G, D, halo = self.num_kv_heads, self.head_dim, self._halo()
-        reach = self.receptive_field().reach
+        reach = self.receptive_field().reach if self.selector is None else None
         window = None if reach is None else max(1, reach - 1 + halo)
         n = capacity if window is None else 0
         weight = self.k_proj.weight
@@ -316,7 +342,7 @@ class Attention(nn.Module):
         self._needs("streaming", "has no streaming form")
         if not self.causal:
             raise ValueError("Attention: streaming needs causal=True, this layer sees later tokens; rebuild it causal")
-        self._check_tokens("x", x, self.dim)
+        check_tokens(self._who, "x", x, self.dim)
         if not isinstance(state, KVCache):
             raise TypeError(f"step: state must be the KVCache of init_state, got {type(state).__name__}")
         if mask is not None and not isinstance(mask, Mask):
@@ -355,7 +381,7 @@ class Attention(nn.Module):
             k=k,
             v=v,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
-            mask=mask,
+            mask=mask if self.selector is None else _selected(self.selector, q, k, mask),
             position=self.position,
             score_mix=self.score_mix,
             normalizer=_normalizer(self.normalizer),
@@ -417,67 +443,8 @@ class Attention(nn.Module):
 
     def _needs(self, feature: str, what: str) -> None:
         if feature not in self.supports:
-            raise ValueError(
-                f"{getattr(self, 'name', 'Attention')}: this mechanism {what} (no {feature!r} on its card)"
-            )
+            raise ValueError(f"{self._who}: this mechanism {what} (no {feature!r} on its card)")
 
-    @staticmethod
-    def _check_tokens(name: str, x: Tensor, width: int) -> None:
-        if x.dim() != 3 or x.shape[-1] != width:
-            raise ValueError(f"Attention: {name} must be (batch, tokens, {width}), got shape {tuple(x.shape)}")
-
-
-def head_counts(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
-    """G and D for these widths; raises where they don't divide."""
-    for name, n in (
-        ("dim", dim),
-        ("num_heads", num_heads),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-    ):
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"Attention: {name} must be an int >= 1, got {n!r}")
-    if head_dim is None and dim % num_heads:
-        raise ValueError(f"Attention: {num_heads} heads do not divide the width {dim}; change one or give head_dim")
-    G = num_heads if num_kv_heads is None else num_kv_heads
-    if num_heads % G:
-        raise ValueError(f"Attention: {num_heads} query heads are not a multiple of {G} key heads")
-    return G, dim // num_heads if head_dim is None else head_dim
-
-
-def _quarantine(x: Tensor, context: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor, Tensor]:
-    """Zero tokens that hold NaN or inf (padding may hold anything), and say which they were, for queries and keys.
-
-    Zeroed here and not only inside the kernel, so that weight gradients stay clean too: 0 * NaN would reach them
-    through the projections.
-    """
-    source = x if context is None else context
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return None, x, source
-    with torch.no_grad():
-        total = float(x.sum(dtype=torch.float64)) + (
-            0.0 if context is None else float(context.sum(dtype=torch.float64))
-        )
-    if math.isfinite(total):
-        return None, x, source
-    bad_x, bad_source = (~z.detach().isfinite().all(-1) for z in (x, source))
-    clean = x.masked_fill(bad_x[..., None], 0.0)
-    return (
-        (bad_x, bad_source),
-        clean,
-        clean if context is None else source.masked_fill(bad_source[..., None], 0.0),
-    )
-
-
-def _restore(out: Tensor, bad: tuple[Tensor, Tensor] | None, mask: Mask | None) -> Tensor:
-    """NaN in every row that is bad itself or may see a bad token."""
-    if bad is None:
-        return out
-    bad_x, bad_source = bad
-    T, S = bad_x.shape[1], bad_source.shape[1]
-    hit = bad_x | bad_source.any(-1, keepdim=True)
-    if mask is not None:
-        i = torch.arange(S - T, S, device=out.device)
-        allowed = mask.at(i, torch.arange(S, device=out.device))
-        hit = bad_x | (allowed & bad_source[:, None, None]).any(-1).any(1)
-    return out.masked_fill(hit[..., None], math.nan)
+    @property
+    def _who(self) -> str:
+        return str(getattr(self, "name", "Attention"))

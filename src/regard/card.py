@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
+from regard.kinds import HeadShape
+
 FEATURES = frozenset({"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "dropout", "compile"})
 """What a card may claim in `supports`. Claimed: tested to work. Not claimed: tested to raise.
 
@@ -26,6 +30,7 @@ TRAITS = frozenset(
         "shift_invariant",
         "head_independent",
         "sparse",
+        "routed",
     }
 )
 """Mathematical properties that switch laws on.
@@ -37,6 +42,7 @@ position_free     without causality, permuting tokens permutes outputs
 shift_invariant   adding a constant to all positions changes nothing
 head_independent  a head's output depends on its own projections only
 sparse            some allowed weights are exactly 0
+routed            content decides which of the allowed keys a query sees
 """
 
 PLAIN = frozenset(
@@ -51,11 +57,15 @@ SLOTS = (
     "score_mix",
     "normalizer",
     "weight_mix",
+    "selector",
     "gate",
     "num_kv_heads",
     "kernel",
 )
 """What a slot builder may return keys of; each is a keyword of `regard.Attention`."""
+
+
+Protocols = Literal["TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer", "Loss"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,12 @@ class Card:
     """For pipeline mechanisms: `f(shape: HeadShape, *, option=default, ...) -> {slot: part}` (keys of SLOTS)."""
     build: Callable[..., Any] | None = None
     """For all others: `f(shape: HeadShape, *, causal: bool, option=default, ...) -> nn.Module`."""
-    protocol: Literal["TokenMixer", "FeatureMixer", "GraphMixer", "Pooler"] = "TokenMixer"
+    protocol: Literal["TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer", "Loss"] = (
+        "TokenMixer"
+    )
+    """What `forward` takes and gives; see `regard.kinds`."""
+    inputs: Callable[[HeadShape], tuple[Tensor, ...]] | None = None
+    """Small float64 examples of `forward`'s positional arguments, where the protocol alone does not say them."""
     supports: frozenset[str] = FEATURES
     traits: frozenset[str] = frozenset()
     cost: Cost = field(default_factory=lambda: Cost("2*B*H*T*S*D", "2*S*G*D"))

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from regard.attention import Attention, head_counts
+from regard.attention import Attention
 from regard.card import Card, _registry
 from regard.kinds import HeadShape
+from regard.layer import head_counts
 
 ROOMS = [
     "masks",

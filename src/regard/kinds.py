@@ -11,6 +11,8 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from regard.masks import Mask
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -108,6 +110,17 @@ class Mix(Stage):
         raise NotImplementedError
 
 
+class Selector(nn.Module):
+    """Looks at queries and keys (after rotation) and says which pairs are worth computing. No gradient flows here."""
+
+    streams: bool = True
+    """False where what a query sees depends on later queries, so that steps could differ from the full pass."""
+
+    def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
+        """What to keep, usually `masks.chosen`. The pipeline also applies `mask`; keys that it hides must not count."""
+        raise NotImplementedError
+
+
 class HeadMap(nn.Module):
     """Changes queries, keys and values after the projections and before rotation."""
 
@@ -151,15 +164,22 @@ class StreamingMixer(TokenMixer, Protocol):
 
 
 @runtime_checkable
+class CrossMixer(Protocol):
+    """(B, T, M), context (B, S, M)[, where things stand] -> (B, T, M)."""
+
+    def forward(self, x: Tensor, context: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
 class FeatureMixer(Protocol):
-    """(B, C, Y, X) -> (B, C, Y, X)."""
+    """(B, C, *sizes) -> (B, C, *sizes), mostly (B, C, Y, X)."""
 
     def forward(self, x: Tensor, /) -> Tensor: ...
 
 
 @runtime_checkable
 class GraphMixer(Protocol):
-    """nodes (N, M), edge_index (2, E) -> nodes (N, M)."""
+    """nodes (N, M), edge_index (2, E) of sources and targets -> nodes (N, M)."""
 
     def forward(self, nodes: Tensor, edge_index: Tensor, /) -> Tensor: ...
 
@@ -167,6 +187,20 @@ class GraphMixer(Protocol):
 @runtime_checkable
 class Pooler(Protocol):
     """(B, T, M) -> (B, M)."""
+
+    def forward(self, x: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Pointer(Protocol):
+    """(B, T, M), context (B, S, M) -> log-probabilities (B, T, S) of pointing at each token of the context."""
+
+    def forward(self, x: Tensor, context: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """Tensors -> a scalar to be minimised, or added to what is."""
 
     def forward(self, x: Tensor, /) -> Tensor: ...
 

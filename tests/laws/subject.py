@@ -18,6 +18,9 @@ from regard.masks import Mask
 B, T, DIM, HEADS, WIDTH = 2, 12, 24, 6, 4
 """No two of the sizes that can be mixed up are equal."""
 
+ALL = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer Loss"
+BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
+
 
 # --- which cards a law is about -----------------------------------------------------------------------------
 
@@ -61,6 +64,11 @@ def causalities(name: str) -> list[bool]:
     return [c for c, feature in ((False, "bidirectional"), (True, "causal")) if feature in supports]
 
 
+def crossings(name: str) -> list[bool]:
+    """The values of `causal` with which it takes a context; only the pipeline's causality knows two lengths."""
+    return [c for c in causalities(name) if regard.card(name).slots or not c]
+
+
 # --- instances ----------------------------------------------------------------------------------------------
 
 
@@ -100,16 +108,23 @@ def tokens(
     return torch.randn(batch, length, dim, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def inputs(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def inputs(
+    name: str, dtype: torch.dtype = torch.float64, *, dim: int = DIM, num_heads: int = HEADS
+) -> tuple[Tensor, ...]:
     """What the card's protocol is called with."""
-    protocol = regard.card(name).protocol
-    if protocol == "FeatureMixer":
-        return (tokens(B, 8 * 8, dtype=dtype).mT.reshape(B, DIM, 8, 8),)
-    if protocol == "GraphMixer":
+    card = regard.card(name)
+    if card.inputs is not None:
+        given = card.inputs(HeadShape(dim, num_heads, num_heads, dim // num_heads))
+        return tuple(g.to(dtype) if g.is_floating_point() else g for g in given)
+    if card.protocol == "FeatureMixer":
+        return (tokens(B, 8 * 8, dim=dim, dtype=dtype).mT.reshape(B, dim, 8, 8),)
+    if card.protocol == "GraphMixer":
         source = torch.arange(T)
         edges = torch.cat([torch.stack([source, (source + hop) % T]) for hop in (1, 2, 5)], 1)
-        return (tokens(1, dtype=dtype)[0], edges)
-    return (tokens(dtype=dtype),)
+        return (tokens(1, dim=dim, dtype=dtype)[0], edges)
+    if card.protocol in ("CrossMixer", "Pointer"):
+        return (tokens(dim=dim, dtype=dtype), tokens(B, 7, dim=dim, seed=5, dtype=dtype))
+    return (tokens(dim=dim, dtype=dtype),)
 
 
 def takes(module: nn.Module, argument: str) -> bool:
@@ -216,7 +231,7 @@ def form(name: str, *, heads: int = HEADS, kv_heads: int | None = None, width: i
     shape = HeadShape(heads * width, heads, kv_heads or heads, width)
     torch.manual_seed(0)
     parts = card.slots(shape, **own)
-    if parts.keys() & {"gate", "heads"}:
+    if parts.keys() & {"gate", "heads", "selector"}:
         return None
     for part in parts.values():
         if isinstance(part, nn.Module):
@@ -318,7 +333,7 @@ def near(got: Tensor, want: Tensor, naive: Tensor, what: str = "", *, grad: bool
 
 
 def no_worse_than_naive(
-    name: str, dtype: torch.dtype, given: list[Tensor], change: Callable[[Any], None] = lambda module: None
+    name: str, dtype: torch.dtype, given: list[tuple[Tensor, ...]], change: Callable[[Any], None] = lambda module: None
 ) -> None:
     """The layer in this dtype and its gradients, next to the plain computation's distance from float64."""
     module = build(name, dtype=dtype)
@@ -326,12 +341,12 @@ def no_worse_than_naive(
     exact = build(name, dtype=dtype)
     change(exact)
     exact = exact.double()
-    want = [run(exact, x.double()) for x in given]
-    got = [run(module, x) for x in given]
+    want = [run(exact, *(x.double() if x.is_floating_point() else x for x in xs)) for xs in given]
+    got = [run(module, *xs) for xs in given]
     if hasattr(module, "kernel"):
         module.kernel = "eager"
     with naive_precision():
-        naive = [run(module, x) for x in given]
+        naive = [run(module, *xs) for xs in given]
     for key in want[0]:
         g, w, n = (torch.stack([r[key] for r in results]) for results in (got, want, naive))
         near(g, w, n, key, grad=key != "out")

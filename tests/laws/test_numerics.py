@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from laws.subject import (
+    ALL,
     DIM,
     HEADS,
     B,
@@ -12,6 +13,7 @@ from laws.subject import (
     causalities,
     close,
     form,
+    inputs,
     law,
     naive_precision,
     near,
@@ -47,7 +49,7 @@ def test_larger_logits_are_no_less_exact(name: str) -> None:
         with torch.no_grad():
             module.q_proj.weight *= 10
 
-    no_worse_than_naive(name, torch.bfloat16, [tokens(dtype=torch.bfloat16, seed=100 + n) for n in range(8)], grow)
+    no_worse_than_naive(name, torch.bfloat16, [(tokens(dtype=torch.bfloat16, seed=100 + n),) for n in range(8)], grow)
 
 
 @law("L26")
@@ -116,13 +118,13 @@ def test_head_widths(name: str, width: int) -> None:
     close(out[..., :width], f(q, k, v[..., :width]))
 
 
-@law("L28")
+@law("L28", protocols=ALL)
 def test_determinism(name: str) -> None:
-    module, x = build(name, dtype=torch.float32), tokens(dtype=torch.float32)
-    first = run(module, x)
+    module, given = build(name, dtype=torch.float32), inputs(name, torch.float32)
+    first = run(module, *given)
     for _ in range(20):
-        same(module(x), first["out"], "forward")
-    again = run(module, x)
+        same(module(*given), first["out"], "forward")
+    again = run(module, *given)
     for key in first:
         same(again[key], first[key], key)
 
@@ -143,18 +145,18 @@ def test_autocast(name: str) -> None:
     near(got.detach(), want.detach(), naive.detach(), "autocast")
 
 
-@law("L38")
+@law("L38", protocols=ALL)
 def test_moves_between_dtypes(name: str) -> None:
     """`.bfloat16().float()` leaves no buffer at bfloat16's precision; outputs have the module's dtype."""
     moved = build(name, dtype=torch.float32).bfloat16()
-    assert moved(tokens(dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert moved(*inputs(name, torch.bfloat16)).dtype == torch.bfloat16
     moved = moved.float()
     fresh = build(name, dtype=torch.float32)
     with torch.no_grad():
         for p, q in zip(fresh.parameters(), moved.parameters(), strict=True):
             p.copy_(q)
-    x = tokens(dtype=torch.float32)
-    same(moved(x), fresh(x), "after .bfloat16().float()")
+    given = inputs(name, torch.float32)
+    same(moved(*given), fresh(*given), "after .bfloat16().float()")
 
 
 def test_lengths_are_what_the_tests_assume() -> None:

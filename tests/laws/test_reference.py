@@ -8,6 +8,7 @@ from torch import Tensor
 
 import regard
 from laws.subject import (
+    ALL,
     B,
     T,
     build,
@@ -15,6 +16,7 @@ from laws.subject import (
     close,
     close_all,
     form,
+    inputs,
     law,
     no_worse_than_naive,
     run,
@@ -111,12 +113,19 @@ def test_kernels_agree(name: str) -> None:
         assert {"eager", "chunked", "auto"} <= set(ran)
 
 
-@law("L2")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(name: str, dtype: torch.dtype) -> None:
-    """Forward and backward are no worse than a plain computation in that dtype."""
-    seeds = range(1 if dtype == torch.float32 else 4)
-    no_worse_than_naive(name, dtype, [tokens(dtype=dtype, seed=100 + n) for n in seeds])
+@law("L2", where=lambda card: "routed" not in card.traits)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward are no worse than a plain computation in that dtype.
+
+    Not for what content routes: in half precision it may choose other keys, which is another output altogether.
+    """
+    no_worse_than_naive(name, dtype, [(tokens(dtype=dtype, seed=100 + n),) for n in range(4)])
+
+
+@law("L2", protocols=ALL)
+def test_single_precision(name: str) -> None:
+    no_worse_than_naive(name, torch.float32, [inputs(name, torch.float32)])
 
 
 @law("L39", function=True)
@@ -130,7 +139,7 @@ def test_named_kernels_run_or_refuse(name: str) -> None:
         assert {plan.kernel, *plan.why_not} == set(KERNELS)
         assert all(reasons for reasons in plan.why_not.values())
         assert plan.kernel in str(plan)
-        p = _problem(q, k, v, *(arguments[n] for n in ("mask", "bias")), *stages(arguments), None, 0.0)
+        p = _problem(q, k, v, *(arguments[n] for n in ("mask", "bias")), *stages(arguments), None, None, 0.0)
         for kernel, module in KERNELS.items():
             launched = []
             with pytest.MonkeyPatch.context() as patch:

@@ -1,11 +1,30 @@
 """L3, L4, L6, L10, L17: what may reach what, exactly, and nothing else does."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 import regard
-from laws.subject import B, T, build, causalities, close, field_of, form, law, reaches, run, same, tokens
+from laws.subject import (
+    BATCHED,
+    B,
+    T,
+    build,
+    causalities,
+    close,
+    crossings,
+    field_of,
+    form,
+    inputs,
+    law,
+    reaches,
+    run,
+    same,
+    tokens,
+)
+from regard.layer import HeadMixer
 
 NAN = float("nan")
 
@@ -13,7 +32,7 @@ NAN = float("nan")
 def check_field(name: str, got: Tensor, allowed: Tensor) -> None:
     leaks = (got & ~allowed).nonzero().tolist()
     assert not leaks, f"outputs see tokens outside the receptive field: {leaks[:5]}"
-    if "sparse" not in regard.card(name).traits:
+    if not {"sparse", "routed"} & regard.card(name).traits:
         lost = (allowed & ~got).nonzero().tolist()
         assert not lost, f"outputs miss tokens of their receptive field: {lost[:5]}"
 
@@ -41,7 +60,7 @@ def test_receptive_field(name: str) -> None:
 @law("L17", needs="cross")
 def test_alignment_of_unequal_lengths(name: str) -> None:
     """T != S: the last query stands where the last key stands; queries before the first key see nothing."""
-    for causal in causalities(name):
+    for causal in crossings(name):
         module = build(name, causal=causal)
         for length, keys in ((5, 9), (9, 5), (1, 7)):
             got = reaches(module, tokens(1, length), tokens(1, keys, seed=5))
@@ -57,7 +76,7 @@ def test_future_changes_nothing(name: str) -> None:
         future = x.clone()
         future[:, last + 1 :] *= 100
         same(module(future)[:, : last + 1], want[:, : last + 1], "the past")
-        if isinstance(module, regard.Attention):
+        if isinstance(module, regard.Attention | HeadMixer):
             future[:, last + 1 :] = NAN
             out = module(future)
             same(out[:, : last + 1], want[:, : last + 1], "the past of NaN")
@@ -81,17 +100,38 @@ def test_prefixes(name: str) -> None:
             close(whole[key], short[key], key)
 
 
-@law("L10", protocols="TokenMixer Pooler")
+@law("L10", protocols=BATCHED)
 def test_batch_rows_do_not_meet(name: str) -> None:
     """Another batch row changes nothing; alone is as in the batch."""
     for causal in causalities(name):
-        module, x = build(name, causal=causal), tokens(3)
-        want, other = module(x), x.clone()
-        other[1] = 7 * x[1].flip(0)
-        got = module(other)
+        module = build(name, causal=causal)
+        given = (tokens(3),) if regard.card(name).protocol in ("TokenMixer", "Pooler") else inputs(name)
+        batch = len(given[0])
+
+        def rows(change: Callable[[Tensor], Tensor], given=given, batch=batch) -> list[Tensor]:
+            return [change(g) if g.is_floating_point() and len(g) == batch else g for g in given]
+
+        def replaced(g: Tensor) -> Tensor:
+            return torch.cat([g[:1], 7 * g[1:2].flip(1), g[2:]])
+
+        want, got = module(*given), module(*rows(replaced))
         same(got[0], want[0], "row 0")
-        same(got[2], want[2], "row 2")
-        close(module(x[1:2]), want[1:2], "row 1 alone")
+        same(got[2:], want[2:], "rows after 1")
+        close(module(*rows(lambda g: g[1:2])), want[1:2], "row 1 alone")
+
+
+@law("L12", protocols="GraphMixer")
+def test_order_of_nodes_and_edges_is_free(name: str) -> None:
+    """Nodes under other numbers, and edges in another order, give the same answers."""
+    module, (nodes, edges, *rest) = build(name), inputs(name)
+    generator = torch.Generator().manual_seed(0)
+    order, shuffled = (torch.randperm(n, generator=generator) for n in (len(nodes), edges.shape[1]))
+    moved = [r[order] if len(r) == len(nodes) else r for r in rest]
+    if all(len(r) == len(nodes) for r in rest):
+        close(module(nodes, edges[:, shuffled], *rest), module(nodes, edges, *rest), "edges in another order")
+    if "position_free" in regard.card(name).traits:
+        got = module(nodes[order], order.argsort()[edges], *moved)
+        close(got, module(nodes, edges, *rest)[order], "renumbered nodes")
 
 
 @law("L17", function=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import regard
-from laws.subject import DIM, HEADS, B, T, build, causalities, law, takes, tokens
+from laws.subject import ALL, DIM, HEADS, B, T, build, causalities, crossings, inputs, law, takes, tokens
 from regard import masks
 
 
@@ -24,7 +24,7 @@ def test_claims_work(name: str) -> None:
     for causal in causalities(name):
         module, x = build(name, causal=causal), tokens()
         assert module(x).shape == x.shape
-        if "cross" in supports:
+        if "cross" in supports and causal in crossings(name):
             assert module(x, tokens(B, 7)).shape == x.shape
         if "padding" in supports:
             keep = torch.arange(T) < T - 2
@@ -99,3 +99,31 @@ def test_no_stream(name: str) -> None:
 def test_only_causal_layers_stream(name: str) -> None:
     with pytest.raises(ValueError, match="causal"):
         build(name, causal=False).init_state(B, T)
+
+
+@law("supported", protocols=ALL)
+def test_output_of_the_protocol(name: str) -> None:
+    module, given = build(name), inputs(name)
+    protocol, out = regard.card(name).protocol, module(*given)
+    assert isinstance(out, torch.Tensor)
+    assert out.dtype == given[0].dtype
+    if protocol == "Loss":
+        assert out.shape == ()
+    elif protocol == "Pooler":
+        assert out.shape == (B, DIM)
+    elif protocol == "Pointer":
+        assert out.shape == (*given[0].shape[:2], given[1].shape[1])
+        torch.testing.assert_close(out.exp().sum(-1), torch.ones(out.shape[:2], dtype=out.dtype))
+    else:
+        assert out.shape == given[0].shape
+
+
+@law("supported", protocols=ALL, where=lambda card: card.protocol != "Loss")
+def test_wrong_inputs_are_refused(name: str) -> None:
+    """Too narrow, or without a batch: a ValueError that says the shape it got."""
+    module, (x, *rest) = build(name), inputs(name)
+    narrow = x[:, :-1] if regard.card(name).protocol == "FeatureMixer" else x[..., :-1]
+    for wrong in (narrow, x[0]):
+        with pytest.raises(ValueError, match=r"expected|must be") as error:
+            module(wrong, *rest)
+        assert str(tuple(wrong.shape)) in str(error.value)

@@ -354,3 +354,33 @@ def test_a_subclass_needs_only_its_rule():
             return (i + j) % 5 == 0
 
     check(Anti() & masks.causal(), lambda b, h, i, j: (i + j) % 5 == 0 and j <= i, 9, 11, 3)
+
+
+@pytest.mark.parametrize("block", [(20, 16), (1, 16), (7, 9), (128, 128)])
+@pytest.mark.parametrize(("T", "S"), [(50, 70), (70, 50), (40, 40)])
+def test_chosen_blocks(T: int, S: int, block: tuple[int, int]) -> None:
+    """What a selector chose is what the mask allows, cut into these or any other blocks, alone and in company."""
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.rand(2, 3, -(-T // block[0]), -(-S // block[1]), generator=generator) < 0.5
+    mask = masks.chosen(tiles, T, S, block)
+    want = tiles.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[:, :, :T, :S]
+    assert torch.equal(mask.dense(T, S), want)
+    assert mask.count(T, S) == want.sum()
+    assert mask.grain == (mask & masks.causal()).grain == block
+    layout = masks.BlockLayout.from_blocks(tiles, T, S, block)
+    assert torch.equal(masks.chosen(layout).dense(T, S), want)
+    for both, allowed in ((mask, want), (mask & masks.causal(), want & masks.causal().dense(T, S))):
+        for cut in (block, (16, 16), (5, 33)):
+            got = both.layout(T, S, block=cut)
+            padded = torch.nn.functional.pad(allowed, (0, -S % cut[1], 0, -T % cut[0]))
+            blocks = padded.unflatten(3, (-1, cut[1])).unflatten(2, (-1, cut[0]))
+            assert torch.equal(got.to_dense_blocks(), blocks.any(-1).any(3))
+            assert mask.density(T, S) == pytest.approx(want.double().mean().item())
+
+
+def test_chosen_refuses_what_does_not_fit() -> None:
+    tiles = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"chosen: tiles must be \(B, H, 4, 4\) for T=50, S=50"):
+        masks.chosen(tiles, 50, 50, 16)
+    with pytest.raises(ValueError, match="need their T, S and block"):
+        masks.chosen(tiles)

@@ -15,6 +15,14 @@ from regard.kernels.problem import Keys, Problem, attend
 from regard.masks import BlockLayout, Mask
 
 BLOCK = 128
+SMALLEST = 16
+"""Blocks of fewer queries or keys are not worth a call each."""
+
+
+def block_of(mask: Mask) -> tuple[int, int]:
+    """The blocks to cut this mask into: its own grain where it has one, else `BLOCK`."""
+    q, k = mask.grain or (BLOCK, BLOCK)
+    return q if q >= SMALLEST else BLOCK, k if k >= SMALLEST else BLOCK
 
 
 def why_not(p: Problem) -> list[str]:
@@ -34,7 +42,7 @@ def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
     B, H, G, T, S = p.shape
     if layout is None:
         assert p.mask is not None
-        layout = p.mask.layout(T, S, block=BLOCK)
+        layout = p.mask.layout(T, S, block=block_of(p.mask))
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
     Bm, Hm = layout.shape[:2]

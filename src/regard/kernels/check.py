@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.problem import Problem
-from regard.kinds import Mix, Normalizer, Position
+from regard.kinds import Mix, Normalizer, Position, Selector
 from regard.masks import Mask, dense
 
 
@@ -121,7 +121,7 @@ def check_options(scale: float | None, dropout: float, **stages: object) -> None
         raise ValueError(f"attention: scale must be finite and > 0, got {scale}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"attention: dropout must be in [0, 1], got {dropout}")
-    kinds = {"position": Position, "score_mix": Mix, "normalizer": Normalizer, "weight_mix": Mix}
+    kinds = {"position": Position, "score_mix": Mix, "normalizer": Normalizer, "weight_mix": Mix, "selector": Selector}
     for name, stage in stages.items():
         if stage is not None and not isinstance(stage, kinds[name]):
             raise TypeError(

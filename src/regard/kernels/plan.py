@@ -12,6 +12,7 @@ from regard.kernels import block_sparse, chunked, eager, sdpa
 from regard.kernels.problem import Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes, sized
 from regard.masks import Mask, causal
+from regard.masks.algebra import Joined, Not
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
@@ -112,7 +113,8 @@ def _work(p: Problem, name: str) -> tuple[float, str]:
     if name == "block_sparse":
         density = _density(p, T, S)
         # Each block of queries costs a few calls, worth about a million multiply-adds here.
-        calls = 1e6 * (-(-T // block_sparse.BLOCK)) * (1 if p.mask is None else p.mask.batch * p.mask.heads)
+        rows = block_sparse.BLOCK if p.mask is None else block_sparse.block_of(p.mask)[0]
+        calls = 1e6 * -(-T // rows) * (1 if p.mask is None else p.mask.batch * p.mask.heads)
         factor = 2.0 if not biased and not p.stages else 3.6 if not sdpa.why_not(p) else 7.0
         return factor * density * dense + calls, f"{density:.0%} of the blocks hold an allowed pair"
     if name == "chunked":
@@ -135,9 +137,18 @@ def _density(p: Problem, T: int, S: int) -> float:
     """Block density of the mask; 1 where finding out would cost more than it could save."""
     if p.mask is None or torch.compiler.is_compiling() or T < 4 * block_sparse.BLOCK:
         return 1.0
-    return _block_density(p.mask, T, S)
+    return (_known_density if _by_value(p.mask) else _block_density)(p.mask, T, S)
 
 
-@lru_cache(maxsize=64)
 def _block_density(mask: Mask, T: int, S: int) -> float:
-    return mask.layout(T, S, block=block_sparse.BLOCK).block_density
+    return mask.layout(T, S, block=block_sparse.block_of(mask)).block_density
+
+
+_known_density = lru_cache(maxsize=64)(_block_density)
+
+
+def _by_value(mask: Mask) -> bool:
+    """Whether equal masks compare equal; one that holds tensors must not be kept alive by a cache."""
+    if isinstance(mask, Joined):
+        return all(map(_by_value, mask.parts))
+    return _by_value(mask.part) if isinstance(mask, Not) else type(mask).__eq__ is not object.__eq__

@@ -1,6 +1,7 @@
 """Masks: which keys a query may attend to, as values that combine with `&`, `|` and `~`."""
 
 from regard.masks.algebra import Mask
+from regard.masks.chosen import chosen
 from regard.masks.layout import BlockLayout
 from regard.masks.patterns import (
     blocks,
@@ -19,6 +20,7 @@ __all__ = [
     "Mask",
     "blocks",
     "causal",
+    "chosen",
     "dense",
     "dilated",
     "documents",

@@ -53,6 +53,11 @@ class Mask(ABC):
         """Whether it provably depends on i - j alone."""
         return False
 
+    @property
+    def grain(self) -> tuple[int, int] | None:
+        """The (query, key) blocks it is made of, if it is: the cut that suits a block-sparse kernel best."""
+        return None
+
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask with the tensors it holds on `device`."""
         return self
@@ -148,6 +153,10 @@ class Joined(Mask):
     @property
     def is_shift_invariant(self) -> bool:
         return all(part.is_shift_invariant for part in self.parts)
+
+    @property
+    def grain(self) -> tuple[int, int] | None:
+        return next((part.grain for part in self.parts if part.grain is not None), None)
 
     def to(self, device: torch.device | str) -> Mask:
         return type(self)(tuple(part.to(device) for part in self.parts))

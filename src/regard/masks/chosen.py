@@ -1,0 +1,106 @@
+"""Masks made of chosen blocks: what a selector, looking at queries and keys, returns."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from regard.masks import checks
+from regard.masks.algebra import Index, Mask
+from regard.masks.layout import BlockLayout, pair
+from regard.masks.verdict import Tiles, Verdict
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Chosen(Mask):
+    """tiles[b, h, t // bq, j // bk], where t = i - (S - T) counts the queries."""
+
+    tiles: Bool[Tensor, "B H nq nk"]
+    T: int
+    S: int
+    block: tuple[int, int]
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        (B, H, nq, nk), (bq, bk) = self.tiles.shape, self.block
+        t = i - (self.S - self.T)
+        inside = (t >= 0) & (t < self.T) & (j >= 0) & (j < self.S)
+        if nq == 0 or nk == 0:
+            return inside & False
+        row, column = (t // bq).clamp(0, nq - 1), (j // bk).clamp(0, nk - 1)
+        index = row * nk + column
+        if H > 1:
+            index = h * (nq * nk) + index
+        if B > 1:
+            index = b * (H * nq * nk) + index
+        return self.tiles.to(j.device).reshape(-1)[index] & inside
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        (bq, bk), (nq, nk) = self.block, self.tiles.shape[2:]
+        shift = self.S - self.T
+        t_lo, t_hi = (tiles.i_lo - shift).clamp(min=0), (tiles.i_hi - shift).clamp(max=self.T - 1)
+        j_lo, j_hi = tiles.j_lo.clamp(min=0), tiles.j_hi.clamp(max=self.S - 1)
+        inside = (t_lo == tiles.i_lo - shift) & (t_hi == tiles.i_hi - shift)
+        inside = inside & (j_lo == tiles.j_lo) & (j_hi == tiles.j_hi)
+        top, bottom = (t_lo // bq).clamp(0, nq), (t_hi // bq + 1).clamp(0, nq)
+        left, right = (j_lo // bk).clamp(0, nk), (j_hi // bk + 1).clamp(0, nk)
+        before = self._before
+        count = (
+            before[..., bottom, right] - before[..., top, right] - before[..., bottom, left] + before[..., top, left]
+        )
+        area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
+        count = count.reshape(*self.tiles.shape[:2], *area.shape[-2:])
+        area, inside = (z.expand(area.shape).reshape(area.shape[-2:]) for z in (area, inside))
+        return Verdict.exact((count > 0) & (area > 0), (count == area) & (area > 0) & inside)
+
+    @cached_property
+    def _before(self) -> Tensor:
+        """(B, H, nq + 1, nk + 1): how many tiles above and left of a corner are chosen."""
+        return torch.nn.functional.pad(self.tiles.cpu().int().cumsum(2).cumsum(3), (1, 0, 1, 0))
+
+    @property
+    def batch(self) -> int:
+        return self.tiles.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.tiles.shape[1]
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        return self.block
+
+    def to(self, device: torch.device | str) -> Mask:
+        return (
+            self
+            if self.tiles.device == torch.device(device)
+            else Chosen(self.tiles.to(device), self.T, self.S, self.block)
+        )
+
+    def __repr__(self) -> str:
+        return f"chosen(<{'x'.join(map(str, self.tiles.shape))}>, block={self.block})"
+
+
+def chosen(
+    tiles: BlockLayout | Bool[Tensor, "#B #H nq nk"],
+    T: int | None = None,
+    S: int | None = None,
+    block: int | tuple[int, int] | None = None,
+) -> Mask:
+    """Query block r may see key block c where tiles[b, h, r, c]: a BlockLayout, or a tensor with T, S and block.
+
+    The last T of S positions are the queries. Blocks are (queries, keys) long, the last ones may be ragged.
+    """
+    if isinstance(tiles, BlockLayout):
+        return Chosen(tiles.to_dense_blocks(), tiles.T, tiles.S, tiles.block)
+    if T is None or S is None or block is None:
+        raise ValueError(f"chosen: tiles need their T, S and block (got T={T}, S={S}, block={block})")
+    (bq, bk) = pair(block)
+    want = (-(-T // bq), -(-S // bk))
+    if checks.tensor("chosen: tiles", tiles, (4,), "bool").shape[2:] != want:
+        raise ValueError(
+            f"chosen: tiles must be (B, H, {want[0]}, {want[1]}) for T={T}, S={S}, block={(bq, bk)} "
+            f"(got {tuple(tiles.shape)})"
+        )
+    return Chosen(tiles, T, S, (bq, bk))
