@@ -41,10 +41,22 @@ MEANING = {
     "compile": "torch.compile(fullgraph=True)",
 }
 
+KINDS = {
+    "TokenMixer": ("T", "tokens (B, T, M) -> (B, T, M)"),
+    "CrossMixer": ("X", "tokens (B, T, M) and what they look at (B, S, M) -> (B, T, M)"),
+    "FeatureMixer": ("F", "feature maps (B, C, Y, X) -> (B, C, Y, X)"),
+    "GraphMixer": ("G", "nodes (N, M) and edges (2, E) -> nodes (N, M)"),
+    "Pooler": ("P", "tokens (B, T, M) -> one vector each (B, M)"),
+    "Pointer": ("N", "tokens (B, T, M) and what they point at (B, S, M) -> log-probabilities (B, T, S)"),
+    "Loss": ("L", "tensors -> a scalar to train on"),
+}
+"""One letter for each protocol, and what a module of that kind takes and gives."""
+
 VERIFIED = {"equation": "E", "third-party": "T", "reconstructed": "R"}
 
 LEGEND = (
     "supports: " + "  ".join(f"{mark} {name}" for name, mark in MARKS.items()),
+    "k, kind: T tokens  X tokens across  F feature maps  G graph  P pooling  N pointing  L loss",
     "v, verified against: E the paper's equations  T third-party code as well  R a reconstruction",
 )
 
@@ -58,21 +70,23 @@ def marks(card: Card) -> str:
 
 
 def table(cards: Sequence[Card]) -> Table:
-    """Name, family, marks and gist."""
-    grid = terminal.grid("name", "family", "supports", "v", "what it does")
+    """Name, family, kind, marks and gist."""
+    grid = terminal.grid("name", "family", "k", "supports", "v", "what it does")
     for card in cards:
-        grid.add_row(card.name, card.family, marks(card), VERIFIED[card.verified], card.gist)
+        kind = KINDS[card.protocol][0]
+        grid.add_row(card.name, card.family, kind, marks(card), VERIFIED[card.verified], card.gist)
     return grid
 
 
 def markdown(cards: Sequence[Card]) -> str:
     """The table as GitHub shows it."""
-    lines = ["| name | family | what it does | paper | supports | v |", "|---|---|---|---|---|---|"]
+    lines = ["| name | family | k | what it does | paper | supports | v |", "|---|---|---|---|---|---|---|"]
     for card in cards:
         paper = f"{card.paper.authors} {card.paper.year}"
         cells = (
             f"`{card.name}`",
             card.family,
+            KINDS[card.protocol][0],
             card.gist,
             f"[{paper}]({card.paper.url})" if card.paper.url else f"{paper}, {card.paper.ref}",
             f"`{marks(card)}`",
@@ -197,9 +211,19 @@ def costs(card: Card, own: Mapping[str, Any], *, batch: int, heads: int, length:
         "D": width,
         "V": width,
         "M": heads * width,
+        "C": heads * width,
+        "Y": math.isqrt(length),
+        "X": math.isqrt(length),
+        "N": length,
+        "E": 8 * length,
+        "L": 4,
     }
     values = {**sizes, **options(card), **own}
     found: dict[str, Any] = {"at": f"B={batch}, H=G={heads}, T=S={length}, D=V={width}"}
+    if card.protocol == "FeatureMixer":
+        found["at"] = f"B={batch}, H={heads}, Y=X={sizes['Y']}, C={sizes['C']}"
+    elif card.protocol == "GraphMixer":
+        found["at"] = f"N={length}, E={sizes['E']}, H={heads}, M={sizes['M']}"
     for name, formula in (("time", card.cost.time), ("state", card.cost.state)):
         try:
             found[name] = evaluate(formula, values) if formula else None
@@ -277,10 +301,8 @@ def page(
         yield "differs", [f"- {text}" for text in card.differs]
     yield "verified", [_VERIFIED_WORDS[card.verified]]
     slots = fills(card)
-    yield (
-        "kind",
-        [f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}" if slots else f"a {card.protocol} of its own"],
-    )
+    of_its_own = f"a {card.protocol} of its own: {KINDS[card.protocol][1]}"
+    yield "kind", [f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}" if slots else of_its_own]
     yield (
         "supports",
         [f"{'yes' if name in card.supports else 'no ':3} {name:13}  {MEANING[name]}" for name in MARKS],

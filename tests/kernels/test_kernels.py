@@ -9,7 +9,7 @@ from torch import Tensor
 
 import regard
 from regard import masks
-from regard.kernels import KERNELS, block_sparse, chunked, sdpa, size
+from regard.kernels import KERNELS, block_sparse, chunked, sdpa, size, window
 from regard.normalizers import Entmax
 from regard.positions import Alibi, Kerple
 
@@ -60,6 +60,39 @@ MASKS = {
 def test_block_sparse(case: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sparse, "BLOCK", block)
     agrees("block_sparse", qkv(2, 4, 29, 6, G=2, S=37), mask=MASKS[case])
+
+
+BANDS = {
+    "causal": masks.causal() & masks.window(5),
+    "both ways": masks.window(4),
+    "ahead only": masks.window(4) & ~masks.causal(),
+    "padded": masks.causal() & masks.window(7) & masks.padding(lengths=torch.tensor([37, 11])),
+    "dilated": masks.causal() & masks.dilated(3, 2),
+    "in blocks": masks.blocks(6),
+    "wider than all": masks.causal() & masks.window(50),
+    "itself": masks.window(1),
+    "nothing": masks.causal() & masks.nothing(),
+}
+
+
+@pytest.mark.parametrize(("T", "S"), [(29, 37), (37, 29), (33, 33), (1, 37), (8, 8)])
+@pytest.mark.parametrize("case", list(BANDS))
+def test_window(case: str, T: int, S: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "SMALLEST", 4)
+    monkeypatch.setattr(window, "LARGEST", 4)
+    agrees("window", qkv(2, 4, T, 6, G=2, S=S), mask=BANDS[case])
+
+
+def test_window_refuses_what_it_cannot_run() -> None:
+    q, k, v = qkv(1, 2, 5, 3)
+    near = masks.causal() & masks.window(3)
+    for options, reason in (
+        ({"mask": masks.causal()}, "nothing bounds how far"),
+        ({"mask": masks.per_head([near, masks.window(2)])}, "differs by head"),
+        ({"mask": near, "position": Kerple(2)}, "Kerple: only plain softmax"),
+    ):
+        with pytest.raises(ValueError, match=f"kernel 'window' can't run this: .*{reason}"):
+            regard.attention(q, k, v, kernel="window", **options)
 
 
 def test_block_sparse_runs_stages_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +219,7 @@ def test_plans() -> None:
     """What is chosen where, on shapes alone."""
     assert regard.plan(*meta(1024)).kernel == "sdpa"
     assert regard.plan(*meta(1024), mask=masks.causal()).kernel == "sdpa"
-    assert regard.plan(*meta(16384), mask=masks.causal() & masks.window(512)).kernel == "block_sparse"
+    assert regard.plan(*meta(16384), mask=masks.causal() & masks.window(512)).kernel == "window"
     assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel == "sdpa"
     assert regard.plan(*meta(16384), normalizer=Entmax()).kernel == "chunked"
     assert regard.plan(*meta(64), normalizer=Entmax()).kernel in ("eager", "chunked")

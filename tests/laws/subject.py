@@ -368,10 +368,12 @@ def naive_precision() -> Iterator[None]:
 @contextlib.contextmanager
 def small_tiles(block: int = 4, keys: int = 5) -> Iterator[None]:
     """Chunks and blocks so small that a few tokens straddle many of them."""
-    from regard.kernels import block_sparse, chunked
+    from regard.kernels import block_sparse, chunked, window
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_sparse, "BLOCK", block)
         patch.setattr(chunked, "KEYS", keys)
+        patch.setattr(window, "SMALLEST", block)
+        patch.setattr(window, "LARGEST", block)
         patch.setattr(chunked, "TILE_BYTES", 0)  # 16 rows a chunk, the least
         yield

@@ -1,6 +1,7 @@
 """L1, L2, L39: every kernel gives what the formula gives, in every dtype, and runs when named."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -78,13 +79,17 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
     bias = torch.randn(1, 4, 1, 9, generator=generator, dtype=torch.float64)
     allowed = None if mask is None else mask.dense(6, 9)
     with small_tiles():
-        if mask is None and kernel == "block_sparse":
-            with pytest.raises(ValueError, match="no mask"):
-                regard.attention(q, k, v, kernel=kernel)
-            return
-        close(regard.attention(q, k, v, mask=mask, kernel=kernel), formula(q, k, v, allowed))
-        got = regard.attention(q, k, v, mask=mask, bias=bias, kernel=kernel)
-        close(got, formula(q, k, v, allowed, bias))
+        for given in (None, bias):
+            try:
+                got = regard.attention(q, k, v, mask=mask, bias=given, kernel=kernel)
+            except ValueError as error:
+                refusals = {"block_sparse": ("none", "no mask"), "window": (case, "how far a query sees|only plain")}
+                when, words = refusals[kernel]
+                assert case == when
+                assert re.search(words, str(error))
+                continue
+            close(got, formula(q, k, v, allowed, given))
+            assert kernel != "window" or (case == "window" and given is None)
 
 
 def long_mask(name: str) -> masks.Mask:

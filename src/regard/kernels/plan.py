@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from regard.kernels import block_sparse, chunked, eager, sdpa
+from regard.kernels import block_sparse, chunked, eager, sdpa, window
 from regard.kernels.problem import Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes, sized
 from regard.masks import Mask, causal
@@ -16,6 +16,7 @@ from regard.masks.algebra import Joined, Not
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
+    "window": window,
     "block_sparse": block_sparse,
     "chunked": chunked,
     "eager": eager,
@@ -110,6 +111,13 @@ def _work(p: Problem, name: str) -> tuple[float, str]:
             return 0.6 * dense, "torch's fused kernel"
         what = "bias and mask" if biased else "the mask"
         return (3.0 if biased else 2.0) * _share(p) * dense, f"torch's fused kernel, {what} formed by chunks of queries"
+    if name == "window":
+        assert p.mask is not None
+        keys = int(sum(p.mask.span)) + 1
+        seen = keys + window.block(keys)
+        return 1.8 * min(
+            1.0, seen / max(S, 1)
+        ) * dense + 3e6, f"queries in blocks of {window.block(keys)}, {seen} keys each"
     if name == "block_sparse":
         density = _density(p, T, S)
         # Each block of queries costs a few calls, worth about a million multiply-adds here.

@@ -1,0 +1,92 @@
+"""Exact softmax attention over a band of keys: all blocks of queries at once, on views of keys and values.
+
+A block of C queries may see C + back + ahead neighbouring keys. Neighbouring blocks' keys overlap, and strides show
+them without a copy, so torch's fused kernel runs over all blocks as if they were heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.kernels.problem import Problem
+
+SMALLEST, LARGEST = 32, 128
+"""Queries in a block. More waste less of each key read but compute more pairs that the mask forbids."""
+
+
+def why_not(p: Problem) -> list[str]:
+    """It needs a mask that bounds how far a query sees, one for all heads, and plain softmax."""
+    reasons = []
+    if p.mask is None or math.inf in p.mask.span:
+        reasons.append("nothing bounds how far a query sees, back and ahead")
+    elif p.mask.heads > 1:
+        reasons.append("the mask differs by head")
+    if p.stages or p.bias is not None:
+        names = [type(s).__name__ for s in p.stages] + ["bias"] * (p.bias is not None)
+        reasons.append(f"{', '.join(names)}: only plain softmax")
+    if p.first_key:
+        reasons.append("the cache has dropped keys already; what is left is dense")
+    return reasons
+
+
+def run(p: Problem) -> Tensor:
+    """(B, H, T, V)."""
+    (B, H, G, T, S), D, V = p.shape, p.q.shape[3], p.v.shape[3]
+    assert p.mask is not None
+    back, ahead = (int(n) for n in p.mask.span)
+    if -ahead > back or 0 in (B, T, S):
+        return p.q.new_zeros(B, H, T, V) + 0 * (p.q.sum() + p.k.sum() + p.v.sum())
+    C, group = block(back + ahead + 1), H // G
+    L, n, offset = C + back + ahead, -(-T // C), S - T
+    # Block r holds queries r C .. and sees keys r C + offset - back ..; zeros stand where there are none.
+    q = F.pad(p.q, (0, 0, 0, n * C - T)).reshape(B * G, group, n, C, D).transpose(1, 2).reshape(B * G, n, group * C, D)
+    first = offset - back
+    k, v = (_blocks(z, first, n, C, L) for z in (p.k, p.v))
+    parts = []
+    for rows, mask in _masks(p, n, C, L, first):
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+        bias = bias.repeat(1, 1, group, 1)
+        if len(bias) > 1:
+            bias = bias.repeat_interleave(G, 0)
+        parts.append(F.scaled_dot_product_attention(q[:, rows], k[:, rows], v[:, rows], bias, p.dropout, scale=p.scale))
+    out = torch.cat(parts, 1).reshape(B * G, n, group, C, V).transpose(1, 2)
+    return out.reshape(B, H, n * C, V)[:, :, :T]
+
+
+def block(keys: int) -> int:
+    """Queries in a block for a band of so many keys: about a quarter, so that a fifth of the pairs is in vain."""
+    return min(LARGEST, max(SMALLEST, 1 << (max(1, keys // 4) - 1).bit_length()))
+
+
+def _blocks(z: Tensor, first: int, n: int, C: int, L: int) -> Tensor:
+    """(B G, n, L, width): keys first + r C .. first + r C + L of each block r, zero where there are none."""
+    S = z.shape[2]
+    last = first + (n - 1) * C + L
+    z = z[:, :, max(0, first) : max(0, last)]
+    z = F.pad(z, (0, 0, max(0, -first), max(0, last - max(S, first, 0)))).flatten(0, 1)
+    return z.unfold(1, L, C).mT
+
+
+def _masks(p: Problem, n: int, C: int, L: int, first: int) -> list[tuple[slice, Tensor]]:
+    """Runs of blocks with their masks, (B or 1, 1 or blocks, C, L): inner blocks share one where only i - j counts."""
+    assert p.mask is not None
+    T, S = p.q.shape[2], p.k.shape[2]
+    device = p.q.device
+    # Blocks [inner, outer) have all their queries and keys.
+    inner = min(n, max(0, -(first // C)))
+    outer = max(inner, min((S - L - first) // C + 1, T // C))
+    spans = [slice(0, inner), slice(inner, outer), slice(outer, n)] if p.mask.is_shift_invariant else [slice(0, n)]
+    zero, found = torch.zeros((), dtype=torch.long, device=device), []
+    for span in spans:
+        if span.start >= span.stop:
+            continue
+        shared = p.mask.is_shift_invariant and span.start == inner and span.stop == outer
+        r = torch.arange(span.start, span.start + 1 if shared else span.stop, device=device)[:, None, None]
+        t = r * C + torch.arange(C, device=device)[:, None]
+        j = r * C + first + torch.arange(L, device=device)
+        b = torch.arange(p.mask.batch, device=device)[:, None, None, None]
+        allowed = p.mask(b, zero, t + S - T, j) & (t < T) & (j >= 0) & (j < S)
+        found.append((span, allowed.expand(p.mask.batch, -1, -1, -1)))
+    return found
