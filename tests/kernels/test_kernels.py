@@ -112,7 +112,7 @@ def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     real = torch.nn.functional.scaled_dot_product_attention
 
     def counted(q, k, v, *rest, **options):
-        seen.append(q.shape[2] * k.shape[2])
+        seen.append(q.shape[:3].numel() * k.shape[2])
         return real(q, k, v, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)

@@ -1,12 +1,14 @@
 """Exact attention over the blocks that a mask (or a selector) leaves, and no others.
 
-For every block of queries, the keys of its allowed blocks are taken together (as a view where they are neighbours) and
-attended to at once; blocks that hold no allowed pair cost nothing. Any stage that needs no other query rows runs.
+Plain softmax gathers the key blocks of all query blocks that see equally many, and runs each such bucket as one batch
+of torch's fused kernel. With any other stage (that needs no other query rows), the query blocks go one after another.
+Blocks that hold no allowed pair cost nothing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +19,8 @@ from regard.masks import BlockLayout, Mask
 BLOCK = 128
 SMALLEST = 16
 """Blocks of fewer queries or keys are not worth a call each."""
+GATHER_BYTES = 64 * 2**20
+"""Keys and values gathered at once stay within this."""
 
 
 def block_of(mask: Mask) -> tuple[int, int]:
@@ -39,42 +43,77 @@ def why_not(p: Problem) -> list[str]:
 
 def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
     """(B, H, T, V). The layout is the mask's own unless a selector hands in a smaller one."""
-    B, H, G, T, S = p.shape
+    T, S = p.shape[3:]
     if layout is None:
         assert p.mask is not None
         layout = p.mask.layout(T, S, block=block_of(p.mask))
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
-    Bm, Hm = layout.shape[:2]
-    blocks, full = layout.to_dense_blocks(), layout.to_dense_full()
-    if Bm == Hm == 1 or p.stages or p.bias is not None:
-        # Stages hold parameters per head and can't be cut along heads: all heads take the union of their blocks.
-        return _rows(p, layout, blocks.any(1).any(0), full.all(1).all(0))
-    outs = [
-        _rows(_one(p, b, h, H // G), layout, blocks[b % Bm, h % Hm], full[b % Bm, h % Hm])
-        for b in range(B)
-        for h in range(H)
-    ]
-    return torch.cat(outs).view(B, H, T, -1)
+    if not p.stages and p.bias is None:
+        return _buckets(p, layout)
+    # Stages hold parameters per head and can't be cut along heads: all heads take the union of their blocks.
+    return _rows(p, layout, layout.to_dense_blocks().any(1).any(0), layout.to_dense_full().all(1).all(0))
 
 
-@dataclass(frozen=True)
-class _At(Mask):
-    """A mask as one batch row and head see it."""
+def _buckets(p: Problem, layout: BlockLayout) -> Tensor:
+    """Plain softmax: all query blocks that see the same number of key blocks run as one batch."""
+    (B, H, G, T, S), (bq, bk), (Bm, Hm, nq, nk) = p.shape, layout.block, layout.shape
+    D, V = p.q.shape[3], p.v.shape[3]
+    cols, full = layout.cols.to(p.q.device), layout.full.to(p.q.device)
+    # One item for each (batch row, head, query block): where its columns start, and how many there are.
+    item = torch.arange(B * H * nq, device=p.q.device)
+    b, h, r = item // (H * nq), item // nq % H, item % nq
+    row = ((b % Bm) * Hm + h % Hm) * nq + r
+    ptr = layout.row_ptr.to(p.q.device)
+    start, count = ptr[row], ptr[row + 1] - ptr[row]
+    full = full & (cols < S // bk)  # a ragged last block is filled up with keys that are none
+    whole = F.pad(full.cumsum(0), (1, 0))[ptr]
+    plain = whole[row + 1] - whole[row] == count
+    q = F.pad(p.q, (0, 0, 0, nq * bq - T)).reshape(B * H * nq, bq, D)
+    k, v = (F.pad(z, (0, 0, 0, nk * bk - S)).reshape(B * G * nk, bk, -1) for z in (p.k, p.v))
+    source = (b * G + h // (H // G)) * nk  # the first block of the item's keys
 
-    mask: Mask
-    b: int
-    h: int
+    def attend_to(items: Tensor, n: int, masked: bool) -> Tensor:
+        chosen = cols[start[items, None] + torch.arange(n, device=items.device)]
+        at = (source[items, None] + chosen).flatten()
+        keys, values = (z.index_select(0, at).view(len(items), 1, n * bk, -1) for z in (k, v))
+        mask = _allowed(p, b[items], h[items], r[items], chosen, (bq, bk)) if masked else None
+        queries = q.index_select(0, items).unsqueeze(1)
+        return F.scaled_dot_product_attention(queries, keys, values, mask, p.dropout, scale=p.scale).squeeze(1)
 
-    def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return self.mask(b + self.b, h + self.h, i, j)
+    order, outs = [], []
+    for n in count.unique().tolist():
+        for masked in (False, True):
+            items = ((count == n) & (plain != masked)).nonzero().flatten()
+            if n == 0:
+                # Zeros, with a graph behind them.
+                outs.append(q.new_zeros(len(items), bq, V) + 0 * (p.q.sum() + p.k.sum() + p.v.sum()))
+                order.append(items)
+                continue
+            size = max(1, GATHER_BYTES // (n * bk * (D + V) * q.element_size()))
+            for some in items.split(size):
+                if not len(some):
+                    continue
+                if torch.is_grad_enabled():
+                    # Gathered keys and values are several times the inputs: gathered again in backward instead.
+                    out = checkpoint(attend_to, some, n, masked, use_reentrant=False, preserve_rng_state=p.dropout > 0)
+                else:
+                    out = attend_to(some, n, masked)
+                outs.append(out)
+                order.append(some)
+    out = torch.cat(outs)[torch.cat(order).argsort()]
+    return out.view(B, H, nq * bq, V)[:, :, :T]
 
 
-def _one(p: Problem, b: int, h: int, group: int) -> Problem:
-    """Batch row b, head h alone."""
-    g = h // group
-    mask = None if p.mask is None else _At(p.mask, b, h)
-    return replace(p, q=p.q[b : b + 1, h : h + 1], k=p.k[b : b + 1, g : g + 1], v=p.v[b : b + 1, g : g + 1], mask=mask)
+def _allowed(p: Problem, b: Tensor, h: Tensor, r: Tensor, chosen: Tensor, block: tuple[int, int]) -> Tensor:
+    """(items, 1, bq, n bk) bool: the mask inside these blocks."""
+    (bq, bk), (T, S) = block, (p.q.shape[2], p.k.shape[2])
+    i = (r[:, None, None] * bq + torch.arange(bq, device=r.device)[:, None]).clamp(max=T - 1) + S - T
+    j = (chosen[:, :, None] * bk + torch.arange(bk, device=r.device)).flatten(1)[:, None]
+    if p.mask is None:
+        return (j < S)[:, None].expand(-1, -1, bq, -1)
+    b, h = (x[:, None, None] % n for x, n in ((b, p.mask.batch), (h, p.mask.heads)))
+    return (p.mask(b, h, i, j.clamp(max=S - 1)) & (j < S))[:, None]
 
 
 def _rows(p: Problem, layout: BlockLayout, blocks: Tensor, full: Tensor) -> Tensor:
