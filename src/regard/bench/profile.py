@@ -1,0 +1,212 @@
+"""Time and memory of mechanisms over lengths: forward, training step and one step of decoding, with measured growth.
+
+Every cell (one mechanism at one length) runs in a process of its own, so that its peak memory is its own, and is ended
+after a time limit, so that a quadratic mechanism costs a table no more than its own cell.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regard.bench.process import Stop, answer
+from regard.models.mixer import Spec, build, parse, protocol
+
+WORKER = "regard.bench.profile_worker"
+
+QUANTITIES = {
+    "forward": "s",
+    "training": "s",
+    "step": "s",
+    "forward_bytes": "B",
+    "training_bytes": "B",
+    "state_bytes": "B",
+}
+"""What a cell measures, and its unit: `training` is forward and backward, `step` one token after the whole length."""
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be made; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What to measure, and where to keep it."""
+
+    mechanisms: tuple[str, ...]
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    dim: int = 256
+    heads: int = 4
+    batch: int = 1
+    causal: bool = True
+    limit: float = 60.0
+    """Seconds that one cell may take, loading included."""
+    threads: int = 0
+    """0: as many as there are cores, at most 8."""
+    device: str = "cpu"
+    out: Path = Path("runs/profile")
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "heads", "batch"):
+            if getattr(self, name) < 1:
+                raise ProfileError(f"profile: {name} must be at least 1 (got {getattr(self, name)})")
+        if not self.mechanisms or not self.lengths:
+            raise ProfileError("profile: name at least one mechanism and one length")
+        if min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+            raise ProfileError(f"profile: lengths must be different and at least 1 (got {self.lengths})")
+        if not self.limit > 0:
+            raise ProfileError(f"profile: limit must be above 0 seconds (got {self.limit:g})")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One mechanism at one length. A quantity it has not is missing."""
+
+    mechanism: str
+    length: int
+    values: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    """Why it has no values, or not all of them."""
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Read '1k..32k' (doubling), '1000,3000' or a mixture; k is 1024."""
+    found: list[int] = []
+    for part in text.split(","):
+        ends = [_number(end) for end in part.split("..")]
+        if len(ends) == 1:
+            found.append(ends[0])
+        elif len(ends) == 2 and 0 < ends[0] <= ends[1]:
+            n = ends[0]
+            while n <= ends[1]:
+                found.append(n)
+                n *= 2
+        else:
+            raise ProfileError(f"profile: lengths {part!r} cannot be read; expected such as 1k..32k or 512,1000,4k")
+    return tuple(dict.fromkeys(found))
+
+
+def _number(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", text)
+    if not match:
+        raise ProfileError(f"profile: length {text.strip()!r} cannot be read; expected such as 512 or 4k")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def why_not(spec: Spec, causal: bool) -> str:
+    """Why a mechanism cannot be profiled over lengths; '' if it can."""
+    kind = protocol(spec)
+    if kind not in ("TokenMixer", "FeatureMixer", "Pooler"):
+        return f"a {kind} has no one length to grow"
+    if spec.own or kind != "TokenMixer":
+        return ""
+    from regard import catalog
+
+    wanted = "causal" if causal else "bidirectional"
+    lacking = [n for n in spec.name.split("+") if wanted not in catalog.card(n.strip()).supports]
+    return f"{', '.join(lacking)} cannot be {wanted}" if lacking else ""
+
+
+def _buildable(spec: Spec, config: Profile) -> None:
+    """Unknown names and options, and sizes that don't fit, are refused before anything runs."""
+    causal = config.causal and protocol(spec) == "TokenMixer"
+    build(spec, config.dim, config.heads, causal=causal)
+
+
+def run(
+    config: Profile,
+    *,
+    on_cell: Callable[[Measured], None] = lambda cell: None,
+    stop: Stop | None = None,
+    measure: Callable[..., dict[str, Any] | None] = answer,
+) -> list[Measured]:
+    """Measure all cells, shorter lengths first, and keep them in profile.json after each one.
+
+    A mechanism whose cell ran into the limit is not tried at greater lengths.
+    """
+    import sys
+
+    from regard.bench.train import cores
+
+    specs = [parse(text) for text in config.mechanisms]
+    for spec in specs:
+        if reason := why_not(spec, config.causal):
+            raise ProfileError(f"profile: {spec}: {reason}")
+        _buildable(spec, config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    found: list[Measured] = []
+    given_up: dict[str, int] = {}
+    command = (sys.executable, "-P", "-m", WORKER)
+    with stop or Stop() as watching:
+        for length in sorted(config.lengths):
+            for spec in specs:
+                name = str(spec)
+                if name in given_up:
+                    cell = Measured(name, length, reason=f"left out: {given_up[name]} tokens took too long")
+                else:
+                    settings = {"threads": config.threads or cores(), "device": config.device}
+                    job = {
+                        "mechanism": name,
+                        "length": length,
+                        "dim": config.dim,
+                        "heads": config.heads,
+                        "batch": config.batch,
+                        "causal": config.causal,
+                        "limit": config.limit,
+                        "cell": {"settings": settings},
+                    }
+                    said = measure(job, timeout=config.limit, stop=watching, on_step=lambda n, x: None, command=command)
+                    if said is None:
+                        return found
+                    cell = Measured(name, length, **said.get("result", {"reason": said.get("failed", "no answer")}))
+                    if "longer than the limit" in cell.reason:
+                        given_up[name] = length
+                found.append(cell)
+                save(config, found)
+                on_cell(cell)
+    return found
+
+
+def save(config: Profile, cells: Sequence[Measured]) -> None:
+    """profile.json: the settings and every cell so far."""
+    settings = {**asdict(config), "out": str(config.out)}
+    record = {"settings": settings, "cells": [asdict(cell) for cell in cells]}
+    (config.out / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def growth(cells: Sequence[Measured], mechanism: str, quantity: str) -> float | None:
+    """The exponent e of quantity ~ length^e: the slope between the two greatest lengths that are a factor apart.
+
+    Short lengths measure calls, not work, so of all lengths only the upper half (at least two) is fitted.
+    """
+    points = sorted((c.length, c.values[quantity]) for c in cells if c.mechanism == mechanism and quantity in c.values)
+    points = [(n, v) for n, v in points if v > 0]
+    points = points[min(len(points) // 2, max(0, len(points) - 2)) :]
+    return _slope(points)
+
+
+def formula_growth(card: Any, own: dict[str, Any], config: Profile) -> float | None:
+    """The same exponent of the card's formula for time, at the lengths profiled."""
+    from regard import catalog_page
+
+    points = []
+    for n in sorted(config.lengths):
+        at = catalog_page.costs(
+            card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads
+        )
+        if not isinstance(at["time"], float):
+            return None
+        points.append((n, at["time"]))
+    return _slope(points[min(len(points) // 2, max(0, len(points) - 2)) :])
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float | None:
+    """Least squares of log value on log length."""
+    if len(points) < 2:
+        return None
+    logs = [(math.log(n), math.log(v)) for n, v in points]
+    x, y = (sum(z) / len(logs) for z in zip(*logs, strict=True))
+    return sum((a - x) * (b - y) for a, b in logs) / sum((a - x) ** 2 for a, _ in logs)

@@ -1,0 +1,125 @@
+"""What this room's recurrent mechanisms share: attention through features, repeated key heads, and streaming."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.kernels.linear_scan import Scan, linear_scan
+from regard.layer import HeadMixer, check_tokens
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """In at least float32: sums over thousands of keys need it."""
+    return [z.to(torch.promote_types(z.dtype, torch.float32)) for z in tensors]
+
+
+def repeat_heads(z: Float[Tensor, "B G S D"], heads: int) -> Float[Tensor, "B H S D"]:
+    """Each key head as many times as there are query heads that read it."""
+    return z if z.shape[1] == heads else z.repeat_interleave(heads // z.shape[1], 1)
+
+
+def hide(z: Tensor, keep: Bool[Tensor, "B S"] | None) -> Tensor:
+    """Zero where a key (third axis) is not real, for whatever stood there."""
+    return z if keep is None else z.masked_fill(~keep[:, None, :, None], 0.0)
+
+
+def feature_attention(
+    phi_q: Float[Tensor, "B H T K"],
+    phi_k: Float[Tensor, "B H S K"],
+    v: Float[Tensor, "B H S V"],
+    decay: Tensor | None = None,
+    *,
+    causal: bool,
+    state: Float[Tensor, "B H K V1"] | None = None,
+) -> Scan:
+    """sum_j w_ij v_j / sum_j w_ij with w_ij = phi_q_i . phi_k_j, in time and memory linear in T and S.
+
+    The denominator is one more column of v, full of ones, in the state too. A row whose weights are all 0 gives 0.
+    """
+    v = with_ones(v)
+    if causal:
+        out, state = linear_scan(phi_q, phi_k, v, decay, state=state)
+    else:
+        state = phi_k.mT @ v
+        out = phi_q @ state
+    return Scan(ratio(out), state)
+
+
+def with_ones(v: Float[Tensor, "B H S V"]) -> Float[Tensor, "B H S V1"]:
+    """One more column of values, whose weighted sum is the sum of weights."""
+    return torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
+
+
+def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
+    """Weighted sums over the sum of weights; 0 where no weight is left."""
+    total = out[..., -1:]
+    return out[..., :-1] / torch.where(total == 0, 1.0, total)
+
+
+def full_precision(z: Tensor) -> AbstractContextManager[Any]:
+    """Autocast must not narrow the sums again."""
+    kind = z.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class RecurrentMixer(HeadMixer):
+    """A HeadMixer whose causal form carries a state of constant size. Subclasses give `run` and `empty_state`."""
+
+    def run(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G S D"],
+        v: Float[Tensor, "B G S D"],
+        keep: Bool[Tensor, "B S"] | None,
+        state: Any,
+    ) -> tuple[Float[Tensor, "B H T D"], Any]:
+        """The mechanism, from `state` (None = nothing seen) to the state after these tokens."""
+        raise NotImplementedError
+
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Any:
+        """What `run` has seen before any token; a named tuple, its first entry with the batch first."""
+        raise NotImplementedError
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+        with full_precision(q):
+            return self.run(q, k, v, keep, None)[0].to(q.dtype)
+
+    def init_state(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """The state before any token. Its size is the same for every `capacity`; sums are kept in float32 at least."""
+        if "streaming" not in self.supports or not self.causal:
+            raise ValueError(
+                f"{self._who}: streaming needs causal=True, this layer sees later tokens; rebuild it causal"
+            )
+        for name, n, least in (("batch_size", batch_size, 0), ("capacity", capacity, 1)):
+            if isinstance(n, bool) or not isinstance(n, int) or n < least:
+                raise ValueError(f"init_state: {name} must be an int >= {least}, got {n!r}")
+        weight = self.k_proj.weight
+        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
+
+    def step(self, x: Float[Tensor, "B t M"], state: Any) -> tuple[Float[Tensor, "B t M"], Any]:
+        """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
+        if not self.causal:
+            raise ValueError(
+                f"{self._who}: streaming needs causal=True, this layer sees later tokens; rebuild it causal"
+            )
+        check_tokens(self._who, "x", x, self.dim)
+        expected = type(self.empty_state(0, device=x.device, dtype=torch.float32))
+        if not isinstance(state, expected):
+            raise TypeError(f"step: state must be the {expected.__name__} of init_state, got {type(state).__name__}")
+        if state[0].shape[0] != x.shape[0]:
+            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state[0].shape[0]}; they must match")
+        q, k, v = self.split(x, x)
+        with full_precision(q):
+            out, state = self.run(q, k, v, None, state)
+        return self.merge(out.to(q.dtype)), state

@@ -1,0 +1,197 @@
+"""Agent attention: a few agents, pooled from the queries, read all keys; then the queries read the agents.
+
+    va = softmax_S(s a k^T + B1) v          the n agents gather                    s = 1 / sqrt(D)
+    o  = softmax_n(s q a^T + B2) va         and give out                           out = o + conv(v)
+    a: adaptive average pooling of q to n cells;  conv: depthwise, 3 wide;  B1, B2: learned, per head
+
+Han et al. 2023, "Agent Attention: On the Integration of Softmax and Linear Attention",
+https://arxiv.org/abs/2312.08874: abstract read, the authors' released code (agent_swin.py) followed.
+Differs from the paper: on a sequence (`AgentAttention`) pooling, bias tables and convolution run along its one axis,
+and each bias is one table stretched over the real tokens; the paper's own form is in `agent_grid.py`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kernels.check import check_inputs
+from regard.kinds import HeadShape
+from regard.layer import HeadMixer
+from regard.linear._shared import repeat_heads
+from regard.normalizers.softmax import softmax
+
+TABLE = 7
+"""Entries of a bias table along each axis, as in the authors' code."""
+
+
+def agent_attention(
+    q: Float[Tensor, "B H T D"],
+    agents: Float[Tensor, "B H n D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    *,
+    key_bias: Float[Tensor, "#B H n S"] | None = None,
+    query_bias: Float[Tensor, "#B H T n"] | None = None,
+    keep: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T V"]:
+    """Two softmax attentions, through the agents. `keep` is True at real keys."""
+    check_inputs(q, k, v)
+    if agents.shape[:2] != q.shape[:2] or agents.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"agent: agents must be (batch, heads, n, width) as q (got {tuple(agents.shape)} for q {tuple(q.shape)})"
+        )
+    wide = torch.promote_types(v.dtype, torch.float32)
+    query, agent = q.to(wide), agents.to(wide)
+    key, value = (repeat_heads(z.to(wide), q.shape[1]) for z in (k, v))
+    if keep is not None:
+        key, value = (z.masked_fill(~keep[:, None, :, None], 0) for z in (key, value))
+    scale = 1 / math.sqrt(q.shape[3])
+    gather, give = scale * agent @ key.mT, scale * query @ agent.mT
+    gather = gather if key_bias is None else gather + key_bias
+    give = give if query_bias is None else give + query_bias
+    # Under autocast products come out in half precision; the weights are normalised in the wide dtype all the same.
+    gathered = softmax(gather.to(wide), None if keep is None else keep[:, None, None]) @ value
+    return (give.to(wide).softmax(-1) @ gathered).to(v.dtype)
+
+
+def pooling(
+    rank: Int[Tensor, "B T"], count: Int[Tensor, "B 1"], cells: int, keep: Bool[Tensor, "B T"] | None = None
+) -> Bool[Tensor, "B n T"]:
+    """Adaptive pooling: of N tokens, cell i holds those of rank floor(i N / n) .. ceil((i + 1) N / n) - 1."""
+    i, token, N = torch.arange(cells, device=rank.device)[:, None], rank[:, None], count[:, None]
+    inside = (token >= i * N // cells) & (token < -(-(i + 1) * N // cells))
+    return inside if keep is None else inside & keep[:, None]
+
+
+def stretching(
+    rank: Int[Tensor, "B T"], count: Int[Tensor, "B 1"], entries: int, dtype: torch.dtype
+) -> Float[Tensor, "B n T"]:
+    """The matrix of linear interpolation from n entries to N tokens: centres on centres, constant beyond the ends."""
+    at = ((rank.to(dtype) + 0.5) * entries / count.clamp(min=1) - 0.5).clamp(0, entries - 1)
+    return (1 - (at[:, None] - torch.arange(entries, device=rank.device)[:, None]).abs()).clamp(min=0)
+
+
+class AgentAttention(HeadMixer):
+    """Bidirectional self-attention of a sequence, linear in its length.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, bias: as of `HeadMixer`.
+        num_agents: n.
+    """
+
+    supports = frozenset({"bidirectional", "padding", "gqa", "compile"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        num_agents: int = 49,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_agents < 1:
+            raise ValueError(f"agent: num_agents must be at least 1 (got {num_agents})")
+        super().__init__(
+            dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.num_agents = num_agents
+        width = num_heads * self.head_dim
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.key_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE, **at))
+        self.query_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE, **at))
+        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width, **at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for table in (self.key_table, self.query_table):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def mix(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G T D"],
+        v: Float[Tensor, "B G T D"],
+        keep: Bool[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B H T D"]:
+        if q.shape[2] == 0:
+            return q
+        wide = torch.promote_types(q.dtype, torch.float32)
+        real = q.new_ones(1, q.shape[2], dtype=torch.bool) if keep is None else keep
+        rank, count = real.cumsum(1) - 1, real.sum(1, keepdim=True)
+        cells = pooling(rank, count, self.num_agents, keep).to(wide)
+        cells = cells / cells.sum(-1, keepdim=True).clamp(min=1)
+        stretch = stretching(rank, count, TABLE, wide)[:, None]
+        k, v = repeat_heads(k, self.num_heads), repeat_heads(v, self.num_heads)
+        if keep is not None:
+            q, v = (z.masked_fill(~keep[:, None, :, None], 0) for z in (q, v))
+        out = agent_attention(
+            q,
+            cells[:, None] @ q.to(wide),
+            k,
+            v,
+            key_bias=self.key_table.to(wide) @ stretch,
+            query_bias=(self.query_table.to(wide) @ stretch).mT,
+            keep=keep,
+        )
+        local = self.conv(v.mT.flatten(1, 2)).unflatten(1, (self.num_heads, -1)).mT
+        return out + local
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    num_agents: int = 49,
+    bias: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> AgentAttention:
+    if causal:
+        raise ValueError("agent: agents are pooled from later queries too (got causal=True)")
+    return AgentAttention(
+        shape.dim,
+        shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        bias=bias,
+        num_agents=num_agents,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="agent",
+        family="linear",
+        gist="A few agents pooled from the queries gather from all keys and give out to all queries.",
+        equation="out = softmax_n(q a^T + B2) softmax_S(a k^T + B1) v + conv(v)",
+        paper=Paper(
+            "Agent Attention: On the Integration of Softmax and Linear Attention",
+            "Han et al.",
+            2023,
+            "2312.08874",
+            "abstract; the authors' code",
+        ),
+        build=_build,
+        supports=AgentAttention.supports,
+        traits=frozenset({"shift_invariant", "head_independent"}),
+        cost=Cost("2*B*H*(T + S)*num_agents*D + 3*B*T*H*D", ""),
+        claim="Linear in length; equal to a generalised linear attention: tests/linear/test_agent.py.",
+        differs=(
+            "On a sequence pooling, bias tables and convolution have one axis, and each bias is one table of 7 entries "
+            "stretched over the real tokens; 'agent_grid' is the paper's form.",
+            "No dropout of the two attention maps.",
+        ),
+        verified="equation",
+        example={"num_agents": 5},
+    )
+)

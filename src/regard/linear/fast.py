@@ -1,0 +1,236 @@
+"""FAST (Fastmax): exp(q . k) is cut to its Taylor polynomial, which factorises into moments of keys and values.
+
+    f(s) = sum_{l=0..p} s^l / l!,  p = 1 or 2;  out_i = sum_j f(q'_i . k'_j) v_j / sum_j f(q'_i . k'_j);  causal: j <= i
+    q', k' = q and k divided by a norm, so that |q' . k'| <= 1: then f >= 0 for p = 1 (for p = 2 it is >= 1/2 anywhere)
+    factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi = (1, k', k' x k')
+
+Gerami et al. 2024, https://arxiv.org/abs/2402.07901: abstract read, the authors' released code followed.
+Differs from the paper: tokens are divided by their own norm by default, where the code divides all by the largest of
+the sequence, which shows the future to the past (that is norm="sequence", for bidirectional layers only); of x x x the
+symmetric half is left out; the code's dropout of features is not there.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regard.card import PLAIN, Card, Cost, Paper, register
+from regard.kernels.check import check_inputs
+from regard.kernels.linear_scan import Scan, linear_scan
+from regard.kinds import HeadShape
+from regard.linear._shared import RecurrentMixer, hide, ratio, repeat_heads, widened, with_ones
+
+SEGMENT = 256
+"""Tokens whose D^2 / 2 features exist at once; backward forms them again."""
+
+
+def normalise(
+    x: Float[Tensor, "B H S D"],
+    norm: Literal["token", "sequence", "none"] = "token",
+    *,
+    keep: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H S D"]:
+    """Divide every token by its own norm, or by the largest of its sequence and head; zeros stay zeros."""
+    if norm == "none" or x.shape[2] == 0:
+        return x
+    (x,) = widened(x)
+    sizes = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if norm == "sequence":
+        sizes = hide(sizes, keep).amax(2, keepdim=True)
+    return x / torch.where(sizes == 0, 1.0, sizes)
+
+
+def fast_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    *,
+    order: int = 2,
+    causal: bool = False,
+    keep: Bool[Tensor, "B S"] | None = None,
+    state: Float[Tensor, "B H K V1"] | None = None,
+) -> Scan:
+    """Polynomial attention on q and k as they are (`normalise` comes first), and the moments psi(k)^T [v, 1].
+
+    Hand the moments back in as `state` to go on causally.
+    """
+    check_inputs(q, k, v)
+    if order not in (1, 2):
+        raise ValueError(f"fast: order must be 1 or 2 (got {order})")
+    q, k, v = widened(q, k, v)
+    k, v = repeat_heads(k, q.shape[1]), with_ones(repeat_heads(v, q.shape[1]))
+
+    def psi(k: Tensor, kept: Tensor | None) -> Tensor:
+        return hide(monomials(k, order), kept)
+
+    def scan(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, state: Tensor | None) -> Scan:
+        return linear_scan(taylor(q, order), psi(k, kept), v, state=state)
+
+    def moments(k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
+        return psi(k, kept).mT @ v
+
+    outs: list[Tensor] = []
+    for part in segments(k.shape[2]):
+        kept = None if keep is None else keep[:, part]
+        if causal:
+            out, state = lean(scan, q[:, :, part], k[:, :, part], v[:, :, part], kept, state, length=k.shape[2])
+            outs.append(out)
+        else:
+            added = lean(moments, k[:, :, part], v[:, :, part], kept, length=k.shape[2])
+            state = added if state is None else state + added
+    assert state is not None  # there is at least one part
+    if not causal:
+        for part in segments(q.shape[2]):
+            outs.append(lean(lambda q, m: taylor(q, order) @ m, q[:, :, part], state, length=q.shape[2]))
+    return Scan(ratio(torch.cat(outs, 2)), state)
+
+
+def segments(length: int) -> list[slice]:
+    """The tokens in parts; one empty part where there are none."""
+    return [slice(n, n + SEGMENT) for n in range(0, max(1, length), SEGMENT)]
+
+
+def lean(f: Callable[..., Any], *given: Tensor | None, length: int) -> Any:
+    """f(*given), forgetting what it computed on the way where the sequence has more than one part."""
+    if torch.is_grad_enabled() and length > SEGMENT:
+        return checkpoint(f, *given, use_reentrant=False, preserve_rng_state=False)
+    return f(*given)
+
+
+def monomials(x: Float[Tensor, "B H T D"], order: int) -> Float[Tensor, "B H T K"]:
+    """psi: 1, x_a, and x_a x_b for a <= b."""
+    parts = [x.new_ones(*x.shape[:3], 1), x]
+    if order == 2:
+        a, b = torch.triu_indices(x.shape[3], x.shape[3], device=x.device)
+        parts.append(x[..., a] * x[..., b])
+    return torch.cat(parts, -1)
+
+
+def taylor(x: Float[Tensor, "B H T D"], order: int) -> Float[Tensor, "B H T K"]:
+    """phi: the monomials times their share in f. x_a x_b stands for x_b x_a too, so only squares are halved."""
+    D = x.shape[3]
+    share = x.new_ones(1 + D)
+    if order == 2:
+        a, b = torch.triu_indices(D, D, device=x.device)
+        share = torch.cat([share, torch.where(a == b, 0.5, 1.0).to(x.dtype)])
+    return monomials(x, order) * share
+
+
+class FastState(NamedTuple):
+    """All the past leaves behind."""
+
+    moments: Float[Tensor, "B H K V1"]
+
+
+class FastAttention(RecurrentMixer):
+    """Multi-head polynomial attention.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, causal, bias, context_dim: as of `HeadMixer`.
+        order: p; cost and state grow as D^(p+1).
+        norm: what queries and keys are divided by.
+    """
+
+    supports = frozenset({"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        context_dim: int | None = None,
+        order: int = 2,
+        norm: Literal["token", "sequence", "none"] = "token",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if order not in (1, 2):
+            raise ValueError(f"fast: order must be 1 or 2 (got {order})")
+        if norm not in ("token", "sequence", "none"):
+            raise ValueError(f"fast: unknown norm {norm!r}; expected 'token', 'sequence' or 'none'")
+        if causal and norm == "sequence":
+            raise ValueError("fast: norm='sequence' shows later tokens to earlier ones; use norm='token' when causal")
+        super().__init__(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            causal=causal,
+            bias=bias,
+            context_dim=context_dim,
+            device=device,
+            dtype=dtype,
+        )
+        self.order, self.norm = order, norm
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: FastState | None
+    ) -> tuple[Tensor, FastState]:
+        (v,) = widened(v)
+        q, k = normalise(q, self.norm).to(v.dtype), normalise(k, self.norm, keep=keep).to(v.dtype)
+        past = None if state is None else state.moments
+        out, moments = fast_attention(q, k, v, order=self.order, causal=self.causal, keep=keep, state=past)
+        return out, FastState(moments)
+
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> FastState:
+        D = self.head_dim
+        K = 1 + D + (D * (D + 1) // 2 if self.order == 2 else 0)
+        return FastState(torch.zeros(batch_size, self.num_heads, K, D + 1, device=device, dtype=dtype))
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    order: int = 2,
+    norm: Literal["token", "sequence", "none"] = "token",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> FastAttention:
+    return FastAttention(
+        shape.dim,
+        shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        causal=causal,
+        order=order,
+        norm=norm,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="fast",
+        family="linear",
+        gist="exp(q . k) cut to a polynomial of order 1 or 2, factorised into moments (Fastmax)",
+        equation="out_i = sum_j f(q'_i . k'_j) v_j / sum_j f(q'_i . k'_j);  f(s) = 1 + s + s^2 / 2,  q', k' of norm 1",
+        paper=Paper(
+            "FAST: Factorizable Attention for Speeding up Transformers",
+            "Gerami, Hoover, Dulepet, Duraiswami",
+            2024,
+            "2402.07901",
+            "abstract; official code",
+        ),
+        build=_build,
+        supports=FastAttention.supports,
+        traits=PLAIN,
+        cost=Cost("B*H*(T + S)*D**(order + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
+        claim="equals the explicit polynomial attention matrix, in time linear in T: tests/linear/test_fast.py",
+        differs=(
+            "queries and keys are divided by their own norm; the code's norm, the largest of the sequence, leaks the "
+            "future and is an option for bidirectional layers",
+            "the symmetric half of the products x_a x_b is left out; no dropout of features",
+        ),
+        verified="third-party",
+    )
+)

@@ -1,0 +1,181 @@
+"""Latte: queries choose among latents, latents choose among keys; both choices are softmaxes.
+
+    a = x W_q, b = x W_k   (L latents a head: they are the columns of W_q and W_k)
+    y_t = sum_l p(l|t) sum_s p(s|l) v_s,   p(l|t) = softmax_l(a_tl),   p(s|l) = softmax_s(b_sl),   s <= t when causal
+
+The causal form has one denominator for each latent and time. With A_tl = log sum_{s<=t} exp(b_sl) it is a recurrence on
+averages of values, one decay for each latent and time, in which nothing exceeds 1:
+
+    C_tl = exp(A_{t-1,l} - A_tl) C_{t-1,l} + exp(b_tl - A_tl) v_t,     y_t = sum_l p(l|t) C_tl
+
+Dolga et al. 2024, https://arxiv.org/abs/2402.17512: abstract read, the authors' released code, in its stable forms,
+followed.
+Differs from the paper: the recurrence carries averages and log-sums, not sums and a running maximum. Equal in value.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kernels.linear_scan import linear_scan
+from regard.kinds import HeadShape
+from regard.linear._shared import RecurrentMixer, widened
+from regard.normalizers.softmax import softmax
+
+
+class LatteState(NamedTuple):
+    """All the past leaves behind: what each latent holds."""
+
+    averages: Float[Tensor, "B H L V"]
+    log_sums: Float[Tensor, "B H L"]
+    """-inf before the first token."""
+
+
+def latte_attention(
+    a: Float[Tensor, "B H T L"],
+    b: Float[Tensor, "B H S L"],
+    v: Float[Tensor, "B H S V"],
+    *,
+    keep: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T V"]:
+    """Every query sees every key through the latents. Without any real key the output is 0."""
+    _check(a, b, v)
+    a, b, v = widened(a, b, v)
+    return a.softmax(-1) @ (softmax(b.mT, None if keep is None else keep[:, None, None]) @ v)
+
+
+def causal_latte_attention(
+    a: Float[Tensor, "B H T L"],
+    b: Float[Tensor, "B H T L"],
+    v: Float[Tensor, "B H T V"],
+    *,
+    keep: Bool[Tensor, "B T"] | None = None,
+    state: LatteState | None = None,
+) -> tuple[Float[Tensor, "B H T V"], LatteState]:
+    """No query sees a later key. Hand `state` back in to go on with a sequence."""
+    _check(a, b, v)
+    if a.shape != b.shape:
+        raise ValueError(f"latte: the causal form has as many queries as keys (got {a.shape[2]} and {b.shape[2]})")
+    a, b, v = widened(a, b, v)
+    past = b.new_full((*b.shape[:2], 1, b.shape[3]), -torch.inf) if state is None else state.log_sums.unsqueeze(2)
+    if keep is not None:
+        b = b.masked_fill(~keep[:, None, :, None], -torch.inf)
+    log_sums = torch.cat([past, b], 2).logcumsumexp(2)
+    earlier, now = log_sums[:, :, :-1], log_sums[:, :, 1:]
+    started = now > -torch.inf  # before the first real key nothing is held, so nothing decays
+    safe = torch.where(started, now, 0.0)
+    decay = torch.where(earlier > -torch.inf, earlier, safe) - safe
+    out, averages = linear_scan(
+        a.softmax(-1), (b - safe).exp(), v, decay, state=None if state is None else state.averages
+    )
+    return out, LatteState(averages, log_sums[:, :, -1].clone())
+
+
+def _check(a: Tensor, b: Tensor, v: Tensor) -> None:
+    if a.dim() != 4 or b.dim() != 4 or v.dim() != 4 or a.shape[:2] != b.shape[:2] or b.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            "latte: a must be (batch, heads, queries, L), b (batch, heads, keys, L), v (batch, heads, keys, V) (got "
+            f"{tuple(a.shape)}, {tuple(b.shape)}, {tuple(v.shape)})"
+        )
+    if a.shape[3] != b.shape[3]:
+        raise ValueError(f"latte: queries have {a.shape[3]} latents and keys {b.shape[3]}; they must match")
+
+
+class Latte(RecurrentMixer):
+    """Multi-head latent attention.
+
+    Args:
+        dim, num_heads, head_dim, causal, bias: as of `HeadMixer`; `head_dim` is the width of the values.
+        num_latents: L, the latents of each head; default head_dim.
+    """
+
+    supports = frozenset({"causal", "bidirectional", "padding", "streaming", "compile"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        num_latents: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_latents is not None and num_latents < 1:
+            raise ValueError(f"latte: num_latents must be at least 1 (got {num_latents})")
+        super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias, device=device, dtype=dtype)
+        self.num_latents = self.head_dim if num_latents is None else num_latents
+        self.q_proj, self.k_proj = (
+            nn.Linear(dim, num_heads * self.num_latents, bias=bias, device=device, dtype=dtype) for _ in "qk"
+        )
+
+    def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        projected = (self.q_proj(x), self.k_proj(source), self.v_proj(source))
+        a, b, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in projected)
+        return a, b, v
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: LatteState | None
+    ) -> tuple[Tensor, LatteState | None]:
+        if self.causal:
+            return causal_latte_attention(q, k, v, keep=keep, state=state)
+        return latte_attention(q, k, v, keep=keep), None
+
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LatteState:
+        shape = (batch_size, self.num_heads, self.num_latents)
+        return LatteState(
+            torch.zeros(*shape, self.head_dim, device=device, dtype=dtype),
+            torch.full(shape, -torch.inf, device=device, dtype=dtype),
+        )
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    num_latents: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Latte:
+    if shape.num_kv_heads != shape.num_heads:
+        raise ValueError(f"latte: needs num_kv_heads == num_heads (got {shape.num_kv_heads} and {shape.num_heads})")
+    return Latte(
+        shape.dim,
+        shape.num_heads,
+        head_dim=shape.head_dim,
+        causal=causal,
+        num_latents=num_latents,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="latte",
+        family="linear",
+        gist="queries attend to a few latents, latents to the keys; causal with one denominator a latent",
+        equation="y_t = sum_l p(l|t) sum_s p(s|l) v_s;  p(l|t) = softmax_l(x_t w_l),  p(s|l) = softmax_s(x_s u_l)",
+        paper=Paper(
+            "Latte: Latent Attention for Linear Time Transformers",
+            "Dolga et al.",
+            2024,
+            "2402.17512",
+            "abstract; official code",
+        ),
+        build=_build,
+        supports=Latte.supports,
+        traits=frozenset(
+            {"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"}
+        ),
+        cost=Cost("2*B*H*(T + S)*L*D", "H*L*(D + 1)"),
+        claim="weights are a row-stochastic matrix of rank <= L, constant state: tests/linear/test_latte.py",
+        differs=("the recurrence carries averages and log-sums instead of sums and a running maximum; equal in value",),
+        example={"num_latents": 5},
+    )
+)

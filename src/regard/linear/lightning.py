@@ -1,0 +1,189 @@
+"""Lightning attention (TransNormerLLM): causal linear attention that forgets exponentially, normalised by its size.
+
+    q, k <- silu(q), silu(k);   q_t <- [q_t cos(t theta), q_t sin(t theta)], k likewise              (LRPE)
+    o_t = sum_{u<=t} exp(-s_h (t - u)) (q_t . k_u) v_u
+    y_t = W_o (u_t * o_t / sqrt(mean(o_t^2) + eps)),  o_t all heads side by side, u = x W_u
+    s_h = 2^(-8h/H) (1 - depth + 1e-5) for head h = 1 .. H where H is a power of two, as ALiBi's slopes otherwise
+
+There is neither a softmax, nor a denominator, nor 1 / sqrt(D). Streaming: S <- exp(-s_h) S + k^T v, o = q S.
+
+Qin et al. 2023, https://arxiv.org/abs/2307.14995: abstract read, the authors' released layer and kernel followed.
+Differs from the paper: the gate's activation is an option (the released weights have none).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kernels.check import check_inputs
+from regard.kernels.linear_scan import Scan, linear_scan
+from regard.kinds import HeadShape
+from regard.linear._shared import RecurrentMixer, hide, repeat_heads, widened
+from regard.positions.alibi import alibi_slopes
+
+GATES = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def lightning_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T V"],
+    rates: Float[Tensor, "H"],
+    *,
+    keep: Bool[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> Scan:
+    """The core: sum_{u<=t} exp(-rates (t - u)) (q_t . k_u) v_u. Hidden tokens add nothing, but time goes on."""
+    check_inputs(q, k, v)
+    q, k, v = widened(q, k, v)
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(hide(v, keep), q.shape[1])
+    return linear_scan(q, k, v, -rates.to(q.dtype), state=state)
+
+
+def lrpe(x: Float[Tensor, "B H T D"], theta: Float[Tensor, "H 1 D"], first: int = 0) -> Float[Tensor, "B H T D2"]:
+    """[x cos(t theta), x sin(t theta)], t = first, first + 1, ..: products depend on t - u only."""
+    (x,) = widened(x)
+    t = torch.arange(first, first + x.shape[2], device=x.device, dtype=x.dtype)
+    angle = t[:, None] * theta.to(x.dtype)
+    return torch.cat([x * angle.cos(), x * angle.sin()], -1)
+
+
+class LightningState(NamedTuple):
+    """All the past leaves behind: one matrix a head, and how many tokens there were."""
+
+    kv: Float[Tensor, "B H K V"]
+    length: int
+
+
+class LightningAttention(RecurrentMixer):
+    """The TransNormerLLM token mixer.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, bias: as of `HeadMixer`.
+        depth: l / (L - 1) of layer l of L: the first layer forgets fastest, the last hardly at all.
+        position: "lrpe" rotates queries and keys, with learned angles; "none" leaves it to the decay.
+        gate: what the gate u goes through.
+        eps: of the root mean square.
+    """
+
+    supports = frozenset({"causal", "padding", "gqa", "streaming", "compile"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        depth: float = 0.0,
+        position: Literal["lrpe", "none"] = "lrpe",
+        gate: Literal["identity", "silu", "sigmoid"] = "identity",
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"lightning: depth must lie in [0, 1], layer / (layers - 1) (got {depth})")
+        if position not in ("lrpe", "none"):
+            raise ValueError(f"lightning: unknown position {position!r}; expected 'lrpe' or 'none'")
+        if gate not in GATES:
+            raise ValueError(f"lightning: unknown gate {gate!r}; expected one of {', '.join(GATES)}")
+        super().__init__(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            causal=True,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        D = self.head_dim
+        self.gate, self.eps = gate, eps
+        self.rates = tuple(s * (1 - depth + 1e-5) for s in alibi_slopes(num_heads, dtype=torch.float64).tolist())
+        self.gate_proj = nn.Linear(dim, num_heads * D, bias=bias, device=device, dtype=dtype)
+        angles = torch.empty(num_heads, 1, D, device=device, dtype=dtype)
+        self.theta: nn.Parameter | None = nn.Parameter(angles) if position == "lrpe" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """theta_hd = 10000^(-2 (h D + d) / (H D)); the projections reset themselves."""
+        if self.theta is not None:
+            H, D = self.num_heads, self.head_dim
+            at = torch.arange(H * D, device=self.theta.device, dtype=torch.float32)
+            with torch.no_grad():
+                self.theta.copy_((10000.0 ** (-2 * at / (H * D))).view(H, 1, D))
+
+    def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate travels beside the queries, with which it shares the token."""
+        q, k, v = super().split(x, source)
+        gate = self.gate_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return torch.cat([q, gate], -1), k, v
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: LightningState | None
+    ) -> tuple[Tensor, LightningState]:
+        q, k, v = widened(q, k, v)
+        q, gate = q.chunk(2, -1)
+        q, k, v = F.silu(q), repeat_heads(F.silu(k), self.num_heads), repeat_heads(v, self.num_heads)
+        kv, first = (None, 0) if state is None else state
+        if self.theta is not None:
+            q, k = lrpe(q, self.theta, first), lrpe(k, self.theta, first)
+        rates = torch.tensor(self.rates, device=q.device, dtype=q.dtype)
+        out, kv = lightning_attention(q, k, v, rates, keep=keep, state=kv)
+        out = out * torch.rsqrt(out.square().mean((1, 3), keepdim=True) + self.eps)
+        return out * GATES[self.gate](gate), LightningState(kv, first + k.shape[2])
+
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LightningState:
+        K = self.head_dim * (1 if self.theta is None else 2)
+        return LightningState(torch.zeros(batch_size, self.num_heads, K, self.head_dim, device=device, dtype=dtype), 0)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    depth: float = 0.0,
+    position: Literal["lrpe", "none"] = "lrpe",
+    gate: Literal["identity", "silu", "sigmoid"] = "identity",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LightningAttention:
+    if not causal:
+        raise ValueError("lightning: is not bidirectional, its decay looks back only; build it with causal=True")
+    return LightningAttention(
+        shape.dim,
+        shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        depth=depth,
+        position=position,
+        gate=gate,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="lightning",
+        family="linear",
+        gist="linear attention with exponential decay, learned rotations, a norm and a gate",
+        equation="o_t = sum_{u<=t} exp(-s_h (t-u)) (q_t . k_u) v_u;  y = W_o (u * o / rms(o))",
+        paper=Paper(
+            "Scaling TransNormer to 175 Billion Parameters", "Qin et al.", 2023, "2307.14995", "abstract; official code"
+        ),
+        build=_build,
+        supports=LightningAttention.supports,
+        traits=frozenset({"shift_invariant"}),
+        cost=Cost("4*B*H*T*D*(2*D + 64)", "2*H*D*D"),
+        claim="constant state, the tiled form is exact: tests/linear/test_lightning.py; `python -m benchmarks.linear`",
+        differs=("the gate's activation is an option; the released weights have none",),
+        verified="third-party",
+    )
+)

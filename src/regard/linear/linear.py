@@ -1,0 +1,98 @@
+"""Linear attention: a feature map in place of the softmax kernel, so that one sum over keys serves all queries.
+
+    out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   phi(x) = elu(x) + 1,   j <= i when causal
+    streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) . z)
+
+Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236 (ICML 2020): abstract read.
+Differs from the paper: no constant is added to the denominator; it is a sum of positive terms.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.card import PLAIN, Card, Cost, Paper, register
+from regard.kernels.check import check_inputs
+from regard.kernels.linear_scan import Scan
+from regard.kinds import HeadShape
+from regard.linear._shared import RecurrentMixer, feature_attention, hide, repeat_heads, widened
+
+
+def linear_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    *,
+    causal: bool = False,
+    keep: Bool[Tensor, "B S"] | None = None,
+    state: Float[Tensor, "B H D V1"] | None = None,
+) -> Scan:
+    """Outputs, and the sums over keys: phi(k)^T [v, 1]. Hand them back in as `state` to go on causally."""
+    check_inputs(q, k, v)
+    q, k, v = widened(q, k, v)
+    phi_k = repeat_heads(hide(F.elu(k) + 1, keep), q.shape[1])
+    return feature_attention(F.elu(q) + 1, phi_k, repeat_heads(v, q.shape[1]), causal=causal, state=state)
+
+
+class LinearState(NamedTuple):
+    """All the past leaves behind. Its size does not grow."""
+
+    sums: Float[Tensor, "B H D V1"]
+    """sum_j phi(k_j)^T [v_j, 1]."""
+
+
+class LinearAttention(RecurrentMixer):
+    """Multi-head linear attention with phi = elu + 1; arguments as of `HeadMixer`."""
+
+    supports = frozenset({"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"})
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: LinearState | None
+    ) -> tuple[Tensor, LinearState]:
+        past = None if state is None else state.sums
+        out, sums = linear_attention(q, k, v, causal=self.causal, keep=keep, state=past)
+        return out, LinearState(sums)
+
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LinearState:
+        D = self.head_dim
+        return LinearState(torch.zeros(batch_size, self.num_heads, D, D + 1, device=device, dtype=dtype))
+
+
+def _build(
+    shape: HeadShape, *, causal: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LinearAttention:
+    return LinearAttention(
+        shape.dim,
+        shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        causal=causal,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="linear",
+        family="linear",
+        gist="phi(q) . phi(k) in place of exp(q . k), phi = elu + 1: an RNN with a matrix state",
+        equation="out_i = phi(q_i) S / (phi(q_i) . z);  S = sum_j phi(k_j)^T v_j,  z = sum_j phi(k_j)",
+        paper=Paper(
+            "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+            "Katharopoulos et al.",
+            2020,
+            "2006.16236",
+            "abstract",
+        ),
+        build=_build,
+        supports=LinearAttention.supports,
+        traits=PLAIN,
+        cost=Cost("2*B*H*(T + S)*D*D", "H*D*(D + 1)"),
+        claim="time linear in T, constant state: tests/linear/test_linear.py, `python -m benchmarks.linear`",
+        differs=("no constant is added to the denominator",),
+    )
+)

@@ -1,0 +1,244 @@
+"""Nystrom attention: m landmarks, the means of segments of tokens, stand for all queries and keys.
+
+    qt, kt = means of q and k over m segments,  s = 1 / sqrt(D)
+    F = softmax(s q kt^T),   A = softmax(s qt kt^T),   Bm = softmax(s qt k^T)
+    out = F Z (Bm v) + conv(v),   Z ~ pinv(A):  Z_0 = A^T / c,  Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4
+    conv: depthwise over positions, one kernel a head
+
+Xiong et al. 2021, "Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention",
+https://arxiv.org/abs/2102.03902 (AAAI 2021): abstract read, the authors' and the transformers library's code followed.
+Differs from the paper: segments hold real tokens only and, where m does not divide their number, differ in length by
+one; no more than m tokens are attended to exactly, as in the released code where m = T; c belongs to each matrix.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kernels.check import check_inputs
+from regard.kinds import HeadShape
+from regard.layer import HeadMixer
+from regard.linear._shared import repeat_heads
+from regard.normalizers.softmax import softmax
+
+Coefficient = Literal["exact", "original"]
+
+
+def segment_means(
+    length: int, num_landmarks: int, keep: Bool[Tensor, "B T"] | None = None, *, like: Tensor
+) -> Float[Tensor, "#B m T"]:
+    """The matrix that takes tokens to landmarks. Rows left over, where there are fewer tokens than landmarks, are 0."""
+    real = like.new_ones(1, length, dtype=torch.bool) if keep is None else keep
+    count = real.sum(1, keepdim=True)
+    used = count.clamp(max=num_landmarks)
+    segment = (real.cumsum(1) - 1) * used // count.clamp(min=1)
+    landmark = torch.arange(min(num_landmarks, length), device=like.device)
+    member = ((segment[:, None] == landmark[:, None]) & real[:, None]).to(like.dtype)
+    return member / member.sum(-1, keepdim=True).clamp(min=1)
+
+
+def pseudo_inverse(
+    a: Float[Tensor, "B H m m"], *, iterations: int = 6, coefficient: Coefficient = "exact"
+) -> Float[Tensor, "B H m m"]:
+    """The iteration for the Moore-Penrose inverse of matrices with rows that sum to 1 (or are 0, with their columns).
+
+    c is the largest column sum: of each matrix ("exact"), or of the whole batch ("original", as first released).
+    """
+    columns = a.sum(-2)
+    largest = columns.amax(-1)[..., None, None] if coefficient == "exact" else columns.amax()
+    z = a.mT / torch.where(largest > 0, largest, 1.0)
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+    return z
+
+
+def landmark_values(
+    q_marks: Float[Tensor, "B H m D"],
+    k_marks: Float[Tensor, "B H m D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T V"],
+    *,
+    real: Bool[Tensor, "#B m"] | None = None,
+    keep: Bool[Tensor, "B T"] | None = None,
+    iterations: int = 6,
+    coefficient: Coefficient = "exact",
+) -> Float[Tensor, "B H m V"]:
+    """Z (Bm v), what queries read from each landmark. Queries come scaled; `real` is True at landmarks in use."""
+    a = softmax(q_marks @ k_marks.mT, None if real is None else real[:, None, None])
+    if real is not None:
+        a = a.masked_fill(~real[:, None, :, None], 0)
+    b = softmax(q_marks @ k.mT, None if keep is None else keep[:, None, None])
+    return pseudo_inverse(a, iterations=iterations, coefficient=coefficient) @ (b @ v)
+
+
+def nystrom_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T V"],
+    means: Float[Tensor, "#B m T"],
+    *,
+    keep: Bool[Tensor, "B T"] | None = None,
+    iterations: int = 6,
+    coefficient: Coefficient = "exact",
+) -> Float[Tensor, "B H T V"]:
+    """F Z (Bm v), with landmarks `means @ q` and `means @ k` (`segment_means`). `keep` is True at real tokens."""
+    check_inputs(q, k, v)
+    if not means.shape[-1] == q.shape[2] == k.shape[2]:
+        raise ValueError(
+            f"nystromformer: means over {means.shape[-1]} tokens, {q.shape[2]} queries and {k.shape[2]} keys; "
+            "their numbers must be equal"
+        )
+    wide, m = torch.promote_types(v.dtype, torch.float32), means.shape[1]
+    # The inverse multiplies rounding errors: half precision would drown it, under autocast too.
+    with torch.autocast(q.device.type, enabled=False):
+        query = q.to(wide) * q.shape[-1] ** -0.5
+        key, value = (repeat_heads(z.to(wide), q.shape[1]) for z in (k, v))
+        if keep is not None:
+            query, key, value = (z.masked_fill(~keep[:, None, :, None], 0) for z in (query, key, value))
+        means = means.to(wide)
+        real = means.ne(0).any(-1)
+        q_marks, k_marks, held = (means[:, None] @ z for z in (query, key, value))
+        if keep is not None or q.shape[2] > m:
+            options: dict[str, Any] = {"real": real, "keep": keep, "iterations": iterations, "coefficient": coefficient}
+            inverted = landmark_values(q_marks, k_marks, key, value, **options)
+            # Up to m tokens are their own landmarks: reading them directly is softmax attention.
+            few = None if keep is None else (keep.sum(1) <= m)[:, None, None, None]
+            held = inverted if few is None else torch.where(few, held, inverted)
+        return (softmax(query @ k_marks.mT, real[:, None, None]) @ held).to(v.dtype)
+
+
+class NystromAttention(HeadMixer):
+    """Bidirectional self-attention through landmarks, linear in the number of tokens.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, bias: as of `HeadMixer`.
+        num_landmarks: m.
+        conv_width: K of the depthwise convolution of the values, odd; None leaves it out.
+        iterations: steps towards the pseudo-inverse.
+        coefficient: "exact", or "original", by which the samples of a batch touch each other.
+    """
+
+    supports = frozenset({"bidirectional", "padding", "gqa", "compile"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        num_landmarks: int = 64,
+        conv_width: int | None = 65,
+        iterations: int = 6,
+        coefficient: Coefficient = "exact",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_landmarks < 1 or iterations < 1:
+            raise ValueError(
+                f"nystromformer: num_landmarks and iterations must be at least 1 (got {num_landmarks}, {iterations})"
+            )
+        if conv_width is not None and (conv_width < 1 or conv_width % 2 == 0):
+            raise ValueError(f"nystromformer: conv_width must be odd and at least 1, or None (got {conv_width})")
+        if coefficient not in ("exact", "original"):
+            raise ValueError(f"nystromformer: unknown coefficient {coefficient!r}; expected 'exact' or 'original'")
+        super().__init__(
+            dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.num_landmarks, self.iterations = num_landmarks, iterations
+        self.coefficient: Coefficient = coefficient
+        self.conv = (
+            None
+            if conv_width is None
+            else nn.Conv2d(
+                num_heads,
+                num_heads,
+                (conv_width, 1),
+                padding=(conv_width // 2, 0),
+                groups=num_heads,
+                bias=False,
+                device=device,
+                dtype=dtype,
+            )
+        )
+
+    def mix(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G T D"],
+        v: Float[Tensor, "B G T D"],
+        keep: Bool[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B H T D"]:
+        T = q.shape[2]
+        like = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
+        means = segment_means(T, self.num_landmarks, keep, like=like)
+        out = nystrom_attention(q, k, v, means, keep=keep, iterations=self.iterations, coefficient=self.coefficient)
+        if self.conv is None or T == 0:
+            return out
+        values = repeat_heads(v, self.num_heads)
+        return out + self.conv(values if keep is None else values.masked_fill(~keep[:, None, :, None], 0))
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    num_landmarks: int = 64,
+    conv_width: int | None = 65,
+    iterations: int = 6,
+    coefficient: Coefficient = "exact",
+    bias: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NystromAttention:
+    if causal:
+        raise ValueError("nystromformer: landmarks are means over later tokens too (got causal=True)")
+    return NystromAttention(
+        shape.dim,
+        shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        bias=bias,
+        num_landmarks=num_landmarks,
+        conv_width=conv_width,
+        iterations=iterations,
+        coefficient=coefficient,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="nystromformer",
+        family="linear",
+        gist="Softmax attention approximated from m segment means of queries and keys.",
+        equation="out = softmax(q kt^T) pinv(softmax(qt kt^T)) softmax(qt k^T) v + conv(v)",
+        paper=Paper(
+            "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
+            "Xiong et al.",
+            2021,
+            "2102.03902",
+            "abstract; the authors' and the transformers library's code",
+        ),
+        build=_build,
+        supports=NystromAttention.supports,
+        traits=frozenset({"linear_in_values", "shift_invariant", "head_independent"}),
+        cost=Cost("B*H*(4*T*m*D + (3*iterations + 1)*m**3 + T*conv_width*D)", ""),
+        claim="Linear in length for fixed m; larger m comes nearer to softmax attention: tests/linear/test_nystrom.py.",
+        differs=(
+            "Any length: segments hold real tokens only and differ in length by at most one; the released code needs "
+            "lengths that m divides and averages padding in.",
+            "No more than m tokens are attended to exactly.",
+            "The inverse starts from each matrix's own column sums; coefficient='original' is the released default.",
+        ),
+        verified="third-party",
+        example={"num_landmarks": 4, "conv_width": 3},
+    )
+)

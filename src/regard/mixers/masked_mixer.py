@@ -1,0 +1,256 @@
+"""Masked mixer: tokens mixed by one learned matrix, lower triangular so that no token sees a later one.
+
+    flat      y_t = sum_{s <= t} W_ts x_s + b_t                     the same for every feature; position is in W and b
+    width K   y_tm = sum_{s <= t} sum_j W_tsj x_{s, m + j - (K-1)/2} + b_t
+    expanded  y = W2 gelu(W1 x + b1) + b2                           both triangular
+    heads     y = concat_h(W_h (P_h x) + b_h) O                     a projection and a matrix for each head
+
+Badger 2024, "Masked Mixers for Language Generation and Retrieval", https://arxiv.org/abs/2409.01482: abstract read, the
+author's released code followed.
+Differs from the paper: the triangle is cut out of W where it is used, so that what lies above it has no gradient;
+shorter sequences use the top left of W; norm, residual and feed-forward of a block are left to the model.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard.masks import Mask, full, padding
+from regard.masks import causal as causal_mask
+
+Form = Literal["flat", "expanded", "heads"]
+
+
+class MixerState(NamedTuple):
+    """What each map of the layer was given so far."""
+
+    past: tuple[Float[Tensor, "B H t D"], ...]
+
+
+def masked_mix(
+    x: Float[Tensor, "B H S D"],
+    weight: Float[Tensor, "H N N K"],
+    bias: Float[Tensor, "H N"],
+    *,
+    causal: bool = True,
+    first: int = 0,
+) -> Float[Tensor, "B H T D"]:
+    """Rows `first` .. S - 1 of W x + b; kernels of K taps run along the features."""
+    S, K = x.shape[2], weight.shape[3]
+    weight, bias = weight[:, first:S, :S], bias[:, first:S, None]
+    if causal:
+        # Cut out anew each time: a parameter with zeros in it would still be trained there.
+        later = torch.ones(S - first, S, dtype=torch.bool, device=x.device).triu(first + 1)
+        weight = weight.masked_fill(later[..., None], 0)
+    if K == 1:
+        return weight[..., 0] @ x + bias
+    if first == S:
+        return x[:, :, :0] + bias
+    taps = weight.flatten(0, 1)
+    mixed = F.conv1d(x.flatten(1, 2), taps, padding=K // 2, groups=len(weight))
+    return mixed.unflatten(1, weight.shape[:2]) + bias
+
+
+class TokenMap(nn.Module):
+    """The parameters of one `masked_mix`: W (H, N, N, K) and b (H, N)."""
+
+    def __init__(
+        self,
+        max_length: int,
+        *,
+        num_heads: int = 1,
+        width: int = 1,
+        causal: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        shape = (num_heads, max_length, max_length, width)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's convolutions, whose channels are the tokens here."""
+        _, _, N, K = self.weight.shape
+        for p in self.parameters():
+            nn.init.uniform_(p, -1 / math.sqrt(N * K), 1 / math.sqrt(N * K))
+
+    def forward(self, x: Float[Tensor, "B H S D"], first: int = 0) -> Float[Tensor, "B H T D"]:
+        return masked_mix(x, self.weight, self.bias, causal=self.causal, first=first)
+
+
+class MaskedMixer(nn.Module):
+    """Learned token mixing without queries and keys, for at most `max_length` tokens.
+
+    Args:
+        dim: M.
+        max_length: N; each map has N x N weights.
+        form: "flat" (the paper's main form), "expanded" or "heads".
+        num_heads: of the form "heads"; the others have one matrix for all features.
+        kernel_width: K, odd; more than 1 in the flat form only.
+        causal: False leaves the triangle whole, as in the paper's encoders.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        max_length: int = 512,
+        form: Form = "flat",
+        num_heads: int = 1,
+        kernel_width: int = 1,
+        causal: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if form not in ("flat", "expanded", "heads"):
+            raise ValueError(f"masked_mixer: unknown form {form!r}; expected 'flat', 'expanded' or 'heads'")
+        if max_length < 1 or num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"masked_mixer: max_length must be at least 1 and num_heads divide dim (got {max_length}, {num_heads} "
+                f"and {dim})"
+            )
+        if kernel_width < 1 or kernel_width % 2 == 0 or (kernel_width > 1 and form != "flat"):
+            raise ValueError(
+                f"masked_mixer: kernel_width must be odd, and 1 unless form='flat' (got {kernel_width} for {form!r})"
+            )
+        self.dim, self.max_length, self.form, self.causal = dim, max_length, form, causal
+        self.num_heads = num_heads if form == "heads" else 1
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.maps = nn.ModuleList(
+            TokenMap(max_length, num_heads=self.num_heads, width=kernel_width, causal=causal, **at)
+            for _ in range(2 if form == "expanded" else 1)
+        )
+        self.v_proj = nn.Linear(dim, dim, **at) if form == "heads" else nn.Identity()
+        self.o_proj = nn.Linear(dim, dim, **at) if form == "heads" else nn.Identity()
+
+    def receptive_field(self) -> Mask:
+        return causal_mask() if self.causal else full()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        *,
+        mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """Mix x. `mask` hides tokens from the others; positions count them all the same."""
+        self._check(x, 0)
+        keep = key_padding("masked_mixer", mask, x)
+        x, bad = quarantine(x)
+        hidden = None if keep is None else ~keep[:, None, :, None]
+        y = self._split(x)
+        for n, mixing in enumerate(self.maps):
+            y = y if n == 0 else F.gelu(y)
+            y = mixing(y if hidden is None else y.masked_fill(hidden, 0))
+        field = self.receptive_field()
+        return spoil(self._merge(y), bad, bad, field if keep is None else field & padding(keep))
+
+    def init_state(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MixerState:
+        """The state before the first token. It grows with the tokens seen, up to max_length."""
+        if not self.causal:
+            raise ValueError("masked_mixer: streaming needs causal=True")
+        if not 0 <= capacity <= self.max_length:
+            raise ValueError(f"masked_mixer: capacity must lie in 0 .. max_length {self.max_length} (got {capacity})")
+        shape = (batch_size, self.num_heads, 0, self.dim // self.num_heads)
+        nothing = next(self.parameters()).new_zeros(shape, device=device, dtype=dtype)
+        return MixerState((nothing,) * len(self.maps))
+
+    def step(self, x: Float[Tensor, "B t M"], state: MixerState) -> tuple[Float[Tensor, "B t M"], MixerState]:
+        """The outputs of the next tokens, and the state after them."""
+        if not isinstance(state, MixerState):
+            raise TypeError(f"masked_mixer: state must be the MixerState of init_state (got {type(state).__name__})")
+        first, batch = state.past[0].shape[2], state.past[0].shape[0]
+        self._check(x, first)
+        if batch != x.shape[0]:
+            raise ValueError(f"masked_mixer: x has batch {x.shape[0]} and state {batch}; they must match")
+        y, past = self._split(x), []
+        for n, (before, mixing) in enumerate(zip(state.past, self.maps, strict=True)):
+            y = y if n == 0 else F.gelu(y)
+            past.append(torch.cat([before, y], 2))
+            y = mixing(past[-1], first)
+        return self._merge(y), MixerState(tuple(past))
+
+    def _split(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H T D"]:
+        return self.v_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _merge(self, y: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T M"]:
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _check(self, x: Tensor, before: int) -> None:
+        check_tokens("masked_mixer", "x", x, self.dim)
+        if before + x.shape[1] > self.max_length:
+            raise ValueError(
+                f"masked_mixer: got {before + x.shape[1]} tokens; max_length is {self.max_length}, build it with more"
+            )
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    max_length: int = 512,
+    form: Form = "flat",
+    kernel_width: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> MaskedMixer:
+    if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
+        raise ValueError(
+            f"masked_mixer: has no key heads, and heads of width dim / num_heads (got {shape.num_kv_heads} key heads "
+            f"of width {shape.head_dim} for {shape.num_heads} heads, dim {shape.dim})"
+        )
+    return MaskedMixer(
+        shape.dim,
+        max_length=max_length,
+        form=form,
+        num_heads=shape.num_heads if form == "heads" else 1,
+        kernel_width=kernel_width,
+        causal=causal,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="masked_mixer",
+        family="mixers",
+        gist="One learned lower triangular matrix mixes the tokens, the same for every input.",
+        equation="y_t = sum_{s <= t} W_ts x_s + b_t",
+        paper=Paper(
+            "Masked Mixers for Language Generation and Retrieval",
+            "Badger",
+            2024,
+            "2409.01482",
+            "abstract; the author's code",
+        ),
+        build=_build,
+        supports=frozenset({"causal", "bidirectional", "padding", "streaming", "compile"}),
+        cost=Cost("B*T*T*M", "T*M"),
+        claim="Causal, and what enters can be recovered from what comes out: tests/mixers/test_masked_mixer.py.",
+        differs=(
+            "Above the diagonal weights have no gradient; the author zeroes them in place at each use.",
+            "Shorter sequences use the top left of the matrix; the author's code takes one length only.",
+            "Norm, residual and feed-forward of the author's block belong to the model around it.",
+        ),
+        verified="third-party",
+        example={"max_length": 48, "form": "heads"},
+    )
+)

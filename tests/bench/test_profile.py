@@ -1,0 +1,129 @@
+"""`regard profile`: what a cell measures, growth exponents, limits, and what is refused before anything runs."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regard.bench import profile, profile_page, profile_worker
+from regard.bench.process import Stop
+from regard.bench.profile import Measured, Profile, ProfileError
+
+
+def job(mechanism: str, length: int = 64, **changes: Any) -> dict[str, Any]:
+    settings = {"threads": 1, "device": "cpu"}
+    whole = {"mechanism": mechanism, "length": length, "dim": 24, "heads": 2, "batch": 2, "causal": True, "limit": 8.0}
+    return {**whole, "cell": {"settings": settings}, **changes}
+
+
+def quadratic(job: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    """As if softmax took 2 T^2 and everything else 5 T; beyond 5000 tokens softmax takes too long."""
+    n = job["length"]
+    if job["mechanism"] == "softmax" and n > 5000:
+        return {"failed": "took longer than the limit of 3 seconds"}
+    return {"result": {"values": {"forward": 2e-9 * n**2 if job["mechanism"] == "softmax" else 5e-6 * n}}}
+
+
+def test_lengths_are_read() -> None:
+    assert profile.lengths("1k..8k") == (1024, 2048, 4096, 8192)
+    assert profile.lengths("100, 300,1k") == (100, 300, 1024)
+    assert profile.lengths("100..300") == (100, 200)
+    for wrong in ("4k..1k", "many", "1..2..3", ""):
+        with pytest.raises(ProfileError, match="cannot be read; expected"):
+            profile.lengths(wrong)
+
+
+def test_a_cell(tmp_path: Path) -> None:
+    """All quantities of a streaming mechanism; its state is what the cache says it is."""
+    values = profile_worker.measure(job("softmax"))["values"]
+    assert values.keys() == profile.QUANTITIES.keys()
+    assert all(values[name] > 0 for name in ("forward", "training", "step"))
+    assert values["state_bytes"] == 2 * 2 * 64 * 24 * 4  # batch, k and v, tokens, width, bytes
+    window = profile_worker.measure(job("window(window=8)"))["values"]
+    assert window["state_bytes"] == 2 * 2 * 7 * 24 * 4
+
+
+def test_a_cell_that_does_not_stream() -> None:
+    found = profile_worker.measure(job("etc", causal=False))
+    assert found["reason"] == "does not stream"
+    assert found["values"].keys() == profile.QUANTITIES.keys() - {"step", "state_bytes"}
+
+
+def test_growth_is_that_of_the_longer_half() -> None:
+    cells = [Measured("a", n, {"forward": 1.0 + n**1.5}) for n in (1, 2, 1024, 2048, 4096)]
+    assert profile.growth(cells, "a", "forward") == pytest.approx(1.5, abs=1e-3)
+    assert profile.growth(cells[:1], "a", "forward") is None
+    assert profile.growth(cells, "a", "step") is None
+    assert profile.growth(cells, "b", "forward") is None
+
+
+def test_formulas_grow_as_they_say(tmp_path: Path) -> None:
+    import regard
+
+    config = Profile(("softmax",), out=tmp_path)
+    assert profile.formula_growth(regard.card("softmax"), {}, config) == pytest.approx(2)
+    assert profile.formula_growth(regard.card("window"), {"window": 64}, config) == pytest.approx(1)
+
+
+def test_a_run(tmp_path: Path) -> None:
+    """Every cell is kept at once; a mechanism that ran into the limit is not tried at greater lengths."""
+    config = Profile(("softmax", "alibi"), (2048, 8192, 4096, 1024), limit=3, out=tmp_path)
+    seen: list[Measured] = []
+    cells = profile.run(config, on_cell=seen.append, measure=quadratic)
+    assert seen == cells
+    assert [(c.mechanism, c.length) for c in cells[:3]] == [("softmax", 1024), ("alibi", 1024), ("softmax", 2048)]
+    kept = json.loads((tmp_path / "profile.json").read_text())
+    assert [c["length"] for c in kept["cells"]] == [c.length for c in cells]
+    reasons = {(c.mechanism, c.length): c.reason for c in cells}
+    assert "longer than the limit" in reasons["softmax", 8192]
+    assert profile.growth(cells, "softmax", "forward") == pytest.approx(2)
+    assert profile.growth(cells, "alibi", "forward") == pytest.approx(1)
+    row = [list(column.cells) for column in profile_page.table(cells, config, "forward").columns]
+    assert row[0] == ["softmax", "alibi"]
+    assert row[4] == ["too long", "41 ms"]
+    assert row[5] == ["T^2.00", "T^1.00"]
+    page = profile_page.write(cells, config, tmp_path / "report.html").read_text()
+    assert "softmax at 8192: took longer than the limit" in page
+    assert "http" not in page.split("<body>")[1].split("<script")[0]
+    assert "softmax" in profile_page.plot(cells)
+
+
+def test_left_out_after_the_limit(tmp_path: Path) -> None:
+    config = Profile(("softmax",), (8192, 16384), limit=3, out=tmp_path)
+    cells = profile.run(config, measure=quadratic)
+    assert cells[1].reason == "left out: 8192 tokens took too long"
+
+
+def test_stopped(tmp_path: Path) -> None:
+    config = Profile(("softmax",), (1024, 2048), out=tmp_path)
+    answers = iter([{"result": {"values": {"forward": 1.0}}}, None])
+    assert len(profile.run(config, measure=lambda *a, **k: next(answers))) == 1
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    """The real thing, and its limit: both cells end, one with a reason."""
+    config = Profile(("softmax",), (32,), dim=16, heads=2, limit=100, out=tmp_path)
+    (cell,) = profile.run(config, stop=Stop())
+    assert cell.values["forward"] > 0
+    began = time.monotonic()
+    (late,) = profile.run(Profile(("softmax",), (32,), dim=16, heads=2, limit=0.3, out=tmp_path))
+    assert "longer than the limit of 0.3 seconds" in late.reason
+    assert time.monotonic() - began < 20
+
+
+def test_refusals(tmp_path: Path) -> None:
+    """Before anything runs."""
+    for mechanisms, words in (
+        (("gatv2",), "a GraphMixer has no one length"),
+        (("etc",), "etc cannot be causal"),
+        (("window(size=3)",), "unknown option of 'window' 'size'"),
+        (("softmaxx",), "unknown mechanism 'softmaxx'; did you mean 'softmax'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            profile.run(Profile(mechanisms, out=tmp_path), measure=quadratic)
+    assert not list(tmp_path.iterdir())
+    for wrong in ({"lengths": (8, 8)}, {"dim": 0}, {"limit": 0.0}, {"mechanisms": ()}):
+        with pytest.raises(ProfileError, match="profile: "):
+            Profile(**{"mechanisms": ("softmax",), "out": tmp_path, **wrong})
