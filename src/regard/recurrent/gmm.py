@@ -1,0 +1,154 @@
+"""GMM attention: the weights are a mixture of Gaussians over places, whose means only move forward.
+
+    (w^, d^, s^) = V tanh(W s_t + b)        mu_t = mu_{t-1} + Delta_t
+    alpha_tj = sum_k w_k / Z_k exp(-(j - mu_tk)^2 / (2 sigma_k^2))        c_t = sum_j alpha_tj H_j
+    v0: w = exp(w^), Z = 1, Delta = exp(d^), sigma = sqrt(exp(-s^) / 2)
+    v1: w = softmax(w^), Z = sqrt(2 pi) sigma, Delta = exp(d^), sigma = sqrt(exp(s^))
+    v2: as v1, but Delta = softplus(d^), sigma = softplus(s^)
+
+Battenberg et al. 2019, "Location-Relative Attention Mechanisms For Robust Long-Form Speech Synthesis"
+(https://arxiv.org/abs/1910.10288): abstract read; the equations are those of a public implementation, and the
+numbers of the biased start (Delta = 1, sigma = 10) are from memory. Version v0 is Graves's (https://arxiv.org/abs/1308.0850).
+Differs from the paper: as in that code, 1e-5 is added to every sigma; with padding, places are counted from the first
+real token.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, register
+from regard.kinds import HeadShape
+from regard.recurrent._aligner import single_head
+from regard.recurrent._location import LOCATION_PAPER, LocationAligner
+
+Version = Literal["v0", "v1", "v2"]
+SIGMA = 1e-5
+"""Added to every width, so that none is 0."""
+
+
+def mixture_parameters(
+    raw: Float[Tensor, "B T _"], version: Version
+) -> tuple[Float[Tensor, "B T K"], Float[Tensor, "B T K"], Float[Tensor, "B T K"]]:
+    """Weights w / Z, moves Delta > 0 and widths sigma of the components, in at least fp32."""
+    w, move, width = raw.to(torch.promote_types(raw.dtype, torch.float32)).chunk(3, -1)
+    if version == "v0":
+        return w.exp(), move.exp(), (width.neg().exp() / 2).sqrt() + SIGMA
+    softplus = nn.functional.softplus
+    delta, sigma = (move.exp(), width.exp().sqrt()) if version == "v1" else (softplus(move), softplus(width))
+    sigma = sigma + SIGMA
+    return w.softmax(-1) / (math.sqrt(2 * math.pi) * sigma), delta, sigma
+
+
+def mixture_weights(
+    height: Float[Tensor, "B T K"],
+    mean: Float[Tensor, "B T K"],
+    sigma: Float[Tensor, "B T K"],
+    places: Int[Tensor, "B S"],
+) -> Float[Tensor, "B T S"]:
+    """alpha: the mixture's density at the places."""
+    away = (places[:, None, :, None] - mean[:, :, None]) / sigma[:, :, None]
+    return (torch.exp(-0.5 * away**2) @ height[..., None])[..., 0]
+
+
+class GMMAttention(LocationAligner):
+    """A mixture of Gaussians whose means only move forward; all steps at once.
+
+    Args:
+        dim, context_dim: widths of decoder states and of the context.
+        components: K.
+        hidden: A, of the layer that makes the mixture.
+        version: how its parameters are kept positive: "v0" (Graves), "v1" or "v2"; v1 and v2 are normalised densities.
+        biased: start near Delta = 1 and sigma = 10 (v1, v2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int | None = None,
+        components: int = 5,
+        hidden: int = 128,
+        version: Version = "v2",
+        biased: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, context_dim)
+        if version not in ("v0", "v1", "v2"):
+            raise ValueError(f"GMMAttention: unknown version {version!r}; expected v0, v1 or v2")
+        if biased and version == "v0":
+            raise ValueError("GMMAttention: version 'v0' has no biased start (got biased=True); expected biased=False")
+        if min(components, hidden) < 1:
+            raise ValueError(f"GMMAttention: components and hidden must be at least 1 (got {components}, {hidden})")
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.components, self.version, self.biased = components, version, biased
+        self.hidden = nn.Linear(dim, hidden, **at)
+        self.mixture = nn.Linear(hidden, 3 * components, **at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear layers as ever; a biased start has the moves' and widths' biases such that Delta = 1, sigma = 10."""
+        self.hidden.reset_parameters()
+        self.mixture.reset_parameters()
+        if self.biased:
+            log_of = {"v1": (0.0, math.log(100)), "v2": (math.log(math.e - 1), math.log(math.expm1(10)))}
+            with torch.no_grad():
+                for part, value in zip(self.mixture.bias.chunk(3)[1:], log_of[self.version], strict=True):
+                    part.fill_(value)
+
+    def origin(self, x: Tensor, context: Tensor, keep: Tensor | None) -> Float[Tensor, "B K"]:
+        """All means at place 0."""
+        return x.new_zeros(len(x), self.components, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def advance(
+        self, x: Tensor, context: Tensor, keep: Tensor | None, at: Float[Tensor, "B K"]
+    ) -> tuple[Float[Tensor, "B t S"], Float[Tensor, "B K"]]:
+        """The means are a running sum, so the steps need no loop."""
+        height, delta, sigma = mixture_parameters(self.mixture(torch.tanh(self.hidden(x))), self.version)
+        mean = at[:, None] + delta.cumsum(1)
+        B, S = context.shape[:2]
+        places = torch.arange(S, device=x.device).expand(B, -1) if keep is None else keep.cumsum(1) - 1
+        alpha = mixture_weights(height, mean, sigma, places).to(x.dtype)
+        if keep is not None:
+            alpha = alpha.masked_fill(~keep[:, None], 0)
+        return alpha, (mean[:, -1] if x.shape[1] else at)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    components: int = 5,
+    hidden: int = 128,
+    version: Version = "v2",
+    biased: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> GMMAttention:
+    single_head("gmm_attention", causal)
+    options: dict[str, Any] = {"components": components, "hidden": hidden, "version": version, "biased": biased}
+    return GMMAttention(shape.dim, device=device, dtype=dtype, **options)
+
+
+CARD = register(
+    Card(
+        name="gmm_attention",
+        family="recurrent",
+        gist="Weights are a mixture of Gaussians over places, whose means only move forward.",
+        equation="mu_t = mu_{t-1} + Delta_t > mu_{t-1};  alpha_tj = sum_k w_k/Z_k exp(-(j - mu_tk)^2 / (2 sigma_k^2))",
+        paper=LOCATION_PAPER,
+        build=_build,
+        protocol="CrossMixer",
+        supports=frozenset({"bidirectional", "padding", "compile"}),
+        cost=Cost("B*T*S*components", "components"),
+        claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
+        "tests/recurrent/test_gmm.py.",
+        differs=("With padding, places are counted from the first real token.",),
+        verified="reconstructed",
+        example={"hidden": 8, "components": 3},
+    )
+)

@@ -1,0 +1,137 @@
+"""Pointer network: additive attention over the inputs is itself the output distribution.
+
+    u_ij = v . tanh(W_1 e_j + W_2 d_i)        p(C_i = j) = softmax_j(u_ij)
+
+Vinyals, Fortunato, Jaitly 2015, "Pointer Networks" (https://arxiv.org/abs/1506.03134): abstract, the score as others
+quote it and two public implementations read, the paper's own text not. No context vector is formed: what was pointed at
+is the decoder's next input.
+Differs from the paper: inputs that are hidden, or were pointed at before, can be forbidden before the softmax.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import quarantine, spoil
+from regard.masks import Mask
+from regard.recurrent._aligner import Aligner, single_head
+
+
+def pointer_log_probs(
+    queries: Float[Tensor, "B T A"],
+    keys: Float[Tensor, "B S A"],
+    score: Float[Tensor, "A"],
+    allowed: Bool[Tensor, "B #T S"] | None = None,
+) -> Float[Tensor, "B T S"]:
+    """log softmax_j(score . tanh(keys_j + queries_i)); -inf where not allowed (everywhere, if nothing is)."""
+    u = torch.tanh(queries[:, :, None] + keys[:, None]) @ score
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    if allowed is None:
+        return u.log_softmax(-1).to(queries.dtype)
+    hidden = ~allowed
+    # The second fill is for rows without any input: their softmax is NaN, and its gradient stops at the first.
+    return u.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, -torch.inf).to(queries.dtype)
+
+
+class PointerAttention(Aligner):
+    """The pointer head alone: decoder states x (B, T, dim) and encoder states (B, S, context_dim) -> (B, T, S).
+
+    Args:
+        dim, context_dim: widths of decoder and encoder states.
+        hidden: A, the width in which they are compared; default dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int | None = None,
+        hidden: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, context_dim)
+        hidden = dim if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"PointerAttention: hidden must be at least 1 (got {hidden})")
+        at: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.k_proj = nn.Linear(self.context_dim, hidden, **at)
+        self.q_proj = nn.Linear(dim, hidden, **at)
+        self.score = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear layers as ever; the score vector to match."""
+        self.k_proj.reset_parameters()
+        self.q_proj.reset_parameters()
+        nn.init.uniform_(self.score, -(len(self.score) ** -0.5), len(self.score) ** -0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        context: Float[Tensor, "B S C"],
+        *,
+        mask: Mask | Bool[Tensor, "B S"] | Bool[Tensor, "B 1 1 S"] | Bool[Tensor, "B T S"] | None = None,
+    ) -> Float[Tensor, "B T S"]:
+        """Log-probabilities of pointing at each token. `mask` hides tokens, for all steps or (B, T, S) for each."""
+        pairs = None
+        if isinstance(mask, Tensor) and mask.dim() == 3:
+            pairs, mask = mask, None
+            if pairs.dtype != torch.bool or pairs.shape != (*x.shape[:2], context.shape[1]):
+                raise ValueError(
+                    f"PointerAttention: mask is {pairs.dtype} {tuple(pairs.shape)}; expected bool (batch, steps, keys)"
+                )
+        context, keep = self.source(x, context, mask)
+        allowed = pairs if keep is None else keep[:, None]
+        x, bad = quarantine(x)
+        context, bad_source = quarantine(context)
+        out = pointer_log_probs(self.q_proj(x), self.k_proj(context), self.score, allowed)
+        if bad is None and bad_source is None:
+            return out
+        if bad_source is not None and pairs is not None:
+            hit = (pairs & bad_source[:, None]).any(-1)
+            bad, bad_source = hit if bad is None else bad | hit, None
+        out = spoil(out, bad, bad_source, None)
+        return out if allowed is None else out.masked_fill(~allowed, -torch.inf)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    hidden: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PointerAttention:
+    single_head("pointer", causal)
+    return PointerAttention(shape.dim, hidden=hidden, device=device, dtype=dtype)
+
+
+CARD = register(
+    Card(
+        name="pointer",
+        family="recurrent",
+        gist="Additive attention over the inputs is the output distribution: it points.",
+        equation="p(i points at j) = softmax_j(v . tanh(W_1 e_j + W_2 d_i))",
+        paper=Paper(
+            "Pointer Networks",
+            "Vinyals, Fortunato, Jaitly",
+            2015,
+            "1506.03134",
+            "abstract; the score as quoted by others",
+        ),
+        build=_build,
+        protocol="Pointer",
+        supports=frozenset({"bidirectional", "padding", "compile"}),
+        traits=frozenset({"position_free"}),
+        cost=Cost("2*B*T*S*hidden", ""),
+        claim="The output vocabulary is the input's length, so one network sorts lists of any length: "
+        "tests/recurrent/test_pointer_network.py trains one.",
+        differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),
+        verified="third-party",
+    )
+)

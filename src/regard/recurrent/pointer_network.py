@@ -1,0 +1,109 @@
+"""The model around the pointer: one LSTM reads the inputs, another points at them one by one.
+
+Vinyals, Fortunato, Jaitly 2015, "Pointer Networks" (https://arxiv.org/abs/1506.03134); what was read is said in
+`regard.recurrent.pointer`. The input that was pointed at is the decoder's next input.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.recurrent._aligner import uniform_
+from regard.recurrent.pointer import PointerAttention, pointer_log_probs
+
+
+class PointerNetwork(nn.Module):
+    """The paper's model: an LSTM reads the inputs, another points at them one by one.
+
+    Args:
+        input_dim: width of one input, e.g. 2 for points in the plane.
+        hidden: width of both LSTMs, and of the embedded inputs.
+        repeats: whether an input may be pointed at twice; False for tours and orderings.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden: int,
+        *,
+        repeats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.input_dim, self.repeats = input_dim, repeats
+        self.embed = nn.Linear(input_dim, hidden, **at)
+        self.start = nn.Parameter(torch.empty(hidden, **at))
+        self.encoder = nn.LSTM(hidden, hidden, batch_first=True, **at)
+        self.decoder = nn.LSTM(hidden, hidden, batch_first=True, **at)
+        self.pointer = PointerAttention(hidden, **at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        uniform_(self, 0.08)
+
+    def forward(self, inputs: Float[Tensor, "B S I"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T S"]:
+        """Log-probabilities of each step's choice, given the choices `targets` before it."""
+        self._check(inputs)
+        S = inputs.shape[1]
+        if targets.dim() != 2 or targets.shape[0] != inputs.shape[0] or targets.dtype != torch.long:
+            raise ValueError(
+                f"PointerNetwork: targets are {targets.dtype} {tuple(targets.shape)}; expected int64 "
+                f"({inputs.shape[0]}, steps)"
+            )
+        embedded = self.embed(inputs)
+        encoded, state = self.encoder(embedded)
+        return self.point(embedded, encoded, state, targets, self._unvisited(targets, S))
+
+    def point(
+        self,
+        embedded: Float[Tensor, "B S M"],
+        encoded: Float[Tensor, "B S M"],
+        state: tuple[Tensor, Tensor],
+        targets: Int[Tensor, "B T"],
+        allowed: Bool[Tensor, "B T S"] | None = None,
+    ) -> Float[Tensor, "B T S"]:
+        """The decoder with its choices given: start, then the embedding of each choice but the last."""
+        chosen = embedded.gather(1, targets[:, :-1, None].expand(-1, -1, embedded.shape[-1]))
+        first = self.start.expand(len(embedded), 1, -1)
+        decoded, _ = self.decoder(torch.cat([first, chosen], 1), state)
+        return self.pointer(decoded, encoded, mask=allowed)
+
+    @torch.no_grad()
+    def decode(self, inputs: Float[Tensor, "B S I"], steps: int | None = None) -> Int[Tensor, "B T"]:
+        """The most probable input at each step, greedily; as many steps as inputs if not said."""
+        self._check(inputs)
+        B, S, _ = inputs.shape
+        steps = S if steps is None else steps
+        if steps < 0 or (steps > S and not self.repeats):
+            raise ValueError(f"PointerNetwork: cannot point {steps} times at {S} inputs without repeats")
+        embedded = self.embed(inputs)
+        encoded, state = self.encoder(embedded)
+        keys = self.pointer.k_proj(encoded)
+        free = torch.ones(B, 1, S, dtype=torch.bool, device=inputs.device)
+        step, tour = self.start.expand(B, 1, -1), []
+        for _ in range(steps):
+            decoded, state = self.decoder(step, state)
+            choice = pointer_log_probs(self.pointer.q_proj(decoded), keys, self.pointer.score, free).argmax(-1)
+            step = embedded.gather(1, choice[..., None].expand(-1, -1, embedded.shape[-1]))
+            if not self.repeats:
+                free = free.scatter(-1, choice[..., None], False)
+            tour.append(choice)
+        return torch.cat(tour, 1) if tour else torch.zeros(B, 0, dtype=torch.long, device=inputs.device)
+
+    def _unvisited(self, targets: Int[Tensor, "B T"], S: int) -> Bool[Tensor, "B T S"] | None:
+        """Which inputs are still free at each step."""
+        if self.repeats:
+            return None
+        chosen = nn.functional.one_hot(targets, S)
+        return chosen.cumsum(1) - chosen == 0
+
+    def _check(self, inputs: Tensor) -> None:
+        if inputs.dim() != 3 or inputs.shape[-1] != self.input_dim or inputs.shape[1] < 1:
+            raise ValueError(
+                f"PointerNetwork: inputs have shape {tuple(inputs.shape)}; "
+                f"expected (batch, at least 1, {self.input_dim})"
+            )

@@ -1,0 +1,182 @@
+"""Stochastically subsampled self-attention: in training every layer leaves most sources out, anew at every step.
+
+    unbiased   all targets attend to the same S / r sources, drawn at random
+    local      target i attends to {pi(m): floor(m / w) = floor(i / w)}, w = S / r, pi a shuffle that moves little
+    else       (in eval, and for the last training steps) dense attention
+
+Hussain, Zaki, Subramanian 2023, "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles"
+(https://arxiv.org/abs/2306.01705): abstract, introduction and figure 3 read; no code is public. Inferred: the local
+shuffle sorts m + spread * w * noise; one draw serves batch and heads; causally, a target attends to those of its
+sources that are not later, and gives 0 if none is. Several passes with subsampling="always" make the self-ensemble.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from regard.attention import attention
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import HeadMixer
+from regard.masks import causal as causal_mask
+from regard.masks import padding
+
+Keep = Bool[Tensor, "B S"] | None
+
+
+def local_shuffle(S: int, spread: float, *, device: torch.device | str | None = None) -> Int[Tensor, "S"]:
+    """A random order in which a source moves by about `spread` places."""
+    return torch.argsort(torch.arange(S, device=device) + spread * torch.randn(S, device=device))
+
+
+def attend_to_some(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    kept: Int[Tensor, "N"],
+    *,
+    causal: bool = False,
+    keep: Keep = None,
+) -> Float[Tensor, "B H T V"]:
+    """Unbiased: all targets attend to the sources `kept`; the others are not computed."""
+    mask = None
+    if causal:
+        T, S = q.shape[2], k.shape[2]
+        mask = (kept <= torch.arange(S - T, S, device=q.device)[:, None])[None, None]
+    if keep is not None:
+        hidden = keep[:, None, None, kept]
+        mask = hidden.expand(-1, -1, q.shape[2], -1) if mask is None else mask & hidden
+    return attention(q, k[:, :, kept], v[:, :, kept], mask=mask)
+
+
+def attend_in_windows(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    order: Int[Tensor, "S"],
+    count: int,
+    *,
+    causal: bool = False,
+    keep: Keep = None,
+) -> Float[Tensor, "B H T V"]:
+    """Local: the n-th of `count` windows of targets attends to the n-th window of the sources in their new order."""
+    B, (T, S) = len(q), (q.shape[2], k.shape[2])
+    s = -(-S // count)
+    count = -(-S // s)  # no window of sources is empty
+    t = -(-T // count)
+
+    def cut(z: Tensor, size: int) -> Tensor:
+        """(B, H, N, D) -> (B * count, H, size, D), the end filled with zeros."""
+        z = pad(z, (0, 0, 0, size * count - z.shape[2])).unflatten(2, (count, size))
+        return z.transpose(1, 2).flatten(0, 1)
+
+    mask = None
+    if causal or keep is not None or s * count > S:
+        real = torch.ones(1, S, dtype=torch.bool, device=q.device) if keep is None else keep
+        mask = pad(real[:, order], (0, s * count - S)).view(-1, count, 1, s)
+        if causal:
+            i = pad(torch.arange(S - T, S, device=q.device), (0, t * count - T)).view(count, t, 1)
+            mask = mask & (pad(order, (0, s * count - S)).view(count, 1, s) <= i)
+        mask = mask.expand(B, count, t, s).flatten(0, 1)[:, None]
+    out = attention(cut(q, t), cut(k[:, :, order], s), cut(v[:, :, order], s), mask=mask)
+    return out.unflatten(0, (B, count)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
+class SubsampledAttention(HeadMixer):
+    """Dense attention whose sources are subsampled in training.
+
+    Args:
+        ratio: r; a layer computes 1 / r of the scores.
+        kind: "local" windows of sources shuffled a little, or "unbiased": the same random sources for all.
+        spread: how far local shuffling moves a source, in windows.
+        subsampling: "training" or "always"; set the attribute to "never" for the dense steps at the end of training.
+        others: as in `regard.layer.HeadMixer`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        ratio: int = 4,
+        kind: Literal["local", "unbiased"] = "local",
+        spread: float = 0.5,
+        subsampling: Literal["training", "always", "never"] = "training",
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, bias=bias, **at)
+        if ratio < 1 or spread < 0:
+            raise ValueError(f"SubsampledAttention: ratio must be at least 1 and spread 0 (got {ratio}, {spread})")
+        if kind not in ("local", "unbiased"):
+            raise ValueError(f"SubsampledAttention: unknown kind {kind!r}; expected local or unbiased")
+        if subsampling not in ("training", "always", "never"):
+            raise ValueError(
+                f"SubsampledAttention: unknown subsampling {subsampling!r}; expected training, always or never"
+            )
+        self.ratio, self.kind, self.spread, self.subsampling = ratio, kind, spread, subsampling
+
+    def mix(
+        self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], keep: Keep
+    ) -> Float[Tensor, "B H T D"]:
+        S, device = k.shape[2], k.device
+        if self.subsampling == "never" or (self.subsampling == "training" and not self.training):
+            masks = ([causal_mask()] if self.causal else []) + ([] if keep is None else [padding(keep)])
+            whole = masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
+            return attention(q, k, v, mask=whole)
+        if self.kind == "unbiased":
+            kept = torch.randperm(S, device=device)[: -(-S // self.ratio)]
+            return attend_to_some(q, k, v, kept, causal=self.causal, keep=keep)
+        order = local_shuffle(S, self.spread * S / self.ratio, device=device)
+        return attend_in_windows(q, k, v, order, self.ratio, causal=self.causal, keep=keep)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    ratio: int = 4,
+    kind: Literal["local", "unbiased"] = "local",
+    spread: float = 0.5,
+    subsampling: Literal["training", "always", "never"] = "training",
+    bias: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SubsampledAttention:
+    sizes: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "causal": causal}
+    options: dict[str, Any] = {"ratio": ratio, "kind": kind, "spread": spread, "subsampling": subsampling, "bias": bias}
+    return SubsampledAttention(shape.dim, shape.num_heads, **sizes, **options, device=device, dtype=dtype)
+
+
+CARD = register(
+    Card(
+        name="ssa",
+        family="training",
+        gist="Training leaves out most sources, anew each step; evaluation is dense.",
+        equation="target i attends to {pi(m): floor(m/w) = floor(i/w)}, w = S/r, pi a random local shuffle",
+        paper=Paper(
+            "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
+            "Hussain, Zaki, Subramanian",
+            2023,
+            "2306.01705",
+            "abstract; introduction; figure 3",
+        ),
+        build=_build,
+        supports=frozenset({"causal", "bidirectional", "cross", "padding", "gqa", "compile"}),
+        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "position_free", "head_independent"}),
+        cost=Cost("2*B*H*T*S*D", ""),
+        claim="A training step computes exactly 1/r of the scores, and a model so trained is as good dense: "
+        "tests/training/test_ssa.py.",
+        differs=("How far the local shuffle moves, causality and the sharing of a draw are inferred.",),
+        verified="reconstructed",
+        exceptions={"L29": "training draws the sources from torch's generator, as dropout does"},
+    )
+)
