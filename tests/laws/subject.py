@@ -117,7 +117,7 @@ def inputs(
         given = card.inputs(HeadShape(dim, num_heads, num_heads, dim // num_heads))
         return tuple(g.to(dtype) if g.is_floating_point() else g for g in given)
     if card.protocol == "FeatureMixer":
-        return (tokens(B, 8 * 8, dim=dim, dtype=dtype).mT.reshape(B, dim, 8, 8),)
+        return (tokens(B, 8 * 8, dim=dim, dtype=dtype).mT.reshape(B, dim, 8, 8).contiguous(),)
     if card.protocol == "GraphMixer":
         source = torch.arange(T)
         edges = torch.cat([torch.stack([source, (source + hop) % T]) for hop in (1, 2, 5)], 1)

@@ -83,7 +83,11 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
             try:
                 got = regard.attention(q, k, v, mask=mask, bias=given, kernel=kernel)
             except ValueError as error:
-                refusals = {"block_sparse": ("none", "no mask"), "window": (case, "how far a query sees|only plain")}
+                refusals = {
+                    "block_sparse": ("none", "no mask"),
+                    "window": (case, "how far a query sees|only plain"),
+                    "neighborhood": (case, "neighborhood"),
+                }
                 when, words = refusals[kernel]
                 assert case == when
                 assert re.search(words, str(error))

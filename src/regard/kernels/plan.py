@@ -8,15 +8,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from regard.kernels import block_sparse, chunked, eager, sdpa, window
+from regard.kernels import block_sparse, chunked, eager, neighborhood, sdpa, window
 from regard.kernels.problem import Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes, sized
 from regard.masks import Mask, causal
 from regard.masks.algebra import Joined, Not
+from regard.masks.neighborhood import Neighborhood
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
     "window": window,
+    "neighborhood": neighborhood,
     "block_sparse": block_sparse,
     "chunked": chunked,
     "eager": eager,
@@ -118,6 +120,10 @@ def _work(p: Problem, name: str) -> tuple[float, str]:
         return 1.8 * min(
             1.0, seen / max(S, 1)
         ) * dense + 3e6, f"queries in blocks of {window.block(keys)}, {seen} keys each"
+    if name == "neighborhood":
+        assert isinstance(p.mask, Neighborhood)
+        share = neighborhood.scored(p.mask) / (T * S)
+        return 3.0 * share * dense + 1e7, f"{share:.1%} of the scores formed, in tiles"
     if name == "block_sparse":
         density = _density(p, T, S)
         # Each block of queries costs a few calls, worth about a million multiply-adds here.

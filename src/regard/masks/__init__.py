@@ -3,6 +3,7 @@
 from regard.masks.algebra import Mask
 from regard.masks.chosen import chosen
 from regard.masks.layout import BlockLayout
+from regard.masks.neighborhood import neighborhood
 from regard.masks.patterns import (
     blocks,
     causal,
@@ -26,6 +27,7 @@ __all__ = [
     "documents",
     "full",
     "global_tokens",
+    "neighborhood",
     "nothing",
     "packed",
     "padding",

@@ -1,0 +1,222 @@
+"""HaloNet: blocks of queries attend to their block and a halo around it.
+
+    z = <q_ij, k_uw> / sqrt(D) + <q_ij, R_y[u - i]> + <q_ij, R_x[w - j]>        y_ij = softmax_uw(z) v_uw
+
+Query (i, j) of a block of b x b meets the keys (u, w), 0 <= u, w < W = b + 2h, of the slab that the block and a halo of
+h on every side make up; R_y and R_x hold one vector for each of the 2W - 1 differences, shared by heads. Queries may be
+taken at every s-th pixel only, which makes the output coarser.
+
+Vaswani et al. 2021, https://arxiv.org/abs/2103.12731: abstract read, timm's and lucidrains' code followed.
+Differs from the paper: whether keys beyond the border count is an option (`padding`): as zeros, so that their score is
+the position term alone, as timm has it, or not at all.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.attention import attention
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.vision.maps import check_map
+
+Tables = tuple[Float[Tensor, "offsets D"], Float[Tensor, "offsets D"]]
+"""R_y and R_x: vectors of the differences -(W - 1) .. W - 1."""
+
+
+def halo_attention(
+    q: Float[Tensor, "B H y x D"],
+    k: Float[Tensor, "B H Y X D"],
+    v: Float[Tensor, "B H Y X V"],
+    *,
+    block: int,
+    halo: int,
+    tables: Tables | None = None,
+    padding: Literal["zeros", "masked"] = "zeros",
+    distances: Literal["pixels", "steps"] = "pixels",
+    scale_positions: bool = False,
+) -> Float[Tensor, "B H y x V"]:
+    """Attention of each block of queries to its own keys and those within `halo` of it.
+
+    q may be coarser than k by a whole stride that divides `block`. `distances` tells how a strided query counts: in
+    pixels of the map, or, as timm does, by its number within the block. `scale_positions` divides the position terms by
+    sqrt(D) too.
+    """
+    B, H, Y, X, D = k.shape
+    stride = Y // q.shape[2]
+    W, b = block + 2 * halo, block // stride
+    down, across = Y // block, X // block
+
+    def slabs(z: Tensor) -> Float[Tensor, "blocks H keys d"]:
+        padded = F.pad(z, (0, 0, halo, halo, halo, halo))
+        views = padded.unfold(2, W, block).unfold(3, W, block)
+        return views.permute(0, 2, 3, 1, 5, 6, 4).reshape(B * down * across, H, W * W, -1)
+
+    tiles = q.reshape(B, H, down, b, across, b, D).permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, H, b, b, D)
+    bias = None if tables is None else _position_terms(tiles, tables, W, stride if distances == "pixels" else 1)
+    if bias is not None and scale_positions:
+        bias = bias * D**-0.5
+    mask = None
+    if padding == "masked" and halo:
+        seen = _inside(Y, block, halo, k.device)[:, None, :, None] & _inside(X, block, halo, k.device)[None, :, None]
+        mask = seen.expand(B, -1, -1, -1, -1).reshape(-1, 1, 1, W * W).expand(-1, -1, b * b, -1)
+    out = attention(tiles.flatten(2, 3), slabs(k), slabs(v), mask=mask, bias=bias)
+    return out.view(B, down, across, H, b, b, -1).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, down * b, across * b, -1)
+
+
+def _position_terms(
+    q: Float[Tensor, "blocks H b b D"], tables: Tables, W: int, step: int
+) -> Float[Tensor, "blocks H queries keys"]:
+    i, u = torch.arange(q.shape[2], device=q.device) * step, torch.arange(W, device=q.device)
+    at = u - i[:, None] + W - 1
+    vertical = torch.einsum("nhijd,iud->nhiju", q, tables[0][at])
+    horizontal = torch.einsum("nhijd,jwd->nhijw", q, tables[1][at])
+    return (vertical[..., None] + horizontal[..., None, :]).flatten(4).flatten(2, 3)
+
+
+def _inside(size: int, block: int, halo: int, device: torch.device) -> Bool[Tensor, "blocks W"]:
+    """Which places of each block's slab lie on the map."""
+    starts = torch.arange(0, size, block, device=device)[:, None] - halo
+    at = starts + torch.arange(block + 2 * halo, device=device)
+    return (at >= 0) & (at < size)
+
+
+class HaloAttention(nn.Module):
+    """`halo_attention` with 1x1 projections. There is no output projection, as the bottleneck around it has one.
+
+    Args:
+        dim: M. Values are dim / num_heads wide.
+        num_heads: H.
+        head_dim: D, width of queries and keys; default dim / num_heads.
+        block: b, which must divide the map's height and width.
+        halo: h.
+        stride: s, which divides the block; the output is Y / s by X / s.
+        padding, distances, scale_positions: as for `halo_attention`.
+        bias: whether the projections have one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        block: int = 8,
+        halo: int = 3,
+        stride: int = 1,
+        padding: Literal["zeros", "masked"] = "zeros",
+        distances: Literal["pixels", "steps"] = "pixels",
+        scale_positions: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"HaloAttention: dim {dim} is not a multiple of num_heads {num_heads}")
+        if block < 1 or halo < 0 or stride < 1 or block % stride:
+            raise ValueError(
+                f"HaloAttention: block is {block}, halo {halo}, stride {stride}; expected block >= 1, halo >= 0 and a "
+                "stride that divides the block"
+            )
+        if padding not in ("zeros", "masked"):
+            raise ValueError(f"HaloAttention: padding is {padding!r}; expected 'zeros' or 'masked'")
+        if distances not in ("pixels", "steps"):
+            raise ValueError(f"HaloAttention: distances is {distances!r}; expected 'pixels' or 'steps'")
+        D = dim // num_heads if head_dim is None else head_dim
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, D
+        self.block, self.halo, self.stride = block, halo, stride
+        self.padding, self.distances, self.scale_positions = padding, distances, scale_positions
+        self.q_proj = nn.Conv2d(dim, num_heads * D, 1, bias=bias, **at)
+        self.k_proj = nn.Conv2d(dim, num_heads * D, 1, bias=bias, **at)
+        self.v_proj = nn.Conv2d(dim, dim, 1, bias=bias, **at)
+        offsets = 2 * (block + 2 * halo) - 1
+        self.height_table = nn.Parameter(torch.empty(offsets, D, **at))
+        self.width_table = nn.Parameter(torch.empty(offsets, D, **at))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As timm: truncated normals of variance 1 / fan in, and 1 / D for the tables."""
+        for conv in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.trunc_normal_(conv.weight, std=self.dim**-0.5)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        for table in (self.height_table, self.width_table):
+            nn.init.trunc_normal_(table, std=self.head_dim**-0.5)
+
+    def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M y x"]:
+        check_map("HaloAttention", x, self.dim)
+        if x.shape[2] % self.block or x.shape[3] % self.block:
+            raise ValueError(
+                f"HaloAttention: blocks of {self.block} do not divide a map of {tuple(x.shape[2:])}; expected multiples"
+            )
+        coarse = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
+        projected = (self.q_proj(coarse), self.k_proj(x), self.v_proj(x))
+        q, k, v = (z.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2) for z in projected)
+        out = halo_attention(
+            q,
+            k,
+            v,
+            block=self.block,
+            halo=self.halo,
+            tables=(self.height_table, self.width_table),
+            padding=self.padding,  # type: ignore[arg-type]
+            distances=self.distances,  # type: ignore[arg-type]
+            scale_positions=self.scale_positions,
+        )
+        return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.num_heads}, block={self.block}, halo={self.halo}, stride={self.stride}"
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    block: int = 8,
+    halo: int = 3,
+    padding: Literal["zeros", "masked"] = "zeros",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> HaloAttention:
+    return HaloAttention(
+        shape.dim,
+        shape.num_heads,
+        head_dim=shape.head_dim,
+        block=block,
+        halo=halo,
+        padding=padding,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="halo",
+        family="vision",
+        gist="Blocks of queries attend to their block and a halo around it, by content and position.",
+        equation="softmax over the (block + 2 halo)^2 keys of <q, k> / sqrt(D) + <q, R_y[dy]> + <q, R_x[dx]>",
+        paper=Paper(
+            "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+            "Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens",
+            2021,
+            "2103.12731",
+            "abstract; timm's and lucidrains' code",
+        ),
+        build=_build,
+        protocol="FeatureMixer",
+        supports=frozenset({"bidirectional", "compile"}),
+        cost=Cost("2*B*Y*X*(block + 2*halo)**2*M", ""),
+        claim="The reach grows with the halo while parameters hardly do; with halo 0 it is attention in blocks: "
+        "tests/vision/test_halo.py.",
+        differs=("whether keys beyond the border count, as zeros, is an option; it does by default, as in timm",),
+        verified="third-party",
+        example={"block": 4, "halo": 1},
+    )
+)

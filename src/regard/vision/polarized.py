@@ -1,0 +1,157 @@
+"""Polarized self-attention: one gate for each channel, one for each position, each a full-resolution collapse.
+
+    channel gate:  c = sum_n v_n softmax_n(q)_n               g = sigmoid(LayerNorm(W c))            y = g * x
+    spatial gate:  q = mean_n q'_n;  s_n = softmax_c(q) . v'_n   g_n = sigmoid(s_n)                   y_n = g_n x_n
+    parallel: channel(x) + spatial(x)        sequential: spatial(channel(x))
+
+q is one channel, v, q' and v' have M / 2. The first gate keeps channels and collapses space, the second the reverse.
+
+Liu et al. 2021, https://arxiv.org/abs/2107.00782: abstract, summaries of the formulas and the authors' code were read,
+not the paper's body. Text and code disagree, so there are two forms: "paper" as above, and "code" (DeLightCMU/PSA).
+In "code" the parallel layout has no LayerNorm and s = softmax_n(q . v'_n), whose sigmoid hardly leaves 1/2; the
+sequential one has W = W2 ReLU(LayerNorm(W1 c)) of inner width M / 8 and s_n = q . softmax_n(v'_n).
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.vision.maps import check_map
+
+Score = Literal["channels", "positions", "values"]
+
+
+def channel_pool(q: Float[Tensor, "B 1 N"], v: Float[Tensor, "B C N"]) -> Float[Tensor, "B C"]:
+    """What the channel gate is made of: values averaged over positions with the weights softmax(q)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (v.to(wide) @ q.softmax(-1, dtype=wide).mT)[..., 0].to(v.dtype)
+
+
+def spatial_score(
+    q: Float[Tensor, "B C N"], v: Float[Tensor, "B C N"], *, softmax: Score = "channels"
+) -> Float[Tensor, "B N"]:
+    """What the spatial gate is the sigmoid of.
+
+    The softmax is over the channels of the mean query, over the positions of its products with the values, or over
+    the positions of each value channel.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    query, value = q.to(wide).mean(-1), v.to(wide)
+    if softmax == "channels":
+        query = query.softmax(-1)
+    elif softmax == "values":
+        value = value.softmax(-1)
+    score = (query[:, None] @ value)[:, 0]
+    return (score.softmax(-1) if softmax == "positions" else score).to(v.dtype)
+
+
+class PolarizedAttention(nn.Module):
+    """Both gates on a feature map of any number of axes.
+
+    Args:
+        dim: M, even; for the sequential layout of form "code" a multiple of 8.
+        layout: whether the gated maps are added, or the spatial gate follows the channel gate.
+        form: the formulas of the paper, or those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        layout: Literal["parallel", "sequential"] = "parallel",
+        form: Literal["paper", "code"] = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if layout not in ("parallel", "sequential"):
+            raise ValueError(f"PolarizedAttention: layout is {layout!r}; expected 'parallel' or 'sequential'")
+        if form not in ("paper", "code"):
+            raise ValueError(f"PolarizedAttention: form is {form!r}; expected 'paper' or 'code'")
+        bottleneck = form == "code" and layout == "sequential"
+        if dim % (8 if bottleneck else 2):
+            raise ValueError(f"PolarizedAttention: dim is {dim}; expected a multiple of {8 if bottleneck else 2}")
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        bias = form == "paper"
+        C = dim // 2
+        self.dim, self.layout, self.form = dim, layout, form
+        self.softmax: Score = "channels" if form == "paper" else "values" if bottleneck else "positions"
+        self.channel_query = nn.Conv1d(dim, 1, 1, bias=bias, **at)
+        self.channel_value = nn.Conv1d(dim, C, 1, bias=bias, **at)
+        self.spatial_query = nn.Conv1d(dim, C, 1, bias=bias, **at)
+        self.spatial_value = nn.Conv1d(dim, C, 1, bias=bias, **at)
+        up: list[nn.Module] = [nn.Linear(C, dim, bias=bias, **at)]
+        if form == "paper":
+            up.append(nn.LayerNorm(dim, **at))
+        elif bottleneck:
+            up = [nn.Linear(C, C // 4, **at), nn.LayerNorm(C // 4, **at), nn.ReLU(), nn.Linear(C // 4, dim, **at)]
+        self.up = nn.Sequential(*up)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for conv in (self.channel_query, self.channel_value, self.spatial_query, self.spatial_value):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+    def channel_gate(self, x: Float[Tensor, "B M N"]) -> Float[Tensor, "B M 1"]:
+        """In (0, 1), one for each channel."""
+        return self.up(channel_pool(self.channel_query(x), self.channel_value(x))).sigmoid()[..., None]
+
+    def spatial_gate(self, x: Float[Tensor, "B M N"]) -> Float[Tensor, "B 1 N"]:
+        """In (0, 1), one for each position."""
+        score = spatial_score(self.spatial_query(x), self.spatial_value(x), softmax=self.softmax)
+        return score.sigmoid()[:, None]
+
+    def forward(self, x: Float[Tensor, "B M *sizes"]) -> Float[Tensor, "B M *sizes"]:
+        check_map("PolarizedAttention", x, self.dim, axes=None)
+        z = x.flatten(2)
+        channels = self.channel_gate(z) * z
+        if self.layout == "parallel":
+            out = channels + self.spatial_gate(z) * z
+        else:
+            out = self.spatial_gate(channels) * channels
+        return out.reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, layout={self.layout!r}, form={self.form!r}"
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    layout: Literal["parallel", "sequential"] = "parallel",
+    form: Literal["paper", "code"] = "paper",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PolarizedAttention:
+    return PolarizedAttention(shape.dim, layout=layout, form=form, device=device, dtype=dtype)
+
+
+CARD = register(
+    Card(
+        name="polarized",
+        family="vision",
+        gist="A gate for each channel and a gate for each position, added or one after the other.",
+        equation="parallel: (g_channel(x) + g_spatial(x)) * x;  sequential: g_spatial(z) * z, z = g_channel(x) * x",
+        paper=Paper(
+            "Polarized Self-Attention: Towards High-quality Pixel-wise Regression",
+            "Liu, Liu, Fan, Huang",
+            2021,
+            "2107.00782",
+            "abstract; official and third-party code",
+        ),
+        build=_build,
+        protocol="FeatureMixer",
+        supports=frozenset({"bidirectional", "compile"}),
+        cost=Cost("B*Y*X*M*(2*M + 2)", ""),
+        claim="Both layouts perform nearly the same; cost is linear in pixels: tests/vision/test_polarized.py.",
+        differs=("form=\"code\" is the authors' released module, which differs from the paper's formulas",),
+        verified="third-party",
+    )
+)

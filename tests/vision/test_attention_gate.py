@@ -1,0 +1,107 @@
+"""The attention gate against loops over places, and the authors' numbers (A128)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from laws.subject import close
+from regard.vision import AttentionGate
+from vision.naive_attention_gate import naive_attention_gate, naive_attention_map
+from vision.shared import filled, gradients, leaves, normal, vectors
+
+
+def pointwise(conv: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    return conv.weight.flatten(1), conv.bias
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes", "gating", "options"),
+    [
+        (2, (4, 6), (2, 3), {}),
+        (2, (5, 4), (1, 3), {"align_corners": True}),
+        (2, (4, 3), (2, 2), {"normalize": "softmax", "subsample": (1, 3)}),
+        (2, (2, 2), (1, 1), {}),
+        (3, (2, 4, 2), (1, 2, 1), {"subsample": (2, 2, 1)}),
+    ],
+)
+def test_equals_the_loops(axes: int, sizes: tuple, gating: tuple, options: dict) -> None:
+    layer = filled(AttentionGate(4, gating_dim=3, inner_dim=2, axes=axes, **options))
+    x, g = leaves(normal(1, 2, 4, *sizes), normal(2, 2, 3, *gating))
+    theta, norm = layer.theta.weight, layer.norm
+    p = (theta, *pointwise(layer.phi), *pointwise(layer.psi))
+    variant = {
+        "normalise": options.get("normalize", "sigmoid"),
+        "align_corners": options.get("align_corners", False),
+    }
+    close(layer.coefficients(x, g), naive_attention_map(x, g, *p, **variant))
+    statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    got = layer(x, g)
+    want = naive_attention_gate(x, g, *p, *pointwise(layer.out), statistics, **variant)
+    close(got, want)
+    inputs = [x, g, *layer.parameters()]
+    for ours, theirs in zip(gradients(got, inputs), gradients(want, inputs), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["g2", "g3", "g2soft"])
+def test_gives_the_authors_numbers(case: str) -> None:
+    z = vectors("A128", case)
+    inner, dim = z["p_theta.weight"].shape[:2]
+    layer = AttentionGate(
+        dim,
+        gating_dim=z["g"].shape[1],
+        inner_dim=inner,
+        subsample=tuple(z["sub"].tolist()),
+        axes=len(z["sub"]),
+        normalize="softmax" if case == "g2soft" else "sigmoid",
+    ).double()
+    names = {"W.0": "out", "W.1": "norm"}
+    state = layer.state_dict()
+    for key, value in z.items():
+        if key.startswith("p_"):
+            part, _, kind = key.removeprefix("p_").rpartition(".")
+            state[f"{names.get(part, part)}.{kind}"] = value
+    layer.load_state_dict(state)
+    layer.eval()
+    x, g = leaves(z["x"], z["g"])
+    close(layer.coefficients(x, g), z["att"])
+    out = layer(x, g)
+    close(out, z["out"])
+    for ours, theirs in zip(torch.autograd.grad((out * z["w"]).sum(), (x, g)), (z["gx"], z["gg"]), strict=True):
+        close(ours, theirs)
+
+
+def test_coefficients_lie_between_0_and_1_and_cost_little() -> None:
+    layer = filled(AttentionGate(16))
+    x, g = 10 * normal(1, 2, 16, 9, 7), 10 * normal(2, 2, 16, 4, 3)
+    a = layer.coefficients(x, g)
+    assert a.shape == (2, 1, 9, 7)
+    assert a.min() >= 0
+    assert a.max() <= 1
+    assert a.max() - a.min() > 0.5
+    counts = {"theta": 16 * 8 * 4, "phi": 16 * 8 + 8, "psi": 8 + 1, "out": 16 * 16 + 16, "norm": 2 * 16}
+    assert sum(p.numel() for p in layer.parameters()) == sum(counts.values())
+
+
+def test_a_signal_that_says_nothing_gates_evenly() -> None:
+    layer = filled(AttentionGate(4))
+    torch.nn.init.zeros_(layer.psi.weight)
+    x, g = normal(1, 1, 4, 4, 4), normal(2, 1, 4, 2, 2)
+    a = layer.psi.bias.sigmoid()
+    close(layer(x, g), layer.norm(layer.out(a * x)))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="subsample"):
+        AttentionGate(4, subsample=(2, 2, 2))
+    with pytest.raises(ValueError, match="axes"):
+        AttentionGate(4, axes=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="normalize"):
+        AttentionGate(4, normalize="max")  # type: ignore[arg-type]
+    layer = AttentionGate(4, gating_dim=3).double()
+    with pytest.raises(ValueError, match=r"g has shape .* expected \(batch, 3, Y, X\)"):
+        layer(normal(0, 2, 4, 4, 4), normal(0, 2, 4, 2, 2))
+    with pytest.raises(ValueError, match="same batch"):
+        layer(normal(0, 2, 4, 4, 4), normal(0, 1, 3, 2, 2))
+    with pytest.raises(ValueError, match="at least"):
+        layer(normal(0, 2, 4, 1, 4), normal(0, 2, 3, 2, 2))
