@@ -1,5 +1,6 @@
 """L47: the laws are tested too. Bugs that libraries have shipped are planted; each must be caught."""
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +19,18 @@ from laws import test_reference as reference
 from laws import test_streaming as streaming
 from laws import test_structure as structure
 from laws import test_symmetry as symmetry
+from regard import layer
 from regard.cache import KVCache
-from regard.kernels import block_sparse, chunked, eager, online, plan, problem, sdpa
+from regard.kernels import block_sparse, chunked, eager, online, plan, problem, sdpa, window
+from regard.linear import _shared as linear_shared
 from regard.masks import patterns, tensors
+
+# By name: some packages export functions of the same names as their modules.
+linear_scan = importlib.import_module("regard.kernels.linear_scan")
+performer = importlib.import_module("regard.linear.performer")
+moba = importlib.import_module("regard.routing.moba")
+gatv2 = importlib.import_module("regard.graph.gatv2")
+davit = importlib.import_module("regard.vision.davit")
 
 Patch = pytest.MonkeyPatch
 Laws = list[tuple[Any, ...]]
@@ -294,6 +304,78 @@ def inputs_are_overwritten(patch):
         return real(self, x, *rest)
 
     patch.setattr(regard.Attention, "_project", changed)
+
+
+# --- beyond the pipeline ------------------------------------------------------------------------------------
+
+
+@bug((streaming.test_token_by_token, "linear"))
+def the_past_is_forgotten_between_chunks(patch):
+    real = linear_shared.linear_scan
+    patch.setattr(linear_shared, "linear_scan", lambda *a, state, **options: real(*a, state=None, **options))
+
+
+@bug((structure.test_future_changes_nothing, "linear"))
+def recurrence_sees_the_future(patch):
+    def both_ways(q, k, v, decay=None, *, state=None):
+        whole = k.mT @ v
+        return linear_scan.Scan(q @ whole, whole)
+
+    patch.setattr(linear_shared, "linear_scan", both_ways)
+
+
+@bug((structure.test_prefixes, "performer"))
+def stabiliser_looks_ahead(patch):
+    real = performer.softmax_features
+
+    def changed(x, z, top, eps):
+        return real(x, z, z.amax((-2, -1), keepdim=True), 1e-2)
+
+    patch.setattr(performer, "softmax_features", changed)
+
+
+@bug((masking.test_padding_changes_nothing, "linear"))
+def padding_is_read(patch):
+    patch.setattr(layer, "key_padding", lambda who, mask, x: None)
+
+
+@bug((masking.test_nan_tokens, "linear"))
+def nan_is_hidden(patch):
+    patch.setattr(layer, "spoil", lambda out, *rest: out)
+
+
+@bug((streaming.test_token_by_token, "moba"))
+def chosen_blocks_are_the_neighbours(patch):
+    real = moba.chosen
+    patch.setattr(moba, "chosen", lambda tiles, *rest: real(tiles.roll(1, 2), *rest))
+
+
+@bug((reference.test_kernel_is_the_formula, "window", "window"))
+def window_keys_one_off(patch):
+    real = window._blocks
+    patch.setattr(window, "_blocks", lambda z, first, *rest: real(z, first + 1, *rest))
+
+
+@bug((reference.test_kernel_is_the_formula, "block_sparse", "dense"))
+def mask_inside_blocks_is_lost(patch):
+    real = block_sparse._allowed
+    patch.setattr(block_sparse, "_allowed", lambda *a: torch.ones_like(real(*a)))
+
+
+@bug((structure.test_order_of_nodes_and_edges_is_free, "gatv2"))
+def last_edge_wins(patch):
+    """A scatter that overwrites where it should add."""
+
+    def overwritten(values, target, num_nodes):
+        return values.new_zeros(num_nodes, *values.shape[1:]).index_copy(0, target, values)
+
+    patch.setattr(gatv2, "edge_sum", overwritten)
+
+
+@bug((structure.test_batch_rows_do_not_meet, "davit_channel"))
+def channels_of_the_whole_batch(patch):
+    real = davit.channel_attention
+    patch.setattr(davit, "channel_attention", lambda q, k, v: real(q, k.roll(1, 0), v))
 
 
 @pytest.mark.parametrize("name", list(BUGS))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from regard.kernels import sdpa
 from regard.kernels.problem import Keys, Problem, attend
 from regard.masks import BlockLayout, Mask
+from regard.masks.algebra import And
 
 BLOCK = 128
 SMALLEST = 16
@@ -110,10 +111,13 @@ def _allowed(p: Problem, b: Tensor, h: Tensor, r: Tensor, chosen: Tensor, block:
     (bq, bk), (T, S) = block, (p.q.shape[2], p.k.shape[2])
     i = (r[:, None, None] * bq + torch.arange(bq, device=r.device)[:, None]).clamp(max=T - 1) + S - T
     j = (chosen[:, :, None] * bk + torch.arange(bk, device=r.device)).flatten(1)[:, None]
-    if p.mask is None:
-        return (j < S)[:, None].expand(-1, -1, bq, -1)
-    b, h = (x[:, None, None] % n for x, n in ((b, p.mask.batch), (h, p.mask.heads)))
-    return (p.mask(b, h, i, j.clamp(max=S - 1)) & (j < S))[:, None]
+    allowed = (j < S).expand(-1, bq, -1)
+    for mask in p.mask.parts if isinstance(p.mask, And) else [p.mask]:
+        # What is made of these very blocks allows all of a stored one.
+        if mask is not None and mask.grain != block:
+            row, head = b[:, None, None] % mask.batch, h[:, None, None] % mask.heads
+            allowed = allowed & mask(row, head, i, j.clamp(max=S - 1))
+    return allowed[:, None]
 
 
 def _rows(p: Problem, layout: BlockLayout, blocks: Tensor, full: Tensor) -> Tensor:

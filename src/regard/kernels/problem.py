@@ -160,10 +160,10 @@ def key_range(p: Problem, rows: slice) -> slice:
 
 def dots(q: Float[Tensor, "B H t D"], k: Float[Tensor, "B G s D"]) -> Float[Tensor, "B H t s"]:
     """q . k of each query head with its key head, in at least fp32, without repeating keys."""
-    B, H, t, _ = q.shape
+    B, H, t, D = q.shape
     G = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    return (q.to(wide).reshape(B, G, H // G * t, -1) @ k.to(wide).mT).view(B, H, t, k.shape[2])
+    return (q.to(wide).reshape(B, G, H // G * t, D) @ k.to(wide).mT).view(B, H, t, k.shape[2])
 
 
 def combine(weights: Float[Tensor, "B H t s"], v: Float[Tensor, "B G s V"]) -> Float[Tensor, "B H t V"]:

@@ -24,17 +24,21 @@ class Chosen(Mask):
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
         (B, H, nq, nk), (bq, bk) = self.tiles.shape, self.block
-        t = i - (self.S - self.T)
-        inside = (t >= 0) & (t < self.T) & (j >= 0) & (j < self.S)
+        tiles, t = self.tiles.to(j.device), i - (self.S - self.T)
+        in_row, in_column = (t >= 0) & (t < self.T), (j >= 0) & (j < self.S)
         if nq == 0 or nk == 0:
-            return inside & False
+            return in_row & in_column & False
         row, column = (t // bq).clamp(0, nq - 1), (j // bk).clamp(0, nk - 1)
+        if i.dim() and i.shape[-1] == 1 and j.dim() and (j.dim() < 2 or j.shape[-2] == 1):
+            # Rows against columns, as kernels ask: no index is made for every pair.
+            rows = tiles[b if B > 1 else 0, h if H > 1 else 0, row].squeeze(-2) & in_row
+            return rows.gather(-1, column.expand(*rows.shape[:-1], column.shape[-1])) & in_column
         index = row * nk + column
         if H > 1:
             index = h * (nq * nk) + index
         if B > 1:
             index = b * (H * nq * nk) + index
-        return self.tiles.to(j.device).reshape(-1)[index] & inside
+        return tiles.reshape(-1)[index] & in_row & in_column
 
     def judge(self, tiles: Tiles) -> Verdict:
         (bq, bk), (nq, nk) = self.block, self.tiles.shape[2:]

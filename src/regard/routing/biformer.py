@@ -1,0 +1,175 @@
+"""Bi-level routing: every region of a feature map picks a few regions by their mean features, and its tokens attend
+to all tokens of those.
+
+    q, k, v = x Wq, x Wk, x Wv;   qbar_r, kbar_r = means of q, k over region r (all heads together)
+    I_r = the K largest of qbar_r . kbar_s over s;   keys of r's tokens = all tokens of the regions in I_r
+    out = (softmax(q k^T / sqrt(C)) v + depthwise(v)) Wo          C: the width of all heads together, not of one
+
+The choice has no gradient, is one for all heads, and may leave a region's own tokens out. Zhu et al. 2023, "BiFormer:
+Vision Transformer with Bi-Level Routing Attention" (CVPR 2023, arXiv 2303.08810): the abstract read and the authors'
+released code followed, with its zero padding of x (at the bottom and right, to a multiple of the regions), so that
+padded places hold the projections' biases and take part as keys.
+
+The chosen regions are gathered, and one batched attention runs over all regions: K Y X / S^2 keys a token for S x S
+regions, where K regions are chosen.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.attention import attention
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import head_counts
+from regard.routing._shared import check_int
+
+
+def route_regions(
+    q: Float[Tensor, "B H R n D"], k: Float[Tensor, "B H R n D"], *, topk: int
+) -> Int[Tensor, "B R topk"]:
+    """The regions whose mean keys fit each region's mean query best, over all heads together."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mean_q, mean_k = (z.detach().to(wide).mean(3).transpose(1, 2).flatten(2) for z in (q, k))
+    return (mean_q @ mean_k.mT).topk(topk, sorted=False).indices
+
+
+def region_attention(
+    q: Float[Tensor, "B H R n D"],
+    k: Float[Tensor, "B H R n D"],
+    v: Float[Tensor, "B H R n V"],
+    regions: Int[Tensor, "B R topk"],
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "B H R n V"]:
+    """Every token attends to all tokens of the regions chosen for its own."""
+    B, R = q.shape[0], q.shape[2]
+    row = torch.arange(B, device=q.device)[:, None, None]
+
+    def gathered(z: Tensor) -> Tensor:
+        """(B R, H, topk n, width): what each region has chosen."""
+        chosen = z.transpose(1, 2)[row, regions]  # (B, R, topk, H, n, width)
+        return chosen.transpose(2, 3).flatten(3, 4).flatten(0, 1)
+
+    out = attention(q.transpose(1, 2).flatten(0, 1), gathered(k), gathered(v), scale=scale)
+    return out.unflatten(0, (B, R)).transpose(1, 2)
+
+
+class BiLevelRouting(nn.Module):
+    """Bi-level routing attention over feature maps (B, dim, Y, X).
+
+    Args:
+        dim, num_heads: M and H; the head width is dim / num_heads.
+        regions: S; the map is cut into S x S regions of equal size.
+        topk: K, how many regions each region attends to.
+        kernel: width of the depthwise convolution over the values, odd; 0 leaves it out.
+        bias: whether the four projections have one.
+    """
+
+    supports: frozenset[str] = frozenset({"bidirectional", "compile"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        regions: int = 7,
+        topk: int = 4,
+        kernel: int = 5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _, self.head_dim = head_counts(dim, num_heads, None, None)
+        check_int("BiLevelRouting", "regions", regions)
+        check_int("BiLevelRouting", "topk", topk)
+        check_int("BiLevelRouting", "kernel", kernel, 0)
+        if topk > regions**2:
+            raise ValueError(f"BiLevelRouting: topk must be at most regions^2 = {regions**2}, got {topk}")
+        if kernel and kernel % 2 == 0:
+            raise ValueError(f"BiLevelRouting: kernel must be odd or 0, got {kernel}")
+        self.dim, self.num_heads, self.regions, self.topk, self.kernel = dim, num_heads, regions, topk, kernel
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias, **at) for _ in "qkvo")
+        self.local = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, **at) if kernel else None
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.num_heads}, regions={self.regions}, topk={self.topk}"
+
+    def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
+        """Any Y and X: the map is padded with zeros to a multiple of the regions, and the result cut back."""
+        if x.dim() != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"BiLevelRouting: x must be (batch, {self.dim}, Y, X), got shape {tuple(x.shape)}")
+        Y, X, S = x.shape[2], x.shape[3], self.regions
+        x = F.pad(x, (0, -X % S, 0, -Y % S)).permute(0, 2, 3, 1)
+        v_map = self.v_proj(x)
+        q, k, v = (self._cut(z) for z in (self.q_proj(x), self.k_proj(x), v_map))
+        regions = route_regions(q, k, topk=self.topk)
+        y = self._join(region_attention(q, k, v, regions, scale=1 / math.sqrt(self.dim)), x.shape[1] // S)
+        if self.local is not None:
+            y = y + self.local(v_map.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.o_proj(y)[:, :Y, :X].permute(0, 3, 1, 2).contiguous()
+
+    def _cut(self, z: Float[Tensor, "B Y X M"]) -> Float[Tensor, "B H R n D"]:
+        """Regions row by row, the tokens of each row by row, heads apart."""
+        S = self.regions
+        z = z.unflatten(3, (self.num_heads, -1)).unflatten(2, (S, -1)).unflatten(1, (S, -1))  # (B, S, y, S, x, H, D)
+        return z.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+
+    def _join(self, z: Float[Tensor, "B H R n D"], y: int) -> Float[Tensor, "B Y X M"]:
+        """Back to the map; regions are `y` tokens high."""
+        S = self.regions
+        z = z.unflatten(3, (y, -1)).unflatten(2, (S, S))  # (B, H, S, S, y, x, D)
+        return z.permute(0, 2, 4, 3, 5, 1, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    regions: int = 7,
+    topk: int = 4,
+    kernel: int = 5,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> BiLevelRouting:
+    if causal:
+        raise ValueError("biformer: regions of a map have no order; build it causal=False")
+    if shape.head_dim * shape.num_heads != shape.dim:
+        raise ValueError(f"biformer: head_dim must be dim / num_heads, got {shape.head_dim}")
+    return BiLevelRouting(
+        shape.dim, shape.num_heads, regions=regions, topk=topk, kernel=kernel, device=device, dtype=dtype
+    )
+
+
+CARD = register(
+    Card(
+        name="biformer",
+        family="routing",
+        gist="Each region of a map attends to the few regions whose mean features fit it best.",
+        equation="I[r] = top K of mean(q in r) . mean(k in s); out = softmax(q k^T/sqrt(M)) v over I[r] + depthwise(v)",
+        paper=Paper(
+            "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+            "Zhu et al.",
+            2023,
+            "2303.08810",
+            "abstract; the authors' code",
+        ),
+        build=_build,
+        protocol="FeatureMixer",
+        supports=frozenset({"bidirectional", "compile"}),
+        traits=frozenset({"routed"}),
+        cost=Cost("2*B*M*topk*(Y*X/regions**2)*Y*X + B*M*regions**4", ""),
+        claim=(
+            "Sparsity that depends on the query with dense products alone: tests/routing/test_biformer.py counts the "
+            "keys of a query (16 of 196 for a 14 x 14 map, 7 x 7 regions, 4 chosen); all regions are full attention."
+        ),
+        verified="reconstructed",
+        example={"regions": 3, "topk": 2, "kernel": 3},
+    )
+)

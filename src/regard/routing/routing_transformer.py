@@ -1,0 +1,223 @@
+"""Routing Transformer: online k-means puts the tokens nearest to a centroid together, and attention runs inside.
+
+    x = LN(q), y = LN(k)  (no scale, no bias);   y = x when causal: queries and keys share one projection and one route
+    I_c = the w tokens with the largest x . mu_c,   J_c likewise of y        for each of C centroids of a head
+    o[c, i] = softmax over j in J_c (j <= i when causal) of x_i . y_j, times v_j
+    out_i = mean of o[c, i] over the clusters c with i in I_c
+    training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens nearest to mu_c,  mu_c = S_c / N_c
+
+Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transformers" (arXiv 2003.05997): the abstract
+read and the authors' released code followed. Half of the heads route; the others see a local window.
+
+All clusters are of equal size, so after the gather one batched attention runs them: C w^2 pairs a head instead of T^2,
+T^1.5 for C = w = sqrt(T). A token may be in several clusters, or in none (then the head gives 0).
+
+What it promises about causality: no value, and no gradient, of a later token reaches an earlier output. But tokens of
+the whole sequence compete for the w places of a cluster, so a later token can change which earlier ones a token sees;
+a prefix alone can therefore give other outputs, and it does not stream.
+
+Differs from the authors' code: the mean over clusters is exact (the code divides by the count + 0.01); causality goes
+by position (their order within a cluster, which is the same where queries and keys share a route); no commitment
+loss, so centroids follow the tokens and not the reverse; padded tokens get no place and move no centroid.
+Clusters and the attention inside them stand in `clusters.py`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.attention import attention
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import HeadMixer
+from regard.masks import Mask, padding
+from regard.masks import causal as past
+from regard.masks import window as near
+from regard.routing._shared import check_int
+from regard.routing.clusters import clustered_attention, gathered_tokens, nearest
+
+SMOOTHING = 1e-5
+"""What every cluster's count is raised by, relative to all, so that an empty one divides by something."""
+
+
+class RoutingAttention(HeadMixer):
+    """Self-attention whose last heads route by k-means and whose first `num_local_heads` see a window.
+
+    Args:
+        clusters: C, centroids of each routing head.
+        size: w, tokens in a cluster.
+        num_local_heads: default half of the heads.
+        window: keys that a local head sees to each side, its own included; when causal, back alone.
+        decay: d, of the centroids' moving average, which is taken in training alone.
+    """
+
+    supports = frozenset({"causal", "bidirectional", "padding", "compile"})
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        clusters: int = 16,
+        size: int = 128,
+        num_local_heads: int | None = None,
+        window: int = 128,
+        decay: float = 0.999,
+        head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias, device=device, dtype=dtype)
+        local = num_heads // 2 if num_local_heads is None else num_local_heads
+        for name, n, least in (
+            ("clusters", clusters, 1),
+            ("size", size, 1),
+            ("window", window, 1),
+            ("local", local, 0),
+        ):
+            check_int("RoutingAttention", name.replace("local", "num_local_heads"), n, least)
+        if local >= num_heads:
+            raise ValueError(f"RoutingAttention: num_local_heads must be below num_heads {num_heads}, got {local}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"RoutingAttention: decay must lie in [0, 1], got {decay}")
+        self.clusters, self.size, self.num_local_heads, self.window, self.decay = clusters, size, local, window, decay
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        if causal and local:  # routing heads take their queries for keys
+            self.k_proj = nn.Linear(dim, local * self.head_dim, bias=bias, **at)
+        elif causal:
+            self.register_module("k_proj", None)
+        self.register_buffer("counts", torch.empty(num_heads - local, clusters, **at))
+        self.register_buffer("sums", torch.empty(num_heads - local, clusters, self.head_dim, **at))
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, clusters={self.clusters}, size={self.size}, "
+            f"num_local_heads={self.num_local_heads}, window={self.window}"
+        )
+
+    def reset_parameters(self) -> None:
+        """Random centroids, each of weight 1."""
+        with torch.no_grad():
+            nn.init.ones_(self.counts)
+            self.sums.copy_(F.layer_norm(nn.init.normal_(self.sums), self.sums.shape[-1:]))
+
+    @property
+    def centroids(self) -> Float[Tensor, "H C D"]:
+        """mu = S / N with N smoothed, in at least fp32."""
+        wide = torch.promote_types(self.sums.dtype, torch.float32)
+        counts, total = self.counts.to(wide), self.counts.to(wide).sum(-1, keepdim=True)
+        counts = (counts + SMOOTHING) / (total + self.clusters * SMOOTHING) * total
+        return self.sums.to(wide) / counts[..., None]
+
+    def split(self, x: Float[Tensor, "B T M"], source: Float[Tensor, "B S C"]) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.causal:
+            return super().split(x, source)
+        projections = [p for p in (self.q_proj, self.v_proj, self.k_proj) if p is not None]
+        q, v, *k = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        return q, torch.cat([*k, q[:, self.num_local_heads :]], 1), v
+
+    def mix(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B H T D"],
+        v: Float[Tensor, "B H T D"],
+        keep: Bool[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B H T D"]:
+        L, centroids = self.num_local_heads, self.centroids
+        mask: Mask = near(self.window) & past() if self.causal else near(self.window)
+        mask = mask if keep is None else mask & padding(keep)
+        local = [attention(q[:, :L], k[:, :L], v[:, :L], mask=mask)] if L else []
+        x = _normed(q[:, L:])
+        y = x if self.causal else _normed(k[:, L:])
+        if self.training:
+            for tokens in (x,) if self.causal else (x, y):
+                self._follow(tokens, keep)
+        queries = nearest(x, centroids, size=self.size, keep=keep)
+        keys = queries if self.causal else nearest(y, centroids, size=self.size, keep=keep)
+        routed = clustered_attention(x, y, v[:, L:], queries, keys, causal=self.causal, keep=keep, scale=1.0)
+        return torch.cat([*local, routed], 1)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor, keep: Tensor | None) -> None:
+        """Move the centroids towards the tokens nearest to them."""
+        counts, sums = gathered_tokens(x, self.centroids, keep)
+        self.counts.lerp_(counts.to(self.counts.dtype), 1 - self.decay)
+        self.sums.lerp_(sums.to(self.sums.dtype), 1 - self.decay)
+
+
+def _normed(z: Tensor) -> Tensor:
+    """Layer norm over the head width, statistics in at least fp32."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return F.layer_norm(z.to(wide), z.shape[-1:], eps=1e-6).to(z.dtype)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    clusters: int = 16,
+    size: int = 128,
+    num_local_heads: int | None = None,
+    window: int = 128,
+    decay: float = 0.999,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> RoutingAttention:
+    return RoutingAttention(
+        shape.dim,
+        shape.num_heads,
+        head_dim=shape.head_dim,
+        causal=causal,
+        clusters=clusters,
+        size=size,
+        num_local_heads=num_local_heads,
+        window=window,
+        decay=decay,
+        device=device,
+        dtype=dtype,
+    )
+
+
+_COMPETE = (
+    "tokens of the whole sequence compete for places in a cluster, so later ones can change an earlier one's keys"
+)
+
+CARD = register(
+    Card(
+        name="routing_transformer",
+        family="routing",
+        gist="Online k-means gathers tokens into equal clusters, and attention runs inside each.",
+        equation="out[i] = mean over clusters c with i in I[c] of softmax(LN(q[i]).LN(k[j])) v[j], j in J[c], j <= i",
+        paper=Paper(
+            "Efficient Content-Based Sparse Attention with Routing Transformers",
+            "Roy et al.",
+            2020,
+            "2003.05997",
+            "abstract; the authors' code",
+        ),
+        build=_build,
+        supports=frozenset({"causal", "bidirectional", "padding", "compile"}),
+        traits=frozenset({"routed", "sparse", "linear_in_values"}),
+        exceptions={"L4": _COMPETE, "L6": _COMPETE},
+        cost=Cost("B*H*(T*clusters*D + 2*clusters*size*size*D) + 2*B*H*T*window*D", ""),
+        claim=(
+            "O(T^1.5) in place of O(T^2): tests/routing/test_routing_transformer.py counts the pairs (4096 of 65536 "
+            "for 256 tokens) and shows that one cluster of all tokens is full attention."
+        ),
+        differs=(
+            "The mean over clusters is exact; the authors' code divides by the count + 0.01.",
+            "No commitment loss.",
+            "Padded tokens get no place in a cluster and move no centroid.",
+        ),
+        verified="third-party",
+        example={"clusters": 3, "size": 5, "window": 3},
+    )
+)

@@ -1,0 +1,190 @@
+"""XAttention: blocks of the score matrix are judged by the sums along their antidiagonals, and the best are kept.
+
+    L[m, n] = sum_u q[m s + s-1-u] . k[n s + u] / (sqrt(D) s)    over u = 0 .. s-1, groups of s queries and s keys
+    A = softmax over n of L;   R[I, J] = sum of A over the groups of query block I and key block J
+    kept: key block 0, the diagonal block, then by falling R until their sum is at least tau of row I's
+
+Every query and every key enters once per s x s tile, for 1/s of the price of the scores. Xu et al. 2025, "XAttention:
+Block Sparse Attention with Antidiagonal Scoring" (arXiv 2503.16428): the abstract read and the authors' released code
+followed. Training-free: put it into a layer that was trained with full attention, for prefill.
+
+Differs from the paper's code: query blocks stand on key blocks also where T and S differ by no multiple of the block;
+the rule above also holds for the first chunk of queries (the code keeps one rank more there) and for every batch row
+by itself; without causality no block is forced (the code always keeps key block 0); keys that padding hides do not
+count, nor do their own queries.
+
+A block of queries chooses together, so what an early query of it sees can depend on later queries of the same block,
+though no value of theirs reaches it: it does not stream, and it is for prefill.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.card import Card, Cost, Paper, register
+from regard.kernels.problem import dots
+from regard.kinds import HeadShape, Selector
+from regard.masks import Mask, chosen, full
+from regard.routing._shared import check_int, hides_keys_only, real_keys
+
+PAIRS = 2**24
+"""Pairs of groups scored together."""
+
+
+class Judged(NamedTuple):
+    """Query block I stands on key block I + offset; the first `front` of its places hold no query."""
+
+    mass: Float[Tensor, "B H nq nk"]
+    front: int
+    offset: int
+
+
+def antidiagonal_mass(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    *,
+    block: int,
+    stride: int,
+    causal: bool,
+    real: Bool[Tensor, "#B #G S"] | None = None,
+) -> Judged:
+    """R: the attention that each block of queries is estimated to spend on each block of keys.
+
+    A row sums to the number of query groups in it that count. `real`, True = a real key; where queries and keys are
+    the same tokens (they are taken to be when causal, or as many), its queries count only where their keys are real.
+    """
+    (_, _, T, D), S = q.shape, k.shape[2]
+    front = (S - T) % block if causal else 0
+    offset = (S - T - front) // block if causal else 0
+    q, k = q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
+    query = torch.ones(1, 1, T, dtype=torch.bool, device=q.device)
+    key = torch.ones(1, 1, S, dtype=torch.bool, device=q.device) if real is None else real
+    if real is not None and (causal or T == S):
+        query = F.pad(real[..., max(0, S - T) :], (max(0, T - S), 0), value=True)
+    q, k = q.masked_fill(~query[..., None], 0.0), k.masked_fill(~key[..., None], 0.0)
+    back, tail = -(T + front) % block, -S % block
+    query = F.pad(query, (front, back)).unflatten(2, (-1, stride)).any(3)
+    key = F.pad(key, (0, tail)).unflatten(2, (-1, stride)).any(3)
+    # One dot product of width stride * D per pair of groups: the queries of a group are turned round.
+    turned = F.pad(q, (0, 0, front, back)).unflatten(2, (-1, stride)).flip(3).flatten(3)
+    groups = F.pad(k, (0, 0, 0, tail)).unflatten(2, (-1, stride)).flatten(3)
+    per, column = block // stride, torch.arange(groups.shape[2], device=q.device)
+    step = max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * len(column) * per)) * per
+    masses = []
+    for rows in torch.arange(turned.shape[2], device=q.device).split(step):
+        allowed = key[:, :, None]
+        if causal:
+            allowed = allowed & (column <= rows[:, None] + offset * per)
+        logits = dots(turned[:, :, rows], groups) / (math.sqrt(D) * stride)
+        counts = allowed.any(-1, keepdim=True) & query[:, :, rows, None]
+        weights = logits.masked_fill(~allowed & counts, -math.inf).softmax(-1).masked_fill(~(allowed & counts), 0.0)
+        masses.append(weights.unflatten(3, (-1, per)).sum(4).unflatten(2, (-1, per)).sum(3))
+    return Judged(torch.cat(masses, 2), front, offset)
+
+
+def xattention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    *,
+    block: int = 128,
+    stride: int = 16,
+    threshold: float | tuple[float, ...] = 0.9,
+    mask: Mask | None = None,
+) -> Mask:
+    """The blocks that XAttention keeps; `threshold` is tau, for all heads or for each."""
+    if not hides_keys_only(mask):
+        raise ValueError(f"xattention: mask may hold causality and padding alone (got {mask!r})")
+    T, S, causal = q.shape[2], k.shape[2], mask is not None and mask.is_causal
+    if q.numel() == 0 or k.numel() == 0:
+        return full()
+    R, front, offset = antidiagonal_mass(
+        q, k, block=block, stride=stride, causal=causal, real=real_keys(mask, S, k.device)
+    )
+    column = torch.arange(R.shape[3], device=R.device)
+    past = forced = torch.zeros(R.shape[2:], dtype=torch.bool, device=R.device)
+    if causal:
+        own = torch.arange(R.shape[2], device=R.device)[:, None] + offset
+        past, forced = column <= own, (column == 0) | (column == own)
+    tau = torch.as_tensor(threshold, dtype=R.dtype, device=R.device).reshape(-1, 1, 1)
+    order = R.masked_fill(forced, math.inf).argsort(stable=True, dim=3, descending=True)
+    ranked = R.gather(3, order)
+    # A block is kept if the better ones have not reached tau yet. Where no query counts, nothing is known: all are.
+    enough = (ranked.cumsum(3) - ranked >= tau * R.sum(3, keepdim=True)) & (R.sum(3, keepdim=True) > 0)
+    tiles = forced | ~torch.zeros_like(enough).scatter(3, order, enough)
+    return chosen(tiles & past if causal else tiles, T + front, S, block)
+
+
+class XAttention(Selector):
+    """Keeps the fewest blocks that hold `threshold` of the estimated attention. No parameters.
+
+    Args:
+        block: queries and keys in a block.
+        stride: s, dividing the block; scoring costs 1 / s of the scores.
+        threshold: tau; one number for each head, or one for all.
+    """
+
+    streams = False
+
+    def __init__(self, *, block: int = 128, stride: int = 16, threshold: float | tuple[float, ...] = 0.9) -> None:
+        super().__init__()
+        check_int("XAttention", "block", block)
+        check_int("XAttention", "stride", stride)
+        if block % stride:
+            raise ValueError(f"XAttention: stride must divide the block (got stride {stride}, block {block})")
+        for tau in threshold if isinstance(threshold, tuple) else (threshold,):
+            if not tau > 0:
+                raise ValueError(f"XAttention: threshold must be > 0, got {threshold!r}")
+        self.block, self.stride, self.threshold = block, stride, threshold
+
+    def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
+        return xattention(q, k, block=self.block, stride=self.stride, threshold=self.threshold, mask=mask)
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}, stride={self.stride}, threshold={self.threshold}"
+
+
+def _slots(
+    shape: HeadShape, *, block: int = 128, stride: int = 16, threshold: float | tuple[float, ...] = 0.9
+) -> dict[str, object]:
+    if isinstance(threshold, tuple) and len(threshold) != shape.num_heads:
+        raise ValueError(f"xattention: threshold has {len(threshold)} entries; expected 1 or {shape.num_heads}")
+    return {"selector": XAttention(block=block, stride=stride, threshold=threshold)}
+
+
+_TOGETHER = "a block of queries chooses its keys together, so later queries of the block can change the choice"
+
+CARD = register(
+    Card(
+        name="xattention",
+        family="routing",
+        gist="Keeps the fewest blocks whose antidiagonal sums hold a given share of the attention.",
+        equation="R = block sums of softmax(antidiagonal sums of q.k / (sqrt(D) s)); keep by falling R up to tau",
+        paper=Paper(
+            "XAttention: Block Sparse Attention with Antidiagonal Scoring",
+            "Xu et al.",
+            2025,
+            "2503.16428",
+            "abstract; the authors' code",
+        ),
+        slots=_slots,
+        supports=frozenset({"causal", "bidirectional", "padding", "gqa", "dropout", "compile"}),
+        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"}),
+        exceptions={"L4": _TOGETHER, "L6": _TOGETHER},
+        cost=Cost("B*H*T*S*D/stride + 2*B*H*T*S*D*density", ""),
+        claim=(
+            "Keeps most of the attention in few blocks, without training: tests/routing/test_xattention.py keeps every "
+            "block that holds a strong key at under half of the density; with stride 1 the scores are the exact shares."
+        ),
+        differs=(
+            "Query blocks stand on key blocks for any T and S.",
+            "Every batch row chooses for itself; the first chunk of queries follows the same rule as the others.",
+            "Without causality no key block is forced.",
+        ),
+        verified="third-party",
+        example={"block": 4, "stride": 2, "threshold": 0.6},
+    )
+)

@@ -1,0 +1,116 @@
+"""Bi-level routing against loops over the tokens of a map, full attention, and the block-sparse kernel."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+import regard
+from laws.subject import close
+from regard import masks
+from regard.routing import BiLevelRouting
+from regard.routing.biformer import region_attention, route_regions
+from routing.naive_biformer import naive_biformer
+
+
+def filled(seed: int, dim: int, heads: int, **options) -> BiLevelRouting:
+    layer = BiLevelRouting(dim, heads, dtype=torch.float64, **options)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(0.6 * torch.randn(p.shape, generator=g, dtype=torch.float64))
+    return layer
+
+
+def image(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def oracle(layer: BiLevelRouting, x: Tensor) -> Tensor:
+    p = dict(layer.named_parameters())
+    weight, bias = (torch.cat([p[f"{n}_proj.{kind}"] for n in "qkv"]) for kind in ("weight", "bias"))
+    return naive_biformer(
+        x, weight, bias, p.get("local.weight"), p.get("local.bias"), p["o_proj.weight"], p["o_proj.bias"],
+        regions=layer.regions, topk=layer.topk, heads=layer.num_heads,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("Y", "X", "regions", "topk", "kernel"),
+    [(4, 4, 2, 2, 3), (6, 3, 3, 4, 0), (5, 4, 2, 1, 5), (4, 7, 3, 3, 3), (1, 1, 1, 1, 1)],
+)
+def test_is_the_definition(Y: int, X: int, regions: int, topk: int, kernel: int) -> None:
+    layer = filled(Y + X, 6, 3, regions=regions, topk=topk, kernel=kernel)
+    x = image(regions, 2, 6, Y, X).requires_grad_()
+    got, want = layer(x), oracle(layer, x)
+    close(got, want, "out")
+    g = image(9, 2, 6, Y, X)
+    wanted = [x, *layer.parameters()]
+    for mine, theirs in zip(*(torch.autograd.grad((o * g).sum(), wanted) for o in (got, want)), strict=True):
+        close(mine, theirs, "gradient")
+
+
+def test_all_regions_are_full_attention() -> None:
+    layer, x = filled(1, 8, 2, regions=3, topk=9, kernel=3), image(2, 2, 8, 6, 9)
+    tokens = x.flatten(2).mT
+    q, k, v = (p(tokens).unflatten(-1, (2, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    out = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    local = conv2d(
+        layer.v_proj(tokens).mT.reshape(2, 8, 6, 9), layer.local.weight, layer.local.bias, padding=1, groups=8
+    )
+    close(layer(x), layer.o_proj(out + local.flatten(2).mT).mT.reshape(x.shape))
+
+
+def test_is_what_the_block_sparse_kernel_gives_for_the_chosen_regions() -> None:
+    q, k, v = image(3, 3, 2, 2, 9, 16, 4)
+    chosen = route_regions(q, k, topk=2)
+    tiles = torch.zeros(2, 9, 9, dtype=torch.bool).scatter(2, chosen, True)[:, None]
+    flat = (z.flatten(2, 3) for z in (q, k, v))
+    want = regard.attention(*flat, mask=masks.chosen(tiles, 144, 144, 16), kernel="block_sparse")
+    close(region_attention(q, k, v, chosen).flatten(2, 3), want)
+
+
+def test_a_query_reads_16_of_196_tokens() -> None:
+    """14 x 14 map, 7 x 7 regions, 4 of them chosen."""
+    layer, x = filled(4, 4, 1, regions=7, topk=4, kernel=0), image(5, 1, 4, 14, 14).requires_grad_()
+    for y, z in ((0, 0), (6, 9), (13, 13)):
+        grad = torch.autograd.grad(layer(x)[0, :, y, z].sum(), x)[0][0]
+        read = grad.ne(0).any(0)
+        read[y, z] = False
+        own = x.new_zeros(14, 14, dtype=torch.bool)
+        own[y // 2 * 2 : y // 2 * 2 + 2, z // 2 * 2 : z // 2 * 2 + 2] = True
+        assert int(read.sum()) in (15, 16)
+        assert int((read & own).sum()) in (0, 3)
+        regions = read.unflatten(0, (7, 2)).unflatten(2, (7, 2)).any(3).any(1)
+        assert int(regions.sum()) == 4
+
+
+def test_regions_are_chosen_by_their_means() -> None:
+    """Two kinds of regions: each attends to its own kind alone."""
+    kind = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]).flatten()
+    q = 3 * torch.nn.functional.one_hot(kind, 4).double()[None, None, :, None] + 0.1 * image(6, 1, 1, 9, 5, 4)
+    chosen = route_regions(q, q, topk=4)[0]
+    assert torch.equal(kind[chosen], kind[:, None].expand(-1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"topk": 50}, r"topk must be at most regions\^2 = 49, got 50"),
+        ({"kernel": 4}, "kernel must be odd or 0, got 4"),
+        ({"regions": 0}, "regions must be an int >= 1"),
+        ({"topk": True}, "topk must be an int >= 1"),
+    ],
+)
+def test_refuses_options(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        BiLevelRouting(8, 2, **options)
+
+
+def test_refuses_other_shapes() -> None:
+    layer = filled(0, 8, 2, regions=2, topk=1)
+    for bad in ((2, 8, 5), (2, 7, 4, 4)):
+        with pytest.raises(ValueError, match=r"x must be \(batch, 8, Y, X\)"):
+            layer(image(0, *bad))
+    with pytest.raises(ValueError, match="causal"):
+        regard.create("biformer", dim=8, num_heads=2, causal=True)
