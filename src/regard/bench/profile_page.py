@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from regard import terminal
+from regard.bench.process import Stop
 from regard.bench.profile import QUANTITIES, Measured, Profile, formula_growth, growth
 from regard.models.mixer import parse
 
@@ -91,7 +92,7 @@ def plot(cells: Sequence[Measured], quantity: str = "forward", width: int = 96, 
         if points:
             plotext.plot(*zip(*points, strict=True), label=name, marker=marker)
     plotext.title(f"{SHOWN[quantity]} ({QUANTITIES[quantity]}) by tokens")
-    return str(plotext.build())
+    return str(plotext.uncolorize(plotext.build()))
 
 
 def figure(cells: Sequence[Measured], quantity: str) -> "Figure":
@@ -155,3 +156,35 @@ def _rows(cells: Sequence[Measured], config: Profile, quantity: str) -> str:
     columns = [[escape(str(cell)) for cell in column.cells] for column in made.columns]
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in zip(*columns, strict=True))
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def command(config: Profile) -> int:
+    """`regard profile`: measure with a progress bar, print tables and a plot, write the report. 130 if stopped."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from regard.bench.profile import ProfileError, run
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    stop = Stop()
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
+        count = len(config.mechanisms) * len(config.lengths)
+        task = bar.add_task("measuring", total=count)
+
+        def seen(cell: Measured) -> None:
+            bar.update(task, advance=1, description=terminal.line(f"{cell.mechanism} at {_length(cell.length)}"))
+
+        cells = run(config, on_cell=seen, stop=stop)
+    if not cells:
+        raise ProfileError("profile: stopped before the first cell was measured")
+    for quantity in SHOWN:
+        if any(quantity in cell.values for cell in cells):
+            terminal.show(table(cells, config, quantity), "")
+    if drawn := plot(cells):
+        print(drawn)
+    for reason in reasons(cells):
+        terminal.show(terminal.indented(f"- {reason}"))
+    try:
+        print(terminal.line(f"report: {write(cells, config, config.out / 'report.html')}"))
+    except ModuleNotFoundError as error:
+        print(terminal.line(error))
+    return 128 + stop.number if stop.number else 0

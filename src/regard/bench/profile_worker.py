@@ -60,8 +60,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         out.backward(torch.ones_like(out))
         wait()
 
-    with torch.no_grad():
-        module(small)  # what first calls load, and later ones share
+    module(small.requires_grad_()).sum().backward()  # what first calls load, and later ones share
+    module.zero_grad()
     for name, run in (("forward", forward), ("training", training)):
         if name == "training":
             module.train()
