@@ -29,7 +29,7 @@ from regard.masks import patterns, tensors
 linear_scan = importlib.import_module("regard.kernels.linear_scan")
 performer = importlib.import_module("regard.linear.performer")
 moba = importlib.import_module("regard.routing.moba")
-gatv2 = importlib.import_module("regard.graph.gatv2")
+point_transformer = importlib.import_module("regard.graph.point_transformer")
 davit = importlib.import_module("regard.vision.davit")
 
 Patch = pytest.MonkeyPatch
@@ -362,14 +362,14 @@ def mask_inside_blocks_is_lost(patch):
     patch.setattr(block_sparse, "_allowed", lambda *a: torch.ones_like(real(*a)))
 
 
-@bug((structure.test_order_of_nodes_and_edges_is_free, "gatv2"))
+@bug((structure.test_order_of_nodes_and_edges_is_free, "point_transformer"))
 def last_edge_wins(patch):
     """A scatter that overwrites where it should add."""
 
     def overwritten(values, target, num_nodes):
         return values.new_zeros(num_nodes, *values.shape[1:]).index_copy(0, target, values)
 
-    patch.setattr(gatv2, "edge_sum", overwritten)
+    patch.setattr(point_transformer, "edge_sum", overwritten)
 
 
 @bug((structure.test_batch_rows_do_not_meet, "davit_channel"))

@@ -1,0 +1,1 @@
+"""Attention over the edges of a graph: (nodes (N, M), edge_index (2, E), ...) -> nodes (N, M)."""

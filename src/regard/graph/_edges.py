@@ -1,0 +1,99 @@
+"""What every graph mechanism does with edges: check them, add loops, softmax and sum over a node's incoming ones.
+
+`edge_index[0]` holds the sources j, `edge_index[1]` the targets i (torch_geometric's convention). A pair that appears
+twice counts twice. All is linear in the number of edges; no N x N matrix is ever made.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from regard.kinds import HeadShape
+
+
+def check_edges(who: str, edge_index: Tensor, sources: int, targets: int) -> None:
+    """Raises unless edge_index is an integer tensor (2, E) that names nodes which exist."""
+    if not isinstance(edge_index, Tensor) or edge_index.dtype not in (torch.int32, torch.int64):
+        got = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
+        raise TypeError(f"{who}: edge_index must be an integer tensor (got {got})")
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"{who}: edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
+    # Reading values would break a compiled graph in two; a wrong index then fails in the gather instead.
+    if torch.compiler.is_compiling() or edge_index.is_meta or not edge_index.shape[1]:
+        return
+    (low_source, low_target), (high_source, high_target) = (z.tolist() for z in edge_index.aminmax(dim=1))
+    if low_source < 0 or high_source >= sources or low_target < 0 or high_target >= targets:
+        raise ValueError(
+            f"{who}: edge_index names sources {low_source} to {high_source} and targets {low_target} to {high_target}; "
+            f"expected 0 to {sources - 1} and 0 to {targets - 1}"
+        )
+
+
+def check_nodes(who: str, nodes: Tensor, dim: int) -> None:
+    """Raises unless nodes is (N, dim)."""
+    if nodes.ndim != 2 or nodes.shape[1] != dim:
+        raise ValueError(f"{who}: nodes has shape {tuple(nodes.shape)}; expected (nodes, {dim})")
+
+
+def check_features(who: str, features: Tensor | None, edges: int, width: int | None) -> None:
+    """Raises unless there are as many edge features, of that width, as the layer was built for."""
+    if (features is None) != (width is None):
+        got = "none" if features is None else f"some of shape {tuple(features.shape)}"
+        raise ValueError(f"{who}: edge_features: got {got}; the layer was built with edge_dim={width}")
+    if features is not None and features.shape != (edges, width):
+        raise ValueError(f"{who}: edge_features has shape {tuple(features.shape)}; expected ({edges}, {width})")
+
+
+def refuse(name: str, shape: HeadShape, causal: bool) -> None:
+    """Raises for what no mechanism on graphs can do."""
+    if causal:
+        raise ValueError(f"{name}: a graph has no order of time, direct the edges instead (got causal=True)")
+    if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
+        raise ValueError(
+            f"{name}: needs num_kv_heads == num_heads and head_dim == dim / num_heads (got {shape.num_kv_heads} key "
+            f"heads of width {shape.head_dim} for {shape.num_heads} heads, dim {shape.dim}), no gqa"
+        )
+
+
+def with_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> tuple[Int[Tensor, "2 E+N"], Bool[Tensor, "E+N"]]:
+    """The edges, one loop per node at the end, and which edges count: loops that were there before do not.
+
+    They stay in the list, unused, so that shapes depend on no values and the layer compiles to one graph.
+    """
+    node = torch.arange(num_nodes, device=edge_index.device, dtype=edge_index.dtype)
+    edges = torch.cat([edge_index, node.expand(2, -1)], 1)
+    keep = torch.cat([edge_index[0] != edge_index[1], torch.ones_like(node, dtype=torch.bool)])
+    return edges, keep
+
+
+def edge_sum(values: Float[Tensor, "E *W"], target: Int[Tensor, "E"], num_nodes: int) -> Float[Tensor, "N *W"]:
+    """The sum over the edges into each node; 0 for a node without any."""
+    return values.new_zeros(num_nodes, *values.shape[1:]).index_add(0, target, values)
+
+
+def edge_mean(
+    values: Float[Tensor, "E W"], target: Int[Tensor, "E"], num_nodes: int, keep: Bool[Tensor, "E"]
+) -> Float[Tensor, "N W"]:
+    """The mean over the edges into each node that count; 0 for a node without any."""
+    count = edge_sum(keep.to(values.dtype), target, num_nodes).clamp_min(1)
+    return edge_sum(values.masked_fill(~keep[:, None], 0), target, num_nodes) / count[:, None]
+
+
+def edge_softmax(
+    scores: Float[Tensor, "E *W"],
+    target: Int[Tensor, "E"],
+    num_nodes: int,
+    keep: Bool[Tensor, "E"] | None = None,
+) -> Float[Tensor, "E *W"]:
+    """Weights that sum to 1 over the edges into each node, in at least fp32; 0 for an edge that doesn't count."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if keep is not None:
+        scores = scores.masked_fill(~keep.reshape(-1, *(1,) * (scores.ndim - 1)), -torch.inf)
+    index = target.long().reshape(-1, *(1,) * (scores.ndim - 1)).expand_as(scores)
+    # The largest score only keeps exp in range: the weights do not depend on it, so neither do their gradients.
+    largest = scores.new_full((num_nodes, *scores.shape[1:]), -torch.inf)
+    largest = largest.scatter_reduce(0, index, scores.detach(), "amax")
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    p = (scores - largest[target]).exp()
+    total = edge_sum(p, target, num_nodes)
+    return p / total.masked_fill(total == 0, 1)[target]

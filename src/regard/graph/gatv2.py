@@ -1,0 +1,199 @@
+"""GATv2: graph attention whose ranking of the neighbours depends on the node that asks.
+
+    e_ij = a . LeakyReLU(W_dst h_i + W_src h_j [+ W_edge f_ij])       per head; slope 0.2, no 1/sqrt(D)
+    alpha_ij = softmax over the edges j -> i of e_ij
+    y_i = sum_j alpha_ij W_src h_j                                    time O(E H D); no N x N matrix
+
+Brody, Alon, Yahav 2021, https://arxiv.org/abs/2105.14491: abstract read; the layer follows the authors' code. The first
+GAT has LeakyReLU(a . [W h_i ; W h_j]) instead, monotone in a term of j alone: every node ranks its neighbours alike.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.graph._edges import (
+    check_edges,
+    check_features,
+    check_nodes,
+    edge_mean,
+    edge_softmax,
+    edge_sum,
+    refuse,
+    with_loops,
+)
+from regard.kinds import HeadShape
+
+
+def gatv2(
+    source: Float[Tensor, "S H D"],
+    target: Float[Tensor, "T H D"],
+    a: Float[Tensor, "H D"],
+    edge_index: Int[Tensor, "2 E"],
+    *,
+    edge: Float[Tensor, "E H D"] | None = None,
+    keep: Bool[Tensor, "E"] | None = None,
+    negative_slope: float = 0.2,
+    dropout: float = 0.0,
+) -> Float[Tensor, "T H D"]:
+    """Attention of the targets over the sources that edges lead from.
+
+    Args:
+        source, target: W_src x_j (keys and values at once) and W_dst x_i.
+        edge: W_edge f, added inside the LeakyReLU.
+        keep: False for edges that don't count.
+        dropout: of the weights; the caller says whether this is training.
+    """
+    j, i = edge_index
+    value = source[j]
+    z = value + target[i]
+    if edge is not None:
+        z = z + edge
+    scores = (F.leaky_relu(z, negative_slope) * a).sum(-1)
+    weights = edge_softmax(scores, i, len(target), keep)
+    weights = F.dropout(weights, dropout, dropout > 0)
+    if keep is not None:
+        value = value.masked_fill(~keep[:, None, None], 0)
+    return edge_sum(weights[..., None] * value, i, len(target)).to(source.dtype)
+
+
+class GATv2(nn.Module):
+    """A graph attention layer with dynamic scores.
+
+    Args:
+        dim, num_heads: M and H.
+        head_dim: D; dim / num_heads if not given. With `merge="concat"` outputs have H * D features.
+        edge_dim: width of the edge features, where there are any.
+        merge: "concat" puts the heads side by side, "mean" averages them (outputs then have D features).
+        share_weights: W_src = W_dst.
+        self_loops: replace the loops in edge_index by one per node (its edge feature is the mean of the others').
+        dropout: of the weights, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        edge_dim: int | None = None,
+        merge: str = "concat",
+        share_weights: bool = False,
+        self_loops: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"GATv2: dim {dim} is not a multiple of num_heads {num_heads}; give head_dim")
+        if merge not in ("concat", "mean"):
+            raise ValueError(f"GATv2: unknown merge {merge!r}; expected 'concat' or 'mean'")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"GATv2: dropout must lie in [0, 1] (got {dropout})")
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        self.dim, self.num_heads, self.head_dim, self.edge_dim = dim, num_heads, head_dim, edge_dim
+        self.merge, self.self_loops, self.negative_slope, self.dropout = merge, self_loops, negative_slope, dropout
+        width = num_heads * head_dim
+        self.source_proj = nn.Linear(dim, width, device=device, dtype=dtype)
+        self.target_proj = None if share_weights else nn.Linear(dim, width, device=device, dtype=dtype)
+        self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, False, device=device, dtype=dtype)
+        self.a = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width if merge == "concat" else head_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Glorot's uniform for all weights, zero for all biases."""
+        for proj in (self.source_proj, self.target_proj, self.edge_proj):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+        bound = math.sqrt(6 / (self.num_heads + self.head_dim))
+        nn.init.uniform_(self.a, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        nodes: Float[Tensor, "N M"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_features: Float[Tensor, "E F"] | None = None,
+    ) -> Float[Tensor, "N O"]:
+        N = len(nodes)
+        check_nodes("GATv2", nodes, self.dim)
+        check_edges("GATv2", edge_index, N, N)
+        check_features("GATv2", edge_features, edge_index.shape[1], self.edge_dim)
+        keep = None
+        if self.self_loops:
+            edge_index, keep = with_loops(edge_index, N)
+            if edge_features is not None:
+                old = slice(len(edge_features))
+                loops = edge_mean(edge_features, edge_index[1, old], N, keep[old])
+                edge_features = torch.cat([edge_features, loops])
+        heads = (self.num_heads, self.head_dim)
+        source = self.source_proj(nodes).unflatten(-1, heads)
+        out = gatv2(
+            source,
+            source if self.target_proj is None else self.target_proj(nodes).unflatten(-1, heads),
+            self.a,
+            edge_index,
+            edge=None if self.edge_proj is None else self.edge_proj(edge_features).unflatten(-1, heads),
+            keep=keep,
+            negative_slope=self.negative_slope,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return (out.flatten(1) if self.merge == "concat" else out.mean(1)) + self.bias
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    edge_dim: int | None = None,
+    share_weights: bool = False,
+    self_loops: bool = True,
+    dropout: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> GATv2:
+    refuse("gatv2", shape, causal)
+    return GATv2(
+        shape.dim,
+        shape.num_heads,
+        edge_dim=edge_dim,
+        share_weights=share_weights,
+        self_loops=self_loops,
+        dropout=dropout,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="gatv2",
+        family="graph",
+        gist="Additive graph attention whose ranking of neighbours depends on the asking node.",
+        equation="e_ij = a . LeakyReLU(W_dst h_i + W_src h_j);  y_i = sum_j softmax_j(e_ij) W_src h_j",
+        paper=Paper(
+            "How Attentive are Graph Attention Networks?",
+            "Brody, Alon, Yahav",
+            2021,
+            "2105.14491",
+            "abstract; official code",
+        ),
+        build=_build,
+        protocol="GraphMixer",
+        supports=frozenset({"bidirectional", "dropout", "compile"}),
+        traits=frozenset({"position_free"}),
+        cost=Cost("N*M*H*D*2 + 3*E*H*D", ""),
+        claim="Solves the dictionary lookup that GAT, whose nodes all rank alike, cannot: tests/graph/test_gatv2.py.",
+        differs=("The optional residual projection of libraries is left to the caller.",),
+        verified="third-party",
+    )
+)

@@ -1,0 +1,171 @@
+"""Point Transformer: attention over the neighbours of a point with a weight for every channel.
+
+    delta_ij = theta(p_i - p_j)                        theta, gamma: Linear, ReLU, Linear
+    r_ij = gamma(W_q x_i - W_k x_j + delta_ij)
+    y_i = sum over j of softmax_j(r_ij) * (W_v x_j + delta_ij)      elementwise: each channel has its own softmax
+
+Zhao et al. 2020, https://arxiv.org/abs/2012.09164: abstract read; follows the first author's code base and
+torch_geometric. With `share` = s, gamma gives C / s numbers, and channels c, c + C / s, ... have one weight.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.card import Card, Cost, Paper, register
+from regard.graph._edges import check_edges, check_nodes, edge_softmax, edge_sum, refuse, with_loops
+from regard.kinds import HeadShape
+
+
+def vector_attention(
+    q: Float[Tensor, "T C"],
+    k: Float[Tensor, "S C"],
+    v: Float[Tensor, "S C"],
+    delta: Float[Tensor, "E C"],
+    gamma: nn.Module,
+    edge_index: Int[Tensor, "2 E"],
+    *,
+    keep: Bool[Tensor, "E"] | None = None,
+) -> Float[Tensor, "T C"]:
+    """Attention of the targets over the sources that edges lead from; `keep` is False for edges that don't count.
+
+    gamma maps (E, C) to (E, C), or to fewer columns, which the channels then take in turn.
+    """
+    j, i = edge_index
+    weights = edge_softmax(gamma(q[i] - k[j] + delta), i, len(q), keep)
+    value = v[j] + delta
+    if keep is not None:
+        value = value.masked_fill(~keep[:, None], 0)
+    weights = weights.repeat(1, value.shape[1] // weights.shape[1])
+    return edge_sum(weights * value, i, len(q)).to(q.dtype)
+
+
+def nearest(
+    pos: Float[Tensor, "N P"], k: int, *, cloud: Int[Tensor, "N"] | None = None, rows: int = 1024
+) -> Int[Tensor, "2 N*k"]:
+    """Edges from the k nearest points of its own cloud, itself among them, to every point.
+
+    Raises ValueError where a cloud has fewer than k points. Distances are taken `rows` points at a time.
+    """
+    if k < 1 or k > len(pos):
+        raise ValueError(f"nearest: k must lie in 1 .. {len(pos)}, the number of points (got {k})")
+    found = []
+    for start in range(0, len(pos), rows):
+        distance = torch.cdist(pos[start : start + rows], pos, compute_mode="donot_use_mm_for_euclid_dist")
+        if cloud is not None:
+            distance = distance.masked_fill(cloud[start : start + rows, None] != cloud, torch.inf)
+        near = distance.topk(k, largest=False)
+        if near.values.isinf().any():
+            raise ValueError(f"nearest: a cloud has fewer than {k} points; lower k")
+        found.append(near.indices)
+    source = torch.cat(found)
+    return torch.stack([source, torch.arange(len(pos), device=pos.device)[:, None].expand_as(source)]).flatten(1)
+
+
+class PointTransformer(nn.Module):
+    """A vector attention layer over points.
+
+    Args:
+        dim: M = C, the width of the points' features.
+        pos_dim: how many coordinates a point has.
+        share: s, how many channels share a weight; divides dim.
+        self_loops: replace the loops in edge_index by one per point. Leave it off for edges from `nearest`, which
+            hold every point itself.
+        theta, gamma: modules to use instead of the two MLPs (pos_dim -> dim and dim -> dim / share).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        pos_dim: int = 3,
+        share: int = 1,
+        self_loops: bool = False,
+        bias: bool = False,
+        theta: nn.Module | None = None,
+        gamma: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if share < 1 or dim % share:
+            raise ValueError(f"PointTransformer: share must divide dim {dim} (got {share})")
+        self.dim, self.pos_dim, self.share, self.self_loops = dim, pos_dim, share, self_loops
+        self.q_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
+
+        def mlp(width: int, out: int) -> nn.Module:
+            first, last = (nn.Linear(n, out, device=device, dtype=dtype) for n in (width, out))
+            return nn.Sequential(first, nn.ReLU(), last)
+
+        self.theta = mlp(pos_dim, dim) if theta is None else theta
+        self.gamma = mlp(dim, dim // share) if gamma is None else gamma
+
+    def forward(
+        self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"], pos: Float[Tensor, "N P"]
+    ) -> Float[Tensor, "N M"]:
+        """edge_index: which points j (row 0) each point i (row 1) attends to; pos: where they are."""
+        N = len(nodes)
+        check_nodes("PointTransformer", nodes, self.dim)
+        check_edges("PointTransformer", edge_index, N, N)
+        if pos.shape != (N, self.pos_dim):
+            raise ValueError(f"PointTransformer: pos has shape {tuple(pos.shape)}; expected ({N}, {self.pos_dim})")
+        edges, keep = with_loops(edge_index, N) if self.self_loops else (edge_index, None)
+        j, i = edges
+        delta = self.theta(pos[i] - pos[j])
+        q, k, v = self.q_proj(nodes), self.k_proj(nodes), self.v_proj(nodes)
+        return vector_attention(q, k, v, delta, self.gamma, edges, keep=keep)
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    pos_dim: int = 3,
+    share: int = 1,
+    self_loops: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PointTransformer:
+    refuse("point_transformer", shape, causal)
+    return PointTransformer(shape.dim, pos_dim=pos_dim, share=share, self_loops=self_loops, device=device, dtype=dtype)
+
+
+def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    nodes = torch.randn(12, shape.dim, generator=generator, dtype=torch.float64)
+    pos = torch.rand(12, 3, generator=generator, dtype=torch.float64)
+    return nodes, nearest(pos, 4), pos
+
+
+CARD = register(
+    Card(
+        name="point_transformer",
+        family="graph",
+        gist="Vector attention over near points: every channel has weights of its own.",
+        equation="y_i = sum_j softmax_j(gamma(q_i - k_j + delta_ij)) * (v_j + delta_ij);  delta_ij = theta(p_i - p_j)",
+        paper=Paper(
+            "Point Transformer",
+            "Zhao et al.",
+            2020,
+            "2012.09164",
+            "abstract; code of the first author and of torch_geometric",
+        ),
+        build=_build,
+        protocol="GraphMixer",
+        inputs=_inputs,
+        supports=frozenset({"bidirectional", "compile"}),
+        traits=frozenset({"position_free", "shift_invariant"}),
+        cost=Cost("3*N*M*M + E*M*(M + 2*M/share + pos_dim)", ""),
+        claim=(
+            "70.4% mIoU on S3DIS Area 5, at full size only. In small: channels of one point may look at different "
+            "neighbours, which one weight for all cannot: tests/graph/test_point_transformer.py."
+        ),
+        differs=(
+            "Neighbours come as edges (`nearest` makes them), so clouds may have any sizes.",
+            "The segmentation network's transitions are the host's; its batch norms go in through theta= and gamma=.",
+        ),
+        verified="third-party",
+    )
+)
