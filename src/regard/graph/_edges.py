@@ -55,6 +55,19 @@ def refuse(name: str, shape: HeadShape, causal: bool) -> None:
         )
 
 
+def check_graph(who: str, graph: Tensor | None, num_graphs: int, nodes: Tensor) -> None:
+    """Raises unless graph tells for each node which of the graphs it is in; None will do for one graph."""
+    if graph is None:
+        if num_graphs != 1:
+            raise ValueError(f"{who}: graph must tell which of {num_graphs} graphs each node is in (got None)")
+        return
+    if graph.shape != (len(nodes),) or graph.is_floating_point():
+        got = f"{graph.dtype} {tuple(graph.shape)}"
+        raise ValueError(f"{who}: graph must hold a number for each of {len(nodes)} nodes (got {got})")
+    if not torch.compiler.is_compiling() and bool(((graph < 0) | (graph >= num_graphs)).any()):
+        raise ValueError(f"{who}: graph must lie in 0 .. {num_graphs - 1} (got {graph.unique().tolist()})")
+
+
 def with_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> tuple[Int[Tensor, "2 E+N"], Bool[Tensor, "E+N"]]:
     """The edges, one loop per node at the end, and which edges count: loops that were there before do not.
 

@@ -6,6 +6,7 @@
 Shirzad et al. 2023, https://arxiv.org/abs/2303.06147: the authors' generator "Random-d" followed.
 """
 
+import functools
 import math
 
 import torch
@@ -48,3 +49,19 @@ def expander(num_nodes: int, degree: int = 5, *, seed: int = 0, tries: int = 100
         if gap >= wanted:
             break
     return best
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(num_nodes: int, degree: int, seed: int) -> Int[Tensor, "2 F"]:
+    """`expander`, kept for graphs that come again: its spectrum takes longer than the attention."""
+    return expander(num_nodes, degree, seed=seed)
+
+
+def expander_of_graphs(
+    num_nodes: int, graph: Int[Tensor, "N"] | None, num_graphs: int, *, degree: int, seed: int
+) -> Int[Tensor, "2 F"]:
+    """An expander for each graph of a batch, or for all nodes where `graph` is None."""
+    if graph is None:
+        return _drawn(num_nodes, degree, seed)
+    members = [(graph == g).nonzero()[:, 0].cpu() for g in range(num_graphs)]
+    return torch.cat([own[_drawn(len(own), degree, seed)] for own in members], 1)

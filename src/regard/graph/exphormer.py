@@ -9,7 +9,6 @@ Shirzad et al. 2023, https://arxiv.org/abs/2303.06147: abstract read; follows th
 N, and their spectral gap stays open, so that a few layers mix the whole graph.
 """
 
-import functools
 import math
 
 import torch
@@ -17,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.card import Card, Cost, Paper, register
-from regard.graph._edges import check_edges, check_features, check_nodes, edge_sum, refuse
-from regard.graph.expander import expander
+from regard.graph._edges import check_edges, check_features, check_graph, check_nodes, edge_sum, refuse
+from regard.graph.expander import expander, expander_of_graphs
 from regard.kinds import HeadShape
 
 
@@ -36,12 +35,6 @@ def edge_attention(
     p = scores.clamp(-5, 5).exp()
     total = edge_sum(p, i, len(q)) + 1e-6
     return (edge_sum(p[..., None] * v[j], i, len(q)) / total[..., None]).to(q.dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _drawn(num_nodes: int, degree: int, seed: int) -> Int[Tensor, "2 F"]:
-    """`expander`, kept for graphs that come again: its spectrum takes longer than the attention."""
-    return expander(num_nodes, degree, seed=seed)
 
 
 class Exphormer(nn.Module):
@@ -163,9 +156,10 @@ class Exphormer(nn.Module):
                 f"Exphormer: virtual has shape {tuple(virtual.shape)}; expected {self.virtual} nodes for each of "
                 f"{num_graphs} graphs, ({self.virtual * num_graphs}, {self.dim})"
             )
-        self._check_graph(graph, num_graphs, nodes)
+        check_graph("Exphormer", graph, num_graphs, nodes)
         if expander_edges is None and self.degree:
-            expander_edges = self._expander(N, graph, num_graphs).to(edge_index)
+            drawn = expander_of_graphs(N, graph, num_graphs, degree=self.degree, seed=self.seed)
+            expander_edges = drawn.to(edge_index)
         heads = (self.num_heads, self.dim // self.num_heads)
         q, k, v = (proj(nodes).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         # A vector that edges share is projected once.
@@ -191,23 +185,6 @@ class Exphormer(nn.Module):
             virtual = read
         out = edge_attention(q, k, v, torch.cat(eps).unflatten(-1, heads), torch.cat(edges, 1))
         return out.flatten(1), virtual
-
-    def _expander(self, N: int, graph: Tensor | None, num_graphs: int) -> Tensor:
-        if graph is None:
-            return _drawn(N, self.degree, self.seed)
-        members = [(graph == g).nonzero()[:, 0].cpu() for g in range(num_graphs)]
-        return torch.cat([own[_drawn(len(own), self.degree, self.seed)] for own in members], 1)
-
-    def _check_graph(self, graph: Tensor | None, num_graphs: int, nodes: Tensor) -> None:
-        if graph is None:
-            if num_graphs != 1:
-                raise ValueError(f"Exphormer: graph must tell which of {num_graphs} graphs each node is in (got None)")
-            return
-        if graph.shape != (len(nodes),) or graph.is_floating_point():
-            got = f"{graph.dtype} {tuple(graph.shape)}"
-            raise ValueError(f"Exphormer: graph must hold a number for each of {len(nodes)} nodes (got {got})")
-        if not torch.compiler.is_compiling() and bool(((graph < 0) | (graph >= num_graphs)).any()):
-            raise ValueError(f"Exphormer: graph must lie in 0 .. {num_graphs - 1} (got {graph.unique().tolist()})")
 
 
 def _build(

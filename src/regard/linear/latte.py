@@ -159,7 +159,7 @@ CARD = register(
     Card(
         name="latte",
         family="linear",
-        gist="queries attend to a few latents, latents to the keys; causal with one denominator a latent",
+        gist="queries attend to a few latents, and the latents to the keys",
         equation="y_t = sum_l p(l|t) sum_s p(s|l) v_s;  p(l|t) = softmax_l(x_t w_l),  p(s|l) = softmax_s(x_s u_l)",
         paper=Paper(
             "Latte: Latent Attention for Linear Time Transformers",

@@ -1,0 +1,206 @@
+"""Gated state space: a diagonal linear state space on a narrow branch, multiplied into a wide gated one.
+
+    z = LN(x_t),   u = gelu(W_u z)  (width F),   w = LN(gelu(W_v z))  (width E)
+    h_t = exp(lambda) h_{t-1} + w_t,   y_t = Re( C ((exp(lambda) - 1) / lambda) h_t ) + d w_t   (N complex states)
+    out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), the same for every channel
+
+Its kernel K_l = Re( C ((exp(lambda) - 1) / lambda) exp(lambda l) ) is a formula in l, so a layer runs on any length.
+
+Mehta et al. 2022, https://arxiv.org/abs/2206.13947: abstract read; equations as a public implementation of the paper's
+pseudocode (section 3.2) has them. Differs from the paper: the sum over the past is taken in blocks, not by FFT.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard.masks import Mask, causal, padding
+from regard.mixers.exponential import exponential_sum, lags, work_dtype
+from regard.positions._shared import check_int
+
+
+def diagonal_state_space(
+    w: Float[Tensor, "B T E"],
+    log_decay: Float[Tensor, "N"],
+    turn: Float[Tensor, "N"],
+    c: Float[Tensor, "E N 2"],
+    state: Complex[Tensor, "B E N"] | None = None,
+) -> tuple[Float[Tensor, "B T E"], Complex[Tensor, "B E N"]]:
+    """y without the skip, and the last h. lambda = log_decay + i turn, log_decay < 0; c: real and imaginary parts."""
+    work = work_dtype(w)
+    log_decay, turn, c = log_decay.to(work), turn.to(work), torch.view_as_complex(c.to(work).contiguous())
+    rate = torch.complex(log_decay, turn)
+    # exp(lambda) - 1 without the loss of digits near lambda = 0
+    less_one = torch.complex(
+        torch.expm1(log_decay) * turn.cos() - 2 * (turn / 2).sin().square(), log_decay.exp() * turn.sin()
+    )
+    powers = torch.exp(rate[:, None] * lags(w))[None]
+    return exponential_sum(w, powers, c * (less_one / rate), state)
+
+
+class GSSState(NamedTuple):
+    """What the past leaves behind, whatever its length."""
+
+    h: Complex[Tensor, "B E N"]
+
+
+class GatedStateSpace(nn.Module):
+    """One causal GSS layer, normalisation and residual included.
+
+    Args:
+        dim: M.
+        hidden_dim: F, the width of the gate.
+        state_dim: E, the width of the state space's input and output.
+        num_states: N, complex states that each of those channels has.
+        positive_turns: the frequencies are exp(b), as in the paper, or b itself.
+    """
+
+    supports: frozenset[str] = frozenset({"causal", "padding", "streaming", "compile"})
+    causal = True
+    name = "gss"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden_dim: int,
+        state_dim: int,
+        num_states: int,
+        positive_turns: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "hidden_dim": hidden_dim, "state_dim": state_dim, "num_states": num_states}
+        for name, n in sizes.items():
+            check_int("GatedStateSpace", name, n)
+        self.dim, self.state_dim, self.num_states, self.positive_turns = dim, state_dim, num_states, positive_turns
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **at)
+        self.u_proj = nn.Linear(dim, hidden_dim, bias=False, **at)
+        self.v_proj = nn.Linear(dim, state_dim, bias=False, **at)
+        self.state_norm = nn.LayerNorm(state_dim, **at)
+        self.a = nn.Parameter(torch.empty(num_states, **at))
+        self.b = nn.Parameter(torch.empty(num_states, **at))
+        self.c = nn.Parameter(torch.empty(state_dim, num_states, 2, **at))
+        self.skip = nn.Parameter(torch.empty(state_dim, **at))
+        self.gate_proj = nn.Linear(state_dim, hidden_dim, bias=False, **at)
+        self.o_proj = nn.Linear(hidden_dim, dim, **at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random, with no special matrix: the paper finds that to be enough."""
+        for p in (self.a, self.b, self.c, self.skip):
+            nn.init.normal_(p)
+
+    def receptive_field(self) -> Mask:
+        """Every earlier token."""
+        return causal()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        *,
+        mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """`mask` hides tokens from all states: `regard.masks.padding`, or True = a real token."""
+        check_tokens(self.name, "x", x, self.dim)
+        keep = key_padding(self.name, mask, x)
+        x, bad = quarantine(x)
+        return spoil(self._run(x, None, keep)[0], bad, bad, causal() if keep is None else causal() & padding(keep))
+
+    def init_state(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GSSState:
+        """Nothing seen yet. The state has one size for every length, so `capacity` limits nothing."""
+        check_int("init_state", "batch_size", batch_size, least=0)
+        check_int("init_state", "capacity", capacity)
+        work = work_dtype(self.skip.new_empty(0, dtype=dtype))
+        kind = torch.complex128 if work == torch.float64 else torch.complex64
+        shape = (batch_size, self.state_dim, self.num_states)
+        return GSSState(torch.zeros(shape, device=device or self.skip.device, dtype=kind))
+
+    def step(self, x: Float[Tensor, "B t M"], state: GSSState) -> tuple[Float[Tensor, "B t M"], GSSState]:
+        """The next t tokens."""
+        check_tokens(self.name, "x", x, self.dim)
+        if not isinstance(state, GSSState):
+            raise TypeError(f"step: state must be the GSSState of init_state, got {type(state).__name__}")
+        if x.shape[0] != state.h.shape[0]:
+            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state.h.shape[0]}; they must match")
+        y, h = self._run(x, state.h)
+        return y, GSSState(h)
+
+    def _run(self, x: Tensor, state: Tensor | None, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z = self.norm(x)
+        w = self.state_norm(F.gelu(self.v_proj(z)))
+        if keep is not None:
+            w = w.masked_fill(~keep[..., None], 0)
+        work = work_dtype(w)
+        turn = self.b.to(work).exp() if self.positive_turns else self.b
+        y, state = diagonal_state_space(w, -self.a.to(work).exp(), turn, self.c, state)
+        out = self.o_proj(F.gelu(self.u_proj(z)) * self.gate_proj(y + self.skip * w))
+        return out + x.to(out.dtype), state
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    hidden_dim: int | None = None,
+    state_dim: int | None = None,
+    num_states: int | None = None,
+    positive_turns: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> GatedStateSpace:
+    """F = 4 M, E = M / 4 and N = M / 2 unless told otherwise, as in the paper's layers; no heads."""
+    if not causal:
+        raise ValueError("gss: a state space only looks back (got causal=False); expected causal=True")
+    return GatedStateSpace(
+        shape.dim,
+        hidden_dim=4 * shape.dim if hidden_dim is None else hidden_dim,
+        state_dim=max(1, shape.dim // 4) if state_dim is None else state_dim,
+        num_states=max(1, shape.dim // 2) if num_states is None else num_states,
+        positive_turns=positive_turns,
+        device=device,
+        dtype=dtype,
+    )
+
+
+CARD = register(
+    Card(
+        name="gss",
+        family="mixers",
+        gist="A diagonal state space on a narrow branch, multiplied into a wide gate.",
+        equation="h_t = exp(lambda) h_{t-1} + w_t;  out = W_o(u * W_g(Re(C h_t) + d w_t)) + x",
+        paper=Paper(
+            "Long Range Language Modeling via Gated State Spaces",
+            "Mehta et al.",
+            2022,
+            "2206.13947",
+            "abstract; public implementation of the pseudocode in section 3.2",
+        ),
+        build=_build,
+        supports=GatedStateSpace.supports,
+        traits=frozenset({"shift_invariant"}),
+        cost=Cost("B*T*state_dim*(64 + 4*num_states)", "2*state_dim*num_states"),
+        claim="Runs on inputs longer than it was trained on, in linear time: tests/mixers/test_gss.py.",
+        differs=(
+            "The sum over the past is taken in blocks (`regard.mixers.exponential`), not by one FFT.",
+            "The hybrid with local attention in every few layers is left to the model that stacks the layers.",
+        ),
+        verified="third-party",
+        example={"hidden_dim": 20, "state_dim": 7, "num_states": 5},
+    )
+)

@@ -1,0 +1,244 @@
+"""Mega: a damped moving average of the tokens feeds one head of gated attention, over all tokens or inside chunks.
+
+    EMA     h_t = (1 - alpha delta) h_{t-1} + alpha beta x_t   (N states for each channel, 0 < alpha, delta < 1)
+            m_t = silu( sum_n eta_n h_{t,n} / sqrt(N) + omega x_t )
+    shared  z = silu(W_z m_t),   q = kappa_q z + mu_q,   k = kappa_k z + mu_k,   v = silu(W_v x_t)
+    gates   update u = sigmoid(W_u m_t),   reset r = silu(W_r m_t)
+    out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
+
+A is softmax(q k^T / sqrt(Z) + b) or the Laplace function of q k^T / n + b, element by element, where n is the number of
+keys that the query may see; b depends on j - i. x inside is the layer-normed token, in (1 - u) x_t the token itself. In
+the chunk variant queries see the keys of their own chunk only, and the moving average alone passes from chunk to chunk.
+
+Ma et al. 2022, https://arxiv.org/abs/2209.10655: abstract read; equations as the authors' released code has them.
+Differs from the code: lengths need not be multiples of the chunk (the last chunk is short), n leaves out hidden keys in
+causal layers too, and one dropout of the weights A takes the place of three.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard.masks import Mask, causal, full, padding
+from regard.mixers.exponential import work_dtype
+from regard.mixers.mega_attention import ChunkAttention, Weighting
+from regard.mixers.mega_average import DampedAverage
+from regard.positions._shared import check_int
+
+
+class MegaState(NamedTuple):
+    """What the past leaves behind: the moving average, and the keys and values of the chunk at hand (or of all)."""
+
+    ema: Float[Tensor, "B M N"]
+    k: Float[Tensor, "B s Z"]
+    v: Float[Tensor, "B s E"]
+    capacity: int
+
+
+class Mega(nn.Module):
+    """One Mega layer, normalisation and residual included.
+
+    Args:
+        dim: M.
+        qk_dim: Z, the width of the shared representation; even.
+        value_dim: E, the width of the values.
+        ema_dim: N, moving averages for each channel.
+        chunk: C, tokens that see one another; None: all.
+        causal: no token sees a later one. Otherwise a second moving average runs backwards.
+        weighting: how scores become weights.
+        max_positions: P: b is a table of 2 P - 1 numbers (in chunks P = C will do); None: b turns, for any length.
+        dropout: of the weights A, in training.
+    """
+
+    supports: frozenset[str] = frozenset({"causal", "bidirectional", "padding", "streaming", "dropout", "compile"})
+    name = "mega"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        qk_dim: int,
+        value_dim: int,
+        ema_dim: int = 16,
+        chunk: int | None = None,
+        causal: bool = False,
+        weighting: Weighting = "softmax",
+        max_positions: int | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "qk_dim": qk_dim, "value_dim": value_dim, "ema_dim": ema_dim}
+        for name, n in sizes.items():
+            check_int("Mega", name, n)
+        self.dim, self.qk_dim, self.value_dim, self.ema_dim = dim, qk_dim, value_dim, ema_dim
+        self.chunk, self.causal = chunk, causal
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **at)
+        self.average = DampedAverage(dim, ema_dim, causal=causal, **at)
+        self.omega = nn.Parameter(torch.empty(dim, **at))
+        self.v_proj = nn.Linear(dim, value_dim, **at)
+        self.mixed_proj = nn.Linear(dim, dim + qk_dim + value_dim + dim, **at)  # u, z, r, c
+        self.o_proj = nn.Linear(value_dim, dim, **at)
+        self.kappa = nn.Parameter(torch.empty(2, qk_dim, **at))
+        self.mu = nn.Parameter(torch.empty(2, qk_dim, **at))
+        options: dict[str, Any] = {"weighting": weighting, "max_positions": max_positions, "dropout": dropout, **at}
+        self.attention = ChunkAttention(qk_dim, chunk=chunk, causal=causal, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for proj in (self.v_proj, self.mixed_proj, self.o_proj):
+            nn.init.normal_(proj.weight, std=0.02)
+            nn.init.zeros_(proj.bias)
+        nn.init.normal_(self.kappa, std=0.02)
+        nn.init.zeros_(self.mu)
+        nn.init.normal_(self.omega)
+
+    def receptive_field(self) -> Mask:
+        """Chunks or not, the moving average reaches every earlier token (and every later one, if not causal)."""
+        return causal() if self.causal else full()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        *,
+        mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """`mask` hides tokens from all others: `regard.masks.padding`, or True = a real token."""
+        check_tokens(self.name, "x", x, self.dim)
+        keep = key_padding(self.name, mask, x)
+        x, bad = quarantine(x)
+        normed = self.norm(x)
+        shown = normed if keep is None else normed.masked_fill(~keep[..., None], 0)
+        average, _ = self.average(shown)
+        out = self._gated(x, normed, average, lambda q, k, v: self.attention(q, k, v, keep))[0]
+        field = self.receptive_field()
+        return spoil(out, bad, bad, field if keep is None else field & padding(keep))
+
+    def init_state(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MegaState:
+        """Nothing seen yet. With chunks no more than one chunk of keys is ever kept, whatever the capacity."""
+        if not self.causal:
+            raise ValueError(
+                f"{self.name}: streaming needs causal=True, this layer sees later tokens; rebuild it causal"
+            )
+        check_int("init_state", "batch_size", batch_size, least=0)
+        check_int("init_state", "capacity", capacity)
+        weight = self.v_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        k, v = (
+            torch.zeros(batch_size, 0, width, device=device, dtype=dtype) for width in (self.qk_dim, self.value_dim)
+        )
+        ema = torch.zeros(batch_size, self.dim, self.ema_dim, device=device, dtype=work_dtype(k))
+        return MegaState(ema, k, v, capacity)
+
+    def step(self, x: Float[Tensor, "B t M"], state: MegaState) -> tuple[Float[Tensor, "B t M"], MegaState]:
+        """The next t tokens."""
+        check_tokens(self.name, "x", x, self.dim)
+        if not isinstance(state, MegaState):
+            raise TypeError(f"step: state must be the MegaState of init_state, got {type(state).__name__}")
+        if x.shape[0] != state.k.shape[0]:
+            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state.k.shape[0]}; they must match")
+        held, t = state.k.shape[1], x.shape[1]
+        if self.chunk is None and held + t > state.capacity:
+            raise ValueError(
+                f"step: {held + t} tokens exceed capacity {state.capacity}; create with capacity >= {held + t}"
+            )
+        normed = self.norm(x)
+        average, ema = self.average(normed, state.ema)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            first = t if self.chunk is None else min(t, self.chunk - held)
+            old = torch.cat([state.k, k[:, :first]], 1), torch.cat([state.v, v[:, :first]], 1)
+            out = self.attention.whole(q[:, :first], *old, None)
+            return torch.cat([out, self.attention(q[:, first:], k[:, first:], v[:, first:], None)], 1)
+
+        y, k, v = self._gated(x, normed, average, attend)
+        k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
+        full_chunks = 0 if self.chunk is None else k.shape[1] // self.chunk * self.chunk
+        return y, MegaState(ema, k[:, full_chunks:], v[:, full_chunks:], state.capacity)
+
+    def _gated(self, x: Tensor, normed: Tensor, average: Tensor, attend: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything but the moving average and the weights: outputs, keys and values."""
+        mixed = F.silu(average + self.omega * normed)
+        widths = [self.dim, self.qk_dim, self.value_dim, self.dim]
+        update, z, reset, candidate = self.mixed_proj(mixed).split(widths, -1)
+        v = F.silu(self.v_proj(normed))
+        q, k = (F.silu(z)[:, None] * self.kappa[:, None] + self.mu[:, None]).to(v.dtype).unbind(1)
+        out = attend(q, k, v) * F.silu(reset)
+        update = update.sigmoid()
+        y = update * F.silu(candidate + self.o_proj(out)) + (1 - update) * x
+        return y.to(update.dtype), k, v
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    qk_dim: int | None = None,
+    value_dim: int | None = None,
+    ema_dim: int = 16,
+    weighting: Weighting = "softmax",
+    max_positions: int | None = None,
+    dropout: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Mega:
+    options: dict[str, Any] = {"max_positions": max_positions, "dropout": dropout, "device": device, "dtype": dtype}
+    return build_mega(shape, causal, qk_dim, value_dim, ema_dim, weighting, **options)
+
+
+def build_mega(
+    shape: HeadShape,
+    causal: bool,
+    qk_dim: int | None,
+    value_dim: int | None,
+    ema_dim: int,
+    weighting: Weighting,
+    **options: Any,
+) -> Mega:
+    """One head whatever `num_heads` says, with Z = M / 4 and E = 2 M unless told otherwise."""
+    qk_dim = max(2, shape.dim // 8 * 2) if qk_dim is None else qk_dim
+    value_dim = 2 * shape.dim if value_dim is None else value_dim
+    sizes: dict[str, Any] = {"qk_dim": qk_dim, "value_dim": value_dim, "ema_dim": ema_dim, "weighting": weighting}
+    return Mega(shape.dim, causal=causal, **sizes, **options)
+
+
+PAPER = Paper(
+    "Mega: Moving Average Equipped Gated Attention", "Ma et al.", 2022, "2209.10655", "abstract; official code"
+)
+DIFFERS = (
+    "One dropout, of the weights, in place of three.",
+    "The Laplace function divides by the number of keys that a query may see, causal or not, without hidden keys.",
+)
+
+CARD = register(
+    Card(
+        name="mega",
+        family="mixers",
+        gist="A damped moving average feeds one head of gated attention.",
+        equation="h_t = (1 - alpha delta) h_{t-1} + alpha beta x_t;  y = u silu(W_c m + W_o (r * A v)) + (1 - u) x",
+        paper=PAPER,
+        build=_build,
+        supports=Mega.supports,
+        traits=frozenset({"shift_invariant"}),
+        cost=Cost("B*T*S*(qk_dim + value_dim) + B*T*M*(64 + 2*ema_dim)", "M*ema_dim + S*(qk_dim + value_dim)"),
+        claim="Without the moving average nothing but the bias tells the order of tokens: tests/mixers/test_mega.py.",
+        differs=DIFFERS,
+        verified="third-party",
+        example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
+    )
+)

@@ -1,0 +1,181 @@
+"""Span-based dynamic convolution: each token mixes its neighbours by a kernel made from its query and its surroundings.
+
+    q = W_q x,   u = W_u x,   s = W_p (depthwise convolution of x, K taps)
+    f_t = softmax over the K taps of ( W_f (s_t * q_t) )_h       for each head h
+    c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2, zeros outside
+
+Jiang et al. 2020, https://arxiv.org/abs/2008.02496: abstract read; equations as the authors' released code and the
+transformers library have them. Differs from them: hidden tokens count as outside, where theirs leak into their
+neighbours; and all heads convolve (ConvBERT's mixture with attention is in `convbert.py`).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.card import Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard.masks import Mask, padding, window
+from regard.positions._shared import check_int
+
+
+def dynamic_convolution(u: Float[Tensor, "B T H D"], taps: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H D"]:
+    """sum_j taps[t, h, j] u[t + j - (K - 1) / 2, h], zeros outside."""
+    T, K = u.shape[1], taps.shape[-1]
+    around = F.pad(u, (0, 0, 0, 0, K // 2, K // 2))
+    out = torch.zeros_like(u)
+    for j in range(K):  # K passes over u are cheaper than a K times larger copy of it
+        out = torch.addcmul(out, taps[..., j, None], around[:, j : j + T])
+    return out
+
+
+class SpanHeads(nn.Module):
+    """The convolution heads, without query and output projections: (x, q) -> (B, T, H D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        kernel_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, n in (("dim", dim), ("num_heads", num_heads), ("head_dim", head_dim), ("kernel_size", kernel_size)):
+            check_int("SpanHeads", name, n)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"SpanHeads: kernel_size is even (got {kernel_size}); expected an odd one, with a middle")
+        self.num_heads, self.kernel_size, inner = num_heads, kernel_size, num_heads * head_dim
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.u_proj = nn.Linear(dim, inner, **at)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False, **at)
+        self.pointwise = nn.Linear(dim, inner, **at)
+        self.kernel_proj = nn.Linear(inner, num_heads * kernel_size, **at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialise(self.u_proj, self.pointwise, self.kernel_proj)
+        nn.init.trunc_normal_(self.depthwise.weight, std=1 / self.kernel_size)
+
+    def forward(
+        self, x: Float[Tensor, "B T M"], q: Float[Tensor, "B T N"], keep: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T N"]:
+        """`keep` is True at real tokens; the others count as outside the sequence."""
+        if x.shape[1] == 0:
+            return q
+        u = self.u_proj(x)
+        if keep is not None:
+            x, u = (z.masked_fill(~keep[..., None], 0) for z in (x, u))
+        span = self.pointwise(self.depthwise(x.mT).mT)
+        taps = self.kernel_proj(span * q).unflatten(-1, (self.num_heads, self.kernel_size))
+        taps = taps.to(torch.promote_types(taps.dtype, torch.float32)).softmax(-1).to(u.dtype)
+        return dynamic_convolution(u.unflatten(-1, (self.num_heads, -1)), taps).flatten(2)
+
+
+def initialise(*projections: nn.Linear) -> None:
+    for proj in projections:
+        nn.init.normal_(proj.weight, std=0.02)
+        nn.init.zeros_(proj.bias)
+
+
+class SpanConvolution(nn.Module):
+    """All heads convolve: time linear in T.
+
+    Args:
+        dim, num_heads: M and H.
+        head_dim: D; default dim / num_heads.
+        kernel_size: K, odd; a token sees (K - 1) / 2 neighbours on each side.
+    """
+
+    supports: frozenset[str] = frozenset({"bidirectional", "padding", "compile"})
+    name = "span_conv"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        kernel_size: int = 9,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"SpanConvolution: {num_heads} heads do not divide the width {dim}; give head_dim")
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.heads = SpanHeads(dim, num_heads, head_dim, kernel_size, **at)
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, **at)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, **at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialise(self.q_proj, self.o_proj)
+
+    def receptive_field(self) -> Mask:
+        """(K - 1) / 2 tokens on each side."""
+        return window(self.heads.kernel_size // 2 + 1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        *,
+        mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """`mask` hides tokens: `regard.masks.padding`, or True = a real token."""
+        check_tokens(self.name, "x", x, self.dim)
+        keep = key_padding(self.name, mask, x)
+        x, bad = quarantine(x)
+        out = self.o_proj(self.heads(x, self.q_proj(x), keep))
+        field = self.receptive_field()
+        return spoil(out, bad, bad, field if keep is None else field & padding(keep))
+
+
+def _build(
+    shape: HeadShape,
+    *,
+    causal: bool,
+    kernel_size: int = 9,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SpanConvolution:
+    if causal:
+        raise ValueError("span_conv: the kernel looks to both sides (got causal=True); expected causal=False")
+    at: dict[str, Any] = {"device": device, "dtype": dtype}
+    return SpanConvolution(shape.dim, shape.num_heads, head_dim=shape.head_dim, kernel_size=kernel_size, **at)
+
+
+PAPER = Paper(
+    "ConvBERT: Improving BERT with Span-based Dynamic Convolution",
+    "Jiang et al.",
+    2020,
+    "2008.02496",
+    "abstract; official code",
+)
+HIDDEN = "Hidden tokens count as outside the sequence for the convolutions too; in the released code they leak."
+
+CARD = register(
+    Card(
+        name="span_conv",
+        family="mixers",
+        gist="A convolution whose kernel each token makes from its query and its neighbourhood.",
+        equation="c_t = sum_j f_tj u_{t+j-r};  f_t = softmax(W_f (span key_t * q_t))",
+        paper=PAPER,
+        build=_build,
+        supports=SpanConvolution.supports,
+        traits=frozenset({"shift_invariant"}),
+        cost=Cost("B*T*(kernel_size*(M + H*D) + H*D*H*kernel_size)", ""),
+        claim="Linear in T; sees (K - 1) / 2 tokens on each side and nothing else: tests/mixers/test_span_conv.py.",
+        differs=(HIDDEN, "All heads convolve, and an output projection of its own follows."),
+        verified="third-party",
+        example={"kernel_size": 5},
+    )
+)

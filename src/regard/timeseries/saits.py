@@ -1,0 +1,224 @@
+"""SAITS: missing values of a series are filled in by self-attention in which no time step may see itself.
+
+    DMSA:     softmax(q k^T / sqrt(D), diagonal hidden) v
+    block 1:  e = W_e [X ; O] + position,  N layers of DMSA and feed-forward,  X1 = W_z z     (O = 1 where observed)
+    block 2:  the same on X' = O X + (1 - O) X1,  X2 = W_g relu(W_b z)
+    combined: X3 = (1 - eta) X2 + eta X1,  eta = sigmoid(W_c [O ; mean over heads of the last attention weights])
+    output:   O X + (1 - O) X3
+    loss:     (MAE(X1) + MAE(X2) + MAE(X3)) / 3 on what was observed, + weight MAE(X3) on what was hidden on purpose
+
+Du, Cote, Liu 2023, Expert Systems with Applications 219, equations 1-23 in a summary with the authors' released code.
+Differs from the paper, as the code does: layers norm their input, eta weighs X1 (the paper's eq. 19: X2), and W_c reads
+the mask first. Differs from both: with one time step the attention gives 0.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.card import PLAIN, Card, Cost, Paper, register
+from regard.kinds import HeadShape
+from regard.masks import window
+from regard.normalizers.softmax import softmax
+from regard.positions._shared import check_int
+
+
+class DiagonallyMaskedLayer(nn.Module):
+    """One layer: attention to all other time steps, then a feed-forward network, each on normed input and added.
+
+    Shapes: x (B, T, M) -> the same, and the weights (B, H, T, T).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        hidden_dim: int,
+        *,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm, self.feed_norm = nn.LayerNorm(dim, **at), nn.LayerNorm(dim, eps=1e-6, **at)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, num_heads * head_dim, bias=False, **at) for _ in "qkv")
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False, **at)
+        self.hidden_proj, self.feed_proj = nn.Linear(dim, hidden_dim, **at), nn.Linear(hidden_dim, dim, **at)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "B T M"]) -> tuple[Float[Tensor, "B T M"], Float[Tensor, "B H T T"]]:
+        normed = self.norm(x)
+        projected = (proj(normed) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in projected)
+        others = ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        weights = softmax(q @ k.mT * q.shape[-1] ** -0.5, others)
+        x = x + self.dropout(self.o_proj((weights @ v).transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.feed_proj(F.relu(self.hidden_proj(self.feed_norm(x))))), weights
+
+
+class Estimates(NamedTuple):
+    """What the model thinks every value is, observed ones included: after block 1, after block 2, and both combined."""
+
+    first: Float[Tensor, "B T C"]
+    second: Float[Tensor, "B T C"]
+    combined: Float[Tensor, "B T C"]
+
+
+class SAITS(nn.Module):
+    """Fills in what was not observed of multivariate series.
+
+    Args:
+        num_features: C.
+        length: T, of every series.
+        dim: M; even.
+        num_heads, head_dim: H and D; D by default dim / num_heads.
+        num_layers: of each of the two blocks.
+        hidden_dim: width of the feed-forward networks; default 2 dim.
+        dropout: in training.
+
+    Shapes: values (B, T, C), observed (B, T, C) bool -> (B, T, C).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        length: int,
+        *,
+        dim: int = 64,
+        num_heads: int = 4,
+        head_dim: int | None = None,
+        num_layers: int = 2,
+        hidden_dim: int | None = None,
+        dropout: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_features": num_features, "length": length, "dim": dim, "num_heads": num_heads}
+        for name, n in {**sizes, "num_layers": num_layers}.items():
+            check_int("SAITS", name, n)
+        if dim % 2 or (head_dim is None and dim % num_heads):
+            raise ValueError(f"SAITS: dim must be even and a multiple of num_heads, got {dim} and {num_heads}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"SAITS: dropout must be in [0, 1], got {dropout}")
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        hidden_dim = 2 * dim if hidden_dim is None else hidden_dim
+        self.num_features, self.length = num_features, length
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embeds = nn.ModuleList(nn.Linear(2 * num_features, dim, **at) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                DiagonallyMaskedLayer(dim, num_heads, head_dim, hidden_dim, dropout=dropout, **at)
+                for _ in range(num_layers)
+            )
+            for _ in range(2)
+        )
+        self.first_proj, self.second_proj = (nn.Linear(dim, num_features, **at) for _ in range(2))
+        self.refine_proj = nn.Linear(num_features, num_features, **at)
+        self.combine_proj = nn.Linear(num_features + length, num_features, **at)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """The observed values as they are, the others filled in. Whatever stands at the others is not read."""
+        return torch.where(observed, values, self.estimates(values, observed).combined)
+
+    def estimates(self, values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Estimates:
+        """The three estimates that the loss compares."""
+        self._check(values, observed)
+        known = values.masked_fill(~observed, 0)
+        first = self.first_proj(self._block(0, known, observed)[0])
+        z, weights = self._block(1, torch.where(observed, known, first), observed)
+        second = self.refine_proj(F.relu(self.second_proj(z)))
+        eta = self.combine_proj(torch.cat([observed.to(z.dtype), weights.mean(1)], -1)).sigmoid()
+        return Estimates(first, second, torch.lerp(second, first, eta))
+
+    def _block(self, n: int, values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.embeds[n](torch.cat([values, observed.to(values.dtype)], -1))
+        z = z + sinusoids(self.length, z.shape[-1], z.device).to(z.dtype)
+        z = self.dropout(z) if n == 0 else z
+        for layer in self.blocks[n]:  # type: ignore[union-attr,attr-defined]
+            z, weights = layer(z)
+        return z, weights
+
+    def _check(self, values: Tensor, observed: Tensor) -> None:
+        expected = (self.length, self.num_features)
+        if values.dim() != 3 or values.shape[1:] != expected:
+            raise ValueError(f"SAITS: values must be (batch, {expected[0]}, {expected[1]}), got {tuple(values.shape)}")
+        if observed.dtype != torch.bool or observed.shape != values.shape:
+            raise ValueError(
+                f"SAITS: observed must be bool of shape {tuple(values.shape)}, got {observed.dtype} "
+                f"{tuple(observed.shape)}; True = observed"
+            )
+
+
+def sinusoids(length: int, dim: int, device: torch.device) -> Float[Tensor, "{length} {dim}"]:
+    """p[t, 2i] = sin(t / 10000^(2i / M)), p[t, 2i + 1] its cosine."""
+    rate = 10000 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    angle = torch.arange(length, device=device, dtype=torch.float64)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+def saits_loss(
+    estimates: Estimates,
+    truth: Float[Tensor, "B T C"],
+    observed: Bool[Tensor, "B T C"],
+    hidden: Bool[Tensor, "B T C"],
+    *,
+    weight: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Reconstruction of what the model saw (`observed`) plus `weight` times imputation of what was `hidden` from it."""
+    if (observed & hidden).any():
+        raise ValueError("saits_loss: hidden overlaps observed; a value that the model saw can't test its imputation")
+    reconstruction = sum(_mean_error(e, truth, observed) for e in estimates) / 3
+    return reconstruction + weight * _mean_error(estimates.combined, truth, hidden)
+
+
+def _mean_error(estimate: Tensor, truth: Tensor, where: Tensor) -> Tensor:
+    """Mean absolute error over the entries `where`; 0 if there are none. The others may hold anything."""
+    error = (estimate - truth.masked_fill(~where, 0)).abs().masked_fill(~where, 0)
+    return error.sum() / (where.sum().to(error.dtype) + 1e-9)
+
+
+def hide(
+    observed: Bool[Tensor, "B T C"], fraction: float, *, generator: torch.Generator | None = None
+) -> tuple[Bool[Tensor, "B T C"], Bool[Tensor, "B T C"]]:
+    """Take a random part of the observed entries away, to be imputed in training: (what remains, what was hidden)."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"hide: fraction must be in (0, 1), got {fraction}")
+    chance = torch.rand(observed.shape, generator=generator, device=observed.device)
+    hidden = observed & (chance < fraction)
+    return observed & ~hidden, hidden
+
+
+def _slots(shape: HeadShape) -> dict[str, Any]:
+    return {"mask": ~window(1)}
+
+
+CARD = register(
+    Card(
+        name="diagonal_masked",
+        family="timeseries",
+        gist="Every token sees all the others and never itself.",
+        equation="allowed(i, j) = i != j",
+        paper=Paper(
+            "SAITS: Self-Attention-based Imputation for Time Series",
+            "Du, Cote, Liu",
+            2023,
+            "Expert Systems with Applications 219",
+            "eqs. 1-23 in a summary; official code",
+        ),
+        slots=_slots,
+        # Looking back only, the first token would see nothing; and so would every token that a mask leaves only itself.
+        supports=frozenset({"bidirectional", "padding", "gqa", "dropout", "compile"}),
+        traits=PLAIN,
+        cost=Cost("2*B*H*T*S*D", ""),
+        claim="The model around it imputes better than the mean and the last value: tests/timeseries/test_saits.py.",
+        differs=("A sequence of one token sees nothing and gives 0, where the code lets it see itself.",),
+    )
+)
