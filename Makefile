@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: compare test lint docs clean
+.PHONY: compare test test-all lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 compare: $(VENV)/.installed  ## train the default mechanisms on real text and write runs/compare/report.html
 	$(BIN)/regard compare $(ARGS)
 
-test: $(VENV)/.installed  ## the whole suite
+test: $(VENV)/.installed  ## the suite, but for what is marked slow
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-all: $(VENV)/.installed  ## the slow tests too: every card compiled, memory at length, a detector trained
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .

@@ -92,9 +92,22 @@ def test_purity(name: str) -> None:
         assert t._version == state[key][1], f"{key} was written to"
 
 
-@pytest.mark.slow
-@law("L32", needs="compile", protocols=ALL)
+# Compiling takes seconds a card: the first of each family always, the others among the slow tests.
+FIRST = {regard.mechanisms(family)[0] for family in {regard.card(name).family for name in regard.mechanisms()}}
+
+
+@law("L32", needs="compile", protocols=ALL, where=lambda card: card.name in FIRST)
 def test_compiled(name: str) -> None:
+    compiles(name)
+
+
+@pytest.mark.slow
+@law("L32", needs="compile", protocols=ALL, where=lambda card: card.name not in FIRST)
+def test_the_others_compiled(name: str) -> None:
+    compiles(name)
+
+
+def compiles(name: str) -> None:
     """No graph breaks; forward and backward of the eager layer; the second call compiles nothing."""
     for causal in causalities(name)[-1:]:
         torch._dynamo.reset()
