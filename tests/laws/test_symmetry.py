@@ -91,6 +91,8 @@ def test_grouped_keys_are_repeated(name: str) -> None:
     with torch.no_grad():
         for key, p in target.items():
             p.copy_(_repeat(source[key], p.shape, G))
+        for key, drawn in grouped.named_buffers():
+            full.get_buffer(key).copy_(drawn)
     x = tokens()
     got, want = run(grouped, x), run(full, x)
     for key, p in source.items():

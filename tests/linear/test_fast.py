@@ -49,7 +49,7 @@ def test_equals_the_explicit_matrix(order: int, causal: bool, sizes: tuple[int, 
 def test_many_segments(order: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences longer than one segment are recomputed in backward, and come out the same."""
     monkeypatch.setattr("regard.linear.fast.SEGMENT", 4)
-    given = normal(1, 1, 2, 11, 3), normal(2, 1, 2, 11, 3), normal(3, 1, 2, 11, 2)
+    given = normal(1, 1, 1, 11, 3), normal(2, 1, 1, 11, 3), normal(3, 1, 1, 11, 2)
     q, k = (normalise(z) for z in given[:2])
     keep = torch.tensor([[True, True, False, True, True, True, True, True, False, True, True]])
     want = naive_fast(*given, p=order, causal=causal)
@@ -137,7 +137,7 @@ def test_normalised_by_the_longest_real_token() -> None:
 
 def test_module_is_the_function() -> None:
     for causal, norm in ((True, "token"), (False, "sequence"), (False, "none")):
-        module, x = build("fast", causal=causal, norm=norm), tokens()
+        module, x = build("fast", causal=causal, norm=norm), tokens(1, 5)
         q, k, v = module.split(x, x)
         if norm != "none":
             q, k = (naive_fast_normalise(z, per_token=norm == "token") for z in (q, k))

@@ -100,7 +100,7 @@ def test_the_state_does_not_grow() -> None:
 
 def test_the_module_is_the_function() -> None:
     for causal in (False, True):
-        module, x = build("latte", causal=causal), tokens()
+        module, x = build("latte", causal=causal), tokens(1, 5)
         assert module.q_proj.weight.shape == (6 * 5, 24)
 
         def heads(z: Tensor) -> Tensor:

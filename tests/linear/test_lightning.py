@@ -102,7 +102,7 @@ def test_transformers_minimax_layer() -> None:
 
 
 def test_layer_equals_the_loops() -> None:
-    module, x = build("lightning"), tokens()
+    module, x = build("lightning"), tokens(1, 7)
     got = module(x)
 
     def heads(z: Tensor) -> Tensor:

@@ -90,8 +90,10 @@ def fast_attention(
 
 
 def segments(length: int) -> list[slice]:
-    """The tokens in parts; one empty part where there are none."""
-    return [slice(n, n + SEGMENT) for n in range(0, max(1, length), SEGMENT)]
+    """The tokens in parts; one part, maybe empty, where they are few."""
+    if length <= SEGMENT:
+        return [slice(None)]
+    return [slice(n * SEGMENT, (n + 1) * SEGMENT) for n in range(-(-length // SEGMENT))]
 
 
 def lean(f: Callable[..., Any], *given: Tensor | None, length: int) -> Any:

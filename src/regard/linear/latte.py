@@ -173,7 +173,7 @@ CARD = register(
         traits=frozenset(
             {"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"}
         ),
-        cost=Cost("2*B*H*(T + S)*L*D", "H*L*(D + 1)"),
+        cost=Cost("2*B*H*(T + S)*num_latents*D", "H*num_latents*(D + 1)"),
         claim="weights are a row-stochastic matrix of rank <= L, constant state: tests/linear/test_latte.py",
         differs=("the recurrence carries averages and log-sums instead of sums and a running maximum; equal in value",),
         example={"num_latents": 5},

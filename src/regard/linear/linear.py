@@ -10,7 +10,6 @@ Differs from the paper: no constant is added to the denominator; it is a sum of 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -33,8 +32,13 @@ def linear_attention(
     """Outputs, and the sums over keys: phi(k)^T [v, 1]. Hand them back in as `state` to go on causally."""
     check_inputs(q, k, v)
     q, k, v = widened(q, k, v)
-    phi_k = repeat_heads(hide(F.elu(k) + 1, keep), q.shape[1])
-    return feature_attention(F.elu(q) + 1, phi_k, repeat_heads(v, q.shape[1]), causal=causal, state=state)
+    phi_k = repeat_heads(hide(elu_plus_one(k), keep), q.shape[1])
+    return feature_attention(elu_plus_one(q), phi_k, repeat_heads(v, q.shape[1]), causal=causal, state=state)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """phi: x + 1 above 0, exp(x) below. (The strides of torch's elu differ between compiled and eager code.)"""
+    return x.relu() + x.clamp(max=0).exp()
 
 
 class LinearState(NamedTuple):

@@ -238,7 +238,7 @@ CARD = register(
         build=_build,
         supports=Performer.supports,
         traits=PLAIN,
-        cost=Cost("B*H*(T + S)*r*(D + 2*D)", "H*r*(D + 1) + G"),
+        cost=Cost("3*B*H*(T + S)*num_features*D", "H*num_features*(D + 1) + G"),
         claim="unbiased, and orthogonal directions have the lower variance: tests/linear/test_performer.py",
         differs=(
             "Q of the QR decomposition gets the signs of R's diagonal, without which the estimate is biased",
