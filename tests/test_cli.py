@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import regard
-from regard import catalog, catalog_page, cli, doctor, terminal
+from regard import catalog, catalog_page, cli, doctor, tasks, terminal
 from regard.bench.compare import CompareConfig
 from regard.card import FEATURES, _registry
 from regard.kernels.plan import KERNELS
@@ -48,10 +48,11 @@ def widest(text):
 def test_list_shows_every_mechanism_within_the_terminal(columns):
     text = output("list", COLUMNS=str(columns))
     assert widest(text) <= columns
-    rows = [line.split()[:4] for line in text.splitlines()]
+    rows = [line.split()[:5] for line in text.splitlines()]
     for name in NAMES:
         card = regard.card(name)
-        assert [name, card.family, catalog_page.marks(card), catalog_page.VERIFIED[card.verified]] in rows
+        kind = catalog_page.KINDS[card.protocol][0]
+        assert [name, card.family, kind, catalog_page.marks(card), catalog_page.VERIFIED[card.verified]] in rows
     families = len({regard.card(name).family for name in NAMES})
     assert text.splitlines()[-1] == f"{len(NAMES)} mechanisms, {families} families"
     assert not re.search(r"[ \t]$", text, re.MULTILINE), "no blanks at the ends of lines"
@@ -76,6 +77,20 @@ def test_list_as_json():
     assert [card["name"] for card in data] == NAMES
     assert data[NAMES.index("alibi")]["paper"]["url"] == "https://arxiv.org/abs/2108.12409"
     assert data[NAMES.index("window")]["options"] == {"window": 128}
+
+
+@pytest.mark.parametrize("task", ["mqar", "mqar(pairs=(1,), length=8)"])
+def test_list_tells_what_fits_a_task_and_why_not(task):
+    text = output("list", "--task", task, "--family", "mixers")
+    assert widest(text) <= 100
+    rows = {line.split()[0]: line.split(None, 3)[2:] for line in text.splitlines() if " mixers " in line}
+    assert list(rows) == regard.mechanisms("mixers")
+    assert rows["etc"] == ["no", "cannot be causal"]
+    assert rows["gss"] == ["yes"]
+    fit = sum(row[0] == "yes" for row in rows.values())
+    assert text.splitlines()[-1] == f"{fit} of {len(rows)} mechanisms can do the task {task}"
+    data = json.loads(output("list", "--task", task, "--family", "mixers", "--json"))
+    assert {card["name"]: not card["why_not"] for card in data} == {n: row[0] == "yes" for n, row in rows.items()}
 
 
 # --- show
@@ -283,21 +298,26 @@ def test_compare_has_the_librarys_defaults(config):
 
 def test_compare_tells_its_defaults():
     text = " ".join(re.sub(r"[│\s]+", " ", output("compare", "--help")).split())
-    for name in ("steps", "batch", "dim", "lr", "match", "out", "timeout"):
+    for name in ("match", "out", "timeout", "task"):
         assert f"[default: {getattr(CompareConfig, name)}]" in text, name
     assert "[default: 0, 1]" in text
-    assert f"[default: {', '.join(CompareConfig.mechanisms)}]" in text
+    its = tasks.find("text").defaults
+    for value in (its.steps, its.batch, its.dim, its.lr, ", ".join(its.mechanisms), tasks.find("text").length):
+        assert f"[default: {value} for text]" in text, value
+    assert f"{', '.join(tasks.names())}; with options in brackets" in text
 
 
 def test_compare_passes_every_option_on(config):
     config.code = 3
     line = (
-        "compare --text a.txt --text b --mechanisms softmax,window(size=3,x=2),gated+rotary --steps 7 "
+        "compare --task mqar(pairs=(2,4)) --text a.txt --text b "
+        "--mechanisms softmax,window(size=3,x=2),gated+rotary --steps 7 "
         "--seeds 3,1 --batch 2 --length 33 --dim 64 --depth 5 --heads 8 --lr 0.5 --match flops --out runs/x "
         "--checkpoint --device cuda:1 --timeout 9 --retry-failed --threads 4"
     )
     assert invoke(*line.split()).exit_code == 3
     assert config.config == CompareConfig(
+        task="mqar(pairs=(2,4))",
         text=[Path("a.txt"), Path("b")],
         mechanisms=["softmax", "window(size=3,x=2)", "gated+rotary"],
         steps=7,
@@ -354,7 +374,7 @@ def test_generate_continues_the_prompt(checkpoint):
 
 
 BAD = [
-    ("list --family position", "unknown family 'position'; did you mean 'positions'?"),
+    ("list --family position", "unknown family 'position'; did you mean 'positions'"),
     ("show alibbi", "unknown mechanism 'alibbi'; did you mean 'alibi'?"),
     ("show gated+rotary", "'gated+rotary' joins several mechanisms"),
     ("show window(windw=3)", "unknown option of 'window' 'windw'; did you mean 'window'?"),
@@ -370,6 +390,12 @@ BAD = [
     ("compare --seeds 1,x", "seeds must be whole numbers with commas between, got '1,x'"),
     ("compare --dim 100 --heads 3", "3 heads do not divide width 100"),
     ("compare --mechanisms alibbi", "did you mean 'alibi'?"),
+    ("compare --task mqra", "unknown task 'mqra'; did you mean 'mqar'?"),
+    ("compare --task mqar --mechanisms etc", "etc does not fit the task mqar: cannot be causal"),
+    ("compare --task mqar --text x.txt", "task mqar brings its own data; leave text out"),
+    ("compare --task digits --length 9", "task digits: there is no option 'length'"),
+    ("list --task chess", "unknown task 'chess'; there are text, boxes, "),
+    ("list --task mqar --markdown", "leave --markdown or --task out"),
     ("compare --steps 0", "steps must be a whole number >= 1, got 0"),
     ("compare --text nowhere.txt", "nowhere.txt does not exist"),
     ("compare --device tpu", "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),

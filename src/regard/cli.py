@@ -82,6 +82,7 @@ Width = Annotated[int, typer.Option(min=1, help="D, the width of a head.")]
 @app.command("list")
 def list_(
     family: Family = None,
+    task: Annotated[str | None, typer.Option(help="Show which can do this task of compare, and why not.")] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
@@ -89,7 +90,21 @@ def list_(
     from regard import catalog, catalog_page
 
     cards = [catalog.card(name) for name in catalog.mechanisms(family)]
-    if as_json:
+    if task is not None:
+        if markdown:
+            raise ValueError("list: the Markdown table has no column for a task; leave --markdown or --task out")
+        reasons = _reasons([card.name for card in cards], task)
+        if as_json:
+            _print_json([{**catalog_page.data(card), "why_not": reasons[card.name]} for card in cards])
+            return
+        grid = terminal.grid("name", "family", "fits", "why not")
+        for card in cards:
+            why = reasons[card.name]
+            grid.add_row(card.name, card.family, "no" if why else "yes", terminal.line("; ".join(why)))
+        terminal.show(grid, "")
+        fit = sum(not why for why in reasons.values())
+        terminal.show(terminal.line(f"{fit} of {len(cards)} mechanisms can do the task {task}"))
+    elif as_json:
         _print_json([catalog_page.data(card) for card in cards])
     elif markdown:
         print(catalog_page.markdown(cards))
@@ -99,6 +114,17 @@ def list_(
         count, rooms = len(cards), len({card.family for card in cards})
         families = f", {rooms} {'family' if rooms == 1 else 'families'}" if family is None else ""
         terminal.show(f"{count} {'mechanism' if count == 1 else 'mechanisms'}{families}")
+
+
+def _reasons(names: list[str], task: str) -> dict[str, list[str]]:
+    """Mechanism -> why it cannot do the task at the task's own size; [] if it can."""
+    from regard import tasks
+    from regard.bench.fitting import sizes, why_not
+    from regard.models.mixer import parse
+
+    asked = parse(task)
+    made = tasks.make(asked.name, asked.options)
+    return {name: why_not(made, parse(name), sizes(made)) for name in names}
 
 
 @app.command()
@@ -259,37 +285,50 @@ class Match(StrEnum):
 
 
 class Comparison(TyperCommand):
-    """Help that shows the defaults, which stand in CompareConfig alone."""
+    """Help that shows the tasks and the defaults, which stand in CompareConfig and with the tasks alone."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        from regard import tasks
         from regard.bench.compare import CompareConfig
 
+        text = tasks.find("text")
         for option in self.params:
-            value = getattr(CompareConfig, str(option.name), None)
-            if value not in (None, (), False) and isinstance(option, TyperOption):
-                option.default = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            name = str(option.name)
+            value = getattr(CompareConfig, name, None)
+            of_task = getattr(text.defaults, name, getattr(text, name, None) if name == "length" else None)
+            if not isinstance(option, TyperOption):
+                continue
+            if name == "task":
+                option.help = f"{', '.join(tasks.names())}; with options in brackets: 'mqar(pairs=(4, 8))'."
+            for found, of in ((value, ""), (of_task, " for text")):
+                if found not in (None, (), False):
+                    option.default = (", ".join(map(str, found)) if isinstance(found, tuple) else str(found)) + of
         super().format_help(ctx, formatter)
 
 
 @app.command(cls=Comparison)
 def compare(
+    task: Annotated[str | None, typer.Option(help="What is learned; each has defaults of its own.")] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="A file or folder to train on; may be repeated (default: Python's own sources and docs)."),
     ] = None,
     mechanisms: Annotated[
         str | None,
-        typer.Option(help="Names with commas between, options in brackets: softmax,'window(window=64)',gated+rotary."),
+        typer.Option(
+            help="Names with commas between, options in brackets: softmax,'window(window=64)',gated+rotary; "
+            "or all, for every one that fits the task."
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of a cell.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, e.g. 0,1,2.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
-    length: Annotated[int | None, typer.Option(help="Bytes of a sequence.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence: bytes, for text.")] = None,
     dim: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
     heads: Annotated[int | None, typer.Option(help="Heads of a layer.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    match: Annotated[Match | None, typer.Option(help="What is equal to softmax attention's.")] = None,
+    match: Annotated[Match | None, typer.Option(help="What is equal to the baseline's, mostly softmax.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; the same command resumes there.")] = None,
     checkpoint: Annotated[bool, typer.Option("--checkpoint/--no-checkpoint", help="Keep the trained models.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
@@ -297,7 +336,7 @@ def compare(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells again that failed earlier.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a cell (default: all, at most 8).")] = None,
 ) -> None:
-    """Train mechanisms on the same data at equal budget; print a table and write report.html.
+    """Train mechanisms on the same task at equal budget; print a table and write report.html.
 
     Exit code: 0 all done, 3 some cells failed, 130 or 143 stopped (the same command goes on).
     """
@@ -305,6 +344,7 @@ def compare(
     from regard.models.mixer import split
 
     given: dict[str, Any] = {
+        "task": task,
         "text": text,
         "mechanisms": None if mechanisms is None else split(mechanisms),
         "steps": steps,
@@ -326,6 +366,29 @@ def compare(
         checkpoint=checkpoint, retry_failed=retry_failed, **{k: v for k, v in given.items() if v is not None}
     )
     raise typer.Exit(run(config))
+
+
+@app.command()
+def profile(
+    mechanisms: Annotated[str, typer.Option(help="Names with commas between.")] = "softmax,window(window=512),linear",
+    lengths: Annotated[str, typer.Option(help="Tokens: 1k..32k doubles, 500,1k,3k lists.")] = "1k..8k",
+    dim: Annotated[int, typer.Option(help="M, the model width.")] = 256,
+    heads: Heads = 4,
+    batch: Batch = 1,
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Whether later tokens are seen.")] = True,
+    limit: Annotated[float, typer.Option(help="Seconds that a cell may take.")] = 60.0,
+    threads: Annotated[int, typer.Option(help="CPU threads of a cell (default: all, at most 8).")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of profile.json and report.html.")] = Path("runs/profile"),
+) -> None:
+    """Measure time and memory over lengths, each cell in its own process, and how they grow."""
+    from regard.bench.profile import Profile
+    from regard.bench.profile import lengths as read
+    from regard.bench.profile_page import command
+    from regard.models.mixer import split
+
+    config = Profile(tuple(split(mechanisms)), read(lengths), dim, heads, batch, causal, limit, threads, device, out)
+    raise typer.Exit(command(config))
 
 
 @app.command()

@@ -56,3 +56,17 @@ class Hangs(Good):
     def forward(self, x):
         Path(os.environ["STUB_PID"]).write_text(str(os.getpid()))
         time.sleep(600)
+
+
+class Mapped(nn.Module):
+    """A mixer of feature maps, by its own word."""
+
+    protocol = "FeatureMixer"
+
+    def __init__(self, *, dim, num_heads, causal):
+        super().__init__()
+        assert not causal
+        self.mix = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return self.mix(x)

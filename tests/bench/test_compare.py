@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from regard import mechanisms
 from regard.bench import compare
 from regard.bench.compare import (
     CompareConfig,
@@ -93,7 +95,20 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"device": "tpu"}, r"device must be"),
         ({"device": "cuda:99"}, r"'cuda:99' is not there"),
         ({"threads": 0}, r"threads must be"),
-        ({"task": "chess"}, r"unknown task"),
+        ({"task": "chess"}, r"unknown task 'chess'; there are text, boxes, copying"),
+        ({"task": "mqra"}, r"unknown task 'mqra'; did you mean 'mqar'"),
+        ({"task": "mqar("}, r"task 'mqar\(': .*cannot be read"),
+        ({"task": "mqar(pair=3)", "text": ()}, r"task mqar: there is no option 'pair'; did you mean 'pairs'"),
+        ({"task": "mqar(pairs=(1, 99))", "text": ()}, r"length must be even and >= 4 x 99 for 99 pairs, got 8"),
+        ({"task": "mqar"}, r"task mqar brings its own data; leave text out"),
+        ({"task": "digits", "text": ()}, r"task digits: there is no option 'length'"),
+        (
+            {"task": "nodes", "text": (), "length": None},
+            r"softmax does not fit the task nodes: a TokenMixer; nodes",
+        ),
+        ({"mechanisms": ["etc"]}, r"etc does not fit the task text: cannot be causal"),
+        ({"mechanisms": ["softmax(head_dim=512)"]}, r"does not fit the task text: .* cannot be matched in params"),
+        ({"task": "copying", "text": (), "length": None, "checkpoint": True}, r"models of the task copying cannot be"),
         ({"text": ["/no/such/file"]}, r"/no/such/file does not exist"),
         ({"length": 10_000}, r"too short"),
         ({"out": "/proc/nowhere"}, r"output folder /proc/nowhere cannot be made"),
@@ -205,6 +220,67 @@ def test_a_missing_checkpoint_is_made_again(config):
     assert all(name.startswith("checkpoints/") and ".." not in name for name in names)
 
 
+# --- Tasks
+
+
+@pytest.fixture
+def mqar(config):
+    task = "mqar(pairs=(1, 2), vocab=8, heldout=8)"
+    return replace(config, task=task, text=(), mechanisms=("softmax",))
+
+
+def test_a_task_brings_its_own_defaults(tmp_path):
+    checked = compare.validate(CompareConfig(task="copying", out=tmp_path, depth=1))
+    its = checked.task.defaults
+    assert checked.config.depth == 1
+    assert (checked.config.steps, checked.config.dim, checked.config.lr) == (its.steps, its.dim, its.lr)
+    assert checked.specs == list(its.mechanisms)
+    assert compare.plan(checked)[0].settings["symbols"] == [4, 8, 16, 32]
+
+
+def test_options_of_a_task_make_other_cells(mqar):
+    cells = [
+        compare.plan(compare.validate(replace(mqar, task=task, seeds=(0,))))[0]
+        for task in ("mqar(pairs=(1, 2))", "mqar(pairs=(1,))", "mqar(pairs=(1, 2), length=8)")
+    ]
+    assert cells[0].key == cells[2].key != cells[1].key
+    assert [cell.task for cell in cells] == ["mqar"] * 3
+
+
+def test_all_runs_what_fits_and_tells_what_does_not(mqar):
+    events, fake = [], Fake()
+    execute(replace(mqar, mechanisms=("all", "gated+rotary"), seeds=(0,)), events.append, train=fake)
+    ran, planned = [mechanism for mechanism, _ in fake.asked], events[0]
+    assert {"softmax", "alibi"} < set(ran)
+    assert ran[-1] == "gated+rotary"
+    assert planned.unfit["etc"] == "cannot be causal"
+    assert not planned.unfit.keys() & set(ran)
+    assert planned.unfit.keys() | set(ran) == {*mechanisms(), "gated+rotary"}
+
+
+def test_the_callers_own_mechanisms_say_what_they_are(config):
+    digits = replace(config, task="digits", text=(), length=None, mechanisms=("stubs:Mapped", "softmax"))
+    assert compare.validate(digits).specs == ["stubs:Mapped", "softmax"]
+
+
+def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar, monkeypatch):
+    pytest.importorskip("plotly")
+    monkeypatch.setattr(compare, "code_version", lambda: "test")
+    out = io.StringIO()
+    assert run(mqar, console=Console(file=out, width=100)) == 0
+    said = out.getvalue()
+    assert "1 mechanism x 2 seeds, 2 steps of 2 x 8, equal params; mqar: 1, 2 pairs of 8 symbols, generated" in said
+    assert re.search(r"softmax seed 0: \d+\.\d% accuracy, ", said)
+    assert re.search(r"^ +1 +2 +train .*\n *mechanism +accuracy +pairs +pairs ", said, re.MULTILINE), said
+    results = read(mqar.out)
+    assert all(list(r.heldout) == ["mean", "1", "2"] and r.metric.name == "accuracy" for r in results)
+    page = (Path(mqar.out) / "report.html").read_text()
+    assert "Accuracy by pairs" in page
+    assert "% accuracy on held-out data on mqar" in page
+    execute(mqar, train=(again := Fake()))
+    assert again.asked == []
+
+
 # --- Killed
 
 
@@ -212,10 +288,11 @@ RUN = """
 import json, sys, time
 from pathlib import Path
 from regard.bench import compare
-from regard.tasks.text import Text
+from regard.tasks.text import NextByte, Text
 
 folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
-compare.validate = lambda config: (list(config.mechanisms), Text("test", b"x", b"y"))
+task = NextByte(text=Text("test", b"x", b"y"))
+compare.validate = lambda config: compare.Checked(config, task, list(config.mechanisms))
 compare.code_version = lambda: "test"
 
 def train(job, *, timeout, stop, on_step):

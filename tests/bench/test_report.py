@@ -16,6 +16,7 @@ from regard.bench.record import Cell, Result
 from regard.bench.report import cards, curves, pareto
 from regard.bench.report.text import clean, quantity
 from regard.card import Card, Paper
+from regard.tasks import ACCURACY, Metric
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -146,7 +147,7 @@ def test_the_table_shows_means_and_sample_deviations(render):
     assert list(page.table) == ["gated", "alibi", "kerple"]
     starred = {name for name, cells in page.table.items() if cells["1x"].startswith("★")}
     assert starred == {"gated"}
-    assert "gated predicts held-out data best: 1.420 ± 0.010 bits per byte (3 seeds)" in page.text
+    assert "gated is best on held-out data: 1.420 ± 0.010 bits per byte (3 seeds)" in page.text
     assert "alibi, the next, is 0.110 behind, which is more than the spread" in page.text
 
 
@@ -314,6 +315,70 @@ def test_looks_differ_and_points_stay_inside_their_axes(render, count):
             low, high = plot[axis]["range"]
             scale = math.log10 if plot[axis]["type"] == "log" else float
             assert all(low < scale(v) < high for s in plot["series"] for v in s[axis])
+
+
+# --- Other tasks
+
+RECALL = Metric("accuracy", "accuracy", better=1, main="mean", along="pairs", loss="bits", percent=True)
+
+
+def recalled(name, seed, first, last, **changes):
+    heldout = {"mean": (first + last) / 2, "4": first, "16": last}
+    changes = {"task": "mqar", "metric": RECALL, "generate_tokens_per_second": 0.0} | changes
+    return result(name, seed, heldout=heldout, **changes)
+
+
+def test_where_more_is_better_the_most_comes_first(render):
+    ends = {"softmax": (1.0, 0.99), "performer": (0.9, 0.3), "window": (0.5, 0.2)}
+    states = {"softmax": 8000, "performer": 1000, "window": 0}
+    page = render(
+        [
+            recalled(n, s, a, b - s / 100, state_bytes=states[n])
+            for n, (a, b) in reversed(ends.items())
+            for s in range(2)
+        ]
+    )
+    assert list(page.table) == ["softmax", "performer", "window"]
+    assert "Of 3 mechanisms on mqar, softmax is best on held-out data: 99.2 ± 0.4% accuracy (2 seeds)" in page.text
+    assert "performer, the next, is 39.5 points behind" in page.text
+    assert [n for n, cells in page.table.items() if cells["accuracy"].startswith("★")] == ["softmax"]
+    assert numbers(page.table["performer"]["16"]) == [29.5, 0.7]
+    assert "Generate" not in page.table["softmax"], "nothing generates"
+
+
+def test_accuracy_is_drawn_against_the_number_of_pairs(render):
+    page = render(
+        [recalled("softmax", s, 1.0, 0.98) for s in range(2)] + [recalled("linear", 0, 0.9, 0.3, state_bytes=512)]
+    )
+    plot = page.plots["lengths-0"]
+    assert plot["x"]["ticktext"] == ["4", "16"]
+    assert plot["x"]["title"] == "pairs"
+    assert plot["y"]["type"] == "linear"
+    assert {s["name"]: s["y"] for s in plot["series"]} == {"softmax": [1.0, 0.98], "linear": [0.9, 0.3]}
+    assert all("spread" in s for s in plot["series"])
+    assert "Accuracy by pairs" in page.text
+    assert (
+        "From 4 to 16 it falls least for softmax (\u22122.0 points) and most for linear (\u221260.0 points)"
+        in page.text
+    )
+    assert "State kept of a sequence: softmax 65.5 KB and linear 512 B." in page.text
+    state = page.plots["state-0"]
+    assert {s["name"]: s["x"] for s in state["series"]} == {"softmax": [65.536], "linear": [0.512]}
+    assert "upper left is better" in page.text
+    assert state["front"]["y"][0] == state["y"]["range"][0], "the front begins where nothing is good"
+
+
+def test_a_task_with_one_number_has_no_plot_of_many(render):
+    page = render([result("softmax", 0, heldout={"accuracy": 0.9}, task="digits", metric=ACCURACY)])
+    assert "lengths-0" not in page.plots
+    assert "measured at" not in page.text
+    assert page.table["softmax"]["accuracy"] == "90.0%"
+
+
+def test_rows_of_old_are_bits_per_byte(render):
+    page = render([result("alibi", 0, 1.5), recalled("alibi", 0, 0.9, 0.5)])
+    assert "1.500 bits per byte" in page.text
+    assert "70.0% accuracy" in page.text
 
 
 # --- Cards

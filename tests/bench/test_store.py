@@ -6,12 +6,14 @@ import resource
 import sqlite3
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
+from regard import tasks
 from regard.bench.record import Cell, Result
 from regard.bench.store import StoreError, opened, read
+from regard.tasks import Metric
 
 
 def result(seed, **fields):
@@ -34,6 +36,20 @@ def test_what_is_put_comes_back(tmp_path):
         assert store.get(FULL.cell.key) == FULL
         assert store.get(result(1).cell.key) is None
     assert read(tmp_path / "new" / "folder") == [FULL]
+
+
+def test_the_metric_comes_back_and_rows_of_old_have_that_of_text(tmp_path):
+    mine = result(3, heldout={"mean": 0.5}, metric=Metric("accuracy", better=1, main="mean", percent=True))
+    with opened(tmp_path) as store:
+        store.put(mine)
+        old = {**json.loads(json.dumps(asdict(FULL))), "an older field": 1}
+        cell = old.pop("cell")
+        del old["metric"]
+        row = (FULL.cell.key, json.dumps(cell), json.dumps(old), "done", "")
+        store._database.execute("INSERT INTO cells VALUES (?, ?, ?, ?, ?)", row)
+        store._database.commit()
+    assert read(tmp_path) == [mine, FULL]
+    assert FULL.metric == Metric() == tasks.find("text").metric
 
 
 def test_a_row_is_replaced_and_not_doubled(tmp_path):

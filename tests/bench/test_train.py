@@ -5,19 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
+from regard import tasks
 from regard.bench import train as module
 from regard.bench.memory import PeakMemory
 from regard.bench.record import Cell
-from regard.bench.train import TrainingError, bits_per_byte, rate, state_bytes, train
+from regard.bench.train import TrainingError, rate, state_bytes, train
 from regard.cache import KVCache
 from regard.models.checkpoint import load
-from regard.models.lm import LanguageModel
-from regard.tasks.text import Text
+from regard.tasks.text import NextByte, Text
 
 CPU = torch.device("cpu")
-TEXT = Text("test", b"the quick brown fox jumps over the lazy dog. " * 40, b"a lazy dog and a quick fox meet. " * 10)
+BOOK = Text("test", b"the quick brown fox jumps over the lazy dog. " * 40, b"a lazy dog and a quick fox meet. " * 10)
+TEXT = NextByte(length=16, text=BOOK)
 SETTINGS = {
     "steps": 6,
     "batch": 4,
@@ -66,23 +66,7 @@ def test_a_result_is_complete(tmp_path):
     assert min(got.train_tokens_per_second, got.generate_tokens_per_second, got.flops_per_token, got.seconds) > 0
     model, config = load(tmp_path / "a" / "m.safetensors")
     assert config.length == 16
-    again, _ = bits_per_byte(model, TEXT, 16, 4, CPU)
-    assert again == got.heldout
-
-
-def test_every_length_predicts_the_same_bytes():
-    """A model without any past gives the same loss at each length only then."""
-
-    class Nothing(nn.Module):
-        def forward(self, x):
-            return torch.zeros_like(x)
-
-    torch.manual_seed(0)
-    model = LanguageModel([Nothing()], dim=16, mlp_dim=16)
-    losses, _ = bits_per_byte(model, TEXT, 16, 4, CPU)
-    assert losses["1x"] == pytest.approx(losses["2x"], rel=1e-6) == pytest.approx(losses["4x"], rel=1e-6)
-    nn.init.zeros_(model.embedding.weight)
-    assert bits_per_byte(model, TEXT, 16, 4, CPU)[0]["1x"] == pytest.approx(8.0)
+    assert TEXT.measure(model, 4, CPU)[0] == got.heldout
 
 
 def test_a_length_limit_is_a_note_and_no_failure():
@@ -93,9 +77,49 @@ def test_a_length_limit_is_a_note_and_no_failure():
     assert got.generate_tokens_per_second > 0
 
 
-def test_a_loss_that_is_no_number_is_a_failure():
+def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):
     with pytest.raises(TrainingError, match="became nan at step 1"):
         train(replace(CELL, mechanism="stubs:Diverges"), TEXT)
+    monkeypatch.setattr(NextByte, "measure", lambda *_: ({"1x": math.inf}, []))
+    with pytest.raises(TrainingError, match="the held-out bits per byte is inf"):
+        train(CELL, TEXT)
+
+
+TINY = {
+    "mqar": {"length": 16, "pairs": (2, 4), "vocab": 16, "heldout": 8},
+    "retrieval": {"hops": 2, "chains": 2, "vocab": 12, "heldout": 8},
+    "copying": {"symbols": (2, 4), "heldout": 8},
+    "selective_copying": {"symbols": (2,), "length": 6, "heldout": 8},
+    "imputation": {"length": 12, "heldout": 8},
+    "digits": {"heldout": 0.05},
+    "nodes": {"nodes": 12, "heldout": 2},
+    "boxes": {"size": 16, "heldout": 8},
+}
+
+
+def test_every_task_has_a_tiny_form_here():
+    assert {"text", *TINY} == set(tasks.names())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_loop_trains_every_task(name):
+    """A few steps of each: repeatable to the bit, with numbers for all that its metric promises."""
+    if name in ("digits", "boxes"):
+        pytest.importorskip("sklearn" if name == "digits" else "scipy")
+    task = tasks.make(name, TINY[name])
+    settings = {**SETTINGS, **task.settings(), "steps": 3, "batch": 2}
+    cell = Cell(name, task.baseline, 0, settings)
+    first, again, other = train(cell, task), train(cell, task), train(replace(cell, seed=1), task)
+    assert first.curve == again.curve != other.curve
+    assert first.heldout == again.heldout
+    assert first.metric == task.metric
+    labels = [f"{n}" for n in TINY[name].get("pairs") or TINY[name].get("symbols") or range(1, 3)]
+    expected = {"retrieval": ["1", "2"], "imputation": ["20%", "50%", "80%"]}.get(name, labels)
+    assert list(first.heldout) == [task.metric.main, *(expected if task.metric.along and len(expected) > 1 else [])]
+    assert all(math.isfinite(v) and v >= 0 for v in first.heldout.values())
+    assert min(first.train_tokens_per_second, first.flops_per_token, first.parameters) > 0
+    assert (first.state_bytes > 0) == ("causal" in task.takes.get("TokenMixer", ()))
+    assert first.generate_tokens_per_second == 0
 
 
 def test_the_rate_warms_up_and_cools_down():

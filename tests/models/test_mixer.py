@@ -2,7 +2,7 @@
 
 import pytest
 
-from regard.models.mixer import Spec, build, parse, split
+from regard.models.mixer import Spec, build, parse, protocol, split
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,22 @@ def test_own_mechanisms_are_imported_and_a_missing_one_is_named():
         build(parse("no_such_module:Mixer"), 8, 2)
     with pytest.raises(ValueError, match=r"NoSuchMixer"):
         build(parse("torch.nn:NoSuchMixer"), 8, 2)
+
+
+def test_what_is_built_is_causal_unless_told_otherwise():
+    assert build(parse("gated+rotary"), 8, 2).causal
+    assert not build(parse("gated+rotary"), 8, 2, causal=False).causal
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("gated+rotary", "TokenMixer"),
+        ("polarized", "FeatureMixer"),
+        ("torch.nn:Identity", "TokenMixer"),
+        ("stubs:Mapped", "FeatureMixer"),
+    ],
+)
+def test_protocols_are_told_by_cards_and_by_the_callers_own(text, kind, monkeypatch, request):
+    monkeypatch.syspath_prepend(request.path.parent.parent / "bench")
+    assert protocol(parse(text)) == kind

@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
-from regard.tasks.text import TextError, load, needed_bytes
+from regard.models.lm import LanguageModel
+from regard.tasks.text import NextByte, Text, TextError, load, needed_bytes
 
 PROSE = "".join(f"line {n} of a text that nobody wrote\n" for n in range(2000)).encode()
 
@@ -46,6 +48,22 @@ def test_heldout_windows_predict_each_byte_once(book):
     assert windows.shape == (10, 65)
     starts = [text.heldout.find(bytes(w.tolist())) for w in windows]
     assert all(b - a >= 64 for a, b in pairwise(starts))
+
+
+def test_every_length_predicts_the_same_bytes():
+    """A model without any past gives the same loss at each length only then."""
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    task = NextByte(length=16, text=Text("test", PROSE[:2000], PROSE[2000:2400]))
+    model = LanguageModel([Nothing()], dim=16, mlp_dim=16)
+    losses, notes = task.measure(model, 4, torch.device("cpu"))
+    assert losses["1x"] == pytest.approx(losses["2x"], rel=1e-6) == pytest.approx(losses["4x"], rel=1e-6)
+    assert notes == []
+    nn.init.zeros_(model.embedding.weight)
+    assert task.measure(model, 4, torch.device("cpu"))[0]["1x"] == pytest.approx(8.0)
 
 
 def test_a_fingerprint_tells_texts_apart(book):

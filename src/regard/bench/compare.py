@@ -13,22 +13,23 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regard.bench.match import Match
 from regard.bench.process import Stop, answer
 from regard.bench.record import Cell, Result
 from regard.bench.store import Store, StoreError, disk_full, opened
-from regard.tasks.text import Text, TextError
-from regard.tasks.text import load as load_text
+from regard.tasks import Defaults, Metric, Task, TaskError, find, make
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEFAULT_MECHANISMS = ("softmax", "rotary", "alibi", "kerple", "gated", "window(window=32)")
+ALL = "all"
+"""Among mechanisms: every one of the catalogue that the task can be done with."""
 PARTIAL = 3
 """Exit code when some cells failed and the rest is done."""
 
@@ -41,20 +42,24 @@ class CompareError(ValueError):
 class CompareConfig:
     """What `regard compare` is asked to do."""
 
-    mechanisms: Sequence[str] = DEFAULT_MECHANISMS
-    """Names, with options in brackets: 'window(window=64)'; also 'gated+rotary', own 'module:callable'."""
+    task: str = "text"
+    """A name of `regard.tasks`, with options in brackets: 'mqar(pairs=(4, 8))'."""
+    mechanisms: Sequence[str] | None = None
+    """Names, with options in brackets: 'window(window=64)'; also 'gated+rotary', own 'module:callable', and 'all'.
+
+    None, here and below: what the task has by default."""
     text: Sequence[str | Path] = ()
-    """Files and folders; none = the standard library's sources and docs."""
+    """Files and folders, for the task `text`; none = the standard library's sources and docs."""
     seeds: Sequence[int] = (0, 1)
-    steps: int = 180
-    batch: int = 8
-    length: int = 128
-    dim: int = 96
-    depth: int = 2
-    heads: int = 4
-    lr: float = 3e-3
-    match: str = "params"
-    """'params' or 'flops': what is equal to softmax attention's, by the width of the host's MLP."""
+    steps: int | None = None
+    batch: int | None = None
+    length: int | None = None
+    dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    lr: float | None = None
+    match: Match = "params"
+    """'params' or 'flops': what is equal to the task's baseline's, by the width of the host's MLPs."""
     out: str | Path = Path("runs/compare")
     checkpoint: bool = False
     device: str = "cpu"
@@ -65,18 +70,32 @@ class CompareConfig:
     """Seconds after which a cell counts as failed."""
     retry_failed: bool = False
     """Run cells again that failed in an earlier run."""
-    task: str = "text"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that can be carried out, with the task's defaults filled in."""
+
+    config: CompareConfig
+    task: Task
+    specs: list[str]
+    """The mechanisms, spelled out."""
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Those that 'all' leaves out -> why."""
 
 
 @dataclass(frozen=True)
 class Planned:
     """What will be done: all cells, those that are there already, and the store's rows of other runs."""
 
+    metric: Metric
     cells: list[Cell]
     reused: list[Result]
     others: int
     differing: list[str]
     """Settings in which those other rows differ."""
+    unfit: Mapping[str, str]
+    """Mechanisms that the task cannot be done with -> why."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class Stepped:
     cell: Cell
     step: int
     loss: float
-    """Training loss in bits per byte."""
+    """Training loss, in the metric's unit."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +148,11 @@ def execute(
         train: runs one job; for tests.
     """
     with _one_line(), Stop() as stop:
-        specs, text = validate(config)
-        cells = plan(config, specs, text)
+        checked = validate(config)
+        config, cells = checked.config, plan(checked)
         with opened(config.out) as store:
             known = {cell.key: _reusable(store, cell, config) for cell in cells}
-            on_event(_planned(cells, known, store))
+            on_event(_planned(checked, cells, known, store))
             for number, cell in enumerate(cells, 1):
                 if known[cell.key] is not None or stop.number:
                     continue
@@ -169,24 +188,23 @@ def run(config: CompareConfig, *, console: "Console | None" = None) -> int:
     return outcome.exit_code
 
 
-def validate(config: CompareConfig) -> tuple[list[str], Text]:
-    """Refuse what cannot work before any work is done. Returns the mechanisms, spelled out, and the text."""
-    for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("dim", 1), ("depth", 1), ("heads", 1)):
+def validate(config: CompareConfig) -> Checked:
+    """Refuse what cannot work before any work is done."""
+    task = _task(config)
+    config = _filled(config, task.defaults)
+    for name, least in (("steps", 1), ("batch", 1), ("dim", 1), ("depth", 1), ("heads", 1)):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise CompareError(f"{name} must be a whole number >= {least}, got {value!r}")
-    if config.dim % config.heads:
-        near = [h for h in range(1, config.dim + 1) if config.dim % h == 0]
-        best = sorted(near, key=lambda h: abs(h - config.heads))[:3]
-        raise CompareError(
-            f"{config.heads} heads do not divide width {config.dim}; possible are {', '.join(map(str, sorted(best)))}"
-        )
+    dim, heads = config.dim or 1, config.heads or 1
+    if dim % heads:
+        near = [h for h in range(1, dim + 1) if dim % h == 0]
+        best = sorted(near, key=lambda h: abs(h - heads))[:3]
+        raise CompareError(f"{heads} heads do not divide width {dim}; possible are {', '.join(map(str, sorted(best)))}")
     for name in ("lr", "timeout"):
         value = getattr(config, name)
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise CompareError(f"{name} must be a number > 0, got {value!r}")
-    if config.task != "text":
-        raise CompareError(f"unknown task {config.task!r}; there is 'text'")
     if config.match not in ("params", "flops"):
         raise CompareError(f"match must be 'params' or 'flops', got {config.match!r}")
     if config.threads is not None and config.threads < 1:
@@ -195,27 +213,27 @@ def validate(config: CompareConfig) -> tuple[list[str], Text]:
         raise CompareError(f"seeds must be whole numbers >= 0, got {list(config.seeds)!r}")
     if not config.mechanisms:
         raise CompareError("no mechanisms are named; `regard list` shows all")
-    specs = _mechanisms(config)
+    if config.checkpoint and task.name != "text":
+        raise CompareError(f"models of the task {task.name} cannot be kept; leave checkpoint out")
     _device(config.device)
-    return specs, load_text(config.text, length=config.length)
+    specs, unfit = _mechanisms(config, task)
+    return Checked(config, task, specs, unfit)
 
 
-def plan(config: CompareConfig, specs: Sequence[str], text: Text) -> list[Cell]:
+def plan(checked: Checked) -> list[Cell]:
     """All cells: the first seed of every mechanism, then the second, …"""
     from regard.bench.train import cores, processor
     from regard.models.mixer import parse
 
+    config, specs = checked.config, checked.specs
     settings = {
-        "data": text.source,
-        "bytes": len(text.train) + len(text.heldout),
-        "fingerprint": text.fingerprint,
+        **checked.task.settings(),
         "steps": config.steps,
         "batch": config.batch,
-        "length": config.length,
         "dim": config.dim,
         "depth": config.depth,
         "heads": config.heads,
-        "lr": float(config.lr),
+        "lr": float(config.lr or 0),
         "match": config.match,
         "device": config.device,
         "processor": processor(),
@@ -226,10 +244,40 @@ def plan(config: CompareConfig, specs: Sequence[str], text: Text) -> list[Cell]:
     }
     own = {spec: {"own code": _own_code(name)} for spec in specs if ":" in (name := parse(spec).name)}
     return [
-        Cell(config.task, spec, seed, {**settings, **own.get(spec, {})})
+        Cell(checked.task.name, spec, seed, {**settings, **own.get(spec, {})})
         for seed in dict.fromkeys(config.seeds)
         for spec in specs
     ]
+
+
+def _task(config: CompareConfig) -> Task:
+    try:
+        name, options = task_options(config)
+        return make(name, options)
+    except (TaskError, ImportError) as error:
+        raise CompareError(str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise CompareError(f"task {config.task!r}: {error}") from error
+
+
+def task_options(config: CompareConfig) -> tuple[str, dict[str, Any]]:
+    """The task's name, and its options wherever they stand in the configuration."""
+    from regard.models.mixer import parse
+
+    spec = parse(config.task)
+    options = dict(spec.options)
+    if config.length is not None:
+        options["length"] = config.length
+    if config.text:
+        if find(spec.name).name != "text":
+            raise TaskError(f"task {spec.name} brings its own data; leave text out")
+        options["text"] = [os.fspath(Path(path).absolute()) for path in config.text]
+    return spec.name, options
+
+
+def _filled(config: CompareConfig, defaults: Defaults) -> CompareConfig:
+    names = ("mechanisms", "steps", "batch", "dim", "depth", "heads", "lr")
+    return replace(config, **{n: getattr(defaults, n) for n in names if getattr(config, n) is None})
 
 
 def code_version() -> str:
@@ -237,7 +285,7 @@ def code_version() -> str:
     root = Path(__file__).parent.parent
     silent = re.compile(
         r"((cli|__main__|terminal|doctor|catalog_page)\.py|(inspect|steer|integrations|distributed|bench/report)/.*"
-        r"|bench/(live|profile|process|store|generate)\.py)"
+        r"|bench/(live|profile\w*|process|store|generate)\.py)"
     )
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -254,22 +302,38 @@ def _own_code(name: str) -> str:
     return hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:12] if origin and os.path.isfile(origin) else "?"
 
 
-def _mechanisms(config: CompareConfig) -> list[str]:
-    """Build each mechanism once, so that an unknown name or option is said now and not after an hour."""
-    from regard.models.mixer import build, parse
+def _mechanisms(config: CompareConfig, task: Task) -> tuple[list[str], dict[str, str]]:
+    """Try each mechanism once, so that what cannot work is said now and not after an hour."""
+    from regard import catalog
+    from regard.bench.fitting import sizes, why_not
+    from regard.models.mixer import parse
 
-    specs = []
-    for text in config.mechanisms:
+    size = sizes(task, vars(config))
+    specs: list[str] = []
+    unfit: dict[str, str] = {}
+    for text in config.mechanisms or ():
+        if text == ALL:
+            for name in catalog.mechanisms():
+                reasons = why_not(task, parse(name), size, config.match)
+                specs += [] if reasons else [name]
+                unfit |= {name: "; ".join(reasons)} if reasons else {}
+            continue
         try:
             spec = parse(text)
-            if spec.own and os.getcwd() not in sys.path:
-                sys.path.insert(0, os.getcwd())
-            build(spec, config.dim, config.heads)
+            if spec.own:
+                if os.getcwd() not in sys.path:
+                    sys.path.insert(0, os.getcwd())
+                task.model(spec, size)
+            reasons = why_not(task, spec, size, config.match)
         except (ValueError, TypeError, KeyError) as error:
             said = " ".join(str(error.args[0] if error.args else error).split())
             raise CompareError(said if text.split("(")[0] in said else f"{text}: {said}") from error
+        if reasons:
+            raise CompareError(f"{text} does not fit the task {task.name}: {'; '.join(reasons)}")
         specs.append(str(spec))
-    return list(dict.fromkeys(specs))
+    if not specs:
+        raise CompareError(f"no mechanism of the catalogue fits the task {task.name} at this size")
+    return list(dict.fromkeys(specs)), unfit
 
 
 def _device(device: str) -> None:
@@ -292,12 +356,12 @@ def _reusable(store: Store, cell: Cell, config: CompareConfig) -> Result | None:
     return result
 
 
-def _planned(cells: list[Cell], known: dict[str, Result | None], store: Store) -> Planned:
+def _planned(checked: Checked, cells: list[Cell], known: dict[str, Result | None], store: Store) -> Planned:
     others = [result.cell for result in store.results() if result.cell.key not in known]
     mine = cells[0].settings
     differing = {name for cell in others for name in mine if cell.settings.get(name) != mine[name]}
     reused = [result for result in known.values() if result is not None]
-    return Planned(cells, reused, len(others), sorted(differing))
+    return Planned(checked.task.metric, cells, reused, len(others), sorted(differing), checked.unfit)
 
 
 def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: Callable[[Event], None], train: Any) -> Result | None:
@@ -310,7 +374,7 @@ def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: Callable[[Even
             "seed": cell.seed,
             "settings": cell.settings,
         },
-        "text": [os.fspath(Path(path).absolute()) for path in config.text],
+        "options": task_options(config)[1],
         "folder": os.fspath(Path(config.out).absolute()),
         "checkpoint": f"checkpoints/{name}-seed{cell.seed}-{cell.key[:8]}.safetensors" if config.checkpoint else "",
     }
@@ -321,8 +385,7 @@ def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: Callable[[Even
         raise CompareError(disk_full(Path(config.out) / "checkpoints"))
     if "failed" in said:
         return Result(cell, "failed", reason=said["failed"])
-    result = {**said["result"], "curve": [(int(s), float(b)) for s, b in said["result"].get("curve", [])]}
-    return Result(cell, **result)
+    return Result(cell, **said["result"])
 
 
 def _report(results: list[Result], folder: Path) -> str:
@@ -345,5 +408,5 @@ def _report(results: list[Result], folder: Path) -> str:
 def _one_line() -> Iterator[None]:
     try:
         yield
-    except (TextError, StoreError) as error:
+    except (TaskError, StoreError) as error:
         raise CompareError(str(error)) from error

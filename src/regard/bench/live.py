@@ -3,8 +3,10 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.text import Text
 from regard import terminal
 from regard.bench.compare import CompareConfig, Event, Finished, Outcome, Planned, Started, Stepped
 from regard.bench.record import Result
+from regard.tasks import Metric
 
 
 class Live:
@@ -47,10 +50,10 @@ class Live:
             case Planned():
                 self._plan(event)
             case Started():
-                self._bars.reset(self._cell, total=self.config.steps, description=label(event.cell), note="starting")
-            case Stepped() if time.monotonic() - self._drawn > 0.1 or event.step == self.config.steps:
+                self._bars.reset(self._cell, total=self._steps, description=label(event.cell), note="starting")
+            case Stepped() if time.monotonic() - self._drawn > 0.1 or event.step == self._steps:
                 self._drawn = time.monotonic()
-                note = f"{event.loss:.3f} bits" if event.step < self.config.steps else "measuring"
+                note = f"{event.loss:.3f} {self._unit}" if event.step < self._steps else "measuring"
                 self._bars.update(self._cell, completed=event.step, note=note)
             case Finished():
                 self._bars.advance(self._all)
@@ -60,24 +63,36 @@ class Live:
         self._total, self._digits = len(event.cells), len(str(len(event.cells)))
         mechanisms = len({cell.mechanism for cell in event.cells})
         seeds = len({cell.seed for cell in event.cells})
-        settings = event.cells[0].settings
+        task, settings = event.cells[0].task, event.cells[0].settings
+        self._steps, self._unit = settings["steps"], event.metric.loss.split()[0]
+        size = f" ({settings['bytes'] / 1e6:.3g} MB)" if "bytes" in settings else ""
+        length = f" x {settings['length']}{' bytes' * (task == 'text')}" if "length" in settings else ""
         self._say(
             f"{plural(mechanisms, 'mechanism')} x {plural(seeds, 'seed')}, {settings['steps']} steps of "
-            f"{settings['batch']} x {settings['length']} bytes, equal {settings['match']}; "
-            f"text: {settings['data']} ({settings['bytes'] / 1e6:.3g} MB)"
+            f"{settings['batch']}{length}, equal {settings['match']}; {task}: {settings['data']}{size}"
         )
+        for reason, names in _alike(event.unfit).items():
+            self._say(f"left out: {', '.join(names)}: {reason}")
         if event.reused:
             self._say(f"{len(event.reused)} of {self._total} cells are in {Path(self.config.out)} already")
         if event.others:
             why = ", ".join(event.differing) or "mechanisms or seeds"
             self._say(f"{plural(event.others, 'earlier cell')} there with other {why}: kept, not used")
         self._all = self._bars.add_task("all cells", total=self._total, completed=len(event.reused), note="")
-        self._cell = self._bars.add_task("", total=self.config.steps, note="")
+        self._cell = self._bars.add_task("", total=self._steps, note="")
         if self.console.is_terminal and len(event.reused) < self._total:
             self._stack.enter_context(self._bars)
 
     def _say(self, text: str) -> None:
         self.console.print(terminal.line(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _alike(unfit: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> the mechanisms that it keeps out."""
+    found: dict[str, list[str]] = {}
+    for name, reason in unfit.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def plural(count: int, noun: str) -> str:
@@ -92,8 +107,9 @@ def line(result: Result) -> str:
     """One finished cell in one line."""
     if result.status == "failed":
         return f"{label(result.cell)}: FAILED: {result.reason}"
+    metric = result.metric
     return (
-        f"{label(result.cell)}: {result.heldout['1x']:.3f} bits per byte, "
+        f"{label(result.cell)}: {metric.write(result.heldout[metric.main])} {metric.name}, "
         f"{si(result.train_tokens_per_second)} tokens/s, {result.seconds:.0f} s"
     )
 
@@ -106,29 +122,45 @@ def si(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-Column = tuple[str, Callable[[Result], float | None], Callable[[float], str], int]
+@dataclass(frozen=True)
+class Column:
+    heading: str
+    value: Callable[[Result], float | None]
+    write: Callable[[float], str]
+    better: int
+    """1: more is better, -1: less is, 0: neither."""
+    spread: Callable[[float], str] | None = None
+    """How a standard deviation over seeds is written, where it is shown."""
 
 
-def _columns() -> list[Column]:
-    """Heading, value, how it is written, and whether more is better (1), less (-1) or neither (0)."""
-
-    def loss(at: str) -> Callable[[Result], float | None]:
-        return lambda result: result.heldout.get(at)
-
-    return [
-        ("bits/byte 1x", loss("1x"), "{:.3f}".format, -1),
-        ("2x", loss("2x"), "{:.3f}".format, -1),
-        ("4x", loss("4x"), "{:.3f}".format, -1),
-        ("train tok/s", lambda r: r.train_tokens_per_second, si, 1),
-        ("gen tok/s", lambda r: r.generate_tokens_per_second, si, 1),
-        ("peak MB", lambda r: r.peak_memory_bytes / 1e6, "{:.0f}".format, -1),
-        ("state KB", lambda r: r.state_bytes / 1e3 or None, "{:.1f}".format, -1),
-        ("params", lambda r: r.parameters, si, 0),
+def _columns(results: Sequence[Result]) -> list[Column]:
+    """What the task measures, then what everything costs; the first ranks."""
+    metric = next((r.metric for r in results if r.status == "done"), Metric())
+    labels = list(dict.fromkeys([metric.main, *(label for r in results for label in r.heldout)]))
+    columns = [
+        Column(metric.title(label), partial(_heldout, label), metric.write, metric.better, _spread(metric))
+        for label in labels
+    ]
+    return columns + [
+        Column("train tok/s", lambda r: r.train_tokens_per_second, si, 1),
+        Column("gen tok/s", lambda r: r.generate_tokens_per_second or None, si, 1),
+        Column("peak MB", lambda r: r.peak_memory_bytes / 1e6, "{:.0f}".format, -1),
+        Column("state KB", lambda r: r.state_bytes / 1e3 or None, "{:.1f}".format, -1),
+        Column("params", lambda r: r.parameters, si, 0),
     ]
 
 
+def _heldout(label: str, result: Result) -> float | None:
+    return result.heldout.get(label)
+
+
+def _spread(metric: Metric) -> Callable[[float], str]:
+    """A standard deviation in a few characters: '±.012', or '±1.2' of percents."""
+    return lambda value: f"±{100 * value:.1f}" if metric.percent else f"±{value:.3f}".replace("±0.", "±.")
+
+
 def table(results: Sequence[Result]) -> Table:
-    """One row a mechanism, best held-out loss first; the best of a column is bold with a star.
+    """One row a mechanism, the best on held-out data first; the best of a column is bold with a star.
 
     ± is the standard deviation over seeds.
     """
@@ -137,27 +169,27 @@ def table(results: Sequence[Result]) -> Table:
         done.setdefault(result.cell.mechanism, [])
         if result.status == "done":
             done[result.cell.mechanism].append(result)
-    columns = _columns()
-    rows = []
+    columns, rows = _columns(results), []
     for name, members in done.items():
-        values = [[v for r in members if (v := value(r)) is not None] for _, value, _, _ in columns]
-        rows.append((name, len(members), values))
-    rows.sort(key=lambda row: statistics.fmean(row[2][0]) if row[2][0] else float("inf"))
+        rows.append((name, len(members), [[v for r in members if (v := c.value(r)) is not None] for c in columns]))
+    rows.sort(key=lambda row: -columns[0].better * statistics.fmean(row[2][0]) if row[2][0] else float("inf"))
+    shown = [n for n in range(len(columns)) if any(row[2][n] for row in rows)]
     out = Table(pad_edge=False, box=None, padding=(0, 1))
     out.add_column("mechanism", overflow="fold", max_width=24)
-    for heading, *_ in columns:
-        out.add_column(heading.replace(" ", "\n") if " " in heading else heading, justify="right")
-    best = [_best([row[2][n] for row in rows], column[3]) for n, column in enumerate(columns)]
+    for n in shown:
+        out.add_column(columns[n].heading.replace(" ", "\n", 1), justify="right")
+    best = [_best([row[2][n] for row in rows], column.better) for n, column in enumerate(columns)]
     for name, count, values in rows:
         cells = [Text(terminal.line(name), style="" if count else "dim")]
-        for n, (_, _, write, _) in enumerate(columns):
+        for n in shown:
             if not values[n]:
                 cells.append(Text("-", style="dim"))
                 continue
-            mean = statistics.fmean(values[n])
-            spread = f" ±{statistics.stdev(values[n]):.3f}".replace("±0.", "±.") if n < 3 and len(values[n]) > 1 else ""
+            mean, write = statistics.fmean(values[n]), columns[n].spread
+            spread = f" {write(statistics.stdev(values[n]))}" if write and len(values[n]) > 1 else ""
             first = mean == best[n] and len(rows) > 1
-            cells.append(Text(f"{'*' if first else ''}{write(mean)}{spread}", style="bold green" if first else ""))
+            text = f"{'*' if first else ''}{columns[n].write(mean)}{spread}"
+            cells.append(Text(text, style="bold green" if first else ""))
         out.add_row(*cells)
     return out
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from regard.tasks import Metric
 
 
 @dataclass(frozen=True)
@@ -11,7 +13,7 @@ class Cell:
     """One training run: everything that decides its outcome, and nothing else."""
 
     task: str
-    """'text', ..."""
+    """A name of `regard.tasks`; its options are among the settings."""
     mechanism: str
     """A name that `regard.create` takes, e.g. 'alibi' or 'gated+rotary'."""
     seed: int
@@ -27,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell found. Units are in the names; losses are bits per byte."""
+    """What a cell found. Units are in the names, and those of losses and of held-out data in `metric`."""
 
     cell: Cell
     status: Literal["done", "failed"]
@@ -36,10 +38,10 @@ class Result:
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, training loss) along the run."""
     heldout: dict[str, float] = field(default_factory=dict)
-    """Held-out loss at '1x', '2x' and '4x' the training length."""
+    """What `metric` measures on held-out data by label, as '1x', '2x' and '4x' the training length."""
     parameters: int = 0
     flops_per_token: float = 0.0
-    """Forward multiply-adds x 2, per token at the training length."""
+    """Forward multiply-adds x 2, per token of an example."""
     mlp_dim: int = 0
     """Hidden width of the host's MLP after matching."""
     train_tokens_per_second: float = 0.0
@@ -47,7 +49,7 @@ class Result:
     peak_memory_bytes: int = 0
     """Peak resident memory that training added, or the device's peak on a GPU."""
     state_bytes: int = 0
-    """Size of one sequence's streaming state after the training length."""
+    """Size of one sequence's streaming state after the length of an example."""
     seconds: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
     """Device name, torch and regard versions, threads."""
@@ -55,3 +57,12 @@ class Result:
     """Path of the saved model relative to the run's folder, or ''."""
     notes: list[str] = field(default_factory=list)
     """What could not be measured and why, one line each."""
+    metric: Metric = field(default_factory=Metric)
+    """What was measured; the default is that of `text`, as in rows of old."""
+
+    def __post_init__(self) -> None:
+        # As JSON gives it back, from a worker or from the store.
+        if isinstance(self.metric, dict):
+            known = {f.name for f in fields(Metric)}
+            object.__setattr__(self, "metric", Metric(**{k: v for k, v in self.metric.items() if k in known}))
+        object.__setattr__(self, "curve", [(int(step), float(loss)) for step, loss in self.curve])

@@ -184,5 +184,4 @@ _FIELDS = {field.name for field in fields(Result)}
 
 def _result(cell: str, result: str) -> Result:
     found: dict[str, Any] = {name: value for name, value in json.loads(result).items() if name in _FIELDS}
-    found["curve"] = [(int(step), float(loss)) for step, loss in found.get("curve", [])]
     return Result(cell=Cell(**json.loads(cell)), **found)

@@ -1,4 +1,4 @@
-"""One cell of a comparison: train one mechanism with one seed in the host model, and measure it.
+"""One cell of a comparison: train one mechanism with one seed on one task, and measure it.
 
 Run each cell in a process of its own (`regard.bench.worker`), or its peak memory is that of all before it.
 """
@@ -12,25 +12,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from regard.bench.match import cost, matched, parameters
+from regard.bench.fitting import sizes
+from regard.bench.match import flops, matched, parameters
 from regard.bench.memory import PeakMemory
 from regard.bench.record import Cell, Result
 from regard.models.checkpoint import save
-from regard.models.lm import LanguageModel, LMConfig, language_model
-from regard.tasks.text import Text
+from regard.models.lm import LanguageModel
+from regard.models.mixer import parse
+from regard.tasks import Task
+from regard.tasks.text import NextByte
 
-HELDOUT_BYTES = 32_768
-"""Held-out bytes that are predicted, the same ones at every length."""
 CURVE_POINTS = 100
 GENERATED = 64
 
 Progress = Callable[[int, float], None]
-"""Called with the step and its training loss in bits per byte."""
+"""Called with the step and its training loss, in the task's unit."""
 
 
 class TrainingError(ValueError):
@@ -38,37 +39,40 @@ class TrainingError(ValueError):
 
 
 def train(
-    cell: Cell, text: Text, *, progress: Progress = lambda step, loss: None, checkpoint: Path | None = None
+    cell: Cell, task: Task, *, progress: Progress = lambda step, loss: None, checkpoint: Path | None = None
 ) -> Result:
     """Train and measure `cell`. Raises TrainingError, or whatever the mechanism raises."""
     began, want = time.perf_counter(), cell.settings
     device = torch.device(want["device"])
-    host = LMConfig(cell.mechanism, want["dim"], want["depth"], want["heads"], 4 * want["dim"], length=want["length"])
-    config = matched(host, want["match"])
+    mechanism = parse(cell.mechanism)
+    size = matched(task, mechanism, sizes(task, want), want["match"])
     torch.manual_seed(cell.seed)
-    model = language_model(config).to(device)
-    flops = cost(config, model.blocks[0].mixer, "flops")
+    model: Any = task.model(mechanism, size).to(device)
+    cost = flops(task, model)
     memory = PeakMemory(device)
-    curve, speed = fit(model, text, want, cell.seed, device, progress)
+    curve, speed = fit(model, task, want, cell.seed, device, progress)
     peak = memory.bytes()
     model.eval()
-    heldout, notes = bits_per_byte(model, text, config.length, want["batch"], device)
-    generation, state = generation_speed(model, text, config.length, device)
-    if checkpoint is not None:
+    heldout, notes = task.measure(model, want["batch"], device)
+    if not math.isfinite(heldout[task.metric.main]):
+        raise TrainingError(f"the held-out {task.metric.name} is {heldout[task.metric.main]}")
+    generation = generation_speed(model, task.tokens, device) if isinstance(model, LanguageModel) else 0.0
+    if checkpoint is not None and isinstance(task, NextByte):
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        save(model, config, checkpoint)
+        save(model, task.config(mechanism, size), checkpoint)
     return Result(
         cell,
         "done",
+        metric=task.metric,
         curve=curve,
         heldout=heldout,
         parameters=parameters(model),
-        flops_per_token=flops,
-        mlp_dim=config.mlp_dim,
+        flops_per_token=cost,
+        mlp_dim=size.mlp_dim,
         train_tokens_per_second=speed,
         generate_tokens_per_second=generation,
         peak_memory_bytes=peak,
-        state_bytes=state,
+        state_bytes=sum(state_after(mixer, size.dim, task.tokens, device) for mixer in model.mixers),
         seconds=time.perf_counter() - began,
         environment={
             "device name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -82,48 +86,51 @@ def train(
 
 
 def fit(
-    model: LanguageModel,
-    text: Text,
-    want: Mapping[str, int],
+    model: nn.Module,
+    task: Task,
+    want: Mapping[str, Any],
     seed: int,
     device: torch.device,
     progress: Progress,
 ) -> tuple[list[tuple[int, float]], float]:
     """AdamW, warm-up over a tenth of the steps, then a cosine down to a tenth.
 
-    Returns the loss curve (means over stretches of steps, in bits per byte) and tokens per second (median
+    Returns the loss curve (means over stretches of steps, in the task's unit) and tokens per second (median
     over the steps after the first tenth).
     """
-    steps, tokens = want["steps"], want["batch"] * want["length"]
+    steps = want["steps"]
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=want["lr"], betas=(0.9, 0.95))
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: rate(n, steps, warm))
-    batches = text.batches(want["batch"], want["length"], seed)
     every = max(1, math.ceil(steps / CURVE_POINTS))
     curve, recent, seconds = [], [], []
     model.train()
-    for step, ids in zip(range(1, steps + 1), batches):
+    for step, batch in zip(range(1, steps + 1), task.batches(want["batch"], seed)):
         start = time.perf_counter()
-        ids = ids.to(device)
-        loss = cross_entropy(model, ids)
+        loss = task.loss(model, on(device, batch))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bits = loss.item() / math.log(2)
+        shown = loss.item() * task.shown
         seconds.append(time.perf_counter() - start)
-        if not math.isfinite(bits):
-            raise TrainingError(f"the training loss became {bits} at step {step}")
-        recent.append(bits)
+        if not math.isfinite(shown):
+            raise TrainingError(f"the training loss became {shown} at step {step}")
+        recent.append(shown)
         if step % every == 0 or step == steps:
             curve.append((step, statistics.fmean(recent)))
             recent.clear()
-        progress(step, bits)
-    return curve, tokens / statistics.median(seconds[min(warm, steps - 1) :])
+        progress(step, shown)
+    return curve, want["batch"] * task.tokens / statistics.median(seconds[min(warm, steps - 1) :])
+
+
+def on(device: torch.device, batch: Any) -> Any:
+    """A batch with its tensors on the device."""
+    return batch.to(device) if isinstance(batch, Tensor) else type(batch)(on(device, part) for part in batch)
 
 
 def rate(step: int, steps: int, warm: int) -> float:
@@ -133,70 +140,38 @@ def rate(step: int, steps: int, warm: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
 
 
-def cross_entropy(model: LanguageModel, ids: Tensor) -> Tensor:
-    """Mean loss in nats of predicting ids[:, 1:]."""
-    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
-def bits_per_byte(
-    model: LanguageModel, text: Text, length: int, batch: int, device: torch.device
-) -> tuple[dict[str, float], list[str]]:
-    """Held-out loss in stretches of one, two and four training lengths.
+def generation_speed(model: LanguageModel, length: int, device: torch.device) -> float:
+    """Tokens per second of one sequence behind a past of the training length.
 
-    The predicted bytes are the same at each; the longer the stretch, the more of them have a long past. What
-    a mechanism cannot do is left out, with a note.
+    Without streaming, each token is a full pass.
     """
-    windows = text.heldout_windows(4 * length, HELDOUT_BYTES)
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    found, notes = {}, []
-    for factor in (1, 2, 4):
-        try:
-            total = 0.0
-            rows = zip(
-                inputs.reshape(-1, factor * length).split(max(1, batch // factor)),
-                targets.reshape(-1, factor * length).split(max(1, batch // factor)),
-            )
-            for x, y in rows:
-                logits = model(x.to(device)).flatten(0, 1).float()
-                total += F.cross_entropy(logits, y.to(device).flatten(), reduction="sum").item()
-        except (ValueError, IndexError, RuntimeError) as error:
-            if factor == 1:
-                raise
-            notes.append(f"no {factor}x: {' '.join(str(error).split())[:200]}")
-            continue
-        bits = total / targets.numel() / math.log(2)
-        if math.isfinite(bits):
-            found[f"{factor}x"] = bits
-        elif factor == 1:
-            raise TrainingError(f"the held-out loss is {bits}")
-        else:
-            notes.append(f"no {factor}x: the held-out loss is {bits}")
-    return found, notes
-
-
-@torch.no_grad()
-def generation_speed(model: LanguageModel, text: Text, length: int, device: torch.device) -> tuple[float, int]:
-    """Tokens per second of one sequence behind a past of the training length, and the bytes of state it left.
-
-    Without streaming, each token is a full pass and there is no state: 0 bytes.
-    """
-    past = torch.frombuffer(bytearray(text.heldout[: length + GENERATED]), dtype=torch.uint8).long()[None].to(device)
+    vocab = model.embedding.num_embeddings
+    past = torch.randint(vocab, (1, length + GENERATED), generator=torch.Generator().manual_seed(0)).to(device)
     seconds = []
     if not model.streams:
         for n in range(4):
             start = time.perf_counter()
             model(past[:, n : n + length])[:, -1].argmax(-1).item()
             seconds.append(time.perf_counter() - start)
-        return 1 / statistics.median(seconds), 0
-    logits, states = model.step(past[:, :length], model.init_state(1, length + GENERATED))
-    size = state_bytes(states)
+        return 1 / statistics.median(seconds)
+    _, states = model.step(past[:, :length], model.init_state(1, length + GENERATED))
     for n in range(length, past.shape[1]):
         start = time.perf_counter()
         logits, states = model.step(past[:, n : n + 1], states)
         logits[:, -1].argmax(-1).item()
         seconds.append(time.perf_counter() - start)
-    return 1 / statistics.median(seconds), size
+    return 1 / statistics.median(seconds)
+
+
+@torch.no_grad()
+def state_after(mixer: Any, dim: int, length: int, device: torch.device) -> int:
+    """Bytes that a mixer keeps of one sequence of this length; 0 where it cannot stream."""
+    try:
+        state = mixer.init_state(1, length)
+    except (ValueError, TypeError, NotImplementedError, AttributeError):
+        return 0
+    return state_bytes(mixer.step(torch.zeros(1, length, dim, device=device), state)[1])
 
 
 def state_bytes(state: object) -> int:

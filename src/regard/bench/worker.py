@@ -45,18 +45,18 @@ def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Do the job and return the fields of its result, without the cell."""
     import torch
 
+    from regard import tasks
     from regard.bench.train import TrainingError, train
-    from regard.tasks.text import load
 
     cell = Cell(**job["cell"])
     torch.set_num_threads(cell.settings["threads"])
     # Numbers below 1e-38 make matrix products on CPUs many times slower and carry nothing.
     torch.set_flush_denormal(True)
-    text = load(job["text"], length=cell.settings["length"])
-    if text.fingerprint != cell.settings["fingerprint"]:
-        raise TrainingError("the text has changed since the run began")
+    task = tasks.make(cell.task, job["options"])
+    if not task.settings().items() <= cell.settings.items():
+        raise TrainingError("the data has changed since the run began")
     checkpoint = Path(job["folder"]) / job["checkpoint"] if job["checkpoint"] else None
-    result = asdict(train(cell, text, progress=progress, checkpoint=checkpoint))
+    result = asdict(train(cell, task, progress=progress, checkpoint=checkpoint))
     return {**{k: v for k, v in result.items() if k != "cell"}, "checkpoint": job["checkpoint"]}
 
 

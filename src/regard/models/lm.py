@@ -64,6 +64,14 @@ class Block(nn.Module):
         return self.mlp(x + y), state
 
 
+def scale_blocks(blocks: Sequence[Block]) -> None:
+    """Initialise the MLPs of a model's blocks."""
+    for block in blocks:
+        nn.init.normal_(block.up.weight, std=block.up.in_features**-0.5)
+        # Blocks add to one stream, so each adds the less the more of them there are.
+        nn.init.normal_(block.down.weight, std=(2 * len(blocks) * block.down.in_features) ** -0.5)
+
+
 class LanguageModel(nn.Module):
     """Predicts the next token. `mixers` holds one causal token mixer for each block."""
 
@@ -75,10 +83,12 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(mixer, dim, mlp_dim) for mixer in mixers)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.normal_(block.up.weight, std=dim**-0.5)
-            # Blocks add to one stream, so each adds the less the more of them there are.
-            nn.init.normal_(block.down.weight, std=(2 * len(mixers) * mlp_dim) ** -0.5)
+        scale_blocks(self.blocks)
+
+    @property
+    def mixers(self) -> list[nn.Module]:
+        """The mechanism's own modules."""
+        return [block.mixer for block in self.blocks]
 
     def logits(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         return F.linear(self.norm(x), self.embedding.weight)

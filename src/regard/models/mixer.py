@@ -3,12 +3,13 @@
     softmax      gated+rotary      window(size=64)      mypackage.attention:MyMixer(rank=4)
 
 A name with a colon is the caller's own `module:callable`, called as
-`callable(dim=, num_heads=, causal=True, **options)`.
+`callable(dim=, num_heads=, causal=, **options)`.
 """
 
 import ast
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +60,28 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def build(spec: Spec, dim: int, num_heads: int) -> nn.Module:
-    """One causal token mixer (B, T, M) -> (B, T, M)."""
+def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> nn.Module:
+    """One module of this mechanism; by default a causal token mixer (B, T, M) -> (B, T, M)."""
     if not spec.own:
         from regard import create
 
-        return create(spec.name, dim=dim, num_heads=num_heads, causal=True, **spec.options)
+        return create(spec.name, dim=dim, num_heads=num_heads, causal=causal, **spec.options)
+    return factory(spec)(dim=dim, num_heads=num_heads, causal=causal, **spec.options)
+
+
+def factory(spec: Spec) -> Callable[..., nn.Module]:
+    """The caller's own callable."""
     module, _, attribute = spec.name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"mechanism {spec.name!r}: {error}") from error
-    return factory(dim=dim, num_heads=num_heads, causal=True, **spec.options)
+
+
+def protocol(spec: Spec) -> str:
+    """What kind of module it makes. The caller's own says so in an attribute `protocol`, or is a TokenMixer."""
+    if spec.own:
+        return getattr(factory(spec), "protocol", "TokenMixer")
+    from regard import catalog
+
+    return catalog.card(spec.name.split("+")[0].strip()).protocol

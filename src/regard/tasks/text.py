@@ -5,23 +5,32 @@ that the held-out end is drawn from all of it and every machine agrees on it.
 """
 
 import hashlib
+import math
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from regard.models.lm import LanguageModel, LMConfig, language_model
+from regard.models.mixer import Spec
+from regard.tasks import Batch, Defaults, Metric, Size, Task, TaskError
 
 DEFAULT_BYTES = 6_000_000
 LIMIT = 1 << 30
 """Most bytes taken from files; what is beyond stays unread."""
+HELDOUT_BYTES = 32_768
+"""Held-out bytes that are predicted, the same ones at every length."""
 
 
-class TextError(ValueError):
+class TextError(TaskError):
     """The text cannot be used; the message is one line."""
 
 
@@ -56,6 +65,103 @@ class Text:
         count = max(1, min(fit, most // length))
         starts = [length * (n * fit // count) for n in range(count)]
         return torch.stack([data[start : start + length + 1] for start in starts])
+
+
+@dataclass(frozen=True)
+class NextByte(Task):
+    """Predict the next byte of real text, in a causal language model."""
+
+    name: ClassVar[str] = "text"
+    gist: ClassVar[str] = "Predict the next byte of text: your own, or Python's sources and docs."
+    takes: ClassVar[Mapping[str, frozenset[str]]] = {"TokenMixer": frozenset({"causal"})}
+    metric: ClassVar[Metric] = Metric()
+    shown: ClassVar[float] = 1 / math.log(2)
+    defaults: ClassVar[Defaults] = Defaults(
+        steps=180,
+        batch=8,
+        dim=96,
+        depth=2,
+        heads=4,
+        lr=3e-3,
+        mechanisms=("softmax", "rotary", "alibi", "kerple", "gated", "window(window=32)"),
+    )
+
+    length: int = 128
+    text: Text | Sequence[str | Path] = ()
+    """Files and folders; none = the standard library's sources and docs."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, Text):
+            object.__setattr__(self, "text", load(self.text, length=self.length))
+
+    @property
+    def data(self) -> Text:
+        assert isinstance(self.text, Text)
+        return self.text
+
+    @property
+    def tokens(self) -> int:
+        return self.length
+
+    def describe(self) -> str:
+        return self.data.source
+
+    def settings(self) -> dict[str, Any]:
+        size = len(self.data.train) + len(self.data.heldout)
+        return {
+            "data": self.describe(),
+            "bytes": size,
+            "fingerprint": self.data.fingerprint,
+            "length": self.length,
+        }
+
+    def config(self, mechanism: Spec, size: Size) -> LMConfig:
+        return LMConfig(str(mechanism), size.dim, size.depth, size.heads, size.mlp_dim, length=self.length)
+
+    def model(self, mechanism: Spec, size: Size) -> LanguageModel:
+        return language_model(self.config(mechanism, size))
+
+    def example(self) -> Batch:
+        return (torch.zeros(1, self.length, dtype=torch.long),)
+
+    def batches(self, batch: int, seed: int) -> Iterator[Batch]:
+        return ((ids,) for ids in self.data.batches(batch, self.length, seed))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        (ids,) = batch
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, batch: int, device: torch.device) -> tuple[dict[str, float], list[str]]:
+        """Bits per byte in stretches of one, two and four training lengths.
+
+        The predicted bytes are the same at each; the longer the stretch, the more of them have a long past. What
+        a mechanism cannot do is left out, with a note.
+        """
+        windows = self.data.heldout_windows(4 * self.length, HELDOUT_BYTES)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        found, notes = {}, []
+        for factor in (1, 2, 4):
+            try:
+                total = 0.0
+                rows = zip(
+                    inputs.reshape(-1, factor * self.length).split(max(1, batch // factor)),
+                    targets.reshape(-1, factor * self.length).split(max(1, batch // factor)),
+                )
+                for x, y in rows:
+                    logits = model(x.to(device)).flatten(0, 1).float()
+                    total += F.cross_entropy(logits, y.to(device).flatten(), reduction="sum").item()
+            except (ValueError, IndexError, RuntimeError) as error:
+                if factor == 1:
+                    raise
+                notes.append(f"no {factor}x: {' '.join(str(error).split())[:200]}")
+                continue
+            bits = total / targets.numel() / math.log(2)
+            if math.isfinite(bits) or factor == 1:
+                found[f"{factor}x"] = bits
+            else:
+                notes.append(f"no {factor}x: the held-out loss is {bits}")
+        return found, notes
 
 
 def needed_bytes(length: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from regard.bench.report.groups import Group
 from regard.bench.report.plots import axis, digits, figure, key, look
-from regard.bench.report.text import plural
+from regard.bench.report.text import clean, plural
 
 CURVE_POINTS = 60
 """At most so many points a curve; longer ones are averaged over stretches of steps."""
@@ -29,7 +29,7 @@ def curves(group: Group, number: int, suffix: str, plots: list[dict[str, Any]]) 
     ]
     top = _top(points, max(mean[-1][0] for _, mean in means))
     seen = [v for _, curve in (*means, *seeds) for _, v in curve if math.isfinite(v)]
-    y = axis("training loss, bits per byte", [min(seen), top], 0.05)
+    y = axis(f"training loss, {clean(group.metric.loss)}", [min(seen), top], 0.05)
     averaged = max(math.ceil(len(curve) / CURVE_POINTS) for _, curve in recorded)
     caption = (
         f"Training loss by step for {plural(len(means), 'mechanism')}."

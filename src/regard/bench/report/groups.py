@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from regard.bench.record import Result
 from regard.bench.report.settings import as_text, differing
+from regard.tasks import Metric
 
 MEASURES: dict[str, tuple[str, str, int]] = {
     "train_tokens_per_second": ("Train", "tok/s", 1),
@@ -65,14 +66,15 @@ class Row:
     failed: list[Result]
     index: int = 0
     """Its place in the whole report, which decides its colour, dash and marker."""
-    loss: dict[str, Stat] = field(default_factory=dict)
+    heldout: dict[str, Stat] = field(default_factory=dict)
+    """What the task measures, by label."""
     measures: dict[str, Stat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for length in {length for r in self.done for length in r.heldout}:
-            stat = _stat(r.heldout[length] for r in self.done if length in r.heldout)
+        for label in {label for r in self.done for label in r.heldout}:
+            stat = _stat(r.heldout[label] for r in self.done if label in r.heldout)
             if stat is not None:
-                self.loss[length] = stat
+                self.heldout[label] = stat
         for name in MEASURES:
             stat = _stat(value for r in self.done if (value := getattr(r, name)) > 0)
             if stat is not None and stat.finite:
@@ -87,17 +89,24 @@ class Row:
 
 @dataclass
 class Group:
-    """The rows of one task, best first; those without a finite loss come last."""
+    """The rows of one task, best first; those without a finite number come last."""
 
     task: str
+    metric: Metric
     rows: list[Row]
-    lengths: list[str]
+    labels: list[str]
+    """Of what was measured on held-out data; the main one first, if it was."""
     main: str
-    """The length that ranks: the training length wherever it was measured."""
+    """The label that ranks: the metric's own wherever it was measured."""
 
     @property
     def ranked(self) -> list[Row]:
-        return [r for r in self.rows if self.main in r.loss and r.loss[self.main].finite]
+        return [r for r in self.rows if self.main in r.heldout and r.heldout[self.main].finite]
+
+    def best(self, label: str) -> Stat | None:
+        """The best mean that any row has there."""
+        found = [row.heldout[label] for row in self.rows if label in row.heldout and row.heldout[label].finite]
+        return max(found, key=lambda stat: self.metric.better * stat.mean, default=None)
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
@@ -105,13 +114,15 @@ def grouped(results: Sequence[Result]) -> list[Group]:
     latest = {r.cell.key: r for r in results}.values()
     groups, index = [], 0
     for task in dict.fromkeys(r.cell.task for r in latest):
-        rows = _rows([r for r in latest if r.cell.task == task])
-        lengths = sorted({length for row in rows for length in row.loss}, key=factor)
-        main = lengths[0] if lengths and "1x" not in lengths else "1x"
-        rows.sort(key=lambda row: _order(row, main))
+        mine = [r for r in latest if r.cell.task == task]
+        rows, metric = _rows(mine), next((r.metric for r in mine if r.status == "done"), Metric())
+        found = {label for row in rows for label in row.heldout}
+        labels = sorted(found, key=lambda label: (label != metric.main, factor(label)))
+        main = metric.main if metric.main in labels or not labels else labels[0]
+        rows.sort(key=lambda row: _order(row, main, metric.better))
         for row in rows:
             row.index, index = index, index + 1
-        groups.append(Group(task, rows, lengths, main))
+        groups.append(Group(task, metric, rows, labels, main))
     return groups
 
 
@@ -132,17 +143,17 @@ def _rows(results: Sequence[Result]) -> list[Row]:
     return rows
 
 
-def factor(length: str) -> tuple[float, str]:
-    """The order of lengths: '1x', '2x', '16x', then what is no number."""
+def factor(label: str) -> tuple[float, str]:
+    """The order of labels: '1x', '2x', '16x', or '4', '8', '16'; then what is no number."""
     try:
-        return float(length.removesuffix("x")), length
+        return float(label.rstrip("x%")), label
     except ValueError:
-        return math.inf, length
+        return math.inf, label
 
 
-def _order(row: Row, main: str) -> tuple[int, float]:
-    """By loss; then those that diverged; then those that failed."""
-    stat = row.loss.get(main)
+def _order(row: Row, main: str, better: int) -> tuple[int, float]:
+    """The best first; then those that diverged; then those that failed."""
+    stat = row.heldout.get(main)
     if stat is not None and stat.finite:
-        return 0, stat.mean
+        return 0, -better * stat.mean
     return (1 if row.done else 2), 0.0

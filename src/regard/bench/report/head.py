@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from regard.bench.record import Result
 from regard.bench.report.groups import Group, Stat, undecided
 from regard.bench.report.settings import collected, differing, words
-from regard.bench.report.text import listing, loss, plural, quantity, text
+from regard.bench.report.text import listing, plural, quantity, text
+from regard.tasks import Metric
 
 FACTS: dict[str, tuple[str, ...]] = {
     "Data": ("data", "text", "dataset", "source", "files", "bytes", "tokenizer", "vocab"),
@@ -23,21 +24,22 @@ def headline(group: Group) -> str:
     count = len({row.mechanism for row in group.rows})
     if not group.ranked:
         seen = f"{plural(count, 'mechanism')} compared{where}"
-        return f'<p class="answer">{seen}; none finished with a usable loss.</p>'
+        return f'<p class="answer">{seen}; none finished with a usable result.</p>'
     best, *others = group.ranked
-    stat = best.loss[group.main]
-    at = "" if group.main == "1x" else f" at {text(group.main)} the training length"
-    reached = f"{_mean_and_spread(stat)} bits per byte{at}"
+    metric, stat = group.metric, best.heldout[group.main]
+    at = "" if group.main == metric.main else f" at {text(group.main)}"
+    reached = f"{_mean_and_spread(metric, stat)} {text(metric.name)}{at}"
     name = f"<strong>{text(best.label, 80)}</strong>"
     seeds = "one seed" if stat.count == 1 else f"{stat.count} seeds"
     if not others:
         lead = f'<p class="answer">{name} reaches {reached} on held-out data{where} ({seeds}).</p>'
         alone = "<p>No other mechanism finished, so there is nothing to compare it with.</p>"
         return lead + (alone if count > 1 else "")
-    lead = f"Of {plural(count, 'mechanism')}{where}, {name} predicts held-out data best: {reached} ({seeds})."
-    second = others[0].loss[group.main]
-    follower = f"{text(others[0].label, 80)}, the next, is {second.mean - stat.mean:.3f} behind"
-    close = [text(r.label, 80) for r in others if undecided(stat, r.loss[group.main])]
+    lead = f"Of {plural(count, 'mechanism')}{where}, {name} is best on held-out data: {reached} ({seeds})."
+    second = others[0].heldout[group.main]
+    gap = metric.number(abs(second.mean - stat.mean)) + " points" * metric.percent
+    follower = f"{text(others[0].label, 80)}, the next, is {gap} behind"
+    close = [text(r.label, 80) for r in others if undecided(stat, r.heldout[group.main])]
     if undecided(stat, second) is None:
         rest = f"{follower}. With one seed the spread is unknown: the gap may be chance."
     elif close:
@@ -50,8 +52,10 @@ def headline(group: Group) -> str:
     return f'<p class="answer">{lead}</p><p>{rest}</p>'
 
 
-def _mean_and_spread(stat: Stat) -> str:
-    return loss(stat.mean) + (f"\u00a0±\u00a0{stat.spread:.3f}" if stat.spread is not None else "")
+def _mean_and_spread(metric: Metric, stat: Stat) -> str:
+    if stat.spread is None:
+        return metric.write(stat.mean)
+    return f"{metric.number(stat.mean)}\u00a0±\u00a0{metric.write(stat.spread)}"
 
 
 def facts(results: Sequence[Result]) -> str:

@@ -11,7 +11,7 @@ from regard.bench.report.cards import Cards
 from regard.bench.report.curves import curves
 from regard.bench.report.groups import grouped
 from regard.bench.report.head import facts, failures, headline, warnings
-from regard.bench.report.lengths import extrapolation
+from regard.bench.report.lengths import along
 from regard.bench.report.pareto import tradeoffs
 from regard.bench.report.reproduce import reproduce
 from regard.bench.report.table import table
@@ -30,7 +30,9 @@ def render(results: Sequence[Result], title: str, plotly: str) -> str:
         suffix = f": {text(group.task)}" if len(groups) > 1 else ""
         body.append(f"<h2>Results{suffix}</h2>{table(group, cards)}")
         if group.ranked or any(row.curve() for row in group.rows):
-            body += [section(group, number, suffix, plots) for section in (curves, tradeoffs, extrapolation)]
+            # Where a task asks more and more, that is the finding; the text's lengths are a question of their own.
+            sections = (curves, tradeoffs, along) if group.metric.by_length else (along, curves, tradeoffs)
+            body += [section(group, number, suffix, plots) for section in sections]
     body += [cards.section(), reproduce(results), "</main>"]
     content = "\n".join(part for part in body if part)
     nonce = secrets.token_urlsafe(18)

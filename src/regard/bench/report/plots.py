@@ -77,7 +77,7 @@ def figure(plot: dict[str, Any], heading: str, caption: str, plots: list[dict[st
     return f"<figure>{top}{drawn}<figcaption>{caption}</figcaption>{note}</figure>"
 
 
-def axis(title: str, values: Iterable[float], pad: float, log: bool = False) -> dict[str, Any]:
+def axis(title: str, values: Iterable[float], pad: float, log: bool = False, percent: bool = False) -> dict[str, Any]:
     """An axis around `values` with free space on both sides; its range is in log10 units if `log`.
 
     A log axis leaves out what is not above zero, such as the lower end of a wide spread.
@@ -85,7 +85,8 @@ def axis(title: str, values: Iterable[float], pad: float, log: bool = False) -> 
     found = [math.log10(v) if log else v for v in values if v > 0 or not log]
     low, high = min(found), max(found)
     room = max(pad * (high - low), 0.01 * abs(high)) or 1.0
-    return {"title": title, "type": "log" if log else "linear", "range": [low - room, high + room]}
+    made = {"title": title, "type": "log" if log else "linear", "range": [low - room, high + room]}
+    return made | ({"tickformat": ".0%"} if percent else {})
 
 
 def spans(losses: Sequence[float]) -> bool:

@@ -1,12 +1,13 @@
 """The end of the page: settings, versions and every run, so that a reader can repeat them."""
 
+import math
 from collections.abc import Sequence
 
 from regard.bench.record import Result
 from regard.bench.report.groups import factor
 from regard.bench.report.settings import collected, words
 from regard.bench.report.table import scroll
-from regard.bench.report.text import DASH, listing, loss, text
+from regard.bench.report.text import DASH, listing, text
 
 
 def reproduce(results: Sequence[Result]) -> str:
@@ -33,7 +34,8 @@ def _terms(found: dict[str, list[str]]) -> str:
 
 
 def _run(r: Result) -> str:
-    ended = next((loss(r.heldout[n]) for n in sorted(r.heldout, key=factor)), DASH)
+    main = r.metric.main if r.metric.main in r.heldout else min(r.heldout, key=factor, default="")
+    ended = r.metric.write(r.heldout[main]) if math.isfinite(r.heldout.get(main, math.nan)) else DASH
     took = f"{r.seconds:.0f} s" if r.seconds else DASH
     cells = (text(r.cell.task, 40), r.cell.seed, text(r.status), ended, took)
     return (

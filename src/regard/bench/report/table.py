@@ -1,41 +1,48 @@
-"""The table of results: a row a mechanism, a column a held-out length and a measure."""
+"""The table of results: a row a mechanism, a column a held-out number and a measure."""
 
 from collections.abc import Sequence
 
 from regard.bench.report.cards import Cards
 from regard.bench.report.groups import MEASURES, Group, Row, Stat, undecided
-from regard.bench.report.text import DASH, loss, plural, quantity, text
+from regard.bench.report.text import DASH, plural, quantity, text
+from regard.tasks import Metric
+
+GENERATION = "generate_tokens_per_second"
 
 
 def table(group: Group, cards: Cards) -> str:
     """The table with its legend and the notes on what was not measured."""
-    lengths = group.lengths or ["1x"]
-    lowest = {length: _lowest(group.rows, length) for length in lengths}
+    metric, labels = group.metric, group.labels or [group.metric.main]
     leading = _leading(group.rows)
+    # Only language models generate.
+    measures = {name: its for name, its in MEASURES.items() if metric.by_length or name != GENERATION}
     compared = sum(bool(row.done) for row in group.rows) > 1
-    head = "".join(f'<th scope="col">{text(length, 20)}<small>held-out bits/byte</small></th>' for length in lengths)
-    head += "".join(f'<th scope="col">{heading}</th>' for heading, _, _ in MEASURES.values())
-    caption = "<caption>Best first, by held-out loss</caption>"
+    head = "".join(_heading(metric, label) for label in labels)
+    head += "".join(f'<th scope="col">{heading}</th>' for heading, _, _ in measures.values())
+    caption = f"<caption>Best first, by held-out {text(metric.name)}</caption>"
     head = f'{caption}<thead><tr><th scope="col">Mechanism</th>{head}</tr></thead>'
     body = []
     for row in group.rows:
-        cells = [_loss_cell(row.loss.get(n), lowest[n] if compared else None) for n in lengths]
-        cells += [_measure_cell(row.measures.get(name), name, leading.get(name)) for name in MEASURES]
+        cells = [_heldout_cell(metric, row.heldout.get(n), group.best(n) if compared else None) for n in labels]
+        cells += [_measure_cell(row.measures.get(name), name, leading.get(name)) for name in measures]
         runs = len(row.done) + len(row.failed)
         note = f"<small>{len(row.failed)} of {plural(runs, 'run')} failed</small>" if row.failed else ""
         body.append(f'<tr><th scope="row">{cards.link(row)}{note}</th>{"".join(cells)}</tr>')
     return f'{scroll("Table of results", head, body)}<p class="note">{_legend(group)}</p>{_notes(group)}'
 
 
+def _heading(metric: Metric, label: str) -> str:
+    """'1x', 'accuracy' or '4 pairs', and beneath it what that is."""
+    title = label if label.endswith("x") else metric.title(label)
+    return (
+        f'<th scope="col">{text(title, 20)}<small>held-out {text(metric.short) * (title != metric.short)}</small></th>'
+    )
+
+
 def scroll(label: str, head: str, body: Sequence[str]) -> str:
     """A table that scrolls inside its own box, reachable by keyboard."""
     inner = f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{inner}</div>'
-
-
-def _lowest(rows: Sequence[Row], length: str) -> Stat | None:
-    finite = [row.loss[length] for row in rows if length in row.loss and row.loss[length].finite]
-    return min(finite, key=lambda stat: stat.mean, default=None)
 
 
 def _leading(rows: Sequence[Row]) -> dict[str, str]:
@@ -49,15 +56,18 @@ def _leading(rows: Sequence[Row]) -> dict[str, str]:
     return leading
 
 
-def _loss_cell(stat: Stat | None, lowest: Stat | None) -> str:
-    """`lowest` is the best of the column, or None where there is nothing to mark."""
+def _heldout_cell(metric: Metric, stat: Stat | None, leader: Stat | None) -> str:
+    """`leader` is the best of the column, or None where there is nothing to mark."""
     if stat is None:
         return _cell(DASH)
-    shown = loss(stat.mean) + ("" if stat.spread is None else f"<small>± {stat.spread:.3f}</small>")
-    if lowest is None or not stat.finite:
+    if not stat.finite:
+        return _cell("diverged")
+    shown = metric.write(stat.mean)
+    shown += "" if stat.spread is None else f"<small>± {metric.number(stat.spread)}</small>"
+    if leader is None:
         return _cell(shown)
-    best = stat.mean == lowest.mean
-    return _cell(shown if best or not undecided(lowest, stat) else f"≈ {shown}", best)
+    best = stat.mean == leader.mean
+    return _cell(shown if best or not undecided(leader, stat) else f"≈ {shown}", best)
 
 
 def _measure_cell(stat: Stat | None, name: str, leading: str | None) -> str:
@@ -74,12 +84,13 @@ def _cell(shown: str, best: bool = False) -> str:
 
 
 def _legend(group: Group) -> str:
-    several = any(len(row.done) > 1 for row in group.rows)
+    metric, several = group.metric, any(len(row.done) > 1 for row in group.rows)
     return (
         f"{'Mean ± sample standard deviation over seeds. ' if several else ''}"
         f"★ best mean of its column, ≈ not further from it than the spread, {DASH} not measured or not "
-        "possible. Bits per byte, memory, state and FLOP: less is better; 1 KB = 1000 bytes. State: what one "
-        "sequence keeps while streaming, after the training length."
+        f"possible. {text(metric.name[:1].upper() + metric.name[1:])}: {'more' if metric.better > 0 else 'less'} is "
+        "better. Memory, state and FLOP: less is better; 1 KB = 1000 bytes. State: what one sequence keeps while "
+        "streaming, after the length of an example. Tokens are what is mixed: bytes, pixels, nodes, steps."
     )
 
 

@@ -1,7 +1,6 @@
 """Values as the page shows them: cleaned, escaped, rounded, and joined into sentences."""
 
 import html
-import math
 import re
 from collections.abc import Sequence
 
@@ -33,14 +32,6 @@ def quantity(value: float, unit: str = "") -> str:
         value, step = value / 1000, step + 1
     decimals = 0 if value >= 99.95 or (step == 0 and value == int(value)) else 1 if value >= 9.995 else 2
     return " ".join(filter(None, (f"{value:.{decimals}f}", prefixes[step], unit if unit != "B" else "")))
-
-
-def loss(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "diverged"
-
-
-def signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # adding 0.0 turns -0.0 into 0.0
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:

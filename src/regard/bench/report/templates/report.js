@@ -27,8 +27,8 @@
     const taken = at.map(([x, y]) => [x - 5, y - 5, x + 5, y + 5]);
     const corners = (plot.front ? plot.front.x : []).map((x, k) => pixel(x, plot.front.y[k]));
     for (let k = 1; k < corners.length; k++) {
-      const [[x, y], [u, v]] = [corners[k - 1], corners[k]]; // right, then down, as the line is drawn
-      taken.push([x, y - 0.5, u, y + 0.5], [u - 0.5, y, u + 0.5, v]);
+      const [[x, y], [u, v]] = [corners[k - 1], corners[k]]; // right, then down or up, as the line is drawn
+      taken.push([x, y - 0.5, u, y + 0.5], [u - 0.5, Math.min(y, v), u + 0.5, Math.max(y, v)]);
     }
     for (const p of points) {
       const [x, top] = pixel(p.x, p.y + p.spread), low = p.y - p.spread;

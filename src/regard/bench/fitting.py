@@ -1,0 +1,44 @@
+"""Which mechanisms a task can be done with, and why not with the others."""
+
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from regard import catalog
+from regard.bench.match import Match, matched
+from regard.models.mixer import Spec
+from regard.tasks import Size, Task
+
+NAMES = ("dim", "depth", "heads")
+
+
+def why_not(task: Task, mechanism: Spec, size: Size, match: Match = "params") -> list[str]:
+    """Why this mechanism cannot do the task at this size; [] if it can.
+
+    Cards are asked first; then the model is built and run on one example. The caller's own code is only built:
+    what it does when run is a result.
+    """
+    if mechanism.own:
+        return []
+    parts = [catalog.card(part.strip()) for part in mechanism.name.split("+")]
+    if lacking := list(dict.fromkeys(reason for part in parts for reason in task.fits(part))):
+        return lacking
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            task.model(mechanism, matched(task, mechanism, size, match)).eval()(*task.example())
+    except Exception as error:  # whatever it says is the answer
+        said = " ".join(str(error).split())
+        if missing := re.search(r"missing \d+ required positional arguments?: (.*)", said):
+            return [f"needs inputs that {task.name} has not: {missing[1]}"]
+        return [said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}"]
+    return []
+
+
+def sizes(task: Task, settings: Mapping[str, int] | None = None) -> Size:
+    """The size of the baseline's host, by these settings or else by the task's defaults."""
+    its = task.defaults
+    dim, depth, heads = (its.dim, its.depth, its.heads) if settings is None else (settings[n] for n in NAMES)
+    return Size(dim, depth, heads, its.mlp * dim)
