@@ -135,8 +135,10 @@ def _problem(
     return p if selector is None else replace(p, mask=_selected(selector, p.q, p.k, p.mask))
 
 
-def _selected(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None) -> Mask:
-    """The pairs that the selector keeps, of those the mask allows."""
+def _selected(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None) -> Mask | None:
+    """The pairs that the selector keeps, of those the mask allows. Without data (meta tensors), all of these."""
+    if q.is_meta:
+        return mask
     with torch.no_grad():
         kept = selector(q.detach(), k.detach(), mask)
     if not isinstance(kept, Mask):

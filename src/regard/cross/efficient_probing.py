@@ -127,7 +127,7 @@ CARD = register(
         protocol="Pooler",
         supports=frozenset({"bidirectional", "padding", "compile"}),
         traits=frozenset({"position_free"}),
-        cost=Cost("2*B*T*M*num_queries + B*M*M/reduction", ""),
+        cost=Cost("2*B*T*M*H + B*M*M/reduction", ""),
         claim="Fewer parameters than multi-head attention pooling (Q M + M^2 against 4 M^2), and less work: "
         "tests/cross/test_efficient_probing.py.",
         differs=("Tokens are pooled before the value projection, which is the same function.",),

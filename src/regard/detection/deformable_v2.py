@@ -61,7 +61,7 @@ CARD = register(
         inputs=example_inputs,
         supports=frozenset({"bidirectional", "padding", "compile"}),
         traits=frozenset({"nonnegative"}),
-        cost=Cost("(S + T)*M*M + T*H*sum(points)*(3*M + 4*D)", ""),
+        cost=Cost("(S + T)*M*M + T*H*num_levels*4*(3*M + 4*D)", ""),
         claim=(
             "Discrete sampling needs no grid_sample and reads a quarter of the pixels; points can differ by level: "
             "tests/detection/test_deformable.py."

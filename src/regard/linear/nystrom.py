@@ -230,7 +230,7 @@ CARD = register(
         build=_build,
         supports=NystromAttention.supports,
         traits=frozenset({"linear_in_values", "shift_invariant", "head_independent"}),
-        cost=Cost("B*H*(4*T*m*D + (3*iterations + 1)*m**3 + T*conv_width*D)", ""),
+        cost=Cost("B*H*(4*T*num_landmarks*D + (3*iterations + 1)*num_landmarks**3 + T*conv_width*D)", ""),
         claim="Linear in length for fixed m; larger m comes nearer to softmax attention: tests/linear/test_nystrom.py.",
         differs=(
             "Any length: segments hold real tokens only and differ in length by at most one; the released code needs "

@@ -128,7 +128,7 @@ CARD = register(
         protocol="Pointer",
         supports=frozenset({"bidirectional", "padding", "compile"}),
         traits=frozenset({"position_free"}),
-        cost=Cost("2*B*T*S*hidden", ""),
+        cost=Cost("2*B*T*S*M", ""),
         claim="The output vocabulary is the input's length, so one network sorts lists of any length: "
         "tests/recurrent/test_pointer_network.py trains one.",
         differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),

@@ -174,7 +174,7 @@ CARD = register(
         supports=frozenset({"causal", "bidirectional", "padding", "gqa", "dropout", "compile"}),
         traits=frozenset({"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"}),
         exceptions={"L4": _TOGETHER, "L6": _TOGETHER},
-        cost=Cost("B*H*T*S*D/stride + 2*B*H*T*S*D*density", ""),
+        cost=Cost("B*H*T*S*D*(1/stride + 2)", ""),
         claim=(
             "Keeps most of the attention in few blocks, without training: tests/routing/test_xattention.py keeps every "
             "block that holds a strong key at under half of the density; with stride 1 the scores are the exact shares."
