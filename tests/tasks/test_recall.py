@@ -181,3 +181,12 @@ def test_attention_recalls_where_a_window_cannot():
     assert full["6"] > 0.95
     assert near["6"] < 0.4
     assert near["2"] > near["6"]
+
+
+@pytest.mark.slow
+def test_two_hops_take_more_than_one_layer():
+    """The retrieval paper's claim in small: shallow questions come first, and one layer never gets beyond them."""
+    task = tasks.make("retrieval", {"hops": 2, "chains": 3, "vocab": 14, "heldout": 256})
+    one, two = (trained(task, "softmax", 500, Size(32, depth, 2, 64)) for depth in (1, 2))
+    assert one["1"] > 2 * one["2"]
+    assert two["2"] > one["2"] + 0.2

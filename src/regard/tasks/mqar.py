@@ -58,7 +58,13 @@ class MultiQueryRecall(Labelled):
         "accuracy", "accuracy", better=1, main="mean", along="pairs", loss="bits", percent=True
     )
     defaults: ClassVar[Defaults] = Defaults(
-        steps=600, batch=32, dim=32, depth=2, heads=2, lr=5e-3, mechanisms=("softmax", "performer", "mega", "moba")
+        steps=600,
+        batch=32,
+        dim=32,
+        depth=2,
+        heads=2,
+        lr=1e-2,
+        mechanisms=("softmax", "performer", "mega", "moba(block=8)"),
     )
 
     vocab: int = 64

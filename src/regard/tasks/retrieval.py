@@ -58,12 +58,12 @@ class Retrieval(Labelled):
         "accuracy", "accuracy", better=1, main="mean", along="hops", loss="bits", percent=True
     )
     defaults: ClassVar[Defaults] = Defaults(
-        steps=800, batch=64, dim=64, depth=3, heads=2, lr=5e-3, mechanisms=("softmax", "rotary", "window(window=16)")
+        steps=800, batch=32, dim=64, depth=3, heads=2, lr=1e-2, mechanisms=("softmax", "rotary", "window(window=16)")
     )
 
     vocab: int = 32
     hops: int = 3
-    chains: int = 3
+    chains: int = 4
 
     def __post_init__(self) -> None:
         whole(self, {"vocab": 4, "hops": 1, "chains": 1, "heldout": 1})
