@@ -11,6 +11,7 @@ Qin et al. 2023, https://arxiv.org/abs/2307.14995: abstract read, the authors' r
 Differs from the paper: the gate's activation is an option (the released weights have none).
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from regard.kinds import HeadShape
 from regard.linear._shared import RecurrentMixer, hide, repeat_heads, widened
 from regard.positions.alibi import alibi_slopes
 
-GATES = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 def lightning_attention(
