@@ -41,7 +41,7 @@ def run(p: Problem) -> Tensor:
     C, group = block(back + ahead + 1), H // G
     L, n, offset = C + back + ahead, -(-T // C), S - T
     # Block r holds queries r C .. and sees keys r C + offset - back ..; zeros stand where there are none.
-    q = F.pad(p.q, (0, 0, 0, n * C - T)).reshape(B * G, group, n, C, D).transpose(1, 2).reshape(B * G, n, group * C, D)
+    q = _filled(p.q, 0, n * C - T).reshape(B * G, group, n, C, D).transpose(1, 2).reshape(B * G, n, group * C, D)
     first = offset - back
     k, v = (_blocks(z, first, n, C, L) for z in (p.k, p.v))
     parts = []
@@ -65,8 +65,13 @@ def _blocks(z: Tensor, first: int, n: int, C: int, L: int) -> Tensor:
     S = z.shape[2]
     last = first + (n - 1) * C + L
     z = z[:, :, max(0, first) : max(0, last)]
-    z = F.pad(z, (0, 0, max(0, -first), max(0, last - max(S, first, 0)))).flatten(0, 1)
-    return z.unfold(1, L, C).mT
+    return _filled(z, max(0, -first), max(0, last - max(S, first, 0))).flatten(0, 1).unfold(1, L, C).mT
+
+
+def _filled(z: Tensor, before: int, after: int) -> Tensor:
+    """So many zero tokens before and after. F.pad would write everything twice, and copy where nothing is added."""
+    zeros = [z.new_zeros(*z.shape[:2], n, z.shape[3]) for n in (before, after)]
+    return torch.cat([zeros[0], z, zeros[1]], 2) if before or after else z
 
 
 def _masks(p: Problem, n: int, C: int, L: int, first: int) -> list[tuple[slice, Tensor]]:
