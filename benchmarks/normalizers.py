@@ -6,7 +6,7 @@ python -m benchmarks.normalizers
 import torch
 
 from benchmarks.harness import Benchmark, Figure, agree, arguments, compared, finish, forward_backward, race
-from regard.normalizers import entmax15, sparsemax
+from regard.normalizers import Entmax, Sparsemax
 
 ROWS, KEYS = 4096, 1024
 
@@ -22,8 +22,8 @@ def main() -> None:
     torch.manual_seed(0)
     scores = (2 * torch.randn(ROWS, KEYS)).requires_grad_()
     for what, ours, theirs, goal in (
-        ("entmax 1.5", entmax15, lambda x: entmax.entmax15(x, -1), 4),
-        ("sparsemax", sparsemax, lambda x: entmax.sparsemax(x, -1), None),
+        ("entmax 1.5", lambda x: Entmax()(x, None), lambda x: entmax.entmax15(x, -1), 4),
+        ("sparsemax", lambda x: Sparsemax()(x, None), lambda x: entmax.sparsemax(x, -1), None),
     ):
         agree(ours(scores), theirs(scores), within=1e-5)
         contenders = {
