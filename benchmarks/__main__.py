@@ -52,7 +52,9 @@ def main() -> int:
                 failed.append(name)
     PAGE.write_text(rendered(), encoding="utf-8")
     print(f"{PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE} is written")
-    return print(f"failed: {', '.join(failed)}") or 1 if failed else 0
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

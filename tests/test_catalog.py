@@ -128,6 +128,9 @@ def test_card_is_well_formed(name: str) -> None:
         assert bool(card.cost.state) == ("streaming" in card.supports)
     assert not (card.exceptions.keys() - {f"L{n}" for n in range(1, 48)} - {"supported"})
     assert all(len(reason) > 20 for reason in card.exceptions.values())
+    if card.verified == "equation":
+        read = set(card.paper.equations.replace(";", "").split())
+        assert not read & {"abstract", "code", "summary", "quoted"}, "what was not read in the paper is reconstructed"
     if "normalised" in card.traits and "nonnegative" in card.traits:
         assert "causal" in card.supports or "bidirectional" in card.supports
     options = catalog.options(card)

@@ -57,7 +57,7 @@ VERIFIED = {"equation": "E", "third-party": "T", "reconstructed": "R"}
 LEGEND = (
     "supports: " + "  ".join(f"{mark} {name}" for name, mark in MARKS.items()),
     "k, kind: T tokens  X tokens across  F feature maps  G graph  P pooling  N pointing  L loss",
-    "v, verified against: E the paper's equations  T third-party code as well  R a reconstruction",
+    "v, verified against: E the paper's equations  T code of others  R a reconstruction of the paper",
 )
 
 SMALL = {"dim": 24, "num_heads": 6}
@@ -296,7 +296,8 @@ def page(
     yield "equation", card.equation.splitlines()
     year = f"{card.paper.authors} {card.paper.year}"
     ref = card.paper.url or card.paper.ref
-    yield "paper", [card.paper.title, ", ".join(filter(None, (year, ref, card.paper.equations)))]
+    read = [f"read: {card.paper.equations}"] if card.paper.equations else []
+    yield "paper", [card.paper.title, f"{year}, {ref}", *read]
     if card.differs:
         yield "differs", [f"- {text}" for text in card.differs]
     yield "verified", [_VERIFIED_WORDS[card.verified]]
@@ -320,7 +321,7 @@ def page(
 
 _VERIFIED_WORDS = {
     "equation": "against the paper's equations, written out in a test",
-    "third-party": "against the paper's equations and an independent implementation",
+    "third-party": "against the formula, written out in a test, and the code or numbers of others",
     "reconstructed": "against a reconstruction: the paper's own text could not be read",
 }
 

@@ -9,8 +9,8 @@ time and key feature. Three forms give the same outputs, final state and gradien
     step       the recurrence, token by token                                        for decoding
     chunked    the parallel form inside a chunk, the recurrence between chunks       linear in T, in training too
 
-Katharopoulos et al. 2020, https://arxiv.org/abs/2006.16236, section 3.3 (the recurrence); Qin et al. 2024,
-https://arxiv.org/abs/2405.17381, abstract (products inside blocks, the state between them); Yang et al. 2023,
+Katharopoulos et al. 2020, https://arxiv.org/abs/2006.16236, as quoted by others (the recurrence); Qin et al.
+2024, https://arxiv.org/abs/2405.17381, abstract (products inside blocks, the state between them); Yang et al. 2023,
 https://arxiv.org/abs/2312.06635, abstract (decays per feature). No product ever divides by a decay: all exponents are
 sums of g over a stretch of tokens, so they are <= 0, and g = -inf (forget everything) is fine. A normaliser
 sum_j w_ij is one more column of v, full of ones.

@@ -191,7 +191,7 @@ CARD = register(
             "stretched over the real tokens; 'agent_grid' is the paper's form.",
             "No dropout of the two attention maps.",
         ),
-        verified="equation",
+        verified="reconstructed",
         example={"num_agents": 5},
     )
 )

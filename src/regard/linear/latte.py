@@ -177,5 +177,6 @@ CARD = register(
         claim="weights are a row-stochastic matrix of rank <= L, constant state: tests/linear/test_latte.py",
         differs=("the recurrence carries averages and log-sums instead of sums and a running maximum; equal in value",),
         example={"num_latents": 5},
+        verified="reconstructed",
     )
 )

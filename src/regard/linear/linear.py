@@ -3,7 +3,8 @@
     out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   phi(x) = elu(x) + 1,   j <= i when causal
     streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) . z)
 
-Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236 (ICML 2020): abstract read.
+Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236 (ICML 2020): abstract read,
+the equations as quoted by others.
 Differs from the paper: no constant is added to the denominator; it is a sum of positive terms.
 """
 
@@ -90,7 +91,7 @@ CARD = register(
             "Katharopoulos et al.",
             2020,
             "2006.16236",
-            "abstract",
+            "abstract; equations as quoted by others",
         ),
         build=_build,
         supports=LinearAttention.supports,
@@ -98,5 +99,6 @@ CARD = register(
         cost=Cost("2*B*H*(T + S)*D*D", "H*D*(D + 1)"),
         claim="time linear in T, constant state: tests/linear/test_linear.py, `python -m benchmarks.linear`",
         differs=("no constant is added to the denominator",),
+        verified="reconstructed",
     )
 )

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from regard.card import Card, Cost, Paper, register
 from regard.kinds import HeadShape
+from regard.layer import key_padding
 from regard.masks import Mask, global_tokens
 from regard.masks import window as near
-from regard.masks.tensors import Kept, Lengths
 from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
 
 _PROJECTIONS = {
@@ -110,7 +110,7 @@ class ETCAttention(nn.Module):
                 f"tokens, {self.dim})"
             )
         NG, T = self.num_global, x.shape[1]
-        keep = _key_padding(mask, x)
+        keep = key_padding("ETCAttention", mask, x)
         # What is not finite must reach all rows that may see it and no others, not even as 0 * NaN.
         bad = ~x.detach().isfinite().all(-1)
         x = x.masked_fill(bad[..., None], 0)
@@ -169,20 +169,6 @@ class ETCAttention(nn.Module):
         across = torch.full((1, N, NG), 2 * K + 1, device=device)
         l2l = distance_labels(offsets, K).expand(1, N, -1)
         return Pieces(l2l, across, distance_labels(i - i[:, None], K)[None], across.mT)
-
-
-def _key_padding(mask: Mask | Tensor | None, x: Float[Tensor, "B T M"]) -> Bool[Tensor, "B T"] | None:
-    """Whichever form the padding came in, as (B, T); anything else raises."""
-    B, T = x.shape[:2]
-    if mask is None:
-        return None
-    if isinstance(mask, Kept | Lengths):
-        at = torch.arange(T, device=x.device)
-        return mask.at(at[-1:], at)[:, 0, 0].expand(B, -1)
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in ((B, T), (B, 1, 1, T)):
-        return mask.reshape(B, T)
-    got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-    raise ValueError(f"ETCAttention: mask can only hide keys (got {got}); expected masks.padding or bool ({B}, {T})")
 
 
 def _build(
