@@ -67,6 +67,8 @@ class Position(Stage):
 
     streams: bool = True
     """False where what a hook does to a token depends on how many tokens follow, so that nothing can be cached."""
+    by_distance: bool = False
+    """True where `bias` depends on i - j alone (and the head), so that one row of it tells all."""
 
     def embed(self, x: Float[Tensor, "B T M"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B T M"]:
         """Change the tokens before projection (absolute schemes)."""

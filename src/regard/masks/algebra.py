@@ -248,3 +248,10 @@ def _join(kind: type[Joined], left: Mask, right: Mask) -> Mask:
 def _refuse(sign: str, other: object) -> Mask:
     hint = "; wrap a tensor in masks.dense(...)" if isinstance(other, Tensor) else ""
     raise TypeError(f"mask {sign}: expected a Mask (got {type(other).__name__}){hint}")
+
+
+def by_value(mask: Mask) -> bool:
+    """Whether equal masks compare equal, so that a cache may know them; not so for those that hold tensors."""
+    if isinstance(mask, Joined):
+        return all(map(by_value, mask.parts))
+    return by_value(mask.part) if isinstance(mask, Not) else type(mask).__eq__ is not object.__eq__

@@ -33,6 +33,8 @@ def alibi_slopes(
 class Alibi(Position):
     """Adds -m_h |i - j| to the scaled scores of `num_heads` heads. No parameters."""
 
+    by_distance = True
+
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         check_int("Alibi", "num_heads", num_heads)

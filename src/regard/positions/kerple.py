@@ -47,6 +47,7 @@ def clip_straight_through(r: Tensor, least: float, most: float | None = None) ->
 class Kerple(Position):
     """The logarithmic kernel for `num_heads` heads."""
 
+    by_distance = True
     start = (2.0, 1.0)
     """r1 and r2 start uniform between 0 and these."""
     most: float | None = None

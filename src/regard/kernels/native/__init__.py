@@ -1,0 +1,261 @@
+"""Softmax attention in C++ for CPUs: block layouts, biases by distance or by tensor, forward and backward.
+
+Its plan and its numbers: attention.cpp. The block layout is the mask's own; inside a block that is only partly allowed
+the mask is read from a small bool tile, and masks that depend on i - j alone share a tile among all blocks on a
+diagonal. A position whose bias depends on i - j alone is read from a table with one entry a distance, never from a
+T x S tensor.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from regard.kernels.native import build
+from regard.kernels.problem import Problem, attend
+from regard.kinds import Rows
+from regard.masks import BlockLayout, Mask, full
+from regard.masks.algebra import by_value
+
+BLOCK = 128
+MOST = 256
+"""Queries and keys in a block at most (as in attention.cpp)."""
+
+
+def why_not(p: Problem) -> list[str]:
+    """Plain softmax in fp32 on a CPU, with additive terms that need no q or k."""
+    reasons = []
+    if p.q.device.type != "cpu":
+        reasons.append(f"tensors on {p.q.device.type}, not on the CPU")
+    if p.q.dtype != torch.float32:
+        reasons.append(f"dtype {p.q.dtype}, not torch.float32")
+    if p.normalizer is not None and not p.normalizer.is_softmax:
+        reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
+    for name in ("score_mix", "weight_mix"):
+        if (stage := getattr(p, name)) is not None:
+            reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
+    if p.position_values is not None:
+        reasons.append(f"position {type(p.position).__name__} adds to the values")
+    if p.position_bias is not None and not p.position_bias.by_distance:
+        reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
+    if p.bias is not None and p.bias.requires_grad and torch.is_grad_enabled():
+        reasons.append("the tensor bias wants a gradient")
+    if p.dropout:
+        reasons.append("dropout")
+    if p.first_key:
+        reasons.append("the cache has dropped keys already; what is left is dense")
+    if torch.compiler.is_compiling():
+        reasons.append("torch.compile can't look into it")
+    return reasons or build.why_not()
+
+
+def run(p: Problem) -> Tensor:
+    """(B, H, T, V)."""
+    return with_lse(p)[0]
+
+
+def with_lse(p: Problem) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
+    """Outputs, and the log-sum-exp of each row's scores (no gradient flows to it; -inf where a row sees nothing)."""
+    T, S = p.shape[3:]
+    table = None
+    if p.position_bias is not None:
+        # One query at S - 1 against keys 0 .. S + T - 2 meets every distance that occurs.
+        i, j = torch.tensor([S - 1]), torch.arange(S + T - 1)
+        rows = Rows(q=p.q[:, :, :1], k=p.k[:, :, :1], scores=p.q.new_empty(0), i=i, j=j)
+        table = p.position_bias.bias(rows).float()[0, :, 0].contiguous()
+    out, lse = _Native.apply(p, table, p.bias, p.q, p.k, p.v)
+    return out, lse
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, p: Problem, table: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        V, given = v.shape[3], (q, k, v)
+        q, k, v = map(_lanes, given)
+        out, lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
+        walk = _walk(p.mask, q.shape[2], k.shape[2])
+        _call("regard_attention", p.scale, walk, table, bias, q=q, k=k, v=v, out=out, lse=lse)
+        ctx.problem, ctx.walk = p, walk
+        ctx.save_for_backward(table, bias, *given, q, k, v, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out[..., :V], lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        table, bias, *given, q, k, v, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *_with_graph(ctx, grad, table, bias, *given)
+        D, V = ctx.problem.q.shape[3], ctx.problem.v.shape[3]
+        grad = _lanes(grad)
+        tasks = q.shape[0] * k.shape[1]
+        parts = max(1, min(-(-2 * torch.get_num_threads() // tasks), -(-k.shape[2] // ctx.walk.block[1])))
+        dq = q.new_zeros(parts, *q.shape)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dtable = None
+        if table is not None and ctx.needs_input_grad[1]:
+            dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
+        given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
+        _call("regard_attention_backward", ctx.problem.scale, ctx.walk, table, bias, dtable=dtable, parts=parts, **given)
+        if dtable is not None and table is not None:
+            dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
+        return None, dtable, None, dq.sum(0)[..., :D], dk[..., :D], dv[..., :V]
+
+
+def _with_graph(ctx: Any, grad: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
+    table, bias, q, k, v = tensors
+    p = replace(ctx.problem, q=q, k=k, v=v, bias=bias, position=None)
+    if table is not None:
+        i, j = p.i, p.j
+        by_pair = table[:, j - i[:, None] + k.shape[2] - 1][None]
+        p = replace(p, bias=by_pair if bias is None else by_pair + bias)
+    out = attend(p, slice(0, q.shape[2]), slice(0, k.shape[2]))
+    wanted = [x for x, need in zip(tensors, ctx.needs_input_grad[1:], strict=True) if need and x is not None]
+    got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(got) if need and x is not None else None for x, need in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
+
+
+def _lanes(x: Tensor) -> Tensor:
+    """x with a width of whole vectors and a contiguous last axis."""
+    lanes = build.library().regard_lanes()
+    x = F.pad(x, (0, -x.shape[3] % lanes)) if x.shape[3] % lanes else x
+    return x if x.stride(3) == 1 and 0 not in x.stride()[1:3] else x.contiguous()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A block layout as attention.cpp reads it, by rows and by columns."""
+
+    block: tuple[int, int]
+    heads: tuple[int, int]
+    row_ptr: Int[Tensor, "P"]
+    cols: Int[Tensor, "N"]
+    tile: Int[Tensor, "N"]
+    tiles: Bool[Tensor, "n bq bk"]
+    col_ptr: Int[Tensor, "Q"]
+    rows: Int[Tensor, "N"]
+    entry: Int[Tensor, "N"]
+
+
+def _walk(mask: Mask | None, T: int, S: int) -> Walk:
+    mask = full() if mask is None else mask
+    return (_known if by_value(mask) else _made)(mask, T, S)
+
+
+def _made(mask: Mask, T: int, S: int) -> Walk:
+    mask = mask.to("cpu")
+    layout = mask.layout(T, S, block=_block(mask))
+    Bm, Hm, nq, nk = layout.shape
+    line = layout.rows
+    r, head = line % nq, line // nq
+    tile = torch.full_like(layout.cols, -1, dtype=torch.int32)
+    partial = (~layout.full).nonzero().flatten()
+    tiles, index = _tiles(mask, layout, head[partial], r[partial], layout.cols[partial])
+    tile[partial] = index.int()
+    column = head * nk + layout.cols
+    entry = column.argsort(stable=True)
+    col_ptr = F.pad(torch.bincount(column, minlength=Bm * Hm * nk).cumsum(0), (1, 0))
+    return Walk(layout.block, (Bm, Hm), layout.row_ptr, layout.cols, tile, tiles, col_ptr, r[entry], entry)
+
+
+_known = lru_cache(maxsize=16)(_made)
+
+
+def _block(mask: Mask) -> tuple[int, int]:
+    """Its own grain where whole panels fit, else `BLOCK`."""
+    panel = build.library().regard_panel()
+    q, k = mask.grain or (BLOCK, BLOCK)
+    return (q if panel <= q <= MOST else BLOCK), (k if k % panel == 0 and k <= MOST else BLOCK)
+
+
+def _tiles(mask: Mask, layout: BlockLayout, head: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask inside these blocks (n, bq, bk), and which of them each block reads."""
+    (bq, bk), (Bm, Hm) = layout.block, layout.shape[:2]
+    index = torch.arange(len(r))
+    if mask.is_shift_invariant and len(r):
+        _, index = torch.unique(c * bk - r * bq, return_inverse=True)
+        first = torch.full((int(index.max()) + 1,), len(r)).scatter_reduce_(0, index, torch.arange(len(r)), "amin")
+        head, r, c = head[first], r[first], c[first]
+    i = r[:, None, None] * bq + torch.arange(bq)[:, None] + layout.S - layout.T
+    j = c[:, None, None] * bk + torch.arange(bk)
+    if not mask.is_shift_invariant:
+        i, j = i.clamp(max=layout.S - 1), j.clamp(max=layout.S - 1)
+    b, h = (x[:, None, None] for x in (head // Hm, head % Hm))
+    pieces = [
+        mask(b[at], h[at], i[at], j[at]).expand(-1, bq, bk).contiguous() for at in torch.arange(len(r)).split(256)
+    ]
+    return torch.cat(pieces) if pieces else torch.empty(0, bq, bk, dtype=torch.bool), index
+
+
+class _View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("b", ctypes.c_int64), ("h", ctypes.c_int64), ("t", ctypes.c_int64)]
+
+
+def _view(x: Tensor | None) -> _View:
+    return _View() if x is None else _View(x.data_ptr(), *x.stride()[-4:-1])
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` of attention.cpp, field by field."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("B", "H", "G", "T", "S", "D", "V", "threads")]
+        + [(n, _View) for n in ("q", "k", "v", "out")]
+        + [(n, ctypes.c_void_p) for n in ("lse", "kt")]
+        + [("scale", ctypes.c_float)]
+        + [(n, ctypes.c_int64) for n in ("bq", "bk", "Bm", "Hm")]
+        + [(n, ctypes.c_void_p) for n in ("row_ptr", "cols", "tile", "tiles", "table")]
+        + [("table_h", ctypes.c_int64), ("bias", ctypes.c_void_p)]
+        + [(n, ctypes.c_int64) for n in ("bias_b", "bias_h", "bias_t", "bias_s")]
+        + [(n, _View) for n in ("grad", "dq", "dk", "dv")]
+        + [(n, ctypes.c_void_p) for n in ("vt", "delta", "dtable", "col_ptr", "rows", "entry")]
+        + [("parts", ctypes.c_int64)]
+    )
+
+
+def _call(
+    name: str,
+    scale: float,
+    walk: Walk,
+    table: Tensor | None,
+    bias: Tensor | None,
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    dtable: Tensor | None = None,
+    parts: int = 1,
+) -> None:
+    lib = build.library()
+    (B, H, T, D), (G, S), V = q.shape, k.shape[1:3], v.shape[3]
+    panel = lib.regard_panel()
+    kt = q.new_empty(B * G, -(-S // panel) * panel, D)
+    p = _Attention(B=B, H=H, G=G, T=T, S=S, D=D, V=V, threads=torch.get_num_threads())
+    p.q, p.k, p.v, p.out, p.lse, p.kt, p.scale = *map(_view, (q, k, v, out)), lse.data_ptr(), kt.data_ptr(), scale
+    (p.bq, p.bk), (p.Bm, p.Hm) = walk.block, walk.heads
+    for field in ("row_ptr", "cols", "tile", "tiles", "col_ptr", "rows", "entry"):
+        setattr(p, field, getattr(walk, field).data_ptr())
+    if table is not None:
+        p.table, p.table_h = table.data_ptr(), 0 if len(table) == 1 else table.stride(0)
+    if bias is not None:
+        strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
+        p.bias, p.bias_b, p.bias_h, p.bias_t, p.bias_s = bias.data_ptr(), *strides
+    if grad is not None:
+        vt, delta = q.new_empty(B * G, -(-S // panel) * panel, V), torch.empty_like(lse)
+        p.grad, p.dq, p.dk, p.dv, p.vt, p.delta = *map(_view, (grad, dq, dk, dv)), vt.data_ptr(), delta.data_ptr()
+        p.dtable, p.parts = None if dtable is None else dtable.data_ptr(), parts
+    getattr(lib, name)(ctypes.byref(p))

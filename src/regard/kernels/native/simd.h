@@ -1,0 +1,120 @@
+// Short vectors and a small matrix product, in the compiler's portable vector types: AVX-512, AVX2 and NEON from one text.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16, MR = 12, NV = 2;  // 24 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int W = 8, MR = 6, NV = 2;  // 12 of 16
+#else
+constexpr int W = 4, MR = 6, NV = 4;  // 24 of 32 on 64-bit ARM
+#endif
+constexpr int NR = NV * W;  // columns of one panel
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef float vfu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+static inline vf load(const float* p) { return *(const vfu*)p; }
+static inline void store(float* p, vf x) { *(vfu*)p = x; }
+static inline vf splat(float x) { return x - vf{}; }  // x + 0 would keep an addition, for the sake of -0
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+static inline vi allowed(const uint8_t* p) {
+    vb m;
+    memcpy(&m, p, W);
+    return __builtin_convertvector(m, vi) != 0;
+}
+// Sum and greatest of the lanes, by halves.
+#if defined(__AVX512F__)
+static inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float most(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+static inline float sum(vf x) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += x[i];
+    return s;
+}
+static inline float most(vf x) {
+    float s = x[0];
+    for (int i = 1; i < W; i++) s = x[i] > s ? x[i] : s;
+    return s;
+}
+#endif
+
+// e^x for x <= 0 to about 1 ulp, and exactly 0 below -127 ln 2: with x = n ln 2 + r and |r| <= ln 2 / 2 it is 2^n times a
+// polynomial in r (least relative error, degree 6, by weighted least squares).
+static inline vf exp(vf x) {
+    const vf magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds; the low bits are then n + 127
+    vf c = max(x, splat(-88.0296919f));
+    vf t = c * 1.44269504f + magic;
+    vf power = (vf)((vi)t << 23);
+    t -= magic;
+    vf r = c - t * 0.693359375f;  // ln 2 in two parts
+    r = r + t * 2.12194440e-4f;
+    vf y = splat(0.0013814539f);
+    y = y * r + 0.0083687454f;
+    y = y * r + 0.041668389f;
+    y = y * r + 0.16666521f;
+    y = y * r + 0.49999994f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    return y * power;
+}
+
+// c (M x N vectors) = or += a (M x K, strides rs and cs) b (K rows of N vectors, ldb apart).
+template <int M, int N>
+static inline void tile(int64_t K, const float* a, int64_t rs, int64_t cs, const float* b, int64_t ldb, float* c,
+                        int64_t ldc, bool add) {
+    vf acc[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) acc[m][n] = add ? load(c + m * ldc + n * W) : vf{};
+    for (int64_t k = 0; k < K; k++) {
+        vf row[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) row[n] = load(b + k * ldb + n * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            vf x = splat(a[m * rs + k * cs]);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) acc[m][n] += x * row[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+template <int N, int M = MR>
+static inline void strip(int rows, int64_t K, const float* a, int64_t rs, int64_t cs, const float* b, int64_t ldb,
+                         float* c, int64_t ldc, bool add) {
+    if constexpr (M > 0) {
+        if (rows == M)
+            tile<M, N>(K, a, rs, cs, b, ldb, c, ldc, add);
+        else
+            strip<N, M - 1>(rows, K, a, rs, cs, b, ldb, c, ldc, add);
+    }
+}
+
+// As `tile` for any M and any N that is a multiple of W. Column panel p of b starts at b + p * panel.
+static inline void product(int64_t M, int64_t N, int64_t K, const float* a, int64_t rs, int64_t cs, const float* b,
+                           int64_t ldb, int64_t panel, float* c, int64_t ldc, bool add) {
+    for (int64_t n = 0; n < N; n += NR)
+        for (int64_t m = 0; m < M; m += MR) {
+            int rows = M - m < MR ? int(M - m) : MR;
+            const float* at = b + n / NR * panel;
+            if (N - n >= NR)
+                strip<NV>(rows, K, a + m * rs, rs, cs, at, ldb, c + m * ldc + n, ldc, add);
+            else
+                for (int64_t j = 0; j < N - n; j += W)
+                    strip<1>(rows, K, a + m * rs, rs, cs, at + j, ldb, c + m * ldc + n + j, ldc, add);
+        }
+}
