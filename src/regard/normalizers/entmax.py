@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard.kernels.native import rows as native
 from regard.kinds import HeadShape, Normalizer
 from regard.normalizers.softmax import softmax
 
@@ -109,6 +110,9 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(scores: Tensor, alpha: float | Tensor, allowed: Tensor | None) -> Tensor:
+        if native.able(scores, alpha) and not isinstance(alpha, Tensor):
+            z = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+            return native.entmax(z.view(-1, z.shape[-1]), alpha).view(scores.shape)
         x = scores * (alpha - 1)
         if allowed is not None:
             x.masked_fill_(~allowed, -torch.inf)
@@ -130,6 +134,8 @@ class _Entmax(torch.autograd.Function):
         dz = None
         if ctx.needs_input_grad[0] and torch.is_grad_enabled():
             dz = _pull_back(dp, p, alpha)
+        elif ctx.needs_input_grad[0] and native.able(p, alpha):
+            dz = native.entmax_backward(dp.reshape(-1, p.shape[-1]), p.view(-1, p.shape[-1]), alpha).view(p.shape)
         elif ctx.needs_input_grad[0]:
             dz = torch.empty_like(p)
             out, flat_dp, flat_p = (

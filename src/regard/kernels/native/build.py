@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.cpp",)
+SOURCES = ("attention.cpp", "rows.cpp")
 HEADERS = ("simd.h",)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: linked in, it would make every thread of the process flush small numbers to zero."""
