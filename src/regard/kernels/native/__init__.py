@@ -1,6 +1,7 @@
 """Softmax attention in C++ for CPUs: block layouts, biases by distance or by tensor, forward and backward.
 
-Its plan and its numbers: attention.cpp. The block layout is the mask's own; inside a block that is only partly allowed
+fp32 on the vector units; bf16 on the tile registers of AMX where the CPU has them, else, as fp16 and every backward,
+computed in fp32. The block layout is the mask's own; inside a block that is only partly allowed
 the mask is read from a small bool tile, and masks that depend on i - j alone share a tile among all blocks on a
 diagonal. A position whose bias depends on i - j alone is read from a table with one entry a distance, never from a
 T x S tensor.
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard.kernels.block_sparse import facts
+from regard.kernels.cost import Cost, asked, io, products
 from regard.kernels.native import build
 from regard.kernels.problem import Problem, attend
 from regard.kinds import Rows
@@ -25,16 +28,18 @@ from regard.masks.algebra import by_value
 
 BLOCK = 128
 MOST = 256
-"""Queries and keys in a block at most (as in attention.cpp)."""
+"""Queries and keys in a block at most (as in attention.h)."""
+PANEL = 32
+"""Keys are laid out by so many, or a divisor of it."""
 
 
 def why_not(p: Problem) -> list[str]:
-    """Plain softmax in fp32 on a CPU, with additive terms that need no q or k."""
+    """Plain softmax on a CPU, in fp32 or below, with additive terms that need no q or k."""
     reasons = []
     if p.q.device.type != "cpu":
         reasons.append(f"tensors on {p.q.device.type}, not on the CPU")
-    if p.q.dtype != torch.float32:
-        reasons.append(f"dtype {p.q.dtype}, not torch.float32")
+    if p.q.dtype == torch.float64:
+        reasons.append("float64: it computes in fp32")
     if p.normalizer is not None and not p.normalizer.is_softmax:
         reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
     for name in ("score_mix", "weight_mix"):
@@ -53,6 +58,18 @@ def why_not(p: Problem) -> list[str]:
     if torch.compiler.is_compiling():
         reasons.append("torch.compile can't look into it")
     return reasons or build.why_not()
+
+
+def cost(p: Problem) -> Cost:
+    """The stored blocks of each head; of those that are partly masked, about half."""
+    B, H, _, T, S = p.shape
+    found = facts(p, BLOCK, BLOCK) if p.mask is None else facts(p, *_block(p.mask))
+    pairs = T * S * found.density * (1 - found.partly / 2)
+    tiles = 0.0
+    if p.mask is not None and not by_value(p.mask):
+        tiles = p.mask.batch * p.mask.heads * asked(p.mask) * T * S * found.density * found.partly
+    words = f"C++, {found.density:.0%} of the blocks" if found.density < 1 else "C++"
+    return Cost(products(p, pairs), tiles, 25, words, 2 * io(p))
 
 
 def run(p: Problem) -> Tensor:
@@ -78,35 +95,42 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any, p: Problem, table: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        V, given = v.shape[3], (q, k, v)
-        q, k, v = map(_lanes, given)
-        out, lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
         walk = _walk(p.mask, q.shape[2], k.shape[2])
-        _call("regard_attention", p.scale, walk, table, bias, q=q, k=k, v=v, out=out, lse=lse)
+        tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
+        work = torch.bfloat16 if tiles else torch.float32
+        x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
+        out = z.new_empty(*x.shape[:3], z.shape[3])
+        lse = torch.empty(x.shape[:3], dtype=torch.float32)
+        name = "regard_attention_bf16" if tiles else "regard_attention"
+        _call(name, p.scale, walk, table, None if bias is None else bias.float(), q=x, k=y, v=z, out=out, lse=lse)
+        out = out[..., : v.shape[3]].to(q.dtype)
         ctx.problem, ctx.walk = p, walk
-        ctx.save_for_backward(table, bias, *given, q, k, v, out, lse)
+        ctx.save_for_backward(table, bias, q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
-        return out[..., :V], lse
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        table, bias, *given, q, k, v, out, lse = ctx.saved_tensors
+        table, bias, *given, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, *_with_graph(ctx, grad, table, bias, *given)
-        D, V = ctx.problem.q.shape[3], ctx.problem.v.shape[3]
-        grad = _lanes(grad)
+        lanes = build.library().regard_lanes()
+        q, k, v, out, grad = (_vectors(t.float(), lanes) for t in (*given, out, grad))
         tasks = q.shape[0] * k.shape[1]
         parts = max(1, min(-(-2 * torch.get_num_threads() // tasks), -(-k.shape[2] // ctx.walk.block[1])))
         dq = q.new_zeros(parts, *q.shape)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk, dv = (torch.empty(t.shape) for t in (k, v))
         dtable = None
         if table is not None and ctx.needs_input_grad[1]:
             dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
-        given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
-        _call("regard_attention_backward", ctx.problem.scale, ctx.walk, table, bias, dtable=dtable, parts=parts, **given)
+        terms = (table, None if bias is None else bias.float())
+        inputs = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        outputs = {"grad": grad, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
+        _call("regard_attention_backward", ctx.problem.scale, ctx.walk, *terms, **inputs, **outputs)
         if dtable is not None and table is not None:
             dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
-        return None, dtable, None, dq.sum(0)[..., :D], dk[..., :D], dv[..., :V]
+        found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
+        return None, dtable, None, *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True))
 
 
 def _with_graph(ctx: Any, grad: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -123,11 +147,10 @@ def _with_graph(ctx: Any, grad: Tensor, *tensors: Tensor | None) -> list[Tensor 
     return [next(got) if need and x is not None else None for x, need in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
 
 
-def _lanes(x: Tensor) -> Tensor:
+def _vectors(x: Tensor, lanes: int) -> Tensor:
     """x with a width of whole vectors and a contiguous last axis."""
-    lanes = build.library().regard_lanes()
     x = F.pad(x, (0, -x.shape[3] % lanes)) if x.shape[3] % lanes else x
-    return x if x.stride(3) == 1 and 0 not in x.stride()[1:3] else x.contiguous()
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -171,9 +194,8 @@ _known = lru_cache(maxsize=16)(_made)
 
 def _block(mask: Mask) -> tuple[int, int]:
     """Its own grain where whole panels fit, else `BLOCK`."""
-    panel = build.library().regard_panel()
     q, k = mask.grain or (BLOCK, BLOCK)
-    return (q if panel <= q <= MOST else BLOCK), (k if k % panel == 0 and k <= MOST else BLOCK)
+    return (q if PANEL <= q <= MOST else BLOCK), (k if k % PANEL == 0 and k <= MOST else BLOCK)
 
 
 def _tiles(mask: Mask, layout: BlockLayout, head: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +264,8 @@ def _call(
 ) -> None:
     lib = build.library()
     (B, H, T, D), (G, S), V = q.shape, k.shape[1:3], v.shape[3]
-    panel = lib.regard_panel()
-    kt = q.new_empty(B * G, -(-S // panel) * panel, D)
+    keys = -(-S // PANEL) * PANEL
+    kt, vt = q.new_empty(B * G, keys, D), v.new_empty(B * G, keys, V)
     p = _Attention(B=B, H=H, G=G, T=T, S=S, D=D, V=V, threads=torch.get_num_threads())
     p.q, p.k, p.v, p.out, p.lse, p.kt, p.scale = *map(_view, (q, k, v, out)), lse.data_ptr(), kt.data_ptr(), scale
     (p.bq, p.bk), (p.Bm, p.Hm) = walk.block, walk.heads
@@ -254,8 +276,9 @@ def _call(
     if bias is not None:
         strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
         p.bias, p.bias_b, p.bias_h, p.bias_t, p.bias_s = bias.data_ptr(), *strides
+    p.vt = vt.data_ptr()
     if grad is not None:
-        vt, delta = q.new_empty(B * G, -(-S // panel) * panel, V), torch.empty_like(lse)
-        p.grad, p.dq, p.dk, p.dv, p.vt, p.delta = *map(_view, (grad, dq, dk, dv)), vt.data_ptr(), delta.data_ptr()
+        delta = torch.empty_like(lse)
+        p.grad, p.dq, p.dk, p.dv, p.delta = *map(_view, (grad, dq, dk, dv)), delta.data_ptr()
         p.dtable, p.parts = None if dtable is None else dtable.data_ptr(), parts
     getattr(lib, name)(ctypes.byref(p))

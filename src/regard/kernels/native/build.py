@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.cpp", "rows.cpp")
-HEADERS = ("simd.h",)
+SOURCES = ("attention.cpp", "bf16.cpp", "rows.cpp")
+HEADERS = ("attention.h", "simd.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: linked in, it would make every thread of the process flush small numbers to zero."""
 SWITCH = "REGARD_NATIVE"

@@ -41,7 +41,16 @@ void solve(const float* z, float* p, int64_t n, float* x) {
         std::fill(p, p + n, 0.0f);
         return;
     }
-    for (int64_t j = 0; j < wide; j += W) store(x + j, load(x + j) - top);
+    vf probe = {};
+    for (int64_t j = 0; j < wide; j += W) {
+        vf y = load(x + j) - top;
+        store(x + j, y);
+        probe = y == y ? probe : y;
+    }
+    if (probe = probe * 0.0f; !(sum(probe) == 0)) {  // NaN, or inf - inf: comparisons would drop it
+        std::fill(p, p + n, std::numeric_limits<float>::quiet_NaN());
+        return;
+    }
     float tau = -1.0f;
     for (int i = 0; i < STEPS; i++) {
         Sums s = at<SQUARE>(x, wide, tau);
