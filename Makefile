@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: compare test test-all lint docs clean
+.PHONY: compare test test-all lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,15 @@ lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.bench  ## measure every speed goal against its peers and write docs/benchmarks.md; ARGS="window bias" for some
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# natten comes as source without a kernel for CPUs. Built apart from the environment, it would fetch another torch.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
+	touch $@
 
 docs: $(VENV)/.installed  ## refill the command outputs and tables in README.md
 	$(BIN)/python tools/readme.py

@@ -2,52 +2,65 @@
 
     python -m benchmarks.bias
 
-Memory by length is `python -m benchmarks.memory`.
+Memory is `python -m benchmarks.memory`.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import regard
-from benchmarks.harness import Benchmark, agree, arguments, compared, finish, forward_backward, race
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, agree, command, compared, forward_backward, race, share
+from regard.kinds import Position, Rows
 from regard.masks import causal
 from regard.positions import Alibi, Kerple
 
-LENGTH, HEADS = 4096, 4
+
+def ready_made(position: Position, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The bias as the (1, H, T, T) tensor that torch takes, -inf at later keys; formed in parts."""
+    T = q.shape[2]
+    j = torch.arange(T)
+    parts = []
+    for i in j.split(1024):
+        rows = Rows(q=q[:, :, i], k=k, scores=q.new_empty(0), i=i, j=j)
+        parts.append(position.bias(rows).detach().masked_fill(j > i[:, None], -torch.inf))
+    return torch.cat(parts, 2).expand(1, q.shape[1], T, T)
 
 
-def main() -> None:
-    args = arguments(__doc__)
+def measure(*, repeats: int, length: int = 16384, heads: int = 1) -> Benchmark:
     torch.manual_seed(0)
-    result = Benchmark("bias", f"Score biases at T = {LENGTH}, H = {HEADS}, D = 64, fp32, causal")
-    q, k, v = (torch.randn(1, HEADS, LENGTH, 64) for _ in range(3))
-    i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
-    for position in (Alibi(HEADS), Kerple(HEADS)):
+    shape = {"B": 1, "H": heads, "T": length, "D": 64, "dtype": "fp32"}
+    result = Benchmark("bias", f"Score biases under a causal mask at T = {length}", shape=shape)
+    q, k, v = x = [torch.randn(1, heads, length, 64) for _ in range(3)]
+    given = [z.clone().requires_grad_() for z in x]
+    flops = 4 * heads * 64 * length * (length + 1) // 2
+    for position in (Alibi(heads), Kerple(heads)):
         name = type(position).__name__
-        from regard.kinds import Rows
+        ready = ready_made(position, *x[:2])
 
-        rows = Rows(q=q, k=k, scores=q.new_empty(0), i=i[:, 0], j=j)
-        ready = position.bias(rows).detach().masked_fill(j > i, -torch.inf).expand(1, HEADS, LENGTH, LENGTH)
-        given = [x.clone().requires_grad_() for x in (q, k, v)]
-
-        def ours(x=(q, k, v), position=position):
-            return regard.attention(*x, position=position, mask=causal())
-
-        def theirs(x=(q, k, v), ready=ready):
-            return F.scaled_dot_product_attention(*x, ready)
-
-        agree(ours(), theirs())
-        with torch.no_grad():
-            times = race({"regard": ours, "SDPA + bias": theirs}, repeats=args.repeats)
-        result.add(compared(f"{name}, forward", times, "regard", "SDPA + bias", goal=1.3))
-        training = {
-            "regard": forward_backward(lambda given=given, ours=ours: ours(given), *given),
-            "SDPA + bias": forward_backward(lambda given=given, theirs=theirs: theirs(given), *given),
+        ways = {
+            "regard": partial(regard.attention, position=position, mask=causal()),
+            "SDPA + bias": partial(F.scaled_dot_product_attention, attn_mask=ready),
         }
-        times = race(training, repeats=max(3, args.repeats // 2))
-        result.add(compared(f"{name}, forward and backward", times, "regard", "SDPA + bias", goal=1.3))
-    finish(result, args)
+        with torch.no_grad():
+            contenders = {name: partial(run, *x) for name, run in ways.items()}
+            agree(*(run() for run in contenders.values()))
+            times = race(contenders, repeats=repeats, warmup=0, seconds=8)
+        note = f"auto is {regard.plan(q, k, v, position=position, mask=causal()).kernel}"
+        done = share(flops, min(times["regard"]))
+        what = f"{name}, forward"
+        result.add(compared(what, times, "regard", "SDPA + bias", note=note, share=done, **goal("bias")))
+        training = {name: forward_backward(partial(run, *given), *given) for name, run in ways.items()}
+        for got, want in zip(*(run() for run in training.values()), strict=True):
+            agree(got, want)
+        times = race(training, repeats=min(3, repeats), warmup=0, seconds=8)
+        done = share(3.5 * flops, min(times["regard"]))
+        what = f"{name}, forward and backward"
+        result.add(compared(what, times, "regard", "SDPA + bias", note=note, share=done, **goal("bias")))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

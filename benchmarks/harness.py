@@ -1,12 +1,19 @@
-"""What every benchmark shares: interleaved timing in one process, ratios with their spread, goals, and the JSON."""
+"""What every benchmark shares: interleaved timing in one process, ratios with their spread, goals, and the JSON.
+
+A benchmark is a module with a function `measure`, which returns its figures, and a command around it:
+
+    if __name__ == "__main__":
+        command(measure, __doc__)
+"""
 
 import argparse
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +26,13 @@ from rich.table import Table
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 """Where the figures lie that docs/benchmarks.md is rendered from."""
 
-PEERS = ("torch", "regard", "numpy", "entmax", "natten", "transformers", "torch_geometric")
+PACKAGES = (
+    *("torch", "regard", "numpy", "entmax", "natten", "transformers", "torch_geometric", "local-attention"),
+    *("performer-pytorch", "x-transformers", "nystrom-attention", "triton"),
+)
+"""Those whose versions a figure is written down with."""
+
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,10 @@ class Figure:
     goal: float | None = None
     better: str = "lower"
     note: str = ""
+    row: str = ""
+    """The goal of `benchmarks.goals` that it is a measurement of."""
+    share: float | None = None
+    """What ours achieved of the machine's matrix-product peak."""
 
     @property
     def met(self) -> bool | None:
@@ -45,30 +62,37 @@ class Figure:
 
 @dataclass
 class Benchmark:
-    """All figures of one command."""
+    """All figures of one command. `shape` says what was computed: axes by their letters, and the like."""
 
     name: str
     about: str
     figures: list[Figure] = field(default_factory=list)
+    shape: dict[str, Any] = field(default_factory=dict)
 
     def add(self, *figures: Figure) -> None:
         self.figures += figures
 
 
 def race(
-    contenders: Mapping[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
+    contenders: Mapping[str, Run], *, repeats: int = 7, warmup: int = 1, number: int = 1, seconds: float = 20
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round. All run in every round, so that a slow stretch hits all of them."""
+    """Seconds of each contender in each round. All run in every round, so that a slow stretch hits all of them.
+
+    `number` calls are timed together. After `seconds` no third round is begun, nor a later one.
+    """
     for _ in range(warmup):
         for run in contenders.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+    names, started = list(contenders), time.perf_counter()
     for n in track(range(repeats), description=" / ".join(names)[:40], transient=True, console=Console(stderr=True)):
+        if n >= 2 and time.perf_counter() - started > seconds:
+            continue
         for name in names if n % 2 == 0 else names[::-1]:
-            began = time.perf_counter()
-            contenders[name]()
-            times[name].append(time.perf_counter() - began)
+            run, began = contenders[name], time.perf_counter()
+            for _ in range(number):
+                run()
+            times[name].append((time.perf_counter() - began) / number)
     return times
 
 
@@ -78,18 +102,47 @@ def ratio(times: Mapping[str, Sequence[float]], ours: str, theirs: str) -> tuple
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def compared(what: str, times: Mapping[str, Sequence[float]], ours: str, theirs: str, **goal: Any) -> Figure:
-    """The ratio of two contenders' times as a figure; `goal` and `note` as in `Figure`."""
+def compared(
+    what: str,
+    times: Mapping[str, Sequence[float]],
+    ours: str,
+    theirs: str,
+    *,
+    why: Mapping[str, str] | None = None,
+    **about: Any,
+) -> Figure:
+    """The ratio of two contenders' times as a figure. `about`: `goal`, `better`, `note`, ... as in `Figure`.
+
+    Where theirs did not run, the figure says so, with the reason in `why`.
+    """
+    if theirs not in times:
+        return Figure(what, None, **about | {"note": (why or {}).get(theirs, f"{theirs} did not run"), "share": None})
     median, low, high = ratio(times, ours, theirs)
-    if goal.get("better") == "higher":  # how many times faster ours is
+    if about.get("better") == "higher":  # how many times faster ours is
         median, low, high = 1 / median, 1 / high, 1 / low
-    return Figure(what, median, "x", low, high, **goal)
+    return Figure(what, median, "x", low, high, **about)
 
 
-def forward_backward(run: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Callable[[], object]:
+def able(peers: Mapping[str, Callable[[], Run]]) -> tuple[dict[str, Run], dict[str, str]]:
+    """The peers that are installed and run here, made ready, and for the others the reason why not."""
+    runs, why = {}, {}
+    for name, make in peers.items():
+        try:
+            run = make()
+            run()
+        except ModuleNotFoundError as error:
+            why[name] = f"the package {error.name} is not installed"
+        except Exception as error:  # a compiler that is missing, an operation that it lacks
+            why[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:80]}"
+        else:
+            runs[name] = run
+    return runs, why
+
+
+def forward_backward(run: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
     """The function that runs it and the gradients of all inputs."""
 
-    def both() -> object:
+    def both() -> Sequence[torch.Tensor]:
         out = run()
         return torch.autograd.grad(out, inputs, torch.ones_like(out))
 
@@ -103,6 +156,21 @@ def peak(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
+_peak = cache(lambda dtype: peak(dtype))
+
+
+def share(flops: float, seconds: float, dtype: torch.dtype = torch.float32) -> float:
+    """What work done in this time is of the machine's matrix-product peak."""
+    return flops / seconds / _peak(dtype)
+
+
+def growth(seconds: Mapping[int, float]) -> float:
+    """The exponent of the length in these times: the slope of log time over log length, by least squares."""
+    x, y = torch.tensor([[float(n), s] for n, s in seconds.items()], dtype=torch.float64).log().T
+    x = x - x.mean()
+    return float((x * y).sum() / x.square().sum())
+
+
 def agree(got: torch.Tensor, want: torch.Tensor, *, within: float = 1e-3) -> None:
     """No claim of speed without the same answer: raises if the largest difference exceeds `within`."""
     off = float((got.detach() - want.detach()).abs().max())
@@ -111,7 +179,7 @@ def agree(got: torch.Tensor, want: torch.Tensor, *, within: float = 1e-3) -> Non
 
 
 def arguments(about: str) -> argparse.Namespace:
-    """--json FILE, --repeats N, --threads N."""
+    """--json FILE, --save, --repeats N, --threads N."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
@@ -123,30 +191,58 @@ def arguments(about: str) -> argparse.Namespace:
     return args
 
 
+def command(measure: Callable[..., Benchmark], about: str | None) -> None:
+    """Measure as the command line asks, print the figures and save them."""
+    args = arguments(about or "")
+    finish(measure(repeats=args.repeats), args)
+
+
 def finish(benchmark: Benchmark, args: argparse.Namespace) -> None:
     """Print the table, and write the JSON where asked."""
-    table = Table(title=benchmark.about, title_justify="left")
-    for column in ("what", "measured", "spread", "goal", ""):
-        table.add_column(column, justify="left" if column in ("what", "") else "right")
-    for f in benchmark.figures:
-        table.add_row(*cells(f))
-    Console(width=100).print(table)
+    Console(width=100).print(table(benchmark.about, HEADINGS, map(cells, benchmark.figures)))
     target = FOLDER / f"{benchmark.name}.json" if args.save else args.json
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
-        record = {"name": benchmark.name, "about": benchmark.about, "machine": machine()}
-        record["figures"] = [asdict(f) | {"met": f.met} for f in benchmark.figures]
-        target.write_text(json.dumps(record, indent=1) + "\n")
+        target.write_text(json.dumps(recorded(benchmark), indent=1) + "\n", encoding="utf-8")
+
+
+def recorded(benchmark: Benchmark) -> dict[str, Any]:
+    """A benchmark as it is written down."""
+    record = {k: getattr(benchmark, k) for k in ("name", "about", "shape")} | {"machine": machine()}
+    return record | {"figures": [asdict(f) | {"met": f.met} for f in benchmark.figures]}
+
+
+HEADINGS = ("what", "measured", "spread", "of peak", "goal", "")
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """For the terminal; a column in which nothing stands is left out."""
+    made = Table(title=title, title_justify="left")
+    lines = list(rows)
+    used = [n for n in range(len(headings)) if any(line[n] for line in lines)]
+    for n in used:
+        made.add_column(headings[n], justify="left" if n in (0, len(headings) - 1) else "right")
+    for line in lines:
+        made.add_row(*(line[n] for n in used))
+    return made
 
 
 def cells(f: Figure) -> list[str]:
     """A figure as the cells of a table."""
-    value = "not measured" if f.value is None else f"{f.value:.3g} {f.unit}"
+    value = "not measured" if f.value is None else quantity(f.value, f.unit)
     spread = "" if f.low is None or f.high is None else f"{f.low:.3g} - {f.high:.3g}"
-    sign = "<=" if f.better == "lower" else ">="
-    goal = "" if f.goal is None else f"{sign} {f.goal:g} {f.unit}"
+    share = "" if f.share is None else f"{f.share:.0%}"
+    goal = "" if f.goal is None else bound(f.goal, f.unit, f.better)
     verdict = {True: "met", False: "not met", None: ""}[f.met]
-    return [f.what, value, spread, goal, " ".join(filter(None, (verdict, f"({f.note})" if f.note else "")))]
+    return [f.what, value, spread, share, goal, " ".join(filter(None, (verdict, f"({f.note})" if f.note else "")))]
+
+
+def quantity(value: float, unit: str) -> str:
+    return f"{value:.3g} {unit}".strip()
+
+
+def bound(goal: float, unit: str, better: str) -> str:
+    return f"{'<=' if better == 'lower' else '>='} {goal:g} {unit}".strip()
 
 
 def machine() -> dict[str, str]:
@@ -154,7 +250,7 @@ def machine() -> dict[str, str]:
     from regard.bench.train import processor
 
     found = {"device": processor(), "threads": str(torch.get_num_threads()), "python": platform.python_version()}
-    for name in PEERS:
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -7,7 +7,8 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.harness import Benchmark, Figure, arguments, finish
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, Figure, command
 
 CODE = """
 import time
@@ -19,18 +20,18 @@ print(time.perf_counter() - began, time.perf_counter() - middle)
 """
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    runs = [
-        [float(x) for x in subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True).stdout.split()]
-        for _ in range(max(3, args.repeats))
-    ]
+def seconds() -> list[float]:
+    """In all, and ours."""
+    return [float(x) for x in subprocess.check_output([sys.executable, "-c", CODE], text=True).split()]
+
+
+def measure(*, repeats: int) -> Benchmark:
+    runs = [seconds() for _ in range(repeats)]
     result = Benchmark("imports", "import regard, in a fresh process")
-    for what, n, goal in (("with torch", 0, 2.0), ("ours alone", 1, 0.2)):
-        seconds = [run[n] for run in runs]
-        result.add(Figure(what, statistics.median(seconds), "s", min(seconds), max(seconds), goal=goal))
-    finish(result, args)
+    for (what, row), taken in zip((("with torch", "import"), ("ours alone", "import ours")), zip(*runs), strict=True):
+        result.add(Figure(what, statistics.median(taken), "s", min(taken), max(taken), **goal(row)))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

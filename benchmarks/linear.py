@@ -1,27 +1,32 @@
-"""Causal linear attention against torch's fused causal attention, and how its time grows with length.
+"""Causal linear attention against torch's fused causal attention, its growth with length, and performer-pytorch.
 
-    python -m benchmarks.linear [--lengths 2048 4096 ...] [--at 16384] [--repeats 5] [--backward] [--json out.json]
-    python -m benchmarks.linear --sweep          time of the scan by chunk size
+    python -m benchmarks.linear
 
-On a machine that others use, `--clock cpu` with OMP_NUM_THREADS=1 counts this process's own time only.
-
-Printed for each mechanism: the best time at the length `--at`, how many times faster that is than torch's
-scaled_dot_product_attention(is_causal=True) on the same shapes, timed in turns with it, and the exponent of T in its
-time, fitted over all lengths. Before anything is timed the chunked form is compared with the T x T form.
+Before anything is timed the chunked form is compared with the T x T form. Chunk sizes are `python -m
+benchmarks.scan_chunks`.
 """
 
-import argparse
-import json
-import math
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.goals import goal
+from benchmarks.harness import (
+    Benchmark,
+    Figure,
+    Run,
+    able,
+    agree,
+    command,
+    compared,
+    forward_backward,
+    growth,
+    race,
+    share,
+)
 from regard.kernels.linear_scan import linear_scan
 from regard.linear import (
     causal_latte_attention,
@@ -33,23 +38,19 @@ from regard.linear import (
 )
 from regard.positions.alibi import alibi_slopes
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def mechanisms(heads: int, width: int) -> dict[str, Run]:
-    """What is timed, as functions of q, k and v."""
+def mechanisms(heads: int, width: int) -> dict[str, Attend]:
+    """What is timed, as functions of q, k and v. The goals are those of "linear"."""
     rates = alibi_slopes(heads)
     directions = random_directions(64, width, generator=torch.Generator().manual_seed(0))
     return {
-        "scan, no decay": lambda q, k, v: linear_scan(q, k, v).out,
-        "scan, by head": lambda q, k, v: linear_scan(q, k, v, -rates).out,
-        "scan, by time": lambda q, k, v: linear_scan(q, k, v, -k[..., 0].abs()).out,
-        "scan, by feature": lambda q, k, v: linear_scan(q, k, v, -k.abs()).out,
         "linear": lambda q, k, v: linear_attention(q, k, v, causal=True).out,
+        "scan, no decay": lambda q, k, v: linear_scan(q, k, v).out,
+        "scan, decay by head": lambda q, k, v: linear_scan(q, k, v, -rates).out,
+        "scan, decay by time": lambda q, k, v: linear_scan(q, k, v, -k[..., 0].abs()).out,
+        "scan, decay by feature": lambda q, k, v: linear_scan(q, k, v, -k.abs()).out,
         "lightning": lambda q, k, v: lightning_attention(q, k, v, rates).out,
         "performer, r = 64": lambda q, k, v: performer_attention(q, k, v, directions, causal=True)[0],
         "latte, L = 16": lambda q, k, v: causal_latte_attention(q[..., :16], k[..., :16], v)[0],
@@ -58,37 +59,9 @@ def mechanisms(heads: int, width: int) -> dict[str, Run]:
     }
 
 
-def inputs(length: int, heads: int, width: int, backward: bool) -> list[Tensor]:
+def inputs(length: int, heads: int, width: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(1)
-    return [
-        torch.randn(1, heads, length, width, generator=g).mul_(width**-0.25).requires_grad_(backward) for _ in "qkv"
-    ]
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-def seconds(runs: dict[str, Run], given: list[Tensor], repeats: int, clock: str) -> dict[str, float]:
-    """The best of several turns, which other work on the machine disturbs least; each turn runs all of them."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = CLOCKS[clock]()
-            with torch.set_grad_enabled(given[0].requires_grad):
-                out = run(*given)
-            if given[0].requires_grad:
-                out.backward(out.detach())
-            if turn:  # the first warms up
-                found[name].append(CLOCKS[clock]() - start)
-    return {name: min(times) for name, times in found.items()}
-
-
-def exponent(times: dict[int, float]) -> float:
-    """The slope of log time over log length, by least squares."""
-    x, y = [math.log(t) for t in times], [math.log(s) for s in times.values()]
-    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return slope / sum((a - mean_x) ** 2 for a in x)
+    return [torch.randn(1, heads, length, width, generator=g).mul_(width**-0.25) for _ in "qkv"]
 
 
 def check(width: int) -> None:
@@ -102,64 +75,94 @@ def check(width: int) -> None:
     torch.testing.assert_close(linear_scan(*some, decay).out, linear_scan(*some, decay, form="parallel").out)
 
 
-def sweep(length: int, heads: int, width: int, repeats: int, clock: str) -> None:
-    """Times of the scan by chunk size, forward and with backward."""
-    names = ["scan, no decay", "scan, by head", "scan, by time", "scan, by feature"]
-    print(f"milliseconds by chunk size, T = {length}")
-    print(f"{'chunk':>6}" + "".join(f"{n:>24}" for n in names))
-    decays: dict[str, Callable[[Tensor], Tensor | None]] = {
-        names[0]: lambda k: None,
-        names[1]: lambda k: -alibi_slopes(heads),
-        names[2]: lambda k: -k[..., 0].abs(),
-        names[3]: lambda k: -k.abs(),
-    }
-    for chunk in (16, 32, 64, 128, 256):
-        runs: dict[str, Run] = {
-            n: lambda q, k, v, d=d, chunk=chunk: linear_scan(q, k, v, d(k), chunk=chunk).out for n, d in decays.items()
-        }
-        both = [seconds(runs, inputs(length, heads, width, b), repeats, clock) for b in (False, True)]
-        print(f"{chunk:6}" + "".join(f"{1e3 * both[0][n]:12.0f}{1e3 * both[1][n]:12.0f}" for n in names), flush=True)
+def package(directions: Tensor, *, causal: bool) -> Attend:
+    """performer-pytorch with the same directions; its causal form in torch, as its CUDA one needs another package."""
+    from performer_pytorch.performer_pytorch import (
+        causal_linear_attention_noncuda,
+        linear_attention,
+        softmax_kernel,
+    )
+
+    mix = causal_linear_attention_noncuda if causal else linear_attention
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        phi_q, phi_k = (softmax_kernel(z, projection_matrix=directions, is_query=z is q) for z in (q, k))
+        return mix(phi_q, phi_k, v)
+
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--at", type=int, default=16384, help="the length of the comparison")
-    parser.add_argument("--heads", type=int, default=1)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--backward", action="store_true", help="time forward and backward together")
-    parser.add_argument("--only", nargs="+", help="names of mechanisms, as printed")
-    parser.add_argument("--sweep", action="store_true", help="times by chunk size instead")
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
-    check(args.width)
-    threads = torch.get_num_threads()
-    where = f"torch {torch.__version__}, {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-    print(f"(1, {args.heads}, T, {args.width}) fp32{', with backward' * args.backward}, {args.clock} time; {where}")
-    if args.sweep:
-        return sweep(args.at, args.heads, args.width, args.repeats, args.clock)
-    runs = mechanisms(args.heads, args.width)
-    if args.only:
-        runs = {name: runs[name] for name in args.only}
-    rows = {name: {"times": {}} for name in runs}
-    for length in sorted({*args.lengths, args.at}):
-        given = inputs(length, args.heads, args.width, args.backward)
-        for name, run in runs.items():
-            against = {"sdpa": sdpa} if length == args.at else {}
-            found = seconds({name: run, **against}, given, args.repeats, args.clock)
-            rows[name]["times"][length] = found[name]
-            if against:
-                rows[name] |= {"seconds": found[name], "faster": found["sdpa"] / found[name]}
-    print(f"{'':18} {f'ms at {args.at}':>12} {'x SDPA':>8} {'exponent':>9}")
-    for name, row in rows.items():
-        row["exponent"] = exponent(row["times"])
-        print(f"{name:18} {1e3 * row['seconds']:12.1f} {row['faster']:8.1f} {row['exponent']:9.2f}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**vars(args), "torch": torch.__version__, "threads": threads, "rows": rows}, file)
+def ours(directions: Tensor, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return performer_attention(q, k, v, directions, causal=causal, eps=1e-4)[0]
+
+
+def against_package(x: Sequence[Tensor], repeats: int, count: int = 256) -> list[Figure]:
+    """Performer, both ways. Causally the package takes the maximum of all keys, later ones too, out of the exponents
+    and adds a constant to the denominator; the results differ by its effect on the constants added to the features."""
+    directions = random_directions(count, x[0].shape[-1], generator=torch.Generator().manual_seed(0))
+    figures = []
+    for causal, words in ((False, "bidirectional"), (True, "causal")):
+        contenders: dict[str, Run] = {"regard": partial(ours, directions, causal, *x)}
+        others, why = able({"package": lambda c=causal: partial(package(directions, causal=c), *x)})
+        for run in others.values():
+            agree(run(), contenders["regard"](), within=1e-2 if causal else 1e-4)
+        times = race(contenders | others, repeats=repeats, seconds=8)
+        what = f"performer, r = {count}, {words}, T = {x[0].shape[2]}: times faster than performer-pytorch"
+        figures.append(compared(what, times, "regard", "package", why=why, better="higher"))
+    return figures
+
+
+def timed(
+    runs: dict[str, Attend], lengths: Sequence[int], at: int, heads: int, width: int, repeats: int
+) -> dict[int, dict[str, list[float]]]:
+    """Times of all by length, and torch's at the length of the comparison."""
+    taken = {}
+    for length in sorted({*lengths, at}):
+        x = inputs(length, heads, width)
+        contenders: dict[str, Run] = {name: partial(run, *x) for name, run in runs.items()}
+        if length == at:
+            contenders["SDPA"] = partial(sdpa, *x)
+        taken[length] = race(contenders, repeats=repeats, seconds=10)
+    return taken
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def measure(
+    *,
+    repeats: int,
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768),
+    at: int = 16384,
+    heads: int = 1,
+    width: int = 64,
+) -> Benchmark:
+    check(width)
+    shape = {"B": 1, "H": heads, "T": list(lengths), "D": width, "dtype": "fp32"}
+    result = Benchmark("linear", f"Causal linear attention, SDPA at T = {at}", shape=shape)
+    runs = mechanisms(heads, width)
+    with torch.no_grad():
+        taken = timed(runs, lengths, at, heads, width, repeats)
+        for name in runs:
+            # A token's products with the state: D (D + 1) into it and as many out of it, values and normaliser.
+            done = share(4 * heads * at * width * (width + 1), min(taken[at][name])) if name == "linear" else None
+            limit = goal("linear") if name == "linear" else {"better": "higher"}
+            what = f"{name}: times faster than SDPA causal"
+            result.add(compared(what, taken[at], name, "SDPA", share=done, **limit))
+        for name in runs:
+            exponent = growth({length: min(times[name]) for length, times in taken.items()})
+            limit = goal("linear growth") if name == "linear" else {}
+            result.add(Figure(f"{name}: exponent of T", exponent, "", **limit))
+        result.add(*against_package(inputs(min(4096, at), heads, width), repeats))
+    given = [z.requires_grad_() for z in inputs(at, heads, width)]
+    pair = {"linear": runs["linear"], "SDPA": sdpa}
+    training = {name: forward_backward(partial(run, *given), *given) for name, run in pair.items()}
+    times = race(training, repeats=min(3, repeats))
+    what = "linear: times faster than SDPA causal, forward and backward"
+    result.add(compared(what, times, "linear", "SDPA", better="higher"))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

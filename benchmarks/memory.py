@@ -1,63 +1,69 @@
-"""Peak extra memory of the chunked kernel against the full score matrix, by length, in inference and in training.
+"""Peak extra memory of attention with a score bias against the full score matrix, in inference and in training.
 
-    python -m benchmarks.memory [--length 16384] [--heads 1] [--json out.json]
+    python -m benchmarks.memory
 
 Each figure is the growth of the process's peak resident memory over what it held before the call, each in a process
 of its own, so that no allocator's leftovers count. The two kernels' outputs are compared first.
 """
 
-import argparse
-import json
 import multiprocessing as mp
-import platform
 
 import torch
 
 import regard
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, Figure, agree, command
 from regard.bench.memory import PeakMemory
+from regard.kinds import Position
 from regard.masks import causal
+from regard.positions import Alibi, Kerple
+
+POSITIONS: dict[str, type[Alibi] | type[Kerple]] = {"Alibi": Alibi, "Kerple": Kerple}
 
 
-def measure(kernel: str, length: int, heads: int, train: bool) -> float:
-    """Peak MB that one call adds."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position, kernel: str) -> torch.Tensor:
+    return regard.attention(q, k, v, position=position, mask=causal(), kernel=kernel)
+
+
+def added(name: str, kernel: str, length: int, heads: int, train: bool) -> float:
+    """Peak MB that one call adds to this process."""
     torch.manual_seed(0)
+    position = POSITIONS[name](heads)
     q, k, v = (torch.randn(1, heads, length, 64, requires_grad=train) for _ in range(3))
-    with torch.no_grad():  # first calls load what later ones share
-        regard.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], mask=causal(), kernel=kernel)
+    with torch.set_grad_enabled(train):  # first calls load what later ones share
+        out = attend(q[:, :, :64], k[:, :, :64], v[:, :, :64], position, kernel)
+    if train:
+        out.sum().backward()
     memory = PeakMemory(torch.device("cpu"))
     with torch.set_grad_enabled(train):
-        out = regard.attention(q, k, v, mask=causal(), kernel=kernel)
+        out = attend(q, k, v, position, kernel)
     if train:
         out.sum().backward()
     return memory.bytes() / 2**20
 
 
 def alone(*args: object) -> float:
-    """`measure` in a fresh process."""
+    """`added` in a fresh process."""
     with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, args)
+        return pool.apply(added, args)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--heads", type=int, default=1)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
-    q, k, v = (torch.randn(1, 2, 1500, 64, dtype=torch.float64) for _ in range(3))
-    run = {n: regard.attention(q, k, v, mask=causal(), kernel=n) for n in ("eager", "chunked")}
-    torch.testing.assert_close(run["chunked"], run["eager"])
-    rows = []
-    print(f"T = {args.length}, H = {args.heads}, D = 64, fp32, causal; torch {torch.__version__}, {platform.machine()}")
-    print(f"{'':10} {'eager MB':>10} {'chunked MB':>10} {'ratio':>7}")
-    for train in (False, True):
-        eager, chunked = (alone(n, args.length, args.heads, train) for n in ("eager", "chunked"))
-        rows.append({"train": train, "eager_mb": eager, "chunked_mb": chunked, "ratio": eager / chunked})
-        print(f"{'training' if train else 'inference':10} {eager:10.0f} {chunked:10.1f} {eager / chunked:7.1f}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"length": args.length, "heads": args.heads, "torch": torch.__version__, "rows": rows}, file)
+def measure(*, repeats: int, length: int = 16384, heads: int = 1) -> Benchmark:
+    """Memory does not vary as time does: each is measured once, however many `repeats`."""
+    shape = {"B": 1, "H": heads, "T": length, "D": 64, "dtype": "fp32"}
+    result = Benchmark("memory", f"Peak extra memory with a score bias, causal, at T = {length}", shape=shape)
+    for name, make in POSITIONS.items():
+        q, k, v = (torch.randn(1, 2, 1500, 64, dtype=torch.float64) for _ in range(3))
+        position = make(2).double()
+        with torch.no_grad():
+            agree(attend(q, k, v, position, "auto"), attend(q, k, v, position, "eager"), within=1e-9)
+        for train, words, row in ((False, "inference", "bias memory"), (True, "training", "bias memory training")):
+            eager, ours = (alone(name, kernel, length, heads, train) for kernel in ("eager", "auto"))
+            note = f"{eager:.0f} MB and {ours:.1f} MB"
+            what = f"{name}, {words}: times below eager"
+            result.add(Figure(what, eager / max(ours, 0.1), note=note, **goal(row)))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

@@ -1,119 +1,95 @@
-"""Neighborhood attention against torch's dense attention with the same mask, and against natten where it is installed.
+"""Neighborhood attention against natten and against torch's dense attention with the same mask.
 
-    python -m benchmarks.neighborhood [--sizes 56 56] [--window 7] [--dilation 1] [--stride 1] [--heads 4] [--width 32]
-                                      [--batch 1] [--threads 1] [--repeats 5] [--json out.json]
+    python -m benchmarks.neighborhood
 
-Outputs (and gradients) are compared before anything is timed. The ways take turns, and the fastest of their repeats
-counts, so that other work on the machine disturbs all alike. The dense mask is made beforehand; ours is made anew in
-every call.
+The dense mask is made beforehand; ours is made anew in every call. On a CPU natten has no kernel but FlexAttention,
+not compiled and without gradients.
 """
 
-import argparse
-import json
 import math
-import platform
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import regard
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, Run, able, agree, command, compared, forward_backward, race, share
 from regard import masks
 from regard.vision import neighborhood_attention
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def natten(options: dict[str, int], axes: int) -> Way | None:
-    """natten's own function, heads last; None where it is not installed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import natten  # type: ignore[import-not-found]
-    except ImportError:
-        return None
+def natten(axes: int, window: int, dilation: int) -> Way:
+    """natten's own function, heads last."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import natten
     function = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[axes]
-    named = {"kernel_size": options["window"], "dilation": options["dilation"], "stride": options["stride"]}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return function(*(z.movedim(1, -2).contiguous() for z in (q, k, v)), **named).movedim(-2, 1)
+        last = (z.movedim(1, -2).contiguous() for z in (q, k, v))
+        return function(*last, kernel_size=window, dilation=dilation).movedim(-2, 1)
 
     return run
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Milliseconds."""
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
+def ways(sizes: tuple[int, ...], window: int, dilation: int) -> dict[str, Way]:
+    """Ours as it stands in `regard.vision` and through `regard.attention`, and torch's kernel with a ready mask."""
+    mask = masks.neighborhood(sizes, window, dilation=dilation)
+    allowed = mask.dense(math.prod(sizes))
+
+    def flat(run: Way) -> Way:
+        return lambda *x: run(*(z.flatten(2, -2) for z in x)).unflatten(2, sizes)
+
+    return {
+        "regard": partial(neighborhood_attention, window=window, dilation=dilation),
+        "auto": flat(partial(regard.attention, mask=mask)),
+        "SDPA": flat(partial(F.scaled_dot_product_attention, attn_mask=allowed)),
+    }
 
 
-def step(way: Way, given: list[Tensor], *, train: bool) -> list[Tensor]:
-    """The output, and in training the gradients of its sum."""
-    if not train:
-        with torch.no_grad():
-            return [way(*given)]
-    leaves = [z.detach().requires_grad_() for z in given]
-    out = way(*leaves)
-    return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[56, 56])
-    for name, default in (("window", 7), ("dilation", 1), ("stride", 1), ("heads", 4), ("width", 32), ("batch", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="also write the figures here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def measure(
+    *, repeats: int, sizes: tuple[int, ...] = (56, 56), window: int = 7, heads: int = 4, width: int = 32
+) -> Benchmark:
     torch.manual_seed(0)
-    sizes, N = tuple(args.sizes), math.prod(args.sizes)
-    options = {"window": args.window, "dilation": args.dilation, "stride": args.stride}
-    given = [torch.randn(args.batch, args.heads, *sizes, args.width) for _ in range(3)]
-    allowed = masks.neighborhood(sizes, **options).dense(N)
+    shape = {"B": 1, "H": heads, "sizes": list(sizes), "D": width, "window": window, "dtype": "fp32"}
+    words = " x ".join(map(str, sizes))
+    result = Benchmark("neighborhood", f"Neighborhood attention, {window} along each axis of {words}", shape=shape)
+    x = [torch.randn(1, heads, *sizes, width) for _ in range(3)]
+    given = [z.clone().requires_grad_() for z in x]
+    for dilation in (1, 2):
+        what = f"dilation {dilation}: times faster than"
+        flops = 4 * heads * width * masks.neighborhood(sizes, window, dilation=dilation).count(math.prod(sizes))
+        with torch.no_grad():
+            contenders: dict[str, Run] = {n: partial(w, *x) for n, w in ways(sizes, window, dilation).items()}
+            others, why = able({"natten": lambda d=dilation: partial(natten(len(sizes), window, d), *x)})
+            want = contenders["SDPA"]()
+            for run in (contenders | others).values():
+                agree(run(), want, within=1e-4)
+            times = race(contenders | others, repeats=repeats, warmup=0, seconds=12)
+        done = share(flops, min(times["regard"]))
+        result.add(compared(f"{what} natten", times, "regard", "natten", why=why, share=done, **goal("neighborhood")))
+        result.add(compared(f"{what} masked SDPA", times, "regard", "SDPA", better="higher", share=done))
+        result.add(compared(f"dilation {dilation}: through regard.attention / directly", times, "auto", "regard"))
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat_q, flat_k, flat_v = (z.flatten(2, -2) for z in (q, k, v))
-        return F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=allowed).unflatten(2, sizes)
-
-    ways: dict[str, Way] = {"regard": lambda q, k, v: neighborhood_attention(q, k, v, **options), "SDPA, mask": dense}
-    theirs = natten(options, len(sizes))
-    if theirs is None:
-        print("natten is not installed; pip install natten to compare with it")
-    else:
-        ways["natten"] = theirs
-    density = allowed.float().mean()
-    print(f"{sizes}, {options}, B {args.batch}, H {args.heads}, D {args.width}, fp32, {args.threads} thread(s)")
-    print(f"{density:.2%} of all pairs; torch {torch.__version__}, {platform.machine()}")
-    rows = []
-    for train in (False, True):
-        want = step(ways["SDPA, mask"], given, train=train)
-        able = {}
-        for name, way in ways.items():
-            try:
-                got = step(way, given, train=train)
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                print(f"{name}, {'training' if train else 'inference'}: {str(error).splitlines()[0][:90]}")
-                continue
-            for g, w in zip(got, want, strict=True):
-                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
-            able[name] = way
-        times: dict[str, list[float]] = {name: [] for name in able}
-        for _ in range(args.repeats):
-            for name, way in able.items():
-                times[name].append(timed(lambda way=way, train=train: step(way, given, train=train)))  # type: ignore[misc]
-        for name, taken in times.items():
-            ratio = min(taken) / min(times["regard"])
-            print(f"{'training' if train else 'inference':10} {name:12} {min(taken):10.1f} ms {ratio:8.2f} x regard")
-            rows.append({"train": train, "way": name, "ms": min(taken), "of_regard": ratio})
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(vars(args) | {"torch": torch.__version__, "rows": rows}, file)
+        training = {
+            n: forward_backward(partial(w, *given), *given)
+            for n, w in ways(sizes, window, dilation).items()
+            if n != "auto"
+        }
+        for got, right in zip(*(run() for run in training.values()), strict=True):
+            agree(got, right, within=1e-4)
+        times = race(training, repeats=repeats, warmup=0, seconds=8)
+        what += " masked SDPA, forward and backward"
+        done = share(3.5 * flops, min(times["regard"]))
+        result.add(compared(what, times, "regard", "SDPA", better="higher", share=done))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

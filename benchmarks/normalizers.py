@@ -3,41 +3,44 @@
 python -m benchmarks.normalizers
 """
 
-import torch
+from collections.abc import Callable
+from functools import partial
 
-from benchmarks.harness import Benchmark, Figure, agree, arguments, compared, finish, forward_backward, race
+import torch
+from torch import Tensor
+
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, able, agree, command, compared, forward_backward, race
 from regard.normalizers import Entmax, Sparsemax
 
-ROWS, KEYS = 4096, 1024
+
+def package(function: str) -> Callable[[Tensor], Tensor]:
+    import entmax
+
+    return lambda x: getattr(entmax, function)(x, -1)
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    result = Benchmark("normalizers", f"Normalising {ROWS} rows of {KEYS} scores, fp32")
-    try:
-        import entmax
-    except ModuleNotFoundError:
-        result.add(Figure("entmax 1.5", None, goal=4, better="higher", note="the entmax package is not installed"))
-        return finish(result, args)
+def measure(*, repeats: int, rows: int = 4096, keys: int = 1024) -> Benchmark:
+    shape = {"rows": rows, "keys": keys, "dtype": "fp32"}
+    result = Benchmark("normalizers", f"Normalising {rows} rows of {keys} scores", shape=shape)
     torch.manual_seed(0)
-    scores = (2 * torch.randn(ROWS, KEYS)).requires_grad_()
-    for what, ours, theirs, goal in (
-        ("entmax 1.5", lambda x: Entmax()(x, None), lambda x: entmax.entmax15(x, -1), 4),
-        ("sparsemax", lambda x: Sparsemax()(x, None), lambda x: entmax.sparsemax(x, -1), None),
-    ):
-        agree(ours(scores), theirs(scores), within=1e-5)
+    scores = (2 * torch.randn(rows, keys)).requires_grad_()
+    for what, ours, function in (("entmax 1.5", Entmax(), "entmax15"), ("sparsemax", Sparsemax(), "sparsemax")):
         contenders = {
-            "regard": forward_backward(lambda ours=ours: ours(scores), scores),
-            "entmax": forward_backward(lambda theirs=theirs: theirs(scores), scores),
+            "regard": forward_backward(partial(ours, scores, None), scores),
             "softmax": forward_backward(lambda: scores.softmax(-1), scores),
         }
-        times = race(contenders, repeats=args.repeats)
-        result.add(
-            compared(f"{what}: times faster than the package", times, "regard", "entmax", goal=goal, better="higher")
-        )
-        result.add(compared(f"{what}: against torch's softmax", times, "regard", "softmax"))
-    finish(result, args)
+        peer = {"entmax": lambda name=function: forward_backward(partial(package(name), scores), scores)}
+        others, why = able(peer)
+        if others:
+            agree(ours(scores, None), package(function)(scores), within=1e-5)
+        times = race(contenders | others, repeats=repeats)
+        limit = goal("entmax") if function == "entmax15" else {"better": "higher"}
+        faster = f"{what}: times faster than the package"
+        result.add(compared(faster, times, "regard", "entmax", why=why, **limit))
+        result.add(compared(f"{what} / torch's softmax", times, "regard", "softmax"))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

@@ -3,33 +3,24 @@
 python -m benchmarks.plain
 """
 
-import time
+import statistics
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import regard
-from benchmarks.harness import Benchmark, Figure, agree, arguments, compared, finish, peak, race
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, Figure, agree, command, compared, race, share
 from regard.masks import causal
 
-ROUNDS = 300
 
-
-def per_call(run, rounds: int = ROUNDS) -> float:
-    """Microseconds a call."""
-    began = time.perf_counter()
-    for _ in range(rounds):
-        run()
-    return (time.perf_counter() - began) / rounds * 1e6
-
-
-def main() -> None:
-    args = arguments(__doc__)
+def measure(*, repeats: int, shape: tuple[int, int, int, int] = (1, 8, 1024, 64), calls: int = 300) -> Benchmark:
     torch.manual_seed(0)
-    result = Benchmark("plain", "Plain attention against torch's scaled_dot_product_attention")
-    shape = (1, 8, 1024, 64)
+    about = "Plain attention against torch's scaled_dot_product_attention"
+    result = Benchmark("plain", about, shape=dict(zip("BHTD", shape)) | {"dtype": "fp32"})
     q, k, v = (torch.randn(shape) for _ in range(3))
-    best = peak()
+    B, H, T, D = shape
     for words, mask in (("full", None), ("causal", causal())):
         is_causal = mask is not None
 
@@ -40,19 +31,21 @@ def main() -> None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
         agree(ours(), theirs(), within=1e-5)
-        times = race({"regard": ours, "torch": theirs}, repeats=5 * args.repeats)
-        flops = 4 * 8 * 1024 * 1024 * 64 / (2 if is_causal else 1) / min(times["regard"])
-        note = f"{flops / best:.0%} of the matrix-product peak"
-        result.add(compared(f"{words} attention {shape}", times, "regard", "torch", goal=1.02, note=note))
+        times = race({"regard": ours, "torch": theirs}, repeats=5 * repeats)
+        flops = 4 * B * H * D * (T * (T + 1) // 2 if is_causal else T * T)
+        done = share(flops, min(times["regard"]))
+        result.add(compared(f"{words} attention", times, "regard", "torch", share=done, **goal("plain")))
     tiny = [torch.randn(1, 2, 8, 16) for _ in range(3)]
-    extra = [
-        per_call(lambda: regard.attention(*tiny)) - per_call(lambda: F.scaled_dot_product_attention(*tiny))
-        for _ in range(args.repeats)
-    ]
-    middle = sorted(extra)[len(extra) // 2]
-    result.add(Figure("extra on (1, 2, 8, 16)", middle, "us", min(extra), max(extra), goal=20))
-    finish(result, args)
+    contenders = {
+        "regard": partial(regard.attention, *tiny),
+        "torch": partial(F.scaled_dot_product_attention, *tiny),
+    }
+    times = race(contenders, repeats=repeats, number=calls)
+    extra = [1e6 * (a - b) for a, b in zip(times["regard"], times["torch"], strict=True)]
+    middle = statistics.median(extra)
+    result.add(Figure("extra on (1, 2, 8, 16)", middle, "us", min(extra), max(extra), **goal("tiny")))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)

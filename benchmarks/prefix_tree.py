@@ -3,24 +3,28 @@
 python -m benchmarks.prefix_tree
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Benchmark, Figure, agree, arguments, compared, finish, race
+from benchmarks.harness import Benchmark, Figure, agree, command, compared, race
 from regard import KVCache
 from regard.cache import PrefixTree
 
 HEADS, WIDTH, CHUNK, STEPS = 8, 64, 64, 16
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    result = Benchmark(
-        "prefix_tree",
-        f"{STEPS} tokens decoded by each of N sequences after a common prompt, H = {HEADS}, D = {WIDTH}, fp32",
-    )
+CASES = ((16, 1024, 64), (16, 4096, 64), (32, 2048, 64), (16, 1024, 1024))
+"""Sequences, tokens of the common prompt, tokens of each sequence's own."""
+
+
+def measure(*, repeats: int, cases: Sequence[tuple[int, int, int]] = CASES) -> Benchmark:
+    shape = {"H": HEADS, "D": WIDTH, "dtype": "fp32", "(N, prompt, own)": [list(case) for case in cases]}
+    about = f"{STEPS} tokens decoded by each of N sequences after a common prompt"
+    result = Benchmark("prefix_tree", about, shape=shape)
     torch.manual_seed(0)
-    for N, prompt, own in ((16, 1024, 64), (16, 4096, 64), (32, 2048, 64), (16, 1024, 1024)):
+    for N, prompt, own in cases:
         k, v = torch.randn(2, HEADS, prompt, WIDTH)
         k_own, v_own = torch.randn(2, N, HEADS, own, WIDTH)
         q, new_k, new_v = torch.randn(3, STEPS, N, HEADS, 1, WIDTH)
@@ -57,12 +61,12 @@ def main() -> None:
 
         with torch.no_grad():
             agree(shared(), separate(), within=1e-4)
-            times = race({"tree": shared, "caches": separate}, repeats=args.repeats)
+            times = race({"tree": shared, "caches": separate}, repeats=repeats, seconds=10)
         what = f"N = {N}, prompt {prompt}, {own} own"
         result.add(compared(f"{what}: time", times, "tree", "caches", better="higher", note="times faster"))
         result.add(Figure(f"{what}: memory", cache.nbytes / tree.nbytes, better="higher", note="times smaller"))
-    finish(result, args)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    command(measure, __doc__)
