@@ -1,5 +1,6 @@
 """What holds for every test: one thread, fixed seeds, no TF32, poisoned memory, the count of exceptions."""
 
+import os
 from collections import defaultdict
 
 import pytest
@@ -10,6 +11,8 @@ import regard
 torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on the CPU; read when triton is first imported
 
 
 @pytest.fixture(autouse=True)

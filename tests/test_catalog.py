@@ -13,6 +13,8 @@ from regard import catalog
 from regard.card import SLOTS, Card, Paper, _registry, register
 
 NAMES = regard.mechanisms()
+EVERY = catalog.names()
+"""With the analyses, which are no mechanisms: functions of attention maps."""
 TESTS = Path(__file__).parent
 
 
@@ -28,6 +30,22 @@ def test_names_by_family() -> None:
     families = {regard.card(name).family for name in NAMES}
     assert families <= set(catalog.ROOMS)
     assert sorted(n for f in families for n in regard.mechanisms(f)) == sorted(NAMES)
+
+
+def test_analyses_are_listed_but_are_no_mechanisms() -> None:
+    """Laws, `compare` and `create` go by mechanisms(); an analysis is called as it is."""
+    assert sorted(EVERY) == sorted([*NAMES, *catalog.analyses()])
+    assert catalog.names("inspect") == catalog.analyses()
+    assert regard.mechanisms("inspect") == []
+    for name in catalog.analyses():
+        card = regard.card(name)
+        assert (card.protocol, card.family, card.slots) == ("Analysis", "inspect", None)
+        assert not card.supports | card.traits
+        assert callable(card.build)
+    with pytest.raises(
+        ValueError, match=r"create: 'attention_rollout' is an analysis of attention, not a layer; call "
+    ):
+        make("attention_rollout")
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("rotery", "rotary"), ("alibbi", "alibi"), ("kerpel", "kerple")])
@@ -110,7 +128,7 @@ def test_options_of_the_layer_pass_through() -> None:
 # --- cards --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_card_is_well_formed(name: str) -> None:
     card = regard.card(name)
     assert card.name == name == name.lower()
@@ -140,7 +158,7 @@ def test_card_is_well_formed(name: str) -> None:
         assert card.slots(shape, **card.example).keys() <= set(SLOTS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_card_stands_in_its_room(name: str) -> None:
     """Its file stands in its family's room, cites the paper, stays short, and has a test file of its own."""
     card = regard.card(name)

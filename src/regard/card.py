@@ -65,7 +65,7 @@ SLOTS = (
 """What a slot builder may return keys of; each is a keyword of `regard.Attention`."""
 
 
-Protocols = Literal["TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer", "Loss"]
+Protocols = Literal["TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer", "Loss", "Analysis"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,11 @@ class Card:
     slots: Callable[..., dict[str, Any]] | None = None
     """For pipeline mechanisms: `f(shape: HeadShape, *, option=default, ...) -> {slot: part}` (keys of SLOTS)."""
     build: Callable[..., Any] | None = None
-    """For all others: `f(shape: HeadShape, *, causal: bool, option=default, ...) -> nn.Module`."""
-    protocol: Literal["TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer", "Loss"] = (
-        "TokenMixer"
-    )
+    """For all others: `f(shape: HeadShape, *, causal: bool, option=default, ...) -> nn.Module`.
+
+    For an Analysis, which is no layer and is never built: the function itself.
+    """
+    protocol: Protocols = "TokenMixer"
     """What `forward` takes and gives; see `regard.kinds`."""
     inputs: Callable[[HeadShape], tuple[Tensor, ...]] | None = None
     """Small float64 examples of `forward`'s positional arguments, where the protocol alone does not say them."""

@@ -36,6 +36,7 @@ ROOMS = [
     "cache",
     "distributed",
     "training",
+    "inspect",
 ]
 """The sub-packages that may hold cards."""
 
@@ -59,12 +60,22 @@ def cards() -> dict[str, Card]:
     return dict(sorted(_registry.items(), key=lambda item: (order.get(item[1].family, 99), item[0])))
 
 
-def mechanisms(family: str | None = None) -> list[str]:
-    """Names of all mechanisms, or of one family's."""
+def names(family: str | None = None) -> list[str]:
+    """Names of all cards, or of one family's: mechanisms, and analyses of what they do."""
     families = {card.family for card in cards().values()}
     if family is not None and family not in families:
         raise ValueError(_unknown("family", family, sorted(families)))
     return [name for name, card in cards().items() if family in (None, card.family)]
+
+
+def mechanisms(family: str | None = None) -> list[str]:
+    """Names of all mechanisms, or of one family's: all that `create` can build."""
+    return [name for name in names(family) if cards()[name].protocol != "Analysis"]
+
+
+def analyses() -> list[str]:
+    """Names of all analyses; `card(name).build` is the function itself."""
+    return [name for name in names() if cards()[name].protocol == "Analysis"]
 
 
 def card(name: str) -> Card:
@@ -105,6 +116,10 @@ def create(
         ValueError: unknown names and options (with near ones), sizes that don't fit, features the card lacks.
     """
     parts = [card(part.strip()) for part in name.split("+")]
+    for part in parts:
+        if part.protocol == "Analysis":
+            where = f"{_required(part.build).__module__}.{_required(part.build).__name__}"
+            raise ValueError(f"create: {part.name!r} is an analysis of attention, not a layer; call {where}")
     supports = frozenset.intersection(*(c.supports for c in parts))
     wanted = {"causal" if causal else "bidirectional": True, "dropout": dropout > 0}
     wanted["gqa"] = num_kv_heads not in (None, num_heads) and not any("gqa" in c.name for c in parts)

@@ -49,6 +49,7 @@ KINDS = {
     "Pooler": ("P", "tokens (B, T, M) -> one vector each (B, M)"),
     "Pointer": ("N", "tokens (B, T, M) and what they point at (B, S, M) -> log-probabilities (B, T, S)"),
     "Loss": ("L", "tensors -> a scalar to train on"),
+    "Analysis": ("A", "a model's attention maps (B, H, T, S), one a layer -> what they tell"),
 }
 """One letter for each protocol, and what a module of that kind takes and gives."""
 
@@ -56,7 +57,7 @@ VERIFIED = {"equation": "E", "third-party": "T", "reconstructed": "R"}
 
 LEGEND = (
     "supports: " + "  ".join(f"{mark} {name}" for name, mark in MARKS.items()),
-    "k, kind: T tokens  X tokens across  F feature maps  G graph  P pooling  N pointing  L loss",
+    "k, kind: T tokens  X across  F feature maps  G graph  P pooling  N pointing  L loss  A analysis",
     "v, verified against: E the paper's equations  T code of others  R a reconstruction of the paper",
 )
 
@@ -76,6 +77,17 @@ def table(cards: Sequence[Card]) -> Table:
         kind = KINDS[card.protocol][0]
         grid.add_row(card.name, card.family, kind, marks(card), VERIFIED[card.verified], card.gist)
     return grid
+
+
+def count(cards: Sequence[Card], *, families: bool) -> str:
+    """'3 mechanisms, 1 analysis, 2 families'."""
+    analyses = sum(card.protocol == "Analysis" for card in cards)
+    counted = [
+        (len(cards) - analyses, "mechanism", "mechanisms"),
+        (analyses, "analysis", "analyses"),
+        (len({card.family for card in cards}) if families else 0, "family", "families"),
+    ]
+    return ", ".join(f"{number} {one if number == 1 else many}" for number, one, many in counted if number)
 
 
 def markdown(cards: Sequence[Card]) -> str:
@@ -138,15 +150,19 @@ def fills(card: Card) -> list[str]:
     return list(card.slots(HeadShape(SMALL["dim"], H, H, D), **card.example))
 
 
-def small(card: Card, own: Mapping[str, Any]) -> nn.Module:
-    """A small instance, causal where the card can be."""
+def small(card: Card, own: Mapping[str, Any]) -> nn.Module | None:
+    """A small instance, causal where the card can be; None for an analysis, which is a function."""
+    if card.protocol == "Analysis":
+        if own:
+            raise ValueError(f"show: {card.name} is an analysis, a function; leave its options {sorted(own)} out")
+        return None
     causal = "causal" in card.supports
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the page of trained biases should read the same every time
         return create(card.name, **SMALL, causal=causal, **{**card.example, **own})
 
 
-def field(module: nn.Module) -> Mask | None:
+def field(module: nn.Module | None) -> Mask | None:
     """Its receptive field, where it has one that can be drawn."""
     ask = getattr(module, "receptive_field", None)
     found = ask() if callable(ask) else None
@@ -246,9 +262,9 @@ DISTANCES = 64
 LEVELS = "▁▂▃▄▅▆▇█"
 
 
-def picture(module: nn.Module, length: int = 24) -> list[str]:
+def picture(module: nn.Module | None, length: int = 24) -> list[str]:
     """What the mechanism adds by distance if that is free of the data, else which keys a query may see."""
-    lines = bias_picture(module)
+    lines = [] if module is None else bias_picture(module)
     if lines:
         return lines
     mask = field(module)
@@ -302,13 +318,16 @@ def page(
         yield "differs", [f"- {text}" for text in card.differs]
     yield "verified", [_VERIFIED_WORDS[card.verified]]
     slots = fills(card)
-    of_its_own = f"a {card.protocol} of its own: {KINDS[card.protocol][1]}"
-    yield "kind", [f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}" if slots else of_its_own]
-    yield (
-        "supports",
-        [f"{'yes' if name in card.supports else 'no ':3} {name:13}  {MEANING[name]}" for name in MARKS],
-    )
-    yield "traits", [", ".join(sorted(card.traits)) or "none claimed"]
+    if card.protocol == "Analysis" and card.build is not None:
+        yield "kind", [f"an analysis, {card.build.__module__}.{card.build.__name__}: {KINDS[card.protocol][1]}"]
+    else:
+        of_its_own = f"a {card.protocol} of its own: {KINDS[card.protocol][1]}"
+        yield "kind", [f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}" if slots else of_its_own]
+        yield (
+            "supports",
+            [f"{'yes' if name in card.supports else 'no ':3} {name:13}  {MEANING[name]}" for name in MARKS],
+        )
+        yield "traits", [", ".join(sorted(card.traits)) or "none claimed"]
     yield "options", [_option(name, default, own) for name, default in options(card).items()] or ["none"]
     yield "cost", list(_cost(card, cost))
     if card.claim:

@@ -89,7 +89,8 @@ def list_(
     """List the mechanisms."""
     from regard import catalog, catalog_page
 
-    cards = [catalog.card(name) for name in catalog.mechanisms(family)]
+    named = catalog.names(family) if task is None else catalog.mechanisms(family)
+    cards = [catalog.card(name) for name in named]
     if task is not None:
         if markdown:
             raise ValueError("list: the Markdown table has no column for a task; leave --markdown or --task out")
@@ -111,9 +112,7 @@ def list_(
     else:
         terminal.show(catalog_page.table(cards), "")
         terminal.show(*catalog_page.LEGEND, style="dim")
-        count, rooms = len(cards), len({card.family for card in cards})
-        families = f", {rooms} {'family' if rooms == 1 else 'families'}" if family is None else ""
-        terminal.show(f"{count} {'mechanism' if count == 1 else 'mechanisms'}{families}")
+        terminal.show(catalog_page.count(cards, families=family is None))
 
 
 def _reasons(names: list[str], task: str) -> dict[str, list[str]]:
@@ -430,6 +429,32 @@ def generate(
     for piece in drawn:
         print(terminal.clean(decoder.decode(piece)), end="", flush=True)
     print(terminal.clean(decoder.decode(b"", final=True)))
+
+
+@app.command()
+def explain(
+    text: Annotated[str | None, typer.Option(help="What the model reads.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_DIR",
+            help="A transformers model, or one of compare --checkpoint (default: the newest of these in runs).",
+        ),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="What the model sees.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers, with commas between, e.g. 0,5.")] = None,
+    swap: Annotated[
+        str | None, typer.Option(metavar="MECHANISM", help="Show the model with this attention beside its own.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("attention.html"),
+) -> None:
+    """Show what a model attends to, as a page with every layer and head."""
+    from regard.inspect.explain import explain as explained
+
+    chosen = None if layers is None else _integers("layers", layers)
+    explained(
+        text, model=model, image=image, layers=chosen, swap=swap, out=out, say=lambda words: print(terminal.line(words))
+    )
 
 
 def _integers(name: str, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from regard.masks import Mask
 B, T, DIM, HEADS, WIDTH = 2, 12, 24, 6, 4
 """No two of the sizes that can be mixed up are equal."""
 
+# Analyses are functions of attention maps, no layers: `regard.mechanisms()` leaves them out, and so do the laws.
 ALL = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer Loss"
 BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
 

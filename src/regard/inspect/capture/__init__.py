@@ -1,0 +1,1 @@
+"""How attention layers are watched while their model runs, one file for each kind of model."""

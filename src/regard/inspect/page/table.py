@@ -1,0 +1,36 @@
+"""The page's table: what each head does, in the numbers of `Trace.statistics`."""
+
+import math
+from typing import Any
+
+from regard.inspect.trace import Trace
+
+COLUMNS = {
+    "entropy": ("entropy", "of a query's weights, in nats: 0 where all is on one key"),
+    "maximum": ("largest", "a query's largest weight"),
+    "distance": ("distance", "tokens between query and key, weighted by attention"),
+    "first": ("first", "weight on the first token"),
+    "separators": ("separators", "weight on [SEP], </s> and the like, the first token aside"),
+    "itself": ("self", "weight on the query's own token"),
+    "previous": ("previous", "weight on the token before"),
+    "following": ("next", "weight on the token after"),
+}
+"""Field of HeadStatistics -> the column's name and what it says."""
+
+
+def columns() -> list[dict[str, str]]:
+    return [{"field": field, "name": name, "help": words} for field, (name, words) in COLUMNS.items()]
+
+
+def table(trace: Trace) -> list[list[float | None]]:
+    """One row for each head: the layer's place, the head's place in it, and a number for each column."""
+    seen: dict[int, int] = {}
+    rows: list[list[float | None]] = []
+    for one in trace.statistics():
+        place = seen[one.layer] = seen.get(one.layer, -1) + 1
+        rows.append([one.layer, place, *(_finite(getattr(one, field)) for field in COLUMNS)])
+    return rows
+
+
+def _finite(value: Any) -> float | None:
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
