@@ -192,10 +192,13 @@ def test_show_writes_svg(tmp_path):
 
 def test_plan_says_what_runs_and_why_not_the_others():
     text = output("plan", "--window", 128, "--length", 8192)
-    assert re.search(r"^runs  window +queries in blocks of \d+, \d+ keys each", text, re.MULTILINE)
+    runs = "window" if KERNELS["native"].build.why_not() else "native"
+    words = {"window": r"queries in blocks of \d+, \d+ keys each", "native": r"C\+\+, \d+% of the blocks"}
+    assert re.search(rf"^runs  {runs} +{words[runs]}", text, re.MULTILINE)
     assert re.search(r"^not   neighborhood +the mask is not a neighborhood", text, re.MULTILINE)
-    for name in KERNELS.keys() - {"window", "neighborhood"}:
+    for name in ("sdpa", "block_sparse", "chunked", "eager"):
         assert re.search(rf"^not   {name} +about [\d.e+]+ times the time", text, re.MULTILINE)
+    assert all(re.search(rf"^(runs|not )  {name} ", text, re.MULTILINE) for name in KERNELS)
     assert widest(text) <= 100
 
 
@@ -250,8 +253,11 @@ def test_doctor_knows_this_machine():
     assert widest(text) <= 100
     for name, value in (("regard", regard.__version__), ("torch", torch.__version__)):
         assert re.search(rf"^  {name} +{re.escape(value)}$", text, re.MULTILINE)
-    for kernel in KERNELS:
+    absent = {"triton"} | ({"native", "grouped"} if KERNELS["native"].build.why_not() else set())
+    for kernel in KERNELS.keys() - absent:
         assert re.search(rf"^  {kernel} on cpu +ok  runs$", text, re.MULTILINE)
+    for kernel in absent:
+        assert re.search(rf"^  {kernel} on cpu +no  attention: kernel", text, re.MULTILINE)
     assert re.search(
         r"^  folder +ok  .*GiB free",
         " ".join(text.split("\n  ")).replace("folder", "\n  folder"),

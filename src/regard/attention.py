@@ -370,12 +370,20 @@ class Attention(nn.Module):
             None if tokens is None else tokens[:, -q.shape[2] :],
             tokens,
             self._static(mask),
+            first_key,
         )
-        out = execute(replace(p, first_key=first_key), self.kernel)[:, :, halo:]
-        return self._finish(out, x), state
+        out = execute(p, self.kernel)
+        return self._finish(out[:, :, halo:] if halo else out, x), state
 
     def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, context: Tensor | None, mask: Mask | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor | None,
+        context: Tensor | None,
+        mask: Mask | None,
+        first_key: int = 0,
     ) -> Problem:
         tokens = self._reads_tokens()
         return Problem(
@@ -391,6 +399,7 @@ class Attention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             x=x if tokens else None,
             context=context if tokens else None,
+            first_key=first_key,
         )
 
     def _project(

@@ -67,12 +67,19 @@ def _kernels() -> list[Finding]:
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 160, 16, generator=generator)
-    near = {"window": masks.causal() & masks.window(32), "neighborhood": masks.neighborhood((10, 16), 5)}
+    picks = masks.chosen(torch.rand(1, 2, 160, 5, generator=generator) < 0.5, 160, 160, (1, 32))
+    special = {
+        "window": masks.causal() & masks.window(32),
+        "neighborhood": masks.neighborhood((10, 16), 5),
+        "grouped": masks.causal() & picks,
+    }
     found = []
     for device in ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]:
         for name in KERNELS:
-            at, mask = (t.to(device) for t in (q, k, v)), near.get(name, masks.causal())
-            expected = attention(q, k, v, mask=mask, kernel="eager")
+            mask = special.get(name, masks.causal())
+            given = (q[:, :, -1:] if name == "decode" else q, k, v)
+            at = (t.to(device) for t in given)
+            expected = attention(*given, mask=mask, kernel="eager")
             try:
                 off = float((attention(*at, mask=mask, kernel=name).cpu() - expected).abs().max())
             except Exception as error:  # whatever a broken driver or build throws is the finding

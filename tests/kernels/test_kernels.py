@@ -217,10 +217,13 @@ def meta(T: int, S: int | None = None, H: int = 8) -> list[Tensor]:
 
 def test_plans() -> None:
     """What is chosen where, on shapes alone."""
-    assert regard.plan(*meta(1024)).kernel == "sdpa"
-    assert regard.plan(*meta(1024), mask=masks.causal()).kernel == "sdpa"
-    assert regard.plan(*meta(16384), mask=masks.causal() & masks.window(512)).kernel == "window"
-    assert regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal()).kernel == "sdpa"
+    built = not KERNELS["native"].build.why_not()
+    assert regard.plan(*meta(1024)).kernel in ("sdpa", "native")  # about equal
+    assert regard.plan(*meta(1024), mask=masks.causal()).kernel in ("sdpa", "native")
+    windowed = regard.plan(*meta(16384), mask=masks.causal() & masks.window(512))
+    assert windowed.kernel == ("native" if built else "window")
+    alibi = regard.plan(*meta(16384), position=Alibi(8), mask=masks.causal())
+    assert alibi.kernel in (("native",) if built else ("sdpa", "block_sparse"))
     assert regard.plan(*meta(16384), normalizer=Entmax()).kernel == "chunked"
     assert regard.plan(*meta(64), normalizer=Entmax()).kernel in ("eager", "chunked")
 

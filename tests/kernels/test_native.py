@@ -1,8 +1,10 @@
 """The C++ kernels: they compute in fp32 (bf16 on tile registers), so float64 is the reference here and not an input."""
 
 import copy
+import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from regard.kinds import Position, Rows
 from regard.masks import Mask
 from regard.normalizers import Entmax
 from regard.normalizers.entmax import entmax
+from regard.normalizers.topk import topk
 from regard.positions import Alibi, Kerple
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {'; '.join(build.why_not())}")
@@ -44,12 +47,19 @@ def eager(p: Problem) -> Tensor:
     return attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))
 
 
-def agrees(given: list[Tensor], mask: Mask | None, position: Position | None = None, bias: Tensor | None = None) -> None:
+def agrees(
+    given: list[Tensor],
+    mask: Mask | None,
+    position: Position | None = None,
+    bias: Tensor | None = None,
+    *,
+    kernel: ModuleType = native,
+) -> None:
     """No worse than torch's own operations in the same dtype, measured against float64: output and gradients."""
     p = problem(given, mask=mask, position=position, bias=bias)
-    assert native.why_not(p) == []
+    assert kernel.why_not(p) == []
     parameters = [] if position is None else list(position.parameters())
-    got = all_of(p, native.run, given, parameters)
+    got = all_of(p, kernel.run, given, parameters)
     with naive_precision():
         plain = all_of(p, eager, given, parameters)
     wide = [x.detach().double().requires_grad_() for x in given]
@@ -206,6 +216,38 @@ def test_entmax_keeps_nan() -> None:
     assert p[1].isnan().all()
 
 
+@pytest.mark.parametrize("k", [1, 8, 50, 5000])
+@pytest.mark.parametrize("keys", [1, 5, 16, 33, 700])
+@pytest.mark.parametrize("kind", ["random", "ties", "far apart", "close to 0"])
+def test_topk_rows(kind: str, k: int, keys: int) -> None:
+    """The same keys, weights and gradients as float64, which takes torch's operations."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 11, keys, generator=generator)
+    spread = {"far apart": 8 * x, "close to 0": -6 * x.abs()}
+    x = {"random": 3 * x, "ties": (2 * x).round()}[kind] if kind not in spread else x.sign() * 10 ** spread[kind]
+    x.requires_grad_()
+    allowed = torch.rand(7, 1, keys, generator=generator) < 0.7
+    allowed[0] = False
+    results = []
+    for scores in (x, x.detach().double().requires_grad_()):
+        p = topk(scores, k, allowed=allowed)
+        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p.dtype)
+        results.append((p.detach(), torch.autograd.grad(p, scores, grad)[0]))
+    (p, dx), (want, want_dx) = results
+    assert torch.equal(p > 0, want > 1e-38)
+    torch.testing.assert_close(p.double(), want, atol=2e-7, rtol=2e-6)
+    torch.testing.assert_close(dx.double(), want_dx, atol=2e-6, rtol=2e-5)
+
+
+def test_topk_rows_can_be_differentiated_twice() -> None:
+    twice = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        (dx,) = torch.autograd.grad((topk(x, 5) ** 2).sum(), x, create_graph=True)
+        twice.append(torch.autograd.grad((dx**2).sum(), x)[0].double())
+    torch.testing.assert_close(*twice, atol=1e-6, rtol=1e-5)
+
+
 def test_nan_in_a_bias_is_not_a_mask() -> None:
     q, k, v = (x.detach() for x in tensors(1, 1, 1, 20, 20, 8, 8))
     bias = torch.zeros(1, 1, 20, 20)
@@ -240,8 +282,6 @@ def test_refusals(words: str) -> None:
 )
 def test_without_them(environment: dict[str, str], words: str, tmp_path) -> None:
     """Everything still runs, and the plan says why the C++ kernels don't."""
-    import os
-
     code = """
 import torch, regard
 q = torch.randn(1, 1, 300, 8)
@@ -254,3 +294,17 @@ print(regard.plan(q, q, q, mask=mask))
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
+
+
+def test_gradient_of_the_log_sum_exp() -> None:
+    """It flows to q and k, alone and beside the output's."""
+    q, k, v = tensors(1, 2, 1, 40, 70, 16, 16)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = wide[0] @ wide[1].mT / 4
+    for weight in (0.0, 1.0):
+        out, lse = native.with_lse(problem([q, k, v]))
+        got = torch.autograd.grad(lse.sin().sum() + weight * out.sum(), [q, k])
+        exact = scores.logsumexp(-1).sin().sum() + weight * (scores.softmax(-1) @ wide[2]).sum()
+        want = torch.autograd.grad(exact, wide[:2], retain_graph=True)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.double(), w, atol=1e-4, rtol=1e-4)

@@ -20,11 +20,13 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from regard.kernels.triton_decode import Pieces, pieces, rows_at_once, triton_decode
 
 
 @dataclass(eq=False)
@@ -100,6 +102,7 @@ class PrefixTree:
         self._lengths: dict[int, int] = {}
         self._ids, self._uids = 0, 0
         self._last_plan: _Plan | None = None
+        self._last_pieces: tuple[_Plan, int, Pieces] | None = None
 
     # --- what is held -------------------------------------------------------------------------------------------
 
@@ -192,9 +195,20 @@ class PrefixTree:
     # --- attention ----------------------------------------------------------------------------------------------
 
     def attend(
-        self, q: Float[Tensor, "N H D"], sequences: Sequence[int], *, scale: float | None = None
+        self,
+        q: Float[Tensor, "N H D"],
+        sequences: Sequence[int],
+        *,
+        scale: float | None = None,
+        kernel: Literal["torch", "triton"] = "torch",
     ) -> Float[Tensor, "N H V"]:
-        """softmax(q k^T scale) v over all tokens of each query's sequence; scale is 1 / sqrt(D) by default."""
+        """softmax(q k^T scale) v over all tokens of each query's sequence; scale is 1 / sqrt(D) by default.
+
+        Args:
+            kernel: "triton" runs the kernels of `triton_decode`, on a CUDA device or in Triton's interpreter.
+        """
+        if kernel not in ("torch", "triton"):
+            raise ValueError(f"PrefixTree: kernel must be 'torch' or 'triton', got {kernel!r}")
         (G, _, D), V = self.k.shape, self.v.shape[2]
         if q.dim() != 3 or q.shape[0] != len(sequences) or q.shape[1] % G or q.shape[2] != D:
             raise ValueError(
@@ -203,8 +217,12 @@ class PrefixTree:
             )
         plan = self._plan([self._sequences[self._check(s)] for s in sequences])
         N, H, _ = q.shape
+        scale = D**-0.5 if scale is None else scale
+        if kernel == "triton":
+            lengths = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=q.device)
+            return triton_decode(q, self.k, self.v, self._pieces(plan, H // G), lengths, scale=scale)
         wide = torch.promote_types(q.dtype, torch.float32)
-        grouped = (q.to(wide) * (D**-0.5 if scale is None else scale)).view(N, G, H // G, D).transpose(0, 1)
+        grouped = (q.to(wide) * scale).view(N, G, H // G, D).transpose(0, 1)
         m = grouped.new_full((G, N, H // G, 1), -math.inf)
         sofar = _Partial(m, torch.zeros_like(m), grouped.new_zeros(G, N, H // G, V))
         for rows, stretches in plan.shared:
@@ -327,7 +345,7 @@ class PrefixTree:
                 if chunk.known_as is not None:
                     del self._known[chunk.known_as]
         if self._last_plan is not None and path in self._last_plan.paths:
-            self._last_plan = None
+            self._last_plan = self._last_pieces = None
 
     def _take(self, after: int | None, wanted: int = 1) -> _Chunk:
         """An unused chunk: behind slot `after` if that is free, so that a sequence lies in few stretches; else in the
@@ -356,7 +374,7 @@ class PrefixTree:
         twin = self._take(None)
         twin.tokens = None if chunk.tokens is None else chunk.tokens[:fill]
         at, of = twin.slot * self.chunk, slice(chunk.slot * self.chunk, chunk.slot * self.chunk + fill)
-        self._write(torch.arange(at, at + fill, device=self.k.device), self.k[:, of], self.v[:, of])
+        self._write(torch.arange(at, at + fill, device=self.k.device), *(z[:, of].clone() for z in (self.k, self.v)))
         return twin
 
     def _write(self, places: Tensor, k: Float[Tensor, "G n D"], v: Float[Tensor, "G n V"]) -> None:
@@ -396,6 +414,15 @@ class PrefixTree:
         before = [(len(path.chunks) - len(chunks)) * self.chunk for path, chunks in zip(paths, alone, strict=True)]
         self._last_plan = _Plan(paths, shared, [self._stretches(chunks) for chunks in alone], before)
         return self._last_plan
+
+    def _pieces(self, plan: _Plan, heads: int) -> Pieces:
+        """The plan as the kernels want it, for so many query heads to a key head."""
+        last = self._last_pieces
+        if last is None or last[0] is not plan or last[1] != heads:
+            shared = [(rows.tolist(), stretches) for rows, stretches in plan.shared]
+            cut = pieces(shared, plan.own, plan.before, rows_at_once=rows_at_once(heads), device=self.k.device)
+            last = self._last_pieces = plan, heads, cut
+        return last[2]
 
 
 def _first(stretches: list[slice], tokens: int) -> list[slice]:

@@ -5,7 +5,9 @@ of torch's fused kernel. With any other stage (that needs no other query rows), 
 Blocks that hold no allowed pair cost nothing.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.kernels import sdpa
+from regard.kernels.cost import MASKED, Cost, asked, checked, formed, passed, products
 from regard.kernels.problem import Keys, Problem, attend
 from regard.masks import BlockLayout, Mask
-from regard.masks.algebra import And
+from regard.masks.algebra import And, by_value
 
 BLOCK = 128
 SMALLEST = 16
@@ -47,13 +50,85 @@ def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
     T, S = p.shape[3:]
     if layout is None:
         assert p.mask is not None
-        layout = p.mask.layout(T, S, block=block_of(p.mask))
+        layout = (_known_layout if by_value(p.mask) else _layout)(p.mask, T, S, block_of(p.mask))
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
     if not p.stages and p.bias is None:
         return _buckets(p, layout)
     # Stages hold parameters per head and can't be cut along heads: all heads take the union of their blocks.
     return _rows(p, layout, layout.to_dense_blocks().any(1).any(0), layout.to_dense_full().all(1).all(0))
+
+
+def cost(p: Problem) -> Cost:
+    """The stored blocks of each head; with stages, those that any head stores."""
+    B, H, _, T, S = p.shape
+    bq, bk = (BLOCK, BLOCK) if p.mask is None else block_of(p.mask)
+    found = facts(p, bq, bk)
+    words = f"{found.density:.0%} of the blocks hold an allowed pair"
+    if p.stages or p.bias is not None:
+        pairs, n = T * S * found.union, -(-T // bq)
+        fusable = not sdpa.why_not(p)
+        traffic = B * H * pairs * (formed(p) if fusable else passed(p))
+        how = "fused" if fusable else "unfused"
+        return Cost(products(p, pairs), traffic, 60 + 80 * n, words, checked(p), how)
+    pairs = T * S * found.density
+    gathered = 3.0 * pairs / bq * (p.q.shape[3] + p.v.shape[3]) * p.q.element_size()
+    each = MASKED if p.mask is None else asked(p.mask) + MASKED
+    traffic = B * H * (gathered + each * found.partly * pairs)
+    return Cost(products(p, pairs), traffic, 120 + 60 * found.buckets, words, streamed=2 * checked(p))
+
+
+def _layout(mask: Mask, T: int, S: int, block: tuple[int, int]) -> BlockLayout:
+    return mask.layout(T, S, block=block)
+
+
+_known_layout = lru_cache(maxsize=16)(_layout)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a layout says about the work."""
+
+    density: float
+    """Share of blocks stored."""
+    union: float = 1.0
+    """Share of blocks that any batch row or head stores."""
+    partly: float = 1.0
+    """Share of the stored blocks in which some pair is masked."""
+    buckets: int = 1
+    """Different counts of blocks in a row."""
+
+
+def facts(p: Problem, bq: int, bk: int) -> Facts:
+    """As the layout tells; all blocks where finding out would cost more than it could save."""
+    T, S = p.q.shape[2], p.k.shape[2]
+    if p.mask is None:
+        return Facts(1.0, partly=0.0)
+    if T < 4 * BLOCK or S == 0 or torch.compiler.is_compiling():
+        return Facts(1.0, buckets=-(-T // bq))
+    if by_value(p.mask):
+        return _by_value_facts(p.mask, T, S, (bq, bk))
+    # A mask with tensors is known for as long as it lives. Not its layout, though: tensors can be written into, and a
+    # stale estimate does no harm.
+    known = _known_facts.setdefault(p.mask, {})
+    key = (T, S, bq, bk)
+    if key not in known:
+        known[key] = _made_facts(p.mask, T, S, (bq, bk))
+    return known[key]
+
+
+def _made_facts(mask: Mask, T: int, S: int, block: tuple[int, int]) -> Facts:
+    layout = _layout(mask, T, S, block)
+    count = layout.row_ptr.diff()
+    union = layout.block_density
+    if layout.shape[:2] != (1, 1):
+        union = float(layout.to_dense_blocks().any(1).any(0).float().mean())
+    partly = 1.0 - float(layout.full.float().mean()) if layout.num_blocks else 0.0
+    return Facts(layout.block_density, union, partly, len(count.unique()))
+
+
+_by_value_facts = lru_cache(maxsize=64)(_made_facts)
+_known_facts: WeakKeyDictionary[Mask, dict[tuple[int, int, int, int], Facts]] = WeakKeyDictionary()
 
 
 def _buckets(p: Problem, layout: BlockLayout) -> Tensor:

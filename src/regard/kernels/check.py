@@ -11,6 +11,9 @@ from regard.kernels.problem import Problem
 from regard.kinds import Mix, Normalizer, Position, Selector
 from regard.masks import Mask, dense
 
+KINDS = {"position": Position, "score_mix": Mix, "normalizer": Normalizer, "weight_mix": Mix, "selector": Selector}
+"""What may fill which slot."""
+
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Ranks, sizes, dtypes and devices of queries, keys and values."""
@@ -121,9 +124,8 @@ def check_options(scale: float | None, dropout: float, **stages: object) -> None
         raise ValueError(f"attention: scale must be finite and > 0, got {scale}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"attention: dropout must be in [0, 1], got {dropout}")
-    kinds = {"position": Position, "score_mix": Mix, "normalizer": Normalizer, "weight_mix": Mix, "selector": Selector}
     for name, stage in stages.items():
-        if stage is not None and not isinstance(stage, kinds[name]):
+        if stage is not None and not isinstance(stage, KINDS[name]):
             raise TypeError(
-                f"attention: {name} must be a regard.kinds.{kinds[name].__name__}, got {type(stage).__name__}"
+                f"attention: {name} must be a regard.kinds.{KINDS[name].__name__}, got {type(stage).__name__}"
             )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from regard.card import PLAIN, Card, Cost, Paper, register
+from regard.kernels import cost as costs
 from regard.kernels.online import KEYS, QUERIES, online
-from regard.kernels.problem import Problem, attend, by_rows, key_range
+from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range
 from regard.kinds import HeadShape
 
 TILE_BYTES = 16 * 2**20
@@ -34,11 +35,34 @@ def run(p: Problem) -> Tensor:
     B, H, _, T, S = p.shape
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
-    each = 4 * B * H
     if _tiles_alone(p) and not torch.compiler.is_compiling():
-        keys = min(S, KEYS)
-        return online(p, max(16, min(TILE_BYTES // (each * keys), QUERIES)), keys)
-    return by_rows(p, lambda rows: attend(p, rows, key_range(p, rows)), TILE_BYTES // (each * S))
+        return online(p, *_tile(p))
+    return by_rows(p, lambda rows: attend(p, rows, key_range(p, rows)), TILE_BYTES // (4 * B * H * S))
+
+
+def cost(p: Problem) -> costs.Cost:
+    """The tiles, or the chunks of query rows, that the mask's bounds leave, and several passes over their scores."""
+    B, H, _, T, S = p.shape
+    if _tiles_alone(p):
+        rows, keys = _tile(p)
+        pairs = costs.reached(p, rows, keys)
+        tile = 40 if p.position_bias is None and p.bias is None else 65
+        calls = 30 + tile * pairs / (rows * keys) + 60 * -(-T // rows)
+    else:
+        rows = chunk_rows(T, TILE_BYTES // max(1, 4 * B * H * S))
+        pairs = costs.reached(p, rows)
+        calls = 55.0 * -(-T // rows)
+    traffic = B * H * pairs * costs.passed(p)
+    return costs.Cost(
+        costs.products(p, pairs), traffic, calls, "scores formed a chunk at a time", costs.checked(p), "unfused"
+    )
+
+
+def _tile(p: Problem) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    B, H, _, _, S = p.shape
+    keys = max(1, min(S, KEYS))
+    return max(16, min(TILE_BYTES // max(1, 4 * B * H * keys), QUERIES)), keys
 
 
 def _tiles_alone(p: Problem) -> bool:

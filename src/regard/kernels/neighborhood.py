@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard.kernels.cost import MASKED, Cost, checked, products
 from regard.kernels.problem import Problem
 from regard.kernels.problem import softmax as masked_softmax
 from regard.masks.neighborhood import Axis, Neighborhood
@@ -66,6 +67,19 @@ def run(p: Problem, table: Float[Tensor, "H *offsets"] | None = None) -> Float[T
     out = torch.cat(outs) if len(outs) > 1 else outs[0]
     out = out.transpose(0, 1).reshape(B, H, count * n, p.v.shape[3])
     return out.index_select(2, tiles.home)
+
+
+def cost(p: Problem) -> Cost:
+    """Every tile of queries against its slab, which is gathered."""
+    assert isinstance(p.mask, Neighborhood)
+    B, H, _, T, S = p.shape
+    pairs, axes = scored(p.mask), p.mask.axes
+    queries = math.prod(tile_sizes(axis, _tile(axis, len(axes)))[0] for axis in axes)
+    gathered = 2.0 * pairs / queries * (p.q.shape[3] + p.v.shape[3]) * p.q.element_size()
+    traffic = B * H * (gathered + MASKED * pairs) + 30.0 * pairs
+    calls = 28 + 72 * len(axes) + 12 * -(-pairs // ENTRIES)
+    words = f"{pairs / (T * S):.1%} of the scores formed, in tiles"
+    return Cost(products(p, pairs), traffic, calls, words, streamed=checked(p))
 
 
 def _gather(z: Float[Tensor, "B H N D"], at: Int[Tensor, "tiles n"]) -> Float[Tensor, "tiles BH n D"]:

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.kinds import Mix, Normalizer, Position, Rows, Stage
-from regard.masks import Mask
+from regard.masks import Mask, causal
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen it would take four times as long to make, some 2 us of a small call's 20
 class Problem:
-    """Queries, keys, values and the stages between them. `None` in a slot means the plain softmax pipeline's."""
+    """Queries, keys, values and the stages between them; never written into.
+
+    `None` in a slot means the plain softmax pipeline's.
+    """
 
     q: Float[Tensor, "B H T D"]
     k: Float[Tensor, "B G S D"]
@@ -37,7 +40,9 @@ class Problem:
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """B, H, G, T, S."""
-        return self.q.shape[0], self.q.shape[1], self.k.shape[1], self.q.shape[2], self.k.shape[2]
+        B, H, T, _ = self.q.shape
+        _, G, S, _ = self.k.shape
+        return B, H, G, T, S
 
     @property
     def i(self) -> Tensor:
@@ -74,6 +79,10 @@ class Problem:
 
 
 Keys = slice | Tensor
+
+CAUSAL = causal()
+SMALL = 4096
+"""Entries up to which joining three tensors is cheaper than two more calls."""
 
 
 def rectangle(p: Problem, rows: slice, keys: Keys, *, scored: bool = True) -> Rows:
@@ -135,7 +144,7 @@ def softmax(scores: Float[Tensor, "B H t S"], allowed: Tensor | None) -> Float[T
 def by_rows(p: Problem, run: Callable[[slice], Tensor], rows: int) -> Tensor:
     """`run` on about `rows` query rows at a time, each chunk computed again in backward instead of kept."""
     T = p.q.shape[2]
-    size = max(16, min(1024, rows))
+    size = chunk_rows(T, rows)
     if size >= T:
         return run(slice(0, T))
     chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
@@ -146,6 +155,11 @@ def by_rows(p: Problem, run: Callable[[slice], Tensor], rows: int) -> Tensor:
     return torch.cat(outs, 2)
 
 
+def chunk_rows(T: int, rows: int) -> int:
+    """How many rows at a time `by_rows` takes where about `rows` are wanted."""
+    return min(max(1, T), max(16, min(1024, rows)))
+
+
 def key_range(p: Problem, rows: slice) -> slice:
     """The keys that these rows may reach at all, as the mask's bounds tell."""
     S = p.k.shape[2]
@@ -153,9 +167,10 @@ def key_range(p: Problem, rows: slice) -> slice:
         return slice(0, S)
     offset = S - p.q.shape[2]  # both counted from the first key handed in
     first, last = max(0, rows.start - p.halo) + offset, rows.stop - 1 + offset
-    start = 0 if p.mask.reach is None else max(0, first - p.mask.reach + 1)
-    stop = min(S, last + 1) if p.mask.is_causal else S
-    return slice(min(start, S), max(stop, min(start, S)))
+    back, ahead = p.mask.span
+    start = 0 if back == math.inf else min(S, max(0, first - int(back)))
+    stop = S if ahead == math.inf else max(start, min(S, last + int(ahead) + 1))
+    return slice(start, stop)
 
 
 def dots(q: Float[Tensor, "B H t D"], k: Float[Tensor, "B G s D"]) -> Float[Tensor, "B H t s"]:
@@ -181,7 +196,7 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     see one are set to NaN afterwards. Looking for them costs one sum over each input; it is left out while compiling,
     where a branch on data can't be taken, and on accelerators, where it would wait for the device.
     """
-    if torch.compiler.is_compiling() or p.q.device.type != "cpu" or _finite(p.q, p.k, p.v):
+    if torch.compiler.is_compiling() or not p.q.is_cpu or _finite(p.q, p.k, p.v):
         return run(p)
     bad_q, bad_k = ~_rows_finite(p.q), ~(_rows_finite(p.k) & _rows_finite(p.v))
     clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
@@ -209,11 +224,18 @@ def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor, 
     return torch.cat(parts, -1)
 
 
-def _finite(*tensors: Tensor) -> bool:
-    # float64 sums can't overflow from finite fp32 inputs; a false alarm would only cost time.
-    with torch.no_grad():
-        total = sum(float(t.sum(dtype=torch.promote_types(t.dtype, torch.float32))) for t in tensors)
-    return math.isfinite(total)
+def _finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nothing here is NaN or inf. A sum that overflows is a false alarm, and only costs time."""
+    if q.numel() <= SMALL and q.shape == k.shape == v.shape:
+        return all_finite(torch.cat((q, k, v)))  # a call costs more than the copy
+    return all_finite(q) and all_finite(k) and all_finite(v)
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether the sum is, which is only so if all are."""
+    # float16 alone overflows too easily.
+    total = t.sum(dtype=torch.float32) if t.dtype == torch.float16 else t.sum()
+    return math.isfinite(total.item())
 
 
 def _rows_finite(t: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels.problem import Keys, Problem, by_rows, key_range, rectangle
-from regard.masks import causal
+from regard.kernels.cost import Cost, checked, formed, maps, products, reached
+from regard.kernels.problem import CAUSAL, Keys, Problem, by_rows, chunk_rows, key_range, rectangle
 
 BIAS_BYTES = 8 * 2**20
 """Mask and bias formed at once stay within this."""
@@ -32,19 +32,34 @@ def why_not(p: Problem) -> list[str]:
 
 def run(p: Problem) -> Tensor:
     """(B, H, T, V)."""
-    B, H, _, T, S = p.shape
-    if 0 in (B, T, S):
+    if p.q.numel() == 0 or p.k.numel() == 0:
         # An empty product with a graph behind it: zeros, and zero gradients.
-        return p.q.new_zeros(B, H, T, p.v.shape[3]) + 0 * (p.q.sum() + p.k.sum() + p.v.sum())
+        return p.q.new_zeros(*p.q.shape[:3], p.v.shape[3]) + 0 * (p.q.sum() + p.k.sum() + p.v.sum())
+    T, S = p.q.size(2), p.k.size(2)
     if not _biased(p):
-        if p.mask is None or (T == 1 and p.mask == causal()):
+        if p.mask is None or (T == 1 and p.mask == CAUSAL):
             return _torch(p, p.q, p.k, p.v)
         # torch aligns is_causal top-left, so it means the same only for a square.
-        if T == S and p.first_key == 0 and p.mask == causal():
+        if T == S and p.first_key == 0 and p.mask == CAUSAL:
             return _torch(p, p.q, p.k, p.v, is_causal=True)
     if torch.compiler.is_compiling():  # a loop would tie the graph to one length
         return fused(p, slice(0, T), slice(0, S))
-    return by_rows(p, lambda rows: fused(p, rows, key_range(p, rows)), BIAS_BYTES // (4 * _maps(p) * S))
+    return by_rows(p, lambda rows: fused(p, rows, key_range(p, rows)), _rows(p))
+
+
+def cost(p: Problem) -> Cost:
+    """All pairs, half of them under a causal mask, or those that each chunk of queries may reach."""
+    T, S = p.q.shape[2], p.k.shape[2]
+    if not _biased(p) and (p.mask is None or p.mask == CAUSAL) and (p.mask is None or T in (1, S)):
+        # Under a causal mask torch cuts queries into 256s and keys into 512s.
+        pairs = T * S if p.mask is None else T * min(S, S - T + T / 2 + 384)
+        return Cost(products(p, pairs), 0, 7, "torch's fused kernel", streamed=checked(p))
+    rows = chunk_rows(T, _rows(p))
+    pairs, chunks = reached(p, rows), -(-T // rows)
+    what = "bias and mask" if _biased(p) else "the mask"
+    traffic = p.q.shape[0] * p.q.shape[1] * pairs * formed(p)
+    words = f"torch's fused kernel, {what} formed by chunks of queries"
+    return Cost(products(p, pairs), traffic, 8 + (60 if _biased(p) else 30) * chunks, words, streamed=checked(p))
 
 
 def fused(p: Problem, rows: slice, keys: Keys) -> Tensor:
@@ -74,7 +89,7 @@ def _torch(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     return F.scaled_dot_product_attention(
-        q, k, v, mask, p.dropout, is_causal, scale=p.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, p.dropout, is_causal, scale=p.scale, enable_gqa=q.size(1) != k.size(1)
     )
 
 
@@ -82,6 +97,6 @@ def _biased(p: Problem) -> bool:
     return p.position_bias is not None or p.bias is not None
 
 
-def _maps(p: Problem) -> int:
-    """How many (T, S) maps mask and bias have between them, at most."""
-    return p.q.shape[0] * p.q.shape[1] if _biased(p) else 1 if p.mask is None else p.mask.batch * p.mask.heads
+def _rows(p: Problem) -> int:
+    """Query rows whose mask and bias may be formed at once."""
+    return BIAS_BYTES // max(1, 4 * maps(p) * p.k.shape[2])

@@ -22,3 +22,9 @@ def sized(n: float) -> str:
         return "many bytes"  # the number may be symbolic, which has no decimals
     unit = min(4, int(math.log(n, 1024))) if n >= 1 else 0
     return f"{n / 1024**unit:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def counted(n: float) -> str:
+    """1.5e9 -> '1.5 GFLOP'."""
+    unit = min(5, int(math.log10(n) / 3)) if n >= 1 else 0
+    return f"{n / 1000**unit:.3g} {('', 'K', 'M', 'G', 'T', 'P')[unit]}FLOP"

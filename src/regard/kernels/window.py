@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.kernels.cost import MASKED, Cost, asked, checked, io, products
 from regard.kernels.problem import Problem
 
 SMALLEST, LARGEST = 32, 128
@@ -53,6 +54,20 @@ def run(p: Problem) -> Tensor:
         parts.append(F.scaled_dot_product_attention(q[:, rows], k[:, rows], v[:, rows], bias, p.dropout, scale=p.scale))
     out = torch.cat(parts, 1).reshape(B * G, n, group, C, V).transpose(1, 2)
     return out.reshape(B, H, n * C, V)[:, :, :T]
+
+
+def cost(p: Problem) -> Cost:
+    """Every block of C queries against its C + back + ahead keys."""
+    assert p.mask is not None
+    B, H, _, T, _ = p.shape
+    keys = max(1, int(sum(p.mask.span)) + 1)
+    C = block(keys)
+    L, n = C + keys - 1, -(-T // C)
+    # Blocks at the ends have masks of their own, all others share one where only i - j counts.
+    masks = min(n, 1 + -(-2 * L // C)) if p.mask.is_shift_invariant else n * p.mask.batch
+    traffic = masks * C * L * (asked(p.mask) + 16.0) + B * H * n * C * L * MASKED
+    words = f"queries in blocks of {C}, {L} keys each"
+    return Cost(products(p, n * C * L), traffic, 150, words, streamed=checked(p) + io(p))
 
 
 def block(keys: int) -> int:

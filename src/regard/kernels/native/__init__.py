@@ -36,8 +36,10 @@ PANEL = 32
 def why_not(p: Problem) -> list[str]:
     """Plain softmax on a CPU, in fp32 or below, with additive terms that need no q or k."""
     reasons = []
-    if p.q.device.type != "cpu":
+    if p.q.device.type not in ("cpu", "meta"):
         reasons.append(f"tensors on {p.q.device.type}, not on the CPU")
+    if type(p.q) not in (Tensor, torch.nn.Parameter) or _transformed():
+        reasons.append("it reads memory: no tensor subclasses, no torch.func transforms")
     if p.q.dtype == torch.float64:
         reasons.append("float64: it computes in fp32")
     if p.normalizer is not None and not p.normalizer.is_softmax:
@@ -60,6 +62,11 @@ def why_not(p: Problem) -> list[str]:
     return reasons or build.why_not()
 
 
+def _transformed() -> bool:
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
+
+
 def cost(p: Problem) -> Cost:
     """The stored blocks of each head; of those that are partly masked, about half."""
     B, H, _, T, S = p.shape
@@ -69,7 +76,7 @@ def cost(p: Problem) -> Cost:
     if p.mask is not None and not by_value(p.mask):
         tiles = p.mask.batch * p.mask.heads * asked(p.mask) * T * S * found.density * found.partly
     words = f"C++, {found.density:.0%} of the blocks" if found.density < 1 else "C++"
-    return Cost(products(p, pairs), tiles, 25, words, 2 * io(p))
+    return Cost(products(p, pairs), tiles, 25, words, 2 * io(p), "native")
 
 
 def run(p: Problem) -> Tensor:
@@ -77,8 +84,9 @@ def run(p: Problem) -> Tensor:
     return with_lse(p)[0]
 
 
-def with_lse(p: Problem) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
-    """Outputs, and the log-sum-exp of each row's scores (no gradient flows to it; -inf where a row sees nothing)."""
+def with_lse(p: Problem, walk: "Walk | None" = None) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
+    """Outputs, and the log-sum-exp of each row's scores in fp32: -inf where a row sees nothing. Both can be
+    differentiated. A walk over other blocks may stand in for the mask's; it can't be differentiated twice."""
     T, S = p.shape[3:]
     table = None
     if p.position_bias is not None:
@@ -86,16 +94,23 @@ def with_lse(p: Problem) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T
         i, j = torch.tensor([S - 1]), torch.arange(S + T - 1)
         rows = Rows(q=p.q[:, :, :1], k=p.k[:, :, :1], scores=p.q.new_empty(0), i=i, j=j)
         table = p.position_bias.bias(rows).float()[0, :, 0].contiguous()
-    out, lse = _Native.apply(p, table, p.bias, p.q, p.k, p.v)
+    out, lse = _Native.apply(p, walk, table, p.bias, p.q, p.k, p.v)
     return out, lse
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, p: Problem, table: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+        ctx: Any,
+        p: Problem,
+        other: "Walk | None",
+        table: Tensor | None,
+        bias: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        walk = _walk(p.mask, q.shape[2], k.shape[2])
+        walk = other or _walk(p.mask, q.shape[2], k.shape[2])
         tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
         work = torch.bfloat16 if tiles else torch.float32
         x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
@@ -104,16 +119,17 @@ class _Native(torch.autograd.Function):
         name = "regard_attention_bf16" if tiles else "regard_attention"
         _call(name, p.scale, walk, table, None if bias is None else bias.float(), q=x, k=y, v=z, out=out, lse=lse)
         out = out[..., : v.shape[3]].to(q.dtype)
-        ctx.problem, ctx.walk = p, walk
+        ctx.problem, ctx.walk, ctx.by_mask = p, walk, other is None
         ctx.save_for_backward(table, bias, q, k, v, out, lse)
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         table, bias, *given, out, lse = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
         if torch.is_grad_enabled():
-            return None, *_with_graph(ctx, grad, table, bias, *given)
+            return None, None, *_with_graph(ctx, grad, dlse, table, bias, *given)
         lanes = build.library().regard_lanes()
         q, k, v, out, grad = (_vectors(t.float(), lanes) for t in (*given, out, grad))
         tasks = q.shape[0] * k.shape[1]
@@ -121,30 +137,33 @@ class _Native(torch.autograd.Function):
         dq = q.new_zeros(parts, *q.shape)
         dk, dv = (torch.empty(t.shape) for t in (k, v))
         dtable = None
-        if table is not None and ctx.needs_input_grad[1]:
+        if table is not None and ctx.needs_input_grad[2]:
             dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
         terms = (table, None if bias is None else bias.float())
         inputs = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
-        outputs = {"grad": grad, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
+        dlse = None if dlse is None else dlse.contiguous()
+        outputs = {"grad": grad, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
         _call("regard_attention_backward", ctx.problem.scale, ctx.walk, *terms, **inputs, **outputs)
         if dtable is not None and table is not None:
             dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
         found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
-        return None, dtable, None, *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True))
+        return None, None, dtable, None, *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True))
 
 
-def _with_graph(ctx: Any, grad: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
+    if not ctx.by_mask or dlse is not None:
+        raise RuntimeError("native kernel: no second derivative with blocks of one's own or through the log-sum-exp")
     table, bias, q, k, v = tensors
     p = replace(ctx.problem, q=q, k=k, v=v, bias=bias, position=None)
     if table is not None:
-        i, j = p.i, p.j
-        by_pair = table[:, j - i[:, None] + k.shape[2] - 1][None]
+        by_pair = table[:, p.j - p.i[:, None] + k.shape[2] - 1][None]
         p = replace(p, bias=by_pair if bias is None else by_pair + bias)
     out = attend(p, slice(0, q.shape[2]), slice(0, k.shape[2]))
-    wanted = [x for x, need in zip(tensors, ctx.needs_input_grad[1:], strict=True) if need and x is not None]
+    needed = [x if need else None for x, need in zip(tensors, ctx.needs_input_grad[2:], strict=True)]
+    wanted = [x for x in needed if x is not None]
     got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(got) if need and x is not None else None for x, need in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
+    return [None if x is None else next(got) for x in needed]
 
 
 def _vectors(x: Tensor, lanes: int) -> Tensor:
@@ -183,10 +202,24 @@ def _made(mask: Mask, T: int, S: int) -> Walk:
     partial = (~layout.full).nonzero().flatten()
     tiles, index = _tiles(mask, layout, head[partial], r[partial], layout.cols[partial])
     tile[partial] = index.int()
-    column = head * nk + layout.cols
+    return walk(layout.block, layout.shape, layout.row_ptr, layout.cols, tile, tiles)
+
+
+def walk(
+    block: tuple[int, int],
+    shape: tuple[int, int, int, int],
+    row_ptr: Int[Tensor, "P"],
+    cols: Int[Tensor, "N"],
+    tile: Int[Tensor, "N"],
+    tiles: Bool[Tensor, "n bq bk"],
+) -> Walk:
+    """The walk over stored blocks as in `BlockLayout`; tile -1 is full, others count in `tiles`."""
+    Bm, Hm, nq, nk = shape
+    line = torch.arange(Bm * Hm * nq).repeat_interleave(row_ptr.diff())
+    column = line // nq * nk + cols
     entry = column.argsort(stable=True)
     col_ptr = F.pad(torch.bincount(column, minlength=Bm * Hm * nk).cumsum(0), (1, 0))
-    return Walk(layout.block, (Bm, Hm), layout.row_ptr, layout.cols, tile, tiles, col_ptr, r[entry], entry)
+    return Walk(block, (Bm, Hm), row_ptr, cols, tile, tiles, col_ptr, line[entry] % nq, entry)
 
 
 _known = lru_cache(maxsize=16)(_made)
@@ -238,7 +271,7 @@ class _Attention(ctypes.Structure):
         + [("table_h", ctypes.c_int64), ("bias", ctypes.c_void_p)]
         + [(n, ctypes.c_int64) for n in ("bias_b", "bias_h", "bias_t", "bias_s")]
         + [(n, _View) for n in ("grad", "dq", "dk", "dv")]
-        + [(n, ctypes.c_void_p) for n in ("vt", "delta", "dtable", "col_ptr", "rows", "entry")]
+        + [(n, ctypes.c_void_p) for n in ("vt", "delta", "dlse", "dtable", "col_ptr", "rows", "entry")]
         + [("parts", ctypes.c_int64)]
     )
 
@@ -259,6 +292,7 @@ def _call(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    dlse: Tensor | None = None,
     dtable: Tensor | None = None,
     parts: int = 1,
 ) -> None:
@@ -280,5 +314,6 @@ def _call(
     if grad is not None:
         delta = torch.empty_like(lse)
         p.grad, p.dq, p.dk, p.dv, p.delta = *map(_view, (grad, dq, dk, dv)), delta.data_ptr()
+        p.dlse = None if dlse is None else dlse.data_ptr()
         p.dtable, p.parts = None if dtable is None else dtable.data_ptr(), parts
     getattr(lib, name)(ctypes.byref(p))

@@ -107,7 +107,7 @@ extern "C" void regard_attention_backward(const Attention* given) {
             const float *x = p.grad.at(b, h, t), *y = p.out.at(b, h, t);
             vf s = {};
             for (int64_t d = 0; d < p.V; d += W) s += load(x + d) * load(y + d);
-            p.delta[i] = sum(s);
+            p.delta[i] = sum(s) - (p.dlse ? p.dlse[i] : 0.0f);
         }
         auto room = [](int64_t n) { return new (std::align_val_t(64)) float[n]; };
         auto done = [](float* x) { operator delete[](x, std::align_val_t(64)); };

@@ -45,6 +45,7 @@ extern "C" struct Attention {
     View grad, dq, dk, dv;     // dq is (parts, B, H, T, D): each part sums its own key blocks, dq.data advances by part
     void* vt;                  // scratch: values likewise (bf16: forward, too)
     float* delta;              // scratch: (B, H, T)
+    const float* dlse;         // (B, H, T) or null: what flows back to lse
     float* dtable;             // (parts, B, H, T + S - 1) or null
     const int64_t *col_ptr, *rows, *entry;  // the layout by columns: query blocks of each key block, and where stored
     int64_t parts;

@@ -1,6 +1,7 @@
-// alpha-entmax of rows for alpha = 1.5 and 2, forward and backward: each row stays in the first-level cache for all passes.
+// Normalisers of rows, forward and backward: each row stays in the first-level cache for all passes.
 //
-// The method is that of regard/normalizers/entmax.py: Newton steps on a convex form of sum p = 1, from below.
+// alpha-entmax for alpha = 1.5 and 2 as in regard/normalizers/entmax.py: Newton steps on a convex form of sum p = 1, from
+// below. Softmax over the k greatest as in regard/normalizers/topk.py. The backward of softmax is that of alpha = 1.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -9,7 +10,9 @@
 
 namespace {
 constexpr float INF = std::numeric_limits<float>::infinity(), EPS = 1.1920929e-7f;
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int STEPS = 24;
+enum { SOFTMAX = 2, HALFWAY = 3, SPARSEMAX = 4 };  // 2 alpha
 
 struct Sums { float h, slope; };
 
@@ -48,7 +51,7 @@ void solve(const float* z, float* p, int64_t n, float* x) {
         probe = y == y ? probe : y;
     }
     if (probe = probe * 0.0f; !(sum(probe) == 0)) {  // NaN, or inf - inf: comparisons would drop it
-        std::fill(p, p + n, std::numeric_limits<float>::quiet_NaN());
+        std::fill(p, p + n, NOT_A_NUMBER);
         return;
     }
     float tau = -1.0f;
@@ -69,43 +72,125 @@ void solve(const float* z, float* p, int64_t n, float* x) {
     for (int64_t j = 0; j < n; j++) p[j] = x[j] * part;
 }
 
+// The k-th greatest of n numbers of which `high` is the greatest, by halving: each pass moves a bound to a number that is
+// there. Where there are fewer, something that none is below; -inf doesn't count as one. n is a multiple of W.
+float kth(const float* x, int64_t n, int64_t k, float high) {
+    float low = std::numeric_limits<float>::lowest(), mid = low;
+    while (low < high) {
+        vf count = {}, above = splat(INF), below = splat(-INF);
+        for (int64_t j = 0; j < n; j += W) {
+            vf y = load(x + j);
+            count += y >= mid ? splat(1.0f) : vf{};
+            above = y >= mid && y < above ? y : above;
+            below = y < mid && y > below ? y : below;
+        }
+        if (sum(count) < k)
+            high = most(below);
+        else
+            low = -most(-above);
+        if (sum(count) == k) break;
+        mid = low / 2 + high / 2;
+        if (!(mid > low)) mid = high;
+    }
+    return low;
+}
+
+int64_t groups(int64_t n, int64_t k) { return (std::min(n, 4 * k) + W - 1) / W * W; }
+
+// Softmax over the k greatest of a row and what equals the k-th. x holds 3 (n + groups) numbers.
+//
+// The row is dealt out like cards to G groups. The k-th greatest of the groups' maxima is at most the k-th greatest of the
+// row, and few numbers reach it: the rest of the work is done on these, and on their groups.
+void select(const float* z, float* p, int64_t n, int64_t k, float* x) {
+    const int64_t G = groups(n, k), wide = (n + G - 1) / G * G;
+    float *tops = x + wide, *found = tops + G;
+    int32_t* at = (int32_t*)(found + n + W);
+    std::copy(z, z + n, x);
+    std::fill(x + n, x + wide, -INF);
+    std::fill(tops, tops + G, -INF);
+    vi strange = {};
+    for (int64_t i = 0; i < wide; i += G)
+        for (int64_t g = 0; g < G; g += W) {
+            vf y = load(x + i + g);
+            strange |= y != y;
+            store(tops + g, max(y, load(tops + g)));
+        }
+    vf best = splat(-INF);
+    for (int64_t g = 0; g < G; g += W) best = max(best, load(tops + g));
+    const float top = most(best);
+    if (top == INF || sum(strange ? splat(1.0f) : vf{}) > 0) {  // comparisons would drop NaN, and inf - inf is one
+        std::fill(p, p + n, NOT_A_NUMBER);
+        return;
+    }
+    std::fill(p, p + n, 0.0f);
+    float least = kth(tops, G, k, top);
+    int64_t count = 0;
+    for (int64_t g = 0; g < G; g++)
+        if (G == wide || tops[g] >= least)
+            for (int64_t j = g; j < n; j += G) {  // written anyway, kept if the count moves on: no branch to guess
+                found[count] = x[j], at[count] = int32_t(j);
+                count += x[j] >= least;
+            }
+    int64_t filled = (count + W - 1) / W * W;
+    std::fill(found + count, found + filled, -INF);
+    least = kth(found, filled, k, top);
+    vf mass = {};
+    for (int64_t i = 0; i < filled; i += W) {
+        vf y = load(found + i);
+        y = y >= least ? exp(y - top) : vf{};
+        store(found + i, y);
+        mass += y;
+    }
+    const float part = 1.0f / sum(mass);
+    for (int64_t i = 0; i < count; i++) p[at[i]] = found[i] * part;
+}
+
 // dz = g (dp - sum(g dp) / sum(g)) with g = p^(2 - alpha) on the support.
-template <bool SQUARE>
-void pull_back(const float* p, const float* dp, float* dz, int64_t n, float* g) {
-    float total = 0, mixed = 0;
-    for (int64_t j = 0; j < n; j++) g[j] = SQUARE ? std::sqrt(p[j]) : (p[j] > 0 ? 1.0f : 0.0f);
+template <int TWICE>
+void pull_back(const float* p, const float* dp, float* dz, int64_t n, float* scratch) {
+    const float* g = TWICE == SOFTMAX ? p : scratch;
+    if (TWICE != SOFTMAX)
+        for (int64_t j = 0; j < n; j++) scratch[j] = TWICE == HALFWAY ? std::sqrt(p[j]) : p[j] > 0;
     vf a = {}, b = {};
     int64_t whole = n / W * W;
     for (int64_t j = 0; j < whole; j += W) {
         a += load(g + j);
         b += load(g + j) * load(dp + j);
     }
-    total = sum(a), mixed = sum(b);
+    float total = sum(a), mixed = sum(b);
     for (int64_t j = whole; j < n; j++) total += g[j], mixed += g[j] * dp[j];
     float mean = total > 0 ? mixed / total : 0;
-    for (int64_t j = 0; j < n; j++) dz[j] = g[j] * (dp[j] - mean);
+    for (int64_t j = 0; j < whole; j += W) store(dz + j, load(g + j) * (load(dp + j) - mean));
+    for (int64_t j = whole; j < n; j++) dz[j] = g[j] * (dp[j] - mean);
+}
+
+// row(i, scratch) for every row.
+template <class Row>
+void each(int64_t rows, int64_t room, int threads, Row row) {
+#pragma omp parallel num_threads(threads)
+    {
+        float* scratch = new (std::align_val_t(64)) float[room];
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) row(i, scratch);
+        operator delete[](scratch, std::align_val_t(64));
+    }
 }
 }  // namespace
 
-// rows of n numbers each, one after another; square: alpha is 1.5, else 2.
-extern "C" void regard_entmax(const float* z, float* p, int64_t rows, int64_t n, int square, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        float* x = new (std::align_val_t(64)) float[n + W];
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) (square ? solve<true> : solve<false>)(z + i * n, p + i * n, n, x);
-        operator delete[](x, std::align_val_t(64));
-    }
+// rows of n numbers each, one after another; twice: 2 alpha, 3 or 4.
+extern "C" void regard_entmax(const float* z, float* p, int64_t rows, int64_t n, int twice, int threads) {
+    each(rows, n + W, threads, [=](int64_t i, float* x) {
+        (twice == HALFWAY ? solve<true> : solve<false>)(z + i * n, p + i * n, n, x);
+    });
 }
 
-extern "C" void regard_entmax_backward(const float* p, const float* dp, float* dz, int64_t rows, int64_t n, int square,
+extern "C" void regard_topk(const float* z, float* p, int64_t rows, int64_t n, int64_t k, int threads) {
+    each(rows, 3 * (n + groups(n, k)), threads, [=](int64_t i, float* x) { select(z + i * n, p + i * n, n, k, x); });
+}
+
+// twice: 2 alpha, where 2 is softmax.
+extern "C" void regard_entmax_backward(const float* p, const float* dp, float* dz, int64_t rows, int64_t n, int twice,
                                        int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        float* g = new (std::align_val_t(64)) float[n + W];
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++)
-            (square ? pull_back<true> : pull_back<false>)(p + i * n, dp + i * n, dz + i * n, n, g);
-        operator delete[](g, std::align_val_t(64));
-    }
+    auto row = twice == SOFTMAX ? pull_back<SOFTMAX> : twice == HALFWAY ? pull_back<HALFWAY> : pull_back<SPARSEMAX>;
+    each(rows, n + W, threads, [=](int64_t i, float* g) { row(p + i * n, dp + i * n, dz + i * n, n, g); });
 }
