@@ -35,7 +35,7 @@ views.set("head", (() => {
       chips.append(chip);
     }
     const counts = [["1", "the strongest"], ["3", "the 3 strongest"], ["8", "the 8 strongest"], ["999999", "all over 1 %"]];
-    const shades = [["weight", "by weight"], ["row", "by the row's largest"]];
+    const shades = [["weight", "by weight"], ["row", "within a row"]];
     controls.replaceChildren(
       make("span", { class: "note" }, "Lines of heads"), chips,
       choose("Each query", counts, state.lines, (value) => go({ lines: value })),

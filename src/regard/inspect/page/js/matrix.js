@@ -27,7 +27,7 @@ class Matrix {
     const width = this.element.clientWidth;
     if (!this.map || !width) return;
     const { T, S } = this.map;
-    const high = Math.min(640, 0.78 * innerHeight);
+    const high = Math.max(340, Math.min(640, innerHeight - 250)); // what is above the view stays in sight
     const roomy = (width - 138) / S >= 9 && (high - 90) / T >= 9;
     const margin = roomy ? this.room() : { left: 38, top: 22, right: 12 };
     const size = Math.min(36, (width - margin.left - margin.right) / S, (high - margin.top) / T);
