@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernels.test_native import agrees, problem, tensors
 from torch import Tensor
 
 import regard
+from kernels.test_native import agrees, problem, tensors
 from regard import masks
 from regard.kernels import grouped, native
 from regard.kernels.native import build

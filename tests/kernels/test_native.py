@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernels.test_kernels import MASKS
-from laws.subject import naive_precision, near
 from torch import Tensor
 
 import regard
+from kernels.test_kernels import MASKS
+from laws.subject import naive_precision, near
 from regard import masks
 from regard.kernels import native
 from regard.kernels.native import build
@@ -77,8 +77,12 @@ LONG = {
     "both sides": masks.window(9, ahead=40),
     "documents": masks.documents((torch.arange(300) // 37)[None].expand(2, -1)) & masks.causal(),
     "padding": masks.padding(lengths=torch.tensor([300, 131])),
-    "blocks by head": masks.chosen(torch.rand(1, 4, 5, 5, generator=torch.Generator().manual_seed(3)) < 0.4, 300, 300, 64),
-    "small blocks": masks.chosen(torch.rand(1, 1, 19, 19, generator=torch.Generator().manual_seed(3)) < 0.4, 300, 300, 16),
+    "blocks by head": masks.chosen(
+        torch.rand(1, 4, 5, 5, generator=torch.Generator().manual_seed(3)) < 0.4, 300, 300, 64
+    ),
+    "small blocks": masks.chosen(
+        torch.rand(1, 1, 19, 19, generator=torch.Generator().manual_seed(3)) < 0.4, 300, 300, 16
+    ),
     "global": masks.global_tokens(3) | masks.window(20),
 }
 
@@ -94,7 +98,10 @@ def test_irregular_masks(case: str) -> None:
     agrees(tensors(2, 4, 2, 29, 37, 8, 5), MASKS[case])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1, 1), (1, 2, 1, 17, 300, 40, 24), (2, 2, 2, 300, 17, 59, 96), (1, 6, 2, 129, 129, 111, 16)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1, 1, 1, 1), (1, 2, 1, 17, 300, 40, 24), (2, 2, 2, 300, 17, 59, 96), (1, 6, 2, 129, 129, 111, 16)],
+)
 def test_sizes(sizes: tuple[int, ...]) -> None:
     agrees(tensors(*sizes), masks.causal())
 

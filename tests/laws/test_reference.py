@@ -84,7 +84,12 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
                 got = regard.attention(q, k, v, mask=mask, bias=given, kernel=kernel)
             except ValueError as error:
                 reason = "only plain softmax" if case == "window" else "how far a query sees"
-                words = {"block_sparse": "no mask", "window": reason, "neighborhood": "neighborhood", "decode": "not one"}
+                words = {
+                    "block_sparse": "no mask",
+                    "window": reason,
+                    "neighborhood": "neighborhood",
+                    "decode": "not one",
+                }
                 words |= {"native": "float64", "grouped": "every query chose", "triton": "float64", "flex": "float64"}
                 says(error, f"kernel {kernel!r} can't run this", words[kernel])
                 continue

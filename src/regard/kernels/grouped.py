@@ -1,8 +1,8 @@
 """Exact attention where every query picked whole blocks of keys for itself: queries gathered by the block they picked.
 
-Neighbouring queries pick different blocks, so blocks of queries would visit nearly all keys. Here all queries that picked
-a block form a group of their own and see that block alone; what a query gets from its blocks is put together by the
-log-sum-exp of each part:
+Neighbouring queries pick different blocks, so blocks of queries would visit nearly all keys. Here all queries that
+picked a block form a group of their own and see that block alone; what a query gets from its blocks is put together by
+the log-sum-exp of each part:
 
     out_t = sum_c e^(lse_tc - lse_t) out_tc,   lse_t = log sum_c e^lse_tc
 
@@ -37,7 +37,7 @@ def why_not(p: Problem) -> list[str]:
 
 def cost(p: Problem) -> Cost:
     """The chosen pairs, of each query's own block only half, with queries and outputs copied by group."""
-    B, H, _, T, S = p.shape
+    T, S = p.shape[3:]
     choice = _choice(p)
     assert choice is not None
     share = float(choice.tiles.float().mean())
@@ -74,7 +74,7 @@ def _past(
     p: Problem, tiles: Bool[Tensor, "B H T n"], bk: int
 ) -> tuple[Float[Tensor, "B H T c V"], Float[Tensor, "B H T c"]]:
     """What each query gets from each of its blocks alone, and the log-sum-exp; -inf where it has fewer blocks."""
-    B, H, T, n = tiles.shape
+    B, H, T, _ = tiles.shape
     chosen = int(tiles.sum(3).max()) if tiles.numel() else 0
     if chosen == 0:
         # Zeros that weigh nothing, with a graph behind them.
@@ -97,7 +97,7 @@ def _past(
 
 def _groups(tiles: Bool[Tensor, "B H T n"], bk: int, S: int) -> tuple[Int[Tensor, "B H T n"], int, native.Walk]:
     """The row of each (query, block) pair among gathered queries, how many rows there are, and the walk over them."""
-    B, H, T, n = tiles.shape
+    B, H, _, n = tiles.shape
     count = tiles.sum(2)
     size = -(-count // GROUP)  # of each group, in blocks of rows
     start = size.cumsum(2) - size

@@ -7,5 +7,6 @@ from regard.normalizers.cog import Cog
 from regard.normalizers.entmax import Entmax
 from regard.normalizers.softmax import Softmax
 from regard.normalizers.sparsemax import Sparsemax
+from regard.normalizers.topk import TopK
 
-__all__ = ["AdaptiveEntmax", "Cog", "Entmax", "Softmax", "Sparsemax"]
+__all__ = ["AdaptiveEntmax", "Cog", "Entmax", "Softmax", "Sparsemax", "TopK"]

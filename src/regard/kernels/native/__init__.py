@@ -8,7 +8,6 @@ T x S tensor.
 """
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -69,7 +68,7 @@ def _transformed() -> bool:
 
 def cost(p: Problem) -> Cost:
     """The stored blocks of each head; of those that are partly masked, about half."""
-    B, H, _, T, S = p.shape
+    T, S = p.shape[3:]
     found = facts(p, BLOCK, BLOCK) if p.mask is None else facts(p, *_block(p.mask))
     pairs = T * S * found.density * (1 - found.partly / 2)
     tiles = 0.0
@@ -126,7 +125,8 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        table, bias, *given, out, lse = ctx.saved_tensors
+        table, bias, q, k, v, out, lse = ctx.saved_tensors
+        given = (q, k, v)
         grad = torch.zeros_like(out) if grad is None else grad
         if torch.is_grad_enabled():
             return None, None, *_with_graph(ctx, grad, dlse, table, bias, *given)
@@ -139,11 +139,19 @@ class _Native(torch.autograd.Function):
         dtable = None
         if table is not None and ctx.needs_input_grad[2]:
             dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
-        terms = (table, None if bias is None else bias.float())
-        inputs = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
         dlse = None if dlse is None else dlse.contiguous()
-        outputs = {"grad": grad, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
-        _call("regard_attention_backward", ctx.problem.scale, ctx.walk, *terms, **inputs, **outputs)
+        outputs: dict[str, Any] = {
+            "grad": grad,
+            "dlse": dlse,
+            "dq": dq,
+            "dk": dk,
+            "dv": dv,
+            "dtable": dtable,
+            "parts": parts,
+        }
+        bias = None if bias is None else bias.float()
+        _call("regard_attention_backward", ctx.problem.scale, ctx.walk, table, bias, **inputs, **outputs)
         if dtable is not None and table is not None:
             dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
         found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
@@ -156,10 +164,11 @@ def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | 
         raise RuntimeError("native kernel: no second derivative with blocks of one's own or through the log-sum-exp")
     table, bias, q, k, v = tensors
     p = replace(ctx.problem, q=q, k=k, v=v, bias=bias, position=None)
+    T, S = p.shape[3:]
     if table is not None:
-        by_pair = table[:, p.j - p.i[:, None] + k.shape[2] - 1][None]
+        by_pair = table[:, p.j - p.i[:, None] + S - 1][None]
         p = replace(p, bias=by_pair if bias is None else by_pair + bias)
-    out = attend(p, slice(0, q.shape[2]), slice(0, k.shape[2]))
+    out = attend(p, slice(0, T), slice(0, S))
     needed = [x if need else None for x, need in zip(tensors, ctx.needs_input_grad[2:], strict=True)]
     wanted = [x for x in needed if x is not None]
     got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
@@ -195,7 +204,7 @@ def _walk(mask: Mask | None, T: int, S: int) -> Walk:
 def _made(mask: Mask, T: int, S: int) -> Walk:
     mask = mask.to("cpu")
     layout = mask.layout(T, S, block=_block(mask))
-    Bm, Hm, nq, nk = layout.shape
+    nq = layout.shape[2]
     line = layout.rows
     r, head = line % nq, line // nq
     tile = torch.full_like(layout.cols, -1, dtype=torch.int32)
@@ -233,7 +242,7 @@ def _block(mask: Mask) -> tuple[int, int]:
 
 def _tiles(mask: Mask, layout: BlockLayout, head: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The mask inside these blocks (n, bq, bk), and which of them each block reads."""
-    (bq, bk), (Bm, Hm) = layout.block, layout.shape[:2]
+    (bq, bk), Hm = layout.block, layout.shape[1]
     index = torch.arange(len(r))
     if mask.is_shift_invariant and len(r):
         _, index = torch.unique(c * bk - r * bq, return_inverse=True)

@@ -38,7 +38,9 @@ def topk(z: Float[Tensor, "N S"], k: int) -> Float[Tensor, "N S"]:
 def entmax_backward(dp: Float[Tensor, "N S"], p: Float[Tensor, "N S"], alpha: float) -> Float[Tensor, "N S"]:
     """Gradient on the weights -> gradient on the scores. alpha = 1 is softmax."""
     dp, out = dp.contiguous(), torch.empty_like(p)
-    build.library().regard_entmax_backward(_at(p), _at(dp), _at(out), *_sizes(p), int(2 * alpha), torch.get_num_threads())
+    build.library().regard_entmax_backward(
+        _at(p), _at(dp), _at(out), *_sizes(p), int(2 * alpha), torch.get_num_threads()
+    )
     return out
 
 

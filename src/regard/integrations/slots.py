@@ -1,0 +1,253 @@
+"""What a mechanism changes in one layer of a trained model: its slots, filled for that layer and used on its calls."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.card import FEATURES
+from regard.catalog import _slots, _unknown, card
+from regard.catalog import options as options_of
+from regard.heads.gated import SigmoidGate
+from regard.integrations.transformers_call import Call
+from regard.kernels import Problem
+from regard.kinds import Gate, HeadMap, HeadShape, Mix, Normalizer, Position, Selector
+from regard.masks import Mask
+from regard.masks.algebra import Index
+from regard.normalizers.adaptive_entmax import AdaptiveEntmax
+from regard.positions.shaw import Shaw
+
+KINDS: dict[str, type] = {
+    "mask": Mask,
+    "position": Position,
+    "heads": HeadMap,
+    "normalizer": Normalizer,
+    "selector": Selector,
+    "gate": Gate,
+    "score_mix": Mix,
+    "weight_mix": Mix,
+}
+OPEN = 4.0
+"""The bias that gates start with: sigmoid(4) = 0.982 lets nearly all through and still learns."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a layer showed of itself while the model ran on a few tokens."""
+
+    shape: HeadShape
+    causal: bool
+    windowed: bool
+    cross: bool
+    rotary: bool
+    capped: bool
+    sinks: bool
+
+
+class Parts(nn.Module):
+    """A mechanism's slots in one layer."""
+
+    def __init__(self, slots: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.mask: Mask | None = slots.get("mask")
+        self.kernel: str = slots.get("kernel", "auto")
+        self.position: Position | None = slots.get("position")
+        self.heads: HeadMap | None = slots.get("heads")
+        self.score_mix: Mix | None = slots.get("score_mix")
+        self.normalizer: Normalizer | None = slots.get("normalizer")
+        self.weight_mix: Mix | None = slots.get("weight_mix")
+        self.selector: Selector | None = slots.get("selector")
+        self.gate: Gate | None = slots.get("gate")
+        self.x: Tensor | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it leaves pairs out."""
+        return self.mask is not None or self.selector is not None
+
+    def applied(self, call: Call) -> Problem:
+        """The call with this mechanism in it."""
+        p = call.problem
+        _, _, _, T, S = p.shape
+        q, k, v = (p.q, p.k, p.v) if self.heads is None else self.heads(p.q, p.k, p.v)
+        if self.position is not None and self.position.changes("rotate"):
+            q, k = self.position.rotate(q, p.i), self.position.rotate(k, p.j)
+        p = replace(
+            p,
+            q=q,
+            k=k,
+            v=v,
+            position=self.position,
+            score_mix=p.score_mix if self.score_mix is None else self.score_mix,
+            normalizer=p.normalizer if self.normalizer is None or self.normalizer.is_softmax else self.normalizer,
+            weight_mix=self.weight_mix,
+        )
+        stale = self.position is not None and not self.position.streams
+        if T < S and call.causal and (p.halo or stale):
+            raise ValueError(
+                f"swap: {self._names()} needs earlier queries or the whole length, which a cache does not keep; "
+                "generate with use_cache=False"
+            )
+        pattern = None if self.mask is None else from_first_token(self.mask, call.keep)
+        if self.selector is not None and not self.dense_now(call):
+            with torch.no_grad():
+                chosen = self.selector(p.q.detach(), p.k.detach(), p.mask)
+            pattern = chosen if pattern is None else pattern & chosen
+        return p if pattern is None else replace(p, mask=pattern if p.mask is None else p.mask & pattern)
+
+    def dense_now(self, call: Call) -> bool:
+        """Whether the selector leaves this call alone: one that judges blocks of queries together can't judge one."""
+        _, _, _, T, S = call.problem.shape
+        return self.selector is not None and not self.selector.streams and T == 1 < S
+
+    def gated(self, out: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T H V"]:
+        """The output after the gate, which reads the tokens that came into the layer."""
+        if self.gate is None:
+            return out
+        if self.x is None:
+            raise ValueError("swap: the gate reads the layer's tokens, and none were found among its arguments")
+        return self.gate(out.transpose(1, 2), self.x, "output").transpose(1, 2)
+
+    def _names(self) -> str:
+        return ", ".join(type(part).__name__ for part in self.children())
+
+
+@dataclass(frozen=True, eq=False)
+class FromFirstToken(Mask):
+    """A mask whose positions count from each batch entry's first token: `start` tokens of padding stand before it."""
+
+    part: Mask
+    start: Int[Tensor, "B"]
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        start = self.start.to(j.device)[b if len(self.start) > 1 else 0]
+        return self.part(b, h, i - start, j - start)
+
+    @property
+    def batch(self) -> int:
+        return len(self.start)
+
+    @property
+    def heads(self) -> int:
+        return self.part.heads
+
+    @property
+    def span(self) -> tuple[int | float, int | float]:
+        return self.part.span
+
+    def to(self, device: torch.device | str) -> Mask:
+        return FromFirstToken(self.part.to(device), self.start.to(device))
+
+
+def from_first_token(mask: Mask, keep: Bool[Tensor, "B S"] | None) -> Mask:
+    """The mask where left padding, if there is any, moves all tokens on."""
+    if keep is None or mask.is_shift_invariant:
+        return mask
+    start = keep.int().argmax(1)
+    return FromFirstToken(mask, start) if bool(start.any()) else mask
+
+
+def slots_of(mechanism: Any, shape: HeadShape, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The mechanism's slots for a layer of this shape. Parts that are handed in are copied if they hold parameters."""
+    if isinstance(mechanism, str):
+        cards = [card(name.strip()) for name in mechanism.split("+")]
+        own: set[str] = set().union(*(options_of(c) for c in cards if c.slots))
+        for key in options.keys() - own - {"kernel"}:
+            raise ValueError("swap: " + _unknown(f"option of {mechanism!r}", key, sorted(own | {"kernel"})))
+        filled = _slots(cards, shape, {key: value for key, value in options.items() if key in own})
+        return {**filled, "kernel": options["kernel"]} if "kernel" in options else filled
+    if options.keys() - {"kernel"}:
+        raise ValueError(f"swap: options {sorted(options)} need a mechanism's name; parts carry their own")
+    slots = mechanism if isinstance(mechanism, Mapping) else {_slot(mechanism): mechanism}
+    return {**{slot: _own(part) for slot, part in slots.items()}, **options}
+
+
+def check_mechanism(mechanism: Any) -> frozenset[str]:
+    """What the mechanism supports. Raises ValueError or TypeError, with the reason, where no layer could take it."""
+    if isinstance(mechanism, str):
+        cards = [card(name.strip()) for name in mechanism.split("+")]
+        for c in cards:
+            if c.slots is None:
+                raise ValueError(
+                    f"swap: {c.name!r} ({c.protocol}, family {c.family!r}) is no softmax pipeline over given queries, "
+                    "keys and values, so it can't take over a trained layer's projections; train a model with it"
+                )
+        return frozenset.intersection(*(c.supports for c in cards))
+    slots = mechanism if isinstance(mechanism, Mapping) else {_slot(mechanism): mechanism}
+    for slot, part in slots.items():
+        if slot not in KINDS:
+            raise ValueError("swap: " + _unknown("slot", str(slot), list(KINDS)))
+        if not isinstance(part, KINDS[slot]):
+            raise TypeError(f"swap: slot {slot!r} takes a {KINDS[slot].__name__}, got {type(part).__name__}")
+    return FEATURES
+
+
+def why_not(slots: Mapping[str, Any], about: About, supports: frozenset[str]) -> list[str]:
+    """Reasons why these slots can't serve this layer; empty if they can."""
+    reasons = []
+    position, gate = slots.get("position"), slots.get("gate")
+    mixes = [slots[name] for name in ("score_mix", "weight_mix") if name in slots]
+    if slots.get("num_kv_heads") not in (None, about.shape.num_kv_heads):
+        reasons.append("it needs other key and value projections than the trained ones")
+    if position is not None and position.changes("embed"):
+        reasons.append("it adds positions to tokens before they are projected, and the model has done that in its way")
+    if about.rotary and ("heads" in slots or (position is not None and position.changes("rotate"))):
+        reasons.append("it works on queries and keys before rotation, and the model has rotated them already")
+    if any("tokens" in mix.needs for mix in mixes):
+        reasons.append("it reads the tokens behind the keys, which a layer with a cache no longer has")
+    if gate is not None and gate.site != "output":
+        reasons.append(f"its gate sits at {gate.site!r}, and only the heads' output is in reach")
+    if about.capped and "score_mix" in slots:
+        reasons.append("the model caps its scores already, and the order of the two is not defined")
+    if about.sinks and "normalizer" in slots:
+        reasons.append("the model has learned sinks in its softmax, which no other normalizer has")
+    if about.cross and (position is not None or "mask" in slots or "cross" not in supports):
+        reasons.append("this is cross-attention, whose queries and keys share no positions")
+    elif ("causal" if about.causal else "bidirectional") not in supports:
+        reasons.append(f"it does not support {'causal' if about.causal else 'bidirectional'} attention")
+    if about.windowed and "selector" in slots:
+        reasons.append("this layer sees only a window of tokens, of which nothing is left to select")
+    return reasons
+
+
+@torch.no_grad()
+def start_as_original(part: nn.Module) -> None:
+    """Set a new part's parameters to where the layer puts out what it did before, as nearly as the part can.
+
+    Convolutions, head mixes, knocking heads, CoPE and temperatures start so by themselves. Gates have no such point
+    without a bias (a gate of weight 0 is half open), so they get one.
+    """
+    if isinstance(part, SigmoidGate):
+        if part.proj.bias is None:
+            weight = part.proj.weight
+            part.proj = nn.Linear(*weight.shape[::-1], device=weight.device, dtype=weight.dtype)
+        silu, multiply = part.activation == "silu", part.combine == "multiply"
+        # silu(1.2785) = 1 and silu(0) = 0 leave the output exactly as it was.
+        start = (1.2784645 if silu else OPEN) if multiply else (0.0 if silu else -2 * OPEN)
+        nn.init.zeros_(part.proj.weight)
+        nn.init.constant_(part.proj.bias, start)
+    elif isinstance(part, Shaw):
+        nn.init.zeros_(part.key_table)
+        nn.init.zeros_(part.value_table)
+    elif isinstance(part, AdaptiveEntmax):
+        nn.init.constant_(part.pre_alpha, -OPEN)
+
+
+def _slot(part: Any) -> str:
+    """The slot that a part fills, where its kind fills only one."""
+    for slot, kind in KINDS.items():
+        if isinstance(part, kind) and kind is not Mix:
+            return slot
+    hint = "; say which slot: {'score_mix': part}" if isinstance(part, Mix) else ""
+    raise TypeError(
+        f"swap: mechanism must be a name, a part ({', '.join(sorted({k.__name__ for k in KINDS.values()}))}) or a "
+        f"mapping of slots ({', '.join(KINDS)}) to parts, got {type(part).__name__}{hint}"
+    )
+
+
+def _own(part: Any) -> Any:
+    return copy.deepcopy(part) if isinstance(part, nn.Module) and any(True for _ in part.parameters()) else part

@@ -1,0 +1,222 @@
+"""torch.nn.MultiheadAttention with any mechanism: same constructor, same state dict, same call.
+
+Torch's masks are the other way round than regard's: True hides. What differs from torch: a query that may see nothing
+gives 0 where torch gives NaN, and the weights that come back are those before dropout.
+
+`nn.TransformerEncoderLayer` has a fast path for inference that reads the weights past the layer and would leave the
+mechanism out; `_qkv_same_embed_dim = False` tells it, by its own rule, not to take it.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.integrations.slots import About, Parts, check_mechanism, slots_of, start_as_original, why_not
+from regard.integrations.transformers_call import Call, weights
+from regard.kernels import Problem, execute
+from regard.kernels.check import check_bias
+from regard.kinds import HeadShape
+from regard.layer import head_counts
+from regard.masks import Mask, causal, dense, padding
+
+
+class MultiheadAttention(nn.Module):
+    """Drop-in for torch.nn.MultiheadAttention.
+
+    Args:
+        embed_dim ... dtype: torch's own. `add_bias_kv` and `add_zero_attn` are refused: they add keys of no token.
+        mechanism, options: as in `regard.swap`. Its parameters are in `parts`, and start where the layer is softmax's.
+
+    Shapes: query (T, B, M), key (S, B, kdim), value (S, B, vdim), or batch first, or without a batch.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mechanism: Any = "softmax",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if add_bias_kv or add_zero_attn:
+            raise ValueError("MultiheadAttention: add_bias_kv and add_zero_attn are not supported; they must be False")
+        _, D = head_counts(embed_dim, num_heads, None, None)
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, D
+        self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        self.dropout, self.batch_first = dropout, batch_first
+        self.bias_k = self.bias_v = None
+        self.add_zero_attn = False
+        self._qkv_same_embed_dim = False
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        if self.kdim == self.vdim == embed_dim:
+            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **at))
+            shapes: list[int | None] = [None] * 3
+        else:
+            self.register_parameter("in_proj_weight", None)
+            shapes = [embed_dim, self.kdim, self.vdim]
+        for name, width in zip(names, shapes):
+            parameter = None if width is None else nn.Parameter(torch.empty(embed_dim, width, **at))
+            self.register_parameter(name, parameter)
+        self.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * embed_dim, **at)) if bias else None)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **at)
+        self.supports = check_mechanism(mechanism)
+        self.parts = parts_for(mechanism, HeadShape(embed_dim, num_heads, num_heads, D), self.supports, options).to(
+            **at
+        )
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("weight"):
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.MultiheadAttention, mechanism: Any = "softmax", **options: Any
+    ) -> "MultiheadAttention":
+        """The same layer with another mechanism; weights are copied."""
+        held = module.out_proj.weight
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("MultiheadAttention: the module has add_bias_kv or add_zero_attn, which is not supported")
+        made = cls(
+            module.embed_dim,
+            module.num_heads,
+            dropout=module.dropout,
+            bias=module.in_proj_bias is not None,
+            kdim=module.kdim,
+            vdim=module.vdim,
+            batch_first=module.batch_first,
+            device=held.device,
+            dtype=held.dtype,
+            mechanism=mechanism,
+            **options,
+        )
+        made.load_state_dict({**made.state_dict(), **module.state_dict()})
+        return made.train(module.training)
+
+    def forward(
+        self,
+        query: Float[Tensor, "*b t M"],
+        key: Float[Tensor, "*b s K"],
+        value: Float[Tensor, "*b s W"],
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch's: `key_padding_mask` (B, S) and `attn_mask` (T, S) or (B H, T, S) are True where a key is HIDDEN,
+        or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one."""
+        if query.dim() not in (2, 3):
+            raise ValueError(f"MultiheadAttention: query must have 2 or 3 axes, got shape {tuple(query.shape)}")
+        batched, same = query.dim() == 3, query is key
+        if is_causal and attn_mask is None:
+            raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask, which must be given too")
+        x, keys, values = (z[None] if not batched else z if self.batch_first else z.transpose(0, 1)
+                           for z in (query, key, value))  # fmt: skip
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+        q, k, v = self._project(x, keys, values)
+        (B, H, T, D), S = q.shape, k.shape[2]
+        mask, bias = _attn_mask(attn_mask, B, H, T, S, causal_hint=is_causal)
+        keep = None
+        if key_padding_mask is not None:
+            keep, added = _hidden(key_padding_mask, (B, S), "key_padding_mask")
+            mask = padding(keep) if mask is None else mask & padding(keep)
+            if added is not None:
+                bias = added[:, None, None] if bias is None else bias + added[:, None, None]
+        p = Problem(q, k, v, D**-0.5, mask=mask, bias=bias, dropout=self.dropout if self.training else 0.0)
+        call = Call(check_bias(p), keep, need_weights)
+        check_call(self.supports, call, cross=not same)
+        changed = self.parts.applied(call)
+        self.parts.x = x
+        out = self.parts.gated(execute(changed, self.parts.kernel).transpose(1, 2))
+        self.parts.x = None
+        y = self.out_proj(out.flatten(2))
+        seen = weights(changed, self.parts.kernel) if need_weights else None
+        if seen is not None and average_attn_weights:
+            seen = seen.mean(1)
+        if not batched:
+            return y[0], None if seen is None else seen[0]
+        return y if self.batch_first else y.transpose(0, 1), seen
+
+    def _project(self, *inputs: Tensor) -> list[Tensor]:
+        """(B, H, T, D), (B, H, S, D), (B, H, S, D)."""
+        stacked = self.in_proj_weight
+        parts = (
+            stacked.chunk(3) if stacked is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        stack: Tensor | None = self.in_proj_bias  # type: ignore[assignment]
+        biases = (None,) * 3 if stack is None else stack.chunk(3)
+        return [
+            F.linear(z, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for z, weight, bias in zip(inputs, parts, biases)
+        ]
+
+
+def parts_for(mechanism: Any, shape: HeadShape, supports: frozenset[str], options: dict[str, Any]) -> Parts:
+    """The mechanism's parts for a layer that hands over plain, unrotated queries and keys."""
+    slots = slots_of(mechanism, shape, options)
+    about = About(shape, "bidirectional" not in supports, False, False, False, False, False)
+    if reasons := why_not(slots, about, supports):
+        raise ValueError(f"mechanism: it can't serve here: {'; '.join(reasons)}")
+    parts = Parts(slots)
+    for part in parts.children():
+        start_as_original(part)
+    return parts
+
+
+def check_call(supports: frozenset[str], call: Call, *, cross: bool) -> None:
+    """Raises ValueError where the mechanism does not support this kind of call."""
+    if cross and "cross" not in supports:
+        raise ValueError("mechanism: it does not support cross-attention, and query and key are different tensors")
+    if not {"causal", "bidirectional"} <= supports:
+        kind = "causal" if call.causal else "bidirectional"
+        if kind not in supports:
+            raise ValueError(f"mechanism: it does not support {kind} attention; the masks given make it so")
+
+
+def _attn_mask(
+    given: Tensor | None, B: int, H: int, T: int, S: int, *, causal_hint: bool
+) -> tuple[Mask | None, Tensor | None]:
+    if given is None:
+        return None, None
+    if causal_hint and T == S:
+        return causal(), None
+    if given.shape not in ((T, S), (B * H, T, S)):
+        raise ValueError(
+            f"MultiheadAttention: attn_mask must be {(T, S)} or {(B * H, T, S)}, got shape {tuple(given.shape)}"
+        )
+    allowed, added = _hidden(given, given.shape, "attn_mask")
+    shape = (B, H, T, S) if given.dim() == 3 else (1, 1, T, S)
+    return dense(allowed.view(shape)), None if added is None else added.view(shape)
+
+
+def _hidden(given: Tensor, shape: tuple[int, ...], name: str) -> tuple[Bool[Tensor, "..."], Tensor | None]:
+    """What torch's mask leaves to be seen, and what it adds."""
+    if given.shape != shape:
+        raise ValueError(f"MultiheadAttention: {name} must be {tuple(shape)}, got shape {tuple(given.shape)}")
+    if given.dtype == torch.bool:
+        return ~given, None
+    if not given.is_floating_point():
+        raise TypeError(f"MultiheadAttention: {name} must be bool (True = hidden) or floating point, got {given.dtype}")
+    hidden = given == -torch.inf
+    return ~hidden, given.masked_fill(hidden, 0.0)

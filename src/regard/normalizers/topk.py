@@ -1,0 +1,115 @@
+"""Top-k softmax: each query gives weight to its k best keys only, chosen by their scores.
+
+    M_ts = P_ts if P_ts >= t_t, the k-th greatest allowed score of row t, else -inf     A = softmax(M)
+    dP_ts = A_ts (dA_ts - sum_s' A_ts' dA_ts'),   so 0 for keys that are not kept
+
+Zhao et al. 2019, https://arxiv.org/abs/1912.11637: equations 5-7 and 9-12 of the authors' later text ("Extremely
+Sparse Transformer with Top-k Selective Attention", 2023, beside their code), and the code itself. Scores equal to the
+k-th stay, as there, so a row can keep more than k. Differs from the paper: k is one number; the authors' code can also
+make it a share of the keys.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard.kernels.native import rows as native
+from regard.kinds import HeadShape, Normalizer
+from regard.normalizers.softmax import softmax
+
+
+class _TopK(torch.autograd.Function):
+    """The C++ passes. The backward is softmax's and needs no selection: what was not kept has p = 0."""
+
+    @staticmethod
+    def forward(scores: Tensor, k: int, allowed: Tensor | None) -> Tensor:
+        z = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+        return native.topk(z.view(-1, z.shape[-1]), k).view(scores.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, dp: Tensor) -> tuple[Tensor, None, None]:
+        (p,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # in steps that can be differentiated again
+            return p * (dp - (p * dp).sum(-1, keepdim=True)), None, None
+        dz = native.entmax_backward(dp.reshape(-1, p.shape[-1]), p.view(-1, p.shape[-1]), 1.0)
+        return dz.view(p.shape), None, None
+
+
+def topk(
+    scores: Float[Tensor, "... S"], k: int, *, allowed: Bool[Tensor, "..."] | None = None
+) -> Float[Tensor, "... S"]:
+    """Softmax over the k greatest allowed scores of each row and whatever equals the k-th; the rest gets 0.
+
+    Rows with fewer than k allowed keys keep all of them, rows with none are 0. Raises ValueError for k < 1.
+    """
+    check_k("topk", k)
+    if not scores.is_floating_point():
+        raise TypeError(f"topk: scores must be floating point (got {scores.dtype})")
+    if scores.shape[-1] == 0:
+        return scores
+    z = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if native.ready(z):
+        return _TopK.apply(z.contiguous(), k, allowed).to(scores.dtype)
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -torch.inf)
+    kth = z.detach().topk(min(k, z.shape[-1])).values[..., -1:]
+    return softmax(z.masked_fill(z < kth, -torch.inf)).to(scores.dtype)
+
+
+def check_k(who: str, k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"{who}: k must be a whole number of at least 1 (got {k!r}); it counts the keys to keep")
+
+
+class TopK(Normalizer):
+    """Softmax over the k greatest scores of each row."""
+
+    def __init__(self, k: int = 8) -> None:
+        super().__init__()
+        check_k("TopK", k)
+        self.k = k
+
+    def forward(
+        self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
+    ) -> Float[Tensor, "B H t S"]:
+        return topk(scores, self.k, allowed=allowed)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+def _slots(shape: HeadShape, *, k: int = 8) -> dict[str, object]:
+    return {"normalizer": TopK(k)}
+
+
+CARD = register(
+    Card(
+        name="topk",
+        family="normalizers",
+        gist="Each query keeps its k best keys; softmax over those, exactly 0 elsewhere.",
+        equation="A = softmax(M),  M_ts = P_ts if P_ts >= k-th greatest of row t, else -inf",
+        paper=Paper(
+            "Explicit Sparse Transformer: Concentrated Attention Through Explicit Selection",
+            "Zhao, Lin, Zhang, Ren, Su, Sun",
+            2019,
+            "1912.11637",
+            "eqs. 5-7 and 9-12 of the authors' 2023 version, and official code",
+        ),
+        slots=_slots,
+        supports=FEATURES,
+        traits=PLAIN | {"sparse"},
+        cost=Cost("2*B*H*T*S*D + 4*B*H*T*S", "2*S*G*D"),
+        claim=(
+            "Weights stay on the k best keys however many there are, where softmax spreads them: "
+            "tests/normalizers/test_topk.py."
+        ),
+        differs=("k is one number; the authors' code can also make it a share of the keys.",),
+        verified="equation",
+        example={"k": 3},
+    )
+)
