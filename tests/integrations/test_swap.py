@@ -176,6 +176,18 @@ def test_ways_to_choose_layers(layers, names):
         assert [layer.name for layer in swapped.layers] == names
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_other_layers_and_heads_get_the_mask_that_they_know(implementation):
+    """A mask of numbers for eager attention, none or a boolean one for torch's."""
+    model, inputs = tiny("gpt2"), batch("gpt2")
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        expected = outputs(model, inputs)
+        for where in ({"layers": 0}, {"layers": 1}, {"heads": [1]}):
+            with regard.swap(model, "softmax", **where):
+                assert off(outputs(model, inputs), expected) <= bound("gpt2")
+
+
 def test_swaps_nest():
     model, tokens = shared("gpt2"), ids(2, 8)
     with torch.no_grad():

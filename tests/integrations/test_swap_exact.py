@@ -6,6 +6,7 @@ import transformers as tr
 
 import regard
 from integrations.tiny import DECODERS, MODELS, batch, bound, off, outputs, shared, tiny
+from regard.integrations.transformers_call import compute, read
 from regard.integrations.transformers_check import under_eager
 
 
@@ -127,6 +128,22 @@ def test_masks_of_the_user_s_own():
         with regard.swap(model, "softmax"):
             for mask in (added, allowed):
                 assert off(model(tokens, attention_mask=mask).logits, expected) <= bound("llama")
+
+
+@pytest.mark.parametrize(
+    ("module_says", "call_says", "causal"),
+    [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+)
+def test_without_a_mask_the_layer_says_whether_it_is_causal(module_says, call_says, causal):
+    """As torch's kernel is told in transformers: the first query then sees the first key alone."""
+    module = torch.nn.Module()
+    module.is_causal = module_says
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    call = read(module, q, k, k, None, is_causal=call_says)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=causal)
+    torch.testing.assert_close(compute(call.problem), expected.transpose(1, 2))
+    one = read(module, q[:, :, :1], k, k, None, is_causal=call_says)
+    torch.testing.assert_close(compute(one.problem), (torch.softmax(q[:, :, :1] @ k.mT / 2, -1) @ k).transpose(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -225,14 +225,19 @@ def test_entmax_keeps_nan() -> None:
 
 @pytest.mark.parametrize("k", [1, 8, 50, 5000])
 @pytest.mark.parametrize("keys", [1, 5, 16, 33, 700])
-@pytest.mark.parametrize("kind", ["random", "ties", "far apart", "close to 0"])
+@pytest.mark.parametrize("kind", ["random", "ties", "far apart", "close to 0", "neighbours"])
 def test_topk_rows(kind: str, k: int, keys: int) -> None:
     """The same keys, weights and gradients as float64, which takes torch's operations."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 11, keys, generator=generator)
-    spread = {"far apart": 8 * x, "close to 0": -6 * x.abs()}
-    x = {"random": 3 * x, "ties": (2 * x).round()}[kind] if kind not in spread else x.sign() * 10 ** spread[kind]
-    x.requires_grad_()
+    made = {
+        "random": 3 * x,
+        "ties": (2 * x).round(),
+        "far apart": x.sign() * 10 ** (8 * x),
+        "close to 0": x.sign() * 10 ** (-6 * x.abs()),
+        "neighbours": 1 + x.abs().round() * 2**-23,
+    }
+    x = made[kind].requires_grad_()
     allowed = torch.rand(7, 1, keys, generator=generator) < 0.7
     allowed[0] = False
     results = []

@@ -76,7 +76,7 @@ def choose(p: Problem, kernel: str = "auto") -> Plan:
     large = p.q.shape[0] * score_bytes(p) > MATERIALISE
     best = min((name for name in seconds if name != "eager" or not large), key=seconds.__getitem__)
     why_not = {
-        name: cannot[name] or [f"about {seconds[name] / seconds[best]:.3g} times the time: {costs[name].words}"]
+        name: cannot[name] or [f"about {seconds[name] / max(seconds[best], 1e-12):.3g} times the time: {costs[name].words}"]
         for name in KERNELS
         if name != best
     }
@@ -97,8 +97,9 @@ def _named(p: Problem, kernel: str) -> ModuleType:
 
 def execute(p: Problem, kernel: str = "auto") -> Tensor:
     """Run the problem on the kernel that `choose` takes."""
-    module = _auto(p) if kernel == "auto" else _named(p, kernel)
-    if p.q.numel() == 0 or p.k.numel() == 0:
+    empty = p.q.numel() == 0 or p.k.numel() == 0
+    module = _named(p, kernel) if kernel != "auto" else sdpa if empty else _auto(p)
+    if empty:
         module = sdpa  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
     device = "cpu" if p.q.is_cpu else p.q.device.type
     if torch.is_autocast_enabled(device):

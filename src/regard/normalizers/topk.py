@@ -98,7 +98,7 @@ CARD = register(
             "Zhao, Lin, Zhang, Ren, Su, Sun",
             2019,
             "1912.11637",
-            "eqs. 5-7 and 9-12 of the authors' 2023 version, and official code",
+            "eqs. 5-7 and 9-12 of the authors' 2023 version",
         ),
         slots=_slots,
         supports=FEATURES,

@@ -37,8 +37,8 @@ def why_not(p: Problem) -> list[str]:
     reasons = []
     if p.q.device.type not in ("cpu", "meta"):
         reasons.append(f"tensors on {p.q.device.type}, not on the CPU")
-    if type(p.q) not in (Tensor, torch.nn.Parameter) or _transformed():
-        reasons.append("it reads memory: no tensor subclasses, no torch.func transforms")
+    if not build.readable(p.q):
+        reasons.append("it reads memory: no tensor subclasses, no torch.func, no torch.compile")
     if p.q.dtype == torch.float64:
         reasons.append("float64: it computes in fp32")
     if p.normalizer is not None and not p.normalizer.is_softmax:
@@ -56,14 +56,7 @@ def why_not(p: Problem) -> list[str]:
         reasons.append("dropout")
     if p.first_key:
         reasons.append("the cache has dropped keys already; what is left is dense")
-    if torch.compiler.is_compiling():
-        reasons.append("torch.compile can't look into it")
     return reasons or build.why_not()
-
-
-def _transformed() -> bool:
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return active is not None and active()
 
 
 def cost(p: Problem) -> Cost:

@@ -41,6 +41,14 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether x is memory that C++ can read: no tensor subclass, nothing that torch.func or torch.compile traces."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or not active()
+
+
 @lru_cache(maxsize=2)
 def _load(switch: str) -> ctypes.CDLL | str:
     if switch == "0":

@@ -10,8 +10,8 @@ from regard.kernels.native import build
 
 
 def ready(x: Tensor) -> bool:
-    """Whether x can be handed over: fp32 on a CPU, not empty, not while compiling."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    """Whether x can be handed over: fp32 in the CPU's memory, and not empty."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not build.readable(x):
         return False
     return x.numel() > 0 and not build.why_not()
 
