@@ -75,8 +75,9 @@ def choose(p: Problem, kernel: str = "auto") -> Plan:
     # Whatever the time, so much memory is taken only for who asks for it by name.
     large = p.q.shape[0] * score_bytes(p) > MATERIALISE
     best = min((name for name in seconds if name != "eager" or not large), key=seconds.__getitem__)
+    times = {name: paid / max(seconds[best], 1e-12) for name, paid in seconds.items()}
     why_not = {
-        name: cannot[name] or [f"about {seconds[name] / max(seconds[best], 1e-12):.3g} times the time: {costs[name].words}"]
+        name: cannot[name] or [f"about {times[name]:.3g} times the time: {costs[name].words}"]
         for name in KERNELS
         if name != best
     }

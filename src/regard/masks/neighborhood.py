@@ -15,7 +15,6 @@ Hassani et al. 2023, https://arxiv.org/abs/2204.07143 (windows); Hassani, Shi 20
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Int
@@ -76,7 +75,7 @@ class Neighborhood(Mask):
     @property
     def steps(self) -> tuple[int, ...]:
         """How far apart in the sequence neighbours along each axis stand."""
-        return tuple(accumulate(reversed(self.sizes[1:]), int.__mul__, initial=1))[::-1]
+        return tuple(math.prod(self.sizes[n + 1 :]) for n in range(len(self.axes)))
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
         N = math.prod(self.sizes)
