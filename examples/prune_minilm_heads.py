@@ -89,8 +89,7 @@ generator = torch.Generator().manual_seed(0)
 
 
 def of_embedding(sentence: str) -> Loss:
-    """One coordinate of the sentence's embedding, along a random direction. Its gradient is 0 nowhere in particular,
-    unlike that of the distance to the full model's embedding, which is 0 where all heads are there."""
+    """The sentence's embedding along a random direction: (). Its distance to the full one would have no gradient."""
     direction = F.normalize(torch.randn(model.config.hidden_size, generator=generator), dim=0)
     return lambda gates: embed([sentence], gates) @ direction
 
@@ -133,7 +132,7 @@ def ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def kept(gates: Tensor) -> Tensor:
-    """Cosine to the full model's embeddings, and Spearman agreement of who is near to whom, mean over sentences: (2,)."""
+    """Means over sentences: cosine to the full embedding, Spearman agreement on who is near to whom. (2,)"""
     pruned = embed(sentences, gates.float())
     order, before = ranks(similarities(pruned)), ranks(similarities(full))
     agreement = torch.stack([torch.corrcoef(torch.stack(two))[0, 1] for two in zip(order, before)])
@@ -156,4 +155,4 @@ for step, gates in enumerate(by_embedding):
     table.add_row(f"{int((~gates).sum())} of {L * H}", *(f"{x:.3f}" for x in found.flatten()))
 console.print(table)
 console.print("cosine: to the unpruned embedding.  ranking: agreement on who is near to whom (Spearman).")
-console.print(f"random: the mean of {RANDOM_ORDERS} orders. A gate of 0 silences a head; it does not yet save its work.")
+console.print(f"random: the mean of {RANDOM_ORDERS} orders.  A gate of 0 silences a head; its work is still done.")

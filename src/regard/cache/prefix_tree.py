@@ -20,13 +20,14 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.kernels.triton_decode import Pieces, pieces, rows_at_once, triton_decode
+if TYPE_CHECKING:
+    from regard.kernels.triton_decode import Pieces
 
 
 @dataclass(eq=False)
@@ -102,7 +103,7 @@ class PrefixTree:
         self._lengths: dict[int, int] = {}
         self._ids, self._uids = 0, 0
         self._last_plan: _Plan | None = None
-        self._last_pieces: tuple[_Plan, int, Pieces] | None = None
+        self._last_pieces: tuple[_Plan, int, "Pieces"] | None = None
 
     # --- what is held -------------------------------------------------------------------------------------------
 
@@ -220,6 +221,8 @@ class PrefixTree:
         scale = D**-0.5 if scale is None else scale
         if kernel == "triton":
             lengths = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=q.device)
+            from regard.kernels.triton_decode import triton_decode
+
             return triton_decode(q, self.k, self.v, self._pieces(plan, H // G), lengths, scale=scale)
         wide = torch.promote_types(q.dtype, torch.float32)
         grouped = (q.to(wide) * scale).view(N, G, H // G, D).transpose(0, 1)
@@ -415,10 +418,12 @@ class PrefixTree:
         self._last_plan = _Plan(paths, shared, [self._stretches(chunks) for chunks in alone], before)
         return self._last_plan
 
-    def _pieces(self, plan: _Plan, heads: int) -> Pieces:
+    def _pieces(self, plan: _Plan, heads: int) -> "Pieces":
         """The plan as the kernels want it, for so many query heads to a key head."""
         last = self._last_pieces
         if last is None or last[0] is not plan or last[1] != heads:
+            from regard.kernels.triton_decode import pieces, rows_at_once
+
             shared = [(rows.tolist(), stretches) for rows, stretches in plan.shared]
             cut = pieces(shared, plan.own, plan.before, rows_at_once=rows_at_once(heads), device=self.k.device)
             last = self._last_pieces = plan, heads, cut

@@ -61,11 +61,12 @@ Range seen(const uint8_t* tile, int64_t bk, int64_t rows, int64_t keys) {
     int64_t lo = keys, hi = 0;
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t* row = tile + r * bk;
-        int64_t a = 0, z = keys;
-        while (a < lo && !row[a]) a++;
-        while (z > hi && !row[z - 1]) z--;
-        lo = std::min(lo, a);
-        hi = std::max(hi, z);
+        if (const void* first = memchr(row, 1, lo)) lo = (const uint8_t*)first - row;
+        int64_t end = keys;
+        for (uint64_t eight; end - 8 >= hi; end -= 8)
+            if (memcpy(&eight, row + end - 8, 8), eight) break;
+        while (end > hi && !row[end - 1]) end--;
+        hi = std::max(hi, end);
     }
     return {lo, hi};
 }
