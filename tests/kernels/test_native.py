@@ -320,3 +320,25 @@ def test_gradient_of_the_log_sum_exp() -> None:
         want = torch.autograd.grad(exact, wide[:2], retain_graph=True)
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g.double(), w, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_reaches_exactly_the_rows_that_see_it(where: str, value: float, dtype: torch.dtype) -> None:
+    """And gradients of the others stay finite."""
+    mask = masks.causal() & masks.window(40) & ~masks.blocks(7)
+    given = {n: x.detach() for n, x in zip("qkv", tensors(1, 2, 1, 200, 200, 16, 16, dtype), strict=True)}
+    given[where][0, 0, 100, 3] = value
+    xs = [x.requires_grad_() for x in given.values()]
+    out = regard.attention(*xs, mask=mask, kernel="native")
+    seen = mask.dense(200, 200)[0, 0]
+    hit = torch.zeros(2, 200, dtype=torch.bool)
+    if where == "q":
+        hit[0, 100] = seen[100].any()
+    else:
+        hit[:] = seen[:, 100]
+    assert torch.equal(out[0].isnan().all(-1), hit)
+    assert out[0][~hit].isfinite().all()
+    grads = torch.autograd.grad(out[0][~hit].float().square().sum(), xs)
+    assert all(g.isfinite().all() for g in grads)

@@ -50,7 +50,10 @@ class Report:
         lines = [head, *body]
         widths = [max(len(line[n]) for line in lines) for n in range(5)]
         cells = [[c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(x, widths))] for x in lines]
-        return "\n".join("  ".join(line) for line in cells)
+        return "\n".join("  ".join(line).rstrip() for line in cells)
+
+    def __rich__(self) -> str:
+        return str(self)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 from regard.kernels.block_sparse import facts
 from regard.kernels.cost import Cost, asked, io, products
 from regard.kernels.native import build
-from regard.kernels.problem import Problem, attend
+from regard.kernels.problem import Problem, attend, honest
 from regard.kinds import Rows
 from regard.masks import BlockLayout, Mask, full
 from regard.masks.algebra import by_value
@@ -68,17 +68,24 @@ def cost(p: Problem) -> Cost:
     if p.mask is not None and not by_value(p.mask):
         tiles = p.mask.batch * p.mask.heads * asked(p.mask) * T * S * found.density * found.partly
     words = f"C++, {found.density:.0%} of the blocks" if found.density < 1 else "C++"
-    return Cost(products(p, pairs), tiles, 25, words, 2 * io(p), "native")
+    return Cost(products(p, pairs), tiles, 25, words, io(p), "native")
 
 
 def run(p: Problem) -> Tensor:
-    """(B, H, T, V)."""
-    return with_lse(p)[0]
+    """(B, H, T, V), honest about NaN by itself: it sees queries, keys and outputs pass by."""
+    odd: list[bool] = []
+    out, _ = _attend(p, None, odd)
+    return honest(p, lambda clean: with_lse(clean)[0]) if odd[0] else out
 
 
 def with_lse(p: Problem, walk: "Walk | None" = None) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
     """Outputs, and the log-sum-exp of each row's scores in fp32: -inf where a row sees nothing. Both can be
     differentiated. A walk over other blocks may stand in for the mask's; it can't be differentiated twice."""
+    return _attend(p, walk, [])
+
+
+def _attend(p: Problem, walk: "Walk | None", odd: list[bool]) -> tuple[Tensor, Tensor]:
+    """The same; `odd` is told whether a query, a key or an output was NaN or infinite."""
     T, S = p.shape[3:]
     table = None
     if p.position_bias is not None:
@@ -86,7 +93,7 @@ def with_lse(p: Problem, walk: "Walk | None" = None) -> tuple[Float[Tensor, "B H
         i, j = torch.tensor([S - 1]), torch.arange(S + T - 1)
         rows = Rows(q=p.q[:, :, :1], k=p.k[:, :, :1], scores=p.q.new_empty(0), i=i, j=j)
         table = p.position_bias.bias(rows).float()[0, :, 0].contiguous()
-    out, lse = _Native.apply(p, walk, table, p.bias, p.q, p.k, p.v)
+    out, lse = _Native.apply(p, walk, odd, table, p.bias, p.q, p.k, p.v)
     return out, lse
 
 
@@ -96,6 +103,7 @@ class _Native(torch.autograd.Function):
         ctx: Any,
         p: Problem,
         other: "Walk | None",
+        odd: list[bool],
         table: Tensor | None,
         bias: Tensor | None,
         q: Tensor,
@@ -109,7 +117,10 @@ class _Native(torch.autograd.Function):
         out = z.new_empty(*x.shape[:3], z.shape[3])
         lse = torch.empty(x.shape[:3], dtype=torch.float32)
         name = "regard_attention_bf16" if tiles else "regard_attention"
-        _call(name, p.scale, walk, table, None if bias is None else bias.float(), q=x, k=y, v=z, out=out, lse=lse)
+        flag = torch.zeros(1, dtype=torch.int32)
+        bias_ = None if bias is None else bias.float()
+        _call(name, p.scale, walk, table, bias_, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
+        odd.append(bool(flag))
         out = out[..., : v.shape[3]].to(q.dtype)
         ctx.problem, ctx.walk, ctx.by_mask = p, walk, other is None
         ctx.save_for_backward(table, bias, q, k, v, out, lse)
@@ -122,7 +133,7 @@ class _Native(torch.autograd.Function):
         given = (q, k, v)
         grad = torch.zeros_like(out) if grad is None else grad
         if torch.is_grad_enabled():
-            return None, None, *_with_graph(ctx, grad, dlse, table, bias, *given)
+            return None, None, None, *_with_graph(ctx, grad, dlse, table, bias, *given)
         lanes = build.library().regard_lanes()
         q, k, v, out, grad = (_vectors(t.float(), lanes) for t in (*given, out, grad))
         tasks = q.shape[0] * k.shape[1]
@@ -130,7 +141,7 @@ class _Native(torch.autograd.Function):
         dq = q.new_zeros(parts, *q.shape)
         dk, dv = (torch.empty(t.shape) for t in (k, v))
         dtable = None
-        if table is not None and ctx.needs_input_grad[2]:
+        if table is not None and ctx.needs_input_grad[3]:
             dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
         inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
         dlse = None if dlse is None else dlse.contiguous()
@@ -148,7 +159,7 @@ class _Native(torch.autograd.Function):
         if dtable is not None and table is not None:
             dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
         found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
-        return None, None, dtable, None, *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True))
+        return None, None, None, dtable, None, *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True))
 
 
 def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -162,7 +173,7 @@ def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | 
         by_pair = table[:, p.j - p.i[:, None] + S - 1][None]
         p = replace(p, bias=by_pair if bias is None else by_pair + bias)
     out = attend(p, slice(0, T), slice(0, S))
-    needed = [x if need else None for x, need in zip(tensors, ctx.needs_input_grad[2:], strict=True)]
+    needed = [x if need else None for x, need in zip(tensors, ctx.needs_input_grad[3:], strict=True)]
     wanted = [x for x in needed if x is not None]
     got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
     return [None if x is None else next(got) for x in needed]
@@ -266,7 +277,7 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         [(n, ctypes.c_int64) for n in ("B", "H", "G", "T", "S", "D", "V", "threads")]
         + [(n, _View) for n in ("q", "k", "v", "out")]
-        + [(n, ctypes.c_void_p) for n in ("lse", "kt")]
+        + [(n, ctypes.c_void_p) for n in ("lse", "kt", "odd")]
         + [("scale", ctypes.c_float)]
         + [(n, ctypes.c_int64) for n in ("bq", "bk", "Bm", "Hm")]
         + [(n, ctypes.c_void_p) for n in ("row_ptr", "cols", "tile", "tiles", "table")]
@@ -294,6 +305,7 @@ def _call(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    odd: Tensor | None = None,
     dlse: Tensor | None = None,
     dtable: Tensor | None = None,
     parts: int = 1,
@@ -313,6 +325,7 @@ def _call(
         strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
         p.bias, p.bias_b, p.bias_h, p.bias_t, p.bias_s = bias.data_ptr(), *strides
     p.vt = vt.data_ptr()
+    p.odd = None if odd is None else odd.data_ptr()
     if grad is not None:
         delta = torch.empty_like(lse)
         p.grad, p.dq, p.dk, p.dv, p.delta = *map(_view, (grad, dq, dk, dv)), delta.data_ptr()

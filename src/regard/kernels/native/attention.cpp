@@ -4,7 +4,7 @@
 
 namespace {
 // to[panel][d][j] = from[panel * NR + j][d]; keys beyond S are 0.
-void transposed(const View& from, float* to, int64_t B, int64_t G, int64_t S, int64_t D) {
+void transposed(const View& from, float* to, int64_t B, int64_t G, int64_t S, int64_t D, int32_t* odd) {
     int64_t n = cut(S, NR);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * G * n; i++) {
@@ -13,6 +13,7 @@ void transposed(const View& from, float* to, int64_t B, int64_t G, int64_t S, in
         for (int64_t j = 0; j < NR; j++) {
             int64_t s = p * NR + j;
             const float* in = from.at(i / n / G, i / n % G, s < S ? s : 0);
+            if (odd && !finite(in, D)) *odd = 1;
             for (int64_t d = 0; d < D; d++) out[d * NR + j] = s < S ? in[d] : 0.0f;
         }
     }
@@ -28,11 +29,13 @@ struct Fp32 {
 
     explicit Fp32(const Attention& p) : o(new (std::align_val_t(64)) float[p.bq * p.V]) {}
     ~Fp32() { operator delete[](o, std::align_val_t(64)); }
-    void at(const Attention& given, int64_t b, int64_t h, int64_t first, int64_t) {
+    void at(const Attention& given, int64_t b, int64_t h, int64_t first, int64_t count) {
         int64_t g = h / (given.H / given.G);
         p = &given;
         q = p->q.at(b, h, first), v = p->v.at(b, g, 0), out = {p->out.at(b, h, 0), 0, 0, p->out.t};
         kt = (const float*)p->kt + (b * p->G + g) * cut(p->S, NR) * NR * p->D;
+        for (int64_t i = 0; i < count; i++)
+            if (!finite(q + i * p->q.t, p->D)) *p->odd = 1;
     }
     void scores(int64_t m, int64_t rows, int64_t s, int64_t width, float* x) {
         product(rows, width, p->D, q + m * p->q.t, p->q.t, 1, kt + s * p->D, NR, NR * p->D, x, MOST, false);
@@ -51,7 +54,7 @@ extern "C" int regard_lanes() { return W; }
 extern "C" void regard_attention(const Attention* p) {
 #pragma omp parallel num_threads(p->threads)
     {
-        transposed(p->k, (float*)p->kt, p->B, p->G, p->S, p->D);
+        transposed(p->k, (float*)p->kt, p->B, p->G, p->S, p->D, p->odd);
         Fp32 unit(*p);
         forward(*p, unit);
     }
@@ -99,8 +102,8 @@ extern "C" void regard_attention_backward(const Attention* given) {
     int64_t nk = cut(p.S, p.bk), group = p.H / p.G;
 #pragma omp parallel num_threads(p.threads)
     {
-        transposed(p.k, (float*)p.kt, p.B, p.G, p.S, p.D);
-        transposed(p.v, (float*)p.vt, p.B, p.G, p.S, p.V);
+        transposed(p.k, (float*)p.kt, p.B, p.G, p.S, p.D, nullptr);
+        transposed(p.v, (float*)p.vt, p.B, p.G, p.S, p.V, nullptr);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < p.B * p.H * p.T; i++) {
             int64_t b = i / p.T / p.H, h = i / p.T % p.H, t = i % p.T;

@@ -29,6 +29,7 @@ extern "C" struct Attention {
     View q, k, v, out;
     float* lse;      // (B, H, T)
     void* kt;        // scratch: keys in the order in which the products read them
+    int32_t* odd;    // set to 1 where a query, a key or an output is NaN or infinite
     float scale;
     // Block layout; Bm and Hm are 1 or B and H. tile is -1 for full blocks, else an index into tiles (n, bq, bk).
     int64_t bq, bk, Bm, Hm;
@@ -53,6 +54,13 @@ extern "C" struct Attention {
 
 namespace {
 inline int64_t cut(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// n is a multiple of W.
+inline bool finite(const float* x, int64_t n) {
+    vf probe = {};
+    for (int64_t j = 0; j < n; j += W) probe += load(x + j) * 0.0f;
+    return sum(probe) == 0;
+}
 
 struct Range { int64_t lo, hi; };
 
@@ -145,6 +153,7 @@ void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& un
         }
     }
     for (int64_t i = 0; i < count; i++) {
+        if (!finite(o + i * p.V, p.V)) *p.odd = 1;
         unit.write(first + i, o + i * p.V, total[i] > 0 ? 1.0f / total[i] : 0.0f);
         p.lse[(b * p.H + h) * p.T + first + i] = total[i] > 0 ? top[i] + std::log(total[i]) : -INF;
     }

@@ -69,6 +69,12 @@ inline void narrow(const float* from, bf16* to, int64_t n, float by = 1.0f) {
     }
 }
 
+inline bool finite(const bf16* x, int64_t n) {
+    int bad = 0;
+    for (int64_t j = 0; j < n; j++) bad |= (x[j] & 0x7f80) == 0x7f80;
+    return !bad;
+}
+
 struct Bf16 {
     static constexpr int64_t STRIP = 32, GRAIN = PAIR;
     static constexpr bool ROUGH = true;
@@ -96,6 +102,7 @@ struct Bf16 {
                 memcpy(q + i * p->D, p->q.at<bf16>(b, h, first + i), p->D * 2);
             else
                 memset(q + i * p->D, 0, p->D * 2);
+        if (!finite(q, count * p->D)) *p->odd = 1;
         std::fill(o + count * p->V, o + (count + STRIP) * p->V, 0.0f);
         kt = (const bf16*)p->kt + (b * p->G + g) * wide * p->D;
         vt = (const bf16*)p->vt + (b * p->G + g) * wide * p->V;
@@ -126,6 +133,7 @@ void packed(const Attention& p) {
             bool in = s + j < p.S;
             const bf16 *key = p.k.at<bf16>(bg / p.G, bg % p.G, in ? s + j : 0);
             const bf16 *value = p.v.at<bf16>(bg / p.G, bg % p.G, in ? s + j : 0);
+            if (!finite(key, p.D)) *p.odd = 1;
             for (int64_t d = 0; d < p.D; d++) k[d / 2 * 2 * R + 2 * j + d % 2] = in ? key[d] : 0;
             for (int64_t d = 0; d < p.V; d++) v[d / R * R * wide + j / 2 * 2 * R + 2 * (d % R) + j % 2] = in ? value[d] : 0;
         }
