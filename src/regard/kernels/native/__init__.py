@@ -159,7 +159,14 @@ class _Native(torch.autograd.Function):
         if dtable is not None and table is not None:
             dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
         found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
-        return None, None, None, dtable, None, *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True))
+        return (
+            None,
+            None,
+            None,
+            dtable,
+            None,
+            *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True)),
+        )
 
 
 def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
