@@ -3,8 +3,9 @@
     piece:  m = max_j s_j    z = sum_j exp(s_j - m)    o = sum_j exp(s_j - m) v_j        s_j = scale q . k_j
     merge:  m' = max m       z' = sum exp(m - m') z    o' = sum exp(m - m') o            out = o' / z'
 
-Ye et al. 2024, https://arxiv.org/abs/2402.15220: chunk first, sequence first. Dao et al. 2023, "Flash-Decoding", of
-which this is the case without sharing: long caches are cut so that there is work for all processors.
+Ye et al. 2024, https://arxiv.org/abs/2402.15220 (abstract and code, as the card says): chunk first, sequence first. The
+case without sharing is split-KV decoding, known as Flash-Decoding (not read): long caches are cut so that there is work
+for all processors.
 """
 
 import triton

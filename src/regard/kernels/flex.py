@@ -4,7 +4,8 @@ Positions that add a function of distance are looked up in a table with one entr
 up in itself. On GPUs torch.compile makes one kernel for each structure of mask and bias. On the CPU the formula is
 followed without compiling, which forms all scores: that is for checking what is handed to torch, not for speed.
 
-Dong, Feng, Guessous, Liang, He 2024, https://arxiv.org/abs/2412.05496. Never run on a GPU yet.
+Dong, Feng, Guessous, Liang, He 2024, https://arxiv.org/abs/2412.05496 (not read: torch's own
+documentation was followed). Never run on a GPU yet.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from regard.kernels import block_sparse
 from regard.kernels.cost import Cost, io, passed, products
-from regard.kernels.problem import Problem
+from regard.kernels.problem import Problem, beyond_softmax
 from regard.kinds import Rows
 from regard.masks import BlockLayout, Mask
 from regard.masks.algebra import by_value
@@ -31,14 +32,7 @@ ACCELERATORS = ("cuda", "xpu")
 
 def why_not(p: Problem) -> list[str]:
     """It is softmax attention with masks and additive terms, and trains on accelerators only."""
-    reasons = []
-    if p.normalizer is not None and not p.normalizer.is_softmax:
-        reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
-    for name in ("score_mix", "weight_mix"):
-        if (stage := getattr(p, name)) is not None:
-            reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
-    if p.position_values is not None:
-        reasons.append(f"position {type(p.position).__name__} adds to the values")
+    reasons = beyond_softmax(p)
     if p.position_bias is not None and not p.position_bias.by_distance:
         reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
     if p.dropout:

@@ -7,7 +7,8 @@ the log-sum-exp of each part:
     out_t = sum_c e^(lse_tc - lse_t) out_tc,   lse_t = log sum_c e^lse_tc
 
 The block in which a causal query itself stands is the one that is partly hidden; all queries' own blocks are a second,
-block-diagonal pass. (The MoBA authors' efficient implementation, arXiv 2502.13189, algorithm 1, has the same two.)
+block-diagonal pass. It computes any mask of this kind, MoBA's (arXiv 2502.13189) being the one in the catalogue;
+how the paper's own implementation goes about it was not read.
 """
 
 from dataclasses import replace

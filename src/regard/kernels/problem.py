@@ -78,6 +78,19 @@ class Problem:
         return sum(s.halo for s in self.stages)
 
 
+def beyond_softmax(p: Problem) -> list[str]:
+    """The stages that no fused softmax kernel can express, in words: other normalisers, mixes, what adds to values."""
+    reasons = []
+    if p.normalizer is not None and not p.normalizer.is_softmax:
+        reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
+    for name in ("score_mix", "weight_mix"):
+        if (stage := getattr(p, name)) is not None:
+            reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
+    if p.position_values is not None:
+        reasons.append(f"position {type(p.position).__name__} adds to the values")
+    return reasons
+
+
 Keys = slice | Tensor
 
 CAUSAL = causal()

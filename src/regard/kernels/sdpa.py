@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernels.cost import Cost, checked, formed, maps, products, reached
-from regard.kernels.problem import CAUSAL, Keys, Problem, by_rows, chunk_rows, key_range, rectangle
+from regard.kernels.problem import CAUSAL, Keys, Problem, beyond_softmax, by_rows, chunk_rows, key_range, rectangle
 
 BIAS_BYTES = 8 * 2**20
 """Mask and bias formed at once stay within this."""
@@ -17,14 +17,7 @@ BIAS_BYTES = 8 * 2**20
 
 def why_not(p: Problem) -> list[str]:
     """What torch's kernel can't express."""
-    reasons = []
-    if p.normalizer is not None and not p.normalizer.is_softmax:
-        reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
-    for name in ("score_mix", "weight_mix"):
-        if (stage := getattr(p, name)) is not None:
-            reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
-    if p.position_values is not None:
-        reasons.append(f"position {type(p.position).__name__} adds to the values")
+    reasons = beyond_softmax(p)
     if p.position_bias is not None and "scores" in p.position_bias.needs:
         reasons.append(f"position {type(p.position).__name__} reads the scores")
     return reasons

@@ -7,29 +7,24 @@ diagonal. A position whose bias depends on i - j alone is read from a table with
 T x S tensor.
 """
 
-import ctypes
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from regard.kernels.block_sparse import facts
 from regard.kernels.cost import Cost, asked, io, products
 from regard.kernels.native import build
-from regard.kernels.problem import Problem, attend, honest
+from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, walk, walk_of
+from regard.kernels.native.struct import call
+from regard.kernels.problem import Problem, attend, beyond_softmax, honest
 from regard.kinds import Rows
-from regard.masks import BlockLayout, Mask, full
 from regard.masks.algebra import by_value
 
-BLOCK = 128
-MOST = 256
-"""Queries and keys in a block at most (as in attention.h)."""
-PANEL = 32
-"""Keys are laid out by so many, or a divisor of it."""
+__all__ = ["PANEL", "Walk", "cost", "run", "walk", "why_not", "with_lse"]
 
 
 def why_not(p: Problem) -> list[str]:
@@ -41,13 +36,7 @@ def why_not(p: Problem) -> list[str]:
         reasons.append("it reads memory: no tensor subclasses, no torch.func, no torch.compile")
     if p.q.dtype == torch.float64:
         reasons.append("float64: it computes in fp32")
-    if p.normalizer is not None and not p.normalizer.is_softmax:
-        reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
-    for name in ("score_mix", "weight_mix"):
-        if (stage := getattr(p, name)) is not None:
-            reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
-    if p.position_values is not None:
-        reasons.append(f"position {type(p.position).__name__} adds to the values")
+    reasons += beyond_softmax(p)
     if p.position_bias is not None and not p.position_bias.by_distance:
         reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
     if p.bias is not None and p.bias.requires_grad and torch.is_grad_enabled():
@@ -62,7 +51,7 @@ def why_not(p: Problem) -> list[str]:
 def cost(p: Problem) -> Cost:
     """The stored blocks of each head; of those that are partly masked, about half."""
     T, S = p.shape[3:]
-    found = facts(p, BLOCK, BLOCK) if p.mask is None else facts(p, *_block(p.mask))
+    found = facts(p, BLOCK, BLOCK) if p.mask is None else facts(p, *block_of(p.mask))
     pairs = T * S * found.density * (1 - found.partly / 2)
     tiles, calls = 0.0, 25
     if p.mask is not None and not by_value(p.mask):  # laid out anew at every call
@@ -79,13 +68,13 @@ def run(p: Problem) -> Tensor:
     return honest(p, lambda clean: with_lse(clean)[0]) if odd[0] else out
 
 
-def with_lse(p: Problem, walk: "Walk | None" = None) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
+def with_lse(p: Problem, walk: Walk | None = None) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
     """Outputs, and the log-sum-exp of each row's scores in fp32: -inf where a row sees nothing. Both can be
     differentiated. A walk over other blocks may stand in for the mask's; it can't be differentiated twice."""
     return _attend(p, walk, [])
 
 
-def _attend(p: Problem, walk: "Walk | None", odd: list[bool]) -> tuple[Tensor, Tensor]:
+def _attend(p: Problem, walk: Walk | None, odd: list[bool]) -> tuple[Tensor, Tensor]:
     """The same; `odd` is told whether a query, a key or an output was NaN or infinite."""
     T, S = p.shape[3:]
     table = None
@@ -103,7 +92,7 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any,
         p: Problem,
-        other: "Walk | None",
+        other: Walk | None,
         odd: list[bool],
         table: Tensor | None,
         bias: Tensor | None,
@@ -111,7 +100,7 @@ class _Native(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        walk = other or _walk(p.mask, q.shape[2], k.shape[2])
+        walk = other or walk_of(p.mask, q.shape[2], k.shape[2])
         tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
         work = torch.bfloat16 if tiles else torch.float32
         x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
@@ -120,7 +109,7 @@ class _Native(torch.autograd.Function):
         name = "regard_attention_bf16" if tiles else "regard_attention"
         flag = torch.zeros(1, dtype=torch.int32)
         bias_ = None if bias is None else bias.float()
-        _call(name, p.scale, walk, table, bias_, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
+        call(name, p.scale, walk, table, bias_, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
         odd.append(bool(flag))
         out = out[..., : v.shape[3]].to(q.dtype)
         ctx.problem, ctx.walk, ctx.by_mask = p, walk, other is None
@@ -156,7 +145,7 @@ class _Native(torch.autograd.Function):
             "parts": parts,
         }
         bias = None if bias is None else bias.float()
-        _call("regard_attention_backward", ctx.problem.scale, ctx.walk, table, bias, **inputs, **outputs)
+        call("regard_attention_backward", ctx.problem.scale, ctx.walk, table, bias, **inputs, **outputs)
         if dtable is not None and table is not None:
             dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
         found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
@@ -191,152 +180,3 @@ def _vectors(x: Tensor, lanes: int) -> Tensor:
     """x with a width of whole vectors and a contiguous last axis."""
     x = F.pad(x, (0, -x.shape[3] % lanes)) if x.shape[3] % lanes else x
     return x if x.stride(3) == 1 else x.contiguous()
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A block layout as attention.cpp reads it, by rows and by columns."""
-
-    block: tuple[int, int]
-    heads: tuple[int, int]
-    row_ptr: Int[Tensor, "P"]
-    cols: Int[Tensor, "N"]
-    tile: Int[Tensor, "N"]
-    tiles: Bool[Tensor, "n bq bk"]
-    col_ptr: Int[Tensor, "Q"]
-    rows: Int[Tensor, "N"]
-    entry: Int[Tensor, "N"]
-
-
-def _walk(mask: Mask | None, T: int, S: int) -> Walk:
-    mask = full() if mask is None else mask
-    return (_known if by_value(mask) else _made)(mask, T, S)
-
-
-def _made(mask: Mask, T: int, S: int) -> Walk:
-    mask = mask.to("cpu")
-    layout = mask.layout(T, S, block=_block(mask))
-    nq = layout.shape[2]
-    line = layout.rows
-    r, head = line % nq, line // nq
-    tile = torch.full_like(layout.cols, -1, dtype=torch.int32)
-    partial = (~layout.full).nonzero().flatten()
-    tiles, index = _tiles(mask, layout, head[partial], r[partial], layout.cols[partial])
-    tile[partial] = index.int()
-    return walk(layout.block, layout.shape, layout.row_ptr, layout.cols, tile, tiles)
-
-
-def walk(
-    block: tuple[int, int],
-    shape: tuple[int, int, int, int],
-    row_ptr: Int[Tensor, "P"],
-    cols: Int[Tensor, "N"],
-    tile: Int[Tensor, "N"],
-    tiles: Bool[Tensor, "n bq bk"],
-) -> Walk:
-    """The walk over stored blocks as in `BlockLayout`; tile -1 is full, others count in `tiles`."""
-    Bm, Hm, nq, nk = shape
-    line = torch.arange(Bm * Hm * nq).repeat_interleave(row_ptr.diff())
-    column = line // nq * nk + cols
-    entry = column.argsort(stable=True)
-    col_ptr = F.pad(torch.bincount(column, minlength=Bm * Hm * nk).cumsum(0), (1, 0))
-    return Walk(block, (Bm, Hm), row_ptr, cols, tile, tiles, col_ptr, line[entry] % nq, entry)
-
-
-_known = lru_cache(maxsize=16)(_made)
-
-
-def _block(mask: Mask) -> tuple[int, int]:
-    """Its own grain where whole panels fit, else `BLOCK`."""
-    q, k = mask.grain or (BLOCK, BLOCK)
-    return (q if PANEL <= q <= MOST else BLOCK), (k if k % PANEL == 0 and k <= MOST else BLOCK)
-
-
-def _tiles(mask: Mask, layout: BlockLayout, head: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask inside these blocks (n, bq, bk), and which of them each block reads."""
-    (bq, bk), Hm = layout.block, layout.shape[1]
-    index = torch.arange(len(r))
-    if mask.is_shift_invariant and len(r):
-        _, index = torch.unique(c * bk - r * bq, return_inverse=True)
-        first = torch.full((int(index.max()) + 1,), len(r)).scatter_reduce_(0, index, torch.arange(len(r)), "amin")
-        head, r, c = head[first], r[first], c[first]
-    i = r[:, None, None] * bq + torch.arange(bq)[:, None] + layout.S - layout.T
-    j = c[:, None, None] * bk + torch.arange(bk)
-    if not mask.is_shift_invariant:
-        i, j = i.clamp(max=layout.S - 1), j.clamp(max=layout.S - 1)
-    b, h = (x[:, None, None] for x in (head // Hm, head % Hm))
-    pieces = [
-        mask(b[at], h[at], i[at], j[at]).expand(-1, bq, bk).contiguous() for at in torch.arange(len(r)).split(256)
-    ]
-    return torch.cat(pieces) if pieces else torch.empty(0, bq, bk, dtype=torch.bool), index
-
-
-class _View(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("b", ctypes.c_int64), ("h", ctypes.c_int64), ("t", ctypes.c_int64)]
-
-
-def _view(x: Tensor | None) -> _View:
-    return _View() if x is None else _View(x.data_ptr(), *x.stride()[-4:-1])
-
-
-class _Attention(ctypes.Structure):
-    """`Attention` of attention.cpp, field by field."""
-
-    _fields_ = (
-        [(n, ctypes.c_int64) for n in ("B", "H", "G", "T", "S", "D", "V", "threads")]
-        + [(n, _View) for n in ("q", "k", "v", "out")]
-        + [(n, ctypes.c_void_p) for n in ("lse", "kt", "odd")]
-        + [("scale", ctypes.c_float)]
-        + [(n, ctypes.c_int64) for n in ("bq", "bk", "Bm", "Hm")]
-        + [(n, ctypes.c_void_p) for n in ("row_ptr", "cols", "tile", "tiles", "table")]
-        + [("table_h", ctypes.c_int64), ("bias", ctypes.c_void_p)]
-        + [(n, ctypes.c_int64) for n in ("bias_b", "bias_h", "bias_t", "bias_s")]
-        + [(n, _View) for n in ("grad", "dq", "dk", "dv")]
-        + [(n, ctypes.c_void_p) for n in ("vt", "delta", "dlse", "dtable", "col_ptr", "rows", "entry")]
-        + [("parts", ctypes.c_int64)]
-    )
-
-
-def _call(
-    name: str,
-    scale: float,
-    walk: Walk,
-    table: Tensor | None,
-    bias: Tensor | None,
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor | None = None,
-    dq: Tensor | None = None,
-    dk: Tensor | None = None,
-    dv: Tensor | None = None,
-    odd: Tensor | None = None,
-    dlse: Tensor | None = None,
-    dtable: Tensor | None = None,
-    parts: int = 1,
-) -> None:
-    lib = build.library()
-    (B, H, T, D), (G, S), V = q.shape, k.shape[1:3], v.shape[3]
-    keys = -(-S // PANEL) * PANEL
-    kt, vt = q.new_empty(B * G, keys, D), v.new_empty(B * G, keys, V)
-    p = _Attention(B=B, H=H, G=G, T=T, S=S, D=D, V=V, threads=torch.get_num_threads())
-    p.q, p.k, p.v, p.out, p.lse, p.kt, p.scale = *map(_view, (q, k, v, out)), lse.data_ptr(), kt.data_ptr(), scale
-    (p.bq, p.bk), (p.Bm, p.Hm) = walk.block, walk.heads
-    for field in ("row_ptr", "cols", "tile", "tiles", "col_ptr", "rows", "entry"):
-        setattr(p, field, getattr(walk, field).data_ptr())
-    if table is not None:
-        p.table, p.table_h = table.data_ptr(), 0 if len(table) == 1 else table.stride(0)
-    if bias is not None:
-        strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
-        p.bias, p.bias_b, p.bias_h, p.bias_t, p.bias_s = bias.data_ptr(), *strides
-    p.vt = vt.data_ptr()
-    p.odd = None if odd is None else odd.data_ptr()
-    if grad is not None:
-        delta = torch.empty_like(lse)
-        p.grad, p.dq, p.dk, p.dv, p.delta = *map(_view, (grad, dq, dk, dv)), delta.data_ptr()
-        p.dlse = None if dlse is None else dlse.data_ptr()
-        p.dtable, p.parts = None if dtable is None else dtable.data_ptr(), parts
-    getattr(lib, name)(ctypes.byref(p))

@@ -1,5 +1,5 @@
-// Softmax attention over a block layout in fp32: forward as attention.h has it, and backward (FlashAttention's algorithm 4,
-// with key blocks outside: each is visited once, by the queries that see it).
+// Softmax attention over a block layout in fp32: forward as attention.h has it, and backward, which computes the weights
+// again from the log-sum-exp: each key block is visited once, by the queries that see it.
 #include "attention.h"
 
 namespace {

@@ -1,9 +1,10 @@
 // What the kernels share: the problem as Python hands it over, and the walk of a query block over its key blocks.
 //
 // Query blocks run in parallel; each walks over the key blocks that its row of the layout stores and keeps a running
-// maximum and sum (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867; tiled as FlashAttention, Dao et al. 2022,
-// https://arxiv.org/abs/2205.14135, algorithms 1 and 4). Within a block a strip of queries passes through score, bias,
-// mask, exponential and values while it is in the nearer caches. Who multiplies matrices is the template's argument.
+// maximum and sum: the idea of Milakov & Gimelshein 2018 (https://arxiv.org/abs/1805.02867) and of FlashAttention (Dao et
+// al. 2022, https://arxiv.org/abs/2205.14135), derived anew here, their texts not read. Within a block a strip of queries
+// passes through score, bias, mask, exponential and values while it is in the nearer caches. Who multiplies matrices is
+// the template's argument.
 #pragma once
 #include <algorithm>
 #include <limits>
