@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import regard
 from benchmarks.goals import goal
 from benchmarks.harness import Benchmark, agree, command, compared, forward_backward, race, share
-from regard.kinds import Position, Rows
+from regard.stages import Position, Rows
 from regard.masks import causal
 from regard.positions import Alibi, Kerple
 

@@ -14,7 +14,7 @@ import regard
 from benchmarks.goals import goal
 from benchmarks.harness import Benchmark, Figure, agree, command
 from regard.bench.memory import PeakMemory
-from regard.kinds import Position
+from regard.stages import Position
 from regard.masks import causal
 from regard.positions import Alibi, Kerple
 

@@ -24,6 +24,10 @@ def seed():
 def poisoned_memory():
     """Uninitialised floats are NaN, so that code which forgets to fill them is caught (L41)."""
 
+    # torch.device as a context knows torch's own functions by identity, and looks at them when it is first used.
+    with torch.device("cpu"):
+        torch.empty(0)
+
     def poison(make):
         def poisoned(*args, **kwargs):
             made = make(*args, **kwargs)

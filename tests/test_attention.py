@@ -10,9 +10,9 @@ from torch import Tensor
 
 import regard
 from regard import masks
-from regard.kinds import Normalizer, Position
 from regard.normalizers import Entmax
 from regard.positions import Alibi, Rotary
+from regard.stages import Normalizer, Position
 
 
 def qkv(B=2, H=4, T=5, D=6, *, G=None, S=None, V=None, dtype=torch.float64) -> list[Tensor]:
@@ -108,9 +108,9 @@ BAD = {
     "stage in the wrong slot": (
         {"position": Entmax()},
         TypeError,
-        r"position must be a regard.kinds.Position, got Entmax",
+        r"position must be a regard.stages.Position, got Entmax",
     ),
-    "a class": ({"normalizer": Entmax}, TypeError, "normalizer must be a regard.kinds.Normalizer, got"),
+    "a class": ({"normalizer": Entmax}, TypeError, "normalizer must be a regard.stages.Normalizer, got"),
 }
 
 

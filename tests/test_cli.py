@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import regard
 from regard import catalog, catalog_page, cli, doctor, tasks, terminal
 from regard.bench.compare import CompareConfig
-from regard.card import FEATURES, _registry
+from regard.cards import FEATURES, _registry
 from regard.kernels.plan import KERNELS
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +116,7 @@ def test_show_says_what_the_card_says(name):
         found = re.search(rf"^  (yes|no ) {feature} ", text, re.MULTILINE)
         assert found, feature
         assert found[1].strip() == ("yes" if feature in card.supports else "no"), feature
-    for option, default in catalog.options(card).items():
+    for option, default in card.options.items():
         assert f"  {option} = {default!r}" in text or f"  {option} (required)" in text
     for law, why in card.exceptions.items():
         assert f"{law}: {' '.join(why.split())}" in words

@@ -2,53 +2,84 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from regard import kinds, masks
-from regard.attention import Attention, attention, plan
-from regard.cache import KVCache
-from regard.card import Card, Cost, Paper, register
-from regard.catalog import card, create, mechanisms
-from regard.kernels import Plan
-
 if TYPE_CHECKING:
-    from regard import inspect
+    from regard import heads, inspect, kinds, masks, normalizers, positions, scores, stages
+    from regard.cards import Card, Cost, Paper
+    from regard.catalog import analyses, card, create, mechanisms
+    from regard.inspect.effective import effective_weights
     from regard.inspect.trace import trace
     from regard.integrations.transformers import swap
+    from regard.integrations.transformers_heads import scale_heads
+    from regard.kernels import Plan
+    from regard.pipeline import Attention, HeadMixer, KVCache, attention, plan
+    from regard.stages import share
+
+_FROM = {
+    "Attention": "regard.pipeline",
+    "Card": "regard.cards",
+    "Cost": "regard.cards",
+    "HeadMixer": "regard.pipeline",
+    "KVCache": "regard.pipeline",
+    "Paper": "regard.cards",
+    "Plan": "regard.kernels",
+    "analyses": "regard.catalog",
+    "attention": "regard.pipeline",
+    "card": "regard.catalog",
+    "create": "regard.catalog",
+    "effective_weights": "regard.inspect.effective",
+    "mechanisms": "regard.catalog",
+    "plan": "regard.pipeline",
+    "scale_heads": "regard.integrations.transformers_heads",
+    "share": "regard.stages",
+    "swap": "regard.integrations.transformers",
+    "trace": "regard.inspect.trace",
+}
+"""Name -> the module that has it, imported when the name is first asked for: `import regard` loads no torch."""
 
 __all__ = [
     "Attention",
     "Card",
     "Cost",
+    "HeadMixer",
     "KVCache",
     "Paper",
     "Plan",
+    "analyses",
     "attention",
     "card",
     "create",
+    "effective_weights",
+    "heads",
     "inspect",
     "kinds",
     "masks",
     "mechanisms",
+    "normalizers",
     "plan",
-    "register",
+    "positions",
+    "scale_heads",
+    "scores",
+    "share",
+    "stages",
     "swap",
     "trace",
 ]
 
-_LATER = {
-    "inspect": "regard.inspect",
-    "swap": "regard.integrations.transformers:swap",
-    "trace": "regard.inspect.trace:trace",
-}
-"""What is imported when it is first asked for, as `import regard` must be quick."""
-
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name not in _LATER:
+    if name in _FROM:
+        found = getattr(import_module(_FROM[name]), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _LATER[name].partition(":")
-    found = import_module(module)
-    return getattr(found, attribute) if attribute else found
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,10 +11,11 @@ from rich.table import Table
 from torch import nn
 
 from regard import terminal
-from regard.card import Card
-from regard.catalog import create, options
-from regard.kinds import HeadShape, Position, Rows
+from regard.cards import Card
+from regard.catalog import create
 from regard.masks import Mask
+from regard.shapes import HeadShape
+from regard.stages import Position, Rows
 
 MARKS = {
     "causal": "c",
@@ -110,7 +111,7 @@ def markdown(cards: Sequence[Card]) -> str:
 
 def data(card: Card) -> dict[str, Any]:
     """The card as what JSON can hold."""
-    paper = {name: getattr(card.paper, name) for name in ("title", "authors", "year", "ref", "equations", "url")}
+    paper = {name: getattr(card.paper, name) for name in ("title", "authors", "year", "ref", "read", "url")}
     return {
         "name": card.name,
         "family": card.family,
@@ -122,7 +123,7 @@ def data(card: Card) -> dict[str, Any]:
         "supports": {name: name in card.supports for name in MARKS},
         "traits": sorted(card.traits),
         "cost": {"time": card.cost.time, "state": card.cost.state},
-        "options": {name: _literal(default) for name, default in options(card).items()},
+        "options": {name: _literal(default) for name, default in card.options.items()},
         "example": {name: _literal(value) for name, value in card.example.items()},
         "claim": card.claim,
         "differs": list(card.differs),
@@ -144,10 +145,10 @@ def _infinite(value: object) -> bool:
 
 def fills(card: Card) -> list[str]:
     """The slots that the mechanism fills; none for a layer of its own."""
-    if card.slots is None:
+    if not card.is_part:
         return []
     H, D = SMALL["num_heads"], SMALL["dim"] // SMALL["num_heads"]
-    return list(card.slots(HeadShape(SMALL["dim"], H, H, D), **card.example))
+    return list(card.parts(vars(HeadShape(SMALL["dim"], H, H, D)), card.example))
 
 
 def small(card: Card, own: Mapping[str, Any]) -> nn.Module | None:
@@ -234,7 +235,7 @@ def costs(card: Card, own: Mapping[str, Any], *, batch: int, heads: int, length:
         "E": 8 * length,
         "L": 4,
     }
-    values = {**sizes, **options(card), **own}
+    values = {**sizes, **card.options, **own}
     found: dict[str, Any] = {"at": f"B={batch}, H=G={heads}, T=S={length}, D=V={width}"}
     if card.protocol == "FeatureMixer":
         found["at"] = f"B={batch}, H={heads}, Y=X={sizes['Y']}, C={sizes['C']}"
@@ -312,14 +313,14 @@ def page(
     yield "equation", card.equation.splitlines()
     year = f"{card.paper.authors} {card.paper.year}"
     ref = card.paper.url or card.paper.ref
-    read = [f"read: {card.paper.equations}"] if card.paper.equations else []
+    read = [f"read: {card.paper.read}"] if card.paper.read else []
     yield "paper", [card.paper.title, f"{year}, {ref}", *read]
     if card.differs:
         yield "differs", [f"- {text}" for text in card.differs]
     yield "verified", [_VERIFIED_WORDS[card.verified]]
     slots = fills(card)
-    if card.protocol == "Analysis" and card.build is not None:
-        yield "kind", [f"an analysis, {card.build.__module__}.{card.build.__name__}: {KINDS[card.protocol][1]}"]
+    if card.is_function:
+        yield "kind", [f"an analysis, {card.builder.__module__}.{card.builder.__name__}: {KINDS[card.protocol][1]}"]
     else:
         of_its_own = f"a {card.protocol} of its own: {KINDS[card.protocol][1]}"
         yield "kind", [f"fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}" if slots else of_its_own]
@@ -328,7 +329,7 @@ def page(
             [f"{'yes' if name in card.supports else 'no ':3} {name:13}  {MEANING[name]}" for name in MARKS],
         )
         yield "traits", [", ".join(sorted(card.traits)) or "none claimed"]
-    yield "options", [_option(name, default, own) for name, default in options(card).items()] or ["none"]
+    yield "options", [_option(name, default, own) for name, default in card.options.items()] or ["none"]
     yield "cost", list(_cost(card, cost))
     if card.claim:
         yield "claim", [card.claim]

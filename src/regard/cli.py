@@ -239,7 +239,7 @@ def _plan(
         q, k, v = (torch.empty(B, n, m, D, dtype=dtype, device="meta") for n, m in ((H, T), (G, S), (G, S)))
         return regard.plan(q, k, v, mask=mask, dropout=dropout, kernel=kernel)
     spec = parse(mechanism)
-    if any(catalog.card(part).build for part in spec.name.split("+")):
+    if not all(catalog.card(part).is_part for part in spec.name.split("+")):
         raise ValueError(f"plan: {mechanism} is a layer of its own, not a pipeline; there is no kernel to choose")
     settings: dict[str, Any] = {**spec.options, "device": "meta", "dtype": dtype}
     settings |= {"causal": causal, "num_kv_heads": None if G == H else G, "head_dim": D, "dropout": dropout}

@@ -15,7 +15,7 @@ from regard.bench import report
 from regard.bench.record import Cell, Result
 from regard.bench.report import cards, curves, pareto
 from regard.bench.report.text import clean, quantity
-from regard.card import Card, Paper
+from regard.cards import Card, Paper
 from regard.tasks import ACCURACY, Metric
 
 HOSTILE = [

@@ -11,8 +11,8 @@ from regard.bench import train as module
 from regard.bench.memory import PeakMemory
 from regard.bench.record import Cell
 from regard.bench.train import TrainingError, rate, state_bytes, train
-from regard.cache import KVCache
 from regard.models.checkpoint import load
+from regard.pipeline.kv_cache import KVCache
 from regard.tasks.text import NextByte, Text
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from regard.detection.deformable import CARD as v1
 from regard.detection.deformable import DeformableAttention
 from regard.detection.deformable_v2 import CARD as v2
 from regard.detection.sampling import deformable_attention, pixel_centres, sampling_locations
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B083.npz"
 PARTS = {"off": "offset_proj", "a": "weight_proj", "v": "v_proj", "o": "o_proj"}

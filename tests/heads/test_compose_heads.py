@@ -8,7 +8,7 @@ from torch import Tensor
 
 import regard
 from regard.heads import ComposeHeads
-from regard.kinds import Rows
+from regard.stages import Rows
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from regard.inspect import effective_weights
 from regard.inspect.capture.own import reads, values_of
 from regard.inspect.effective import measured_weights
 from regard.kernels.problem import combine
-from regard.layer import HeadMixer
+from regard.pipeline.head_mixer import HeadMixer
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

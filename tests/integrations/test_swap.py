@@ -10,8 +10,8 @@ from integrations.tiny import BASE, batch, bound, off, outputs, shared, tiny
 from regard import masks
 from regard.integrations import transformers_check
 from regard.integrations.transformers_check import under_eager
-from regard.kinds import Mix, Selector
 from regard.normalizers import Entmax
+from regard.stages import Mix, Selector
 
 
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 import regard
 from laws.subject import close
 from regard import masks
-from regard.attention import _problem
 from regard.kernels import Problem, flex
 from regard.normalizers import Entmax
+from regard.pipeline.function import problem as _problem
 from regard.positions import Alibi, Kerple, Shaw
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

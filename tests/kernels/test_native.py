@@ -17,12 +17,12 @@ from regard import masks
 from regard.kernels import native
 from regard.kernels.native import build
 from regard.kernels.problem import Problem, attend
-from regard.kinds import Position, Rows
 from regard.masks import Mask
 from regard.normalizers import Entmax
 from regard.normalizers.entmax import entmax
 from regard.normalizers.topk import topk
 from regard.positions import Alibi, Kerple
+from regard.stages import Position, Rows
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {'; '.join(build.why_not())}")
 

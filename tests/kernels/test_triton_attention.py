@@ -14,12 +14,12 @@ from torch import Tensor
 import regard
 from laws.subject import naive_precision, near, same
 from regard import masks
-from regard.attention import _problem
 from regard.kernels import Problem
 from regard.kernels import triton_attention as kernel
 from regard.kernels._triton_walk import Walk, make, walk
 from regard.masks import Mask
 from regard.normalizers import Entmax
+from regard.pipeline.function import problem as _problem
 from regard.positions import Alibi, Shaw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

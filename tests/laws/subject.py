@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from regard import catalog, masks
-from regard.kinds import HeadShape
+from regard import masks
 from regard.masks import Mask
+from regard.shapes import HeadShape
+from regard.stages import IN_KERNELS
 
 B, T, DIM, HEADS, WIDTH = 2, 12, 24, 6, 4
 """No two of the sizes that can be mixed up are equal."""
@@ -41,7 +42,7 @@ def names(
         card = regard.card(name)
         if not set(needs.split()) <= card.supports or not set(traits.split()) <= card.traits:
             continue
-        if card.protocol not in protocols.split() or (pipeline and card.slots is None) or not where(card):
+        if card.protocol not in protocols.split() or (pipeline and not card.is_part) or not where(card):
             continue
         if function and form(name) is None:
             continue
@@ -67,7 +68,7 @@ def causalities(name: str) -> list[bool]:
 
 def crossings(name: str) -> list[bool]:
     """The values of `causal` with which it takes a context; only the pipeline's causality knows two lengths."""
-    return [c for c in causalities(name) if regard.card(name).slots or not c]
+    return [c for c in causalities(name) if regard.card(name).is_part or not c]
 
 
 # --- instances ----------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class Form:
         for own in (self.parts.get("mask"), masks.causal() if causal else None):
             if own is not None:
                 whole = own if whole is None else own & whole
-        slots = {n: self.parts[n] for n in ("position", "score_mix", "normalizer", "weight_mix") if n in self.parts}
+        slots = {n: self.parts[n] for n in IN_KERNELS if n in self.parts}
         kernel = kernel or self.parts.get("kernel", "auto")
         return {**slots, "mask": whole, "bias": bias, "scale": scale, "kernel": kernel}
 
@@ -226,12 +227,12 @@ class Form:
 def form(name: str, *, heads: int = HEADS, kv_heads: int | None = None, width: int = WIDTH) -> Form | None:
     """The card's function form; None where it needs a module (it reads tokens, changes heads, or gates)."""
     card = regard.card(name)
-    if card.slots is None:
+    if not card.is_part:
         return None
-    own = {k: v for k, v in card.example.items() if k in catalog.options(card)}
+    own = {k: v for k, v in card.example.items() if k in card.options}
     shape = HeadShape(heads * width, heads, kv_heads or heads, width)
     torch.manual_seed(0)
-    parts = card.slots(shape, **own)
+    parts = card.parts({**vars(shape), "causal": True, "dropout": 0.0}, own)
     if parts.keys() & {"gate", "heads", "selector"}:
         return None
     for part in parts.values():

@@ -24,7 +24,7 @@ from laws.subject import (
 )
 from regard import masks
 from regard.kernels import KERNELS
-from regard.kinds import Position
+from regard.stages import Position
 
 LENGTHS = (9, 4, 2)
 

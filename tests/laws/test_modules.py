@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import regard
 from laws.subject import ALL, B, T, build, causalities, close, inputs, law, near, run, same, tokens
-from regard import catalog
 
 
 @law("L29", protocols=ALL)
@@ -212,7 +211,7 @@ def test_copied_states(name: str) -> None:
 def test_every_module_is_a_module() -> None:
     for name in regard.mechanisms():
         assert isinstance(build(name), nn.Module)
-        assert catalog.options(regard.card(name)).keys() >= regard.card(name).example.keys() - {
+        assert regard.card(name).options.keys() >= regard.card(name).example.keys() - {
             "num_kv_heads",
             "kernel",
         }

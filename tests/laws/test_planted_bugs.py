@@ -20,10 +20,10 @@ from laws import test_streaming as streaming
 from laws import test_structure as structure
 from laws import test_symmetry as symmetry
 from regard import layer
-from regard.cache import KVCache
 from regard.kernels import block_sparse, chunked, eager, online, plan, problem, sdpa, window
 from regard.linear import _shared as linear_shared
 from regard.masks import patterns, tensors
+from regard.pipeline.kv_cache import KVCache
 
 # By name: some packages export functions of the same names as their modules.
 linear_scan = importlib.import_module("regard.kernels.linear_scan")

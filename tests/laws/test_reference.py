@@ -25,8 +25,8 @@ from laws.subject import (
     tokens,
 )
 from regard import masks
-from regard.attention import _problem
 from regard.kernels import KERNELS
+from regard.pipeline.function import problem as _problem
 
 LONG = 37  # three query chunks of 16, the last one ragged
 

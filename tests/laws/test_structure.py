@@ -24,7 +24,7 @@ from laws.subject import (
     same,
     tokens,
 )
-from regard.layer import HeadMixer
+from regard.pipeline.head_mixer import HeadMixer
 
 NAN = float("nan")
 

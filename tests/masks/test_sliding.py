@@ -6,8 +6,8 @@ from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from regard import masks
-from regard.kinds import HeadShape
 from regard.masks.sliding import DILATED, WINDOW
+from regard.shapes import HeadShape
 
 SHAPE = HeadShape(dim=24, num_heads=6, num_kv_heads=6, head_dim=4)
 

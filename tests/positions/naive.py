@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.kinds import Position, Rows
+from regard.stages import Position, Rows
 
 CASES = range(20)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.kinds import Rows
 from regard.scores import HeadMix, HeadNormGate, KeyQueryConv, MixSequence
+from regard.stages import Rows
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B058.npz"
 

@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.attention import Attention, attention
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.cache.prefix_tree import PrefixTree
-from regard.card import PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens
+from regard.checks import tokens as check_tokens
 from regard.masks import causal as past
+from regard.pipeline.function import attention
+from regard.pipeline.layer import Attention
+from regard.shapes import HeadShape
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +68,6 @@ class ChunkAttention(Attention):
         bias: bool = False,
         context_dim: int | None = None,
         kernel: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -79,8 +78,6 @@ class ChunkAttention(Attention):
             bias=bias,
             context_dim=context_dim,
             kernel=kernel,
-            device=device,
-            dtype=dtype,
         )
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"ChunkAttention: chunk must be an int >= 1, got {chunk!r}")
@@ -142,8 +139,6 @@ def _build(
     *,
     causal: bool,
     chunk: int = 64,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> ChunkAttention:
     return ChunkAttention(
         shape.dim,
@@ -152,8 +147,6 @@ def _build(
         head_dim=shape.head_dim,
         causal=causal,
         chunk=chunk,
-        device=device,
-        dtype=dtype,
     )
 
 

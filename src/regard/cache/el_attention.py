@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.attention import Attention
-from regard.cache.kv import KVCache
-from regard.card import PLAIN, Card, Cost, Paper, register
+from regard._former import PLAIN, Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.kernels import execute
-from regard.kinds import HeadShape
-from regard.layer import check_tokens
 from regard.masks import Mask
+from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.layer import Attention
+from regard.shapes import HeadShape
 
 
 def fold_keys(q: Float[Tensor, "B H t D"], weight: Float[Tensor, "G D C"]) -> Float[Tensor, "B H t C"]:
@@ -73,8 +73,6 @@ class ELAttention(Attention):
         bias: bool = False,
         context_dim: int | None = None,
         kernel: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -85,8 +83,6 @@ class ELAttention(Attention):
             bias=bias,
             context_dim=context_dim,
             kernel=kernel,
-            device=device,
-            dtype=dtype,
         )
         self.folded = self.num_kv_heads * self.head_dim // num_heads if folded is None else folded
         if isinstance(self.folded, bool) or not isinstance(self.folded, int) or self.folded < 0:
@@ -147,8 +143,6 @@ def _build(
     *,
     causal: bool,
     folded: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> ELAttention:
     return ELAttention(
         shape.dim,
@@ -157,8 +151,6 @@ def _build(
         head_dim=shape.head_dim,
         causal=causal,
         folded=folded,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -88,15 +88,13 @@ class PrefixTree:
         *,
         value_dim: int | None = None,
         chunk: int = 64,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         for name, n in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("chunk", chunk)):
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise ValueError(f"PrefixTree: {name} must be an int >= 1, got {n!r}")
         self.chunk = chunk
-        self.k = torch.zeros(num_kv_heads, 0, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros(num_kv_heads, 0, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
+        self.k = torch.zeros(num_kv_heads, 0, head_dim)
+        self.v = torch.zeros(num_kv_heads, 0, head_dim if value_dim is None else value_dim)
         self._free = bytearray()  # a 1 for every unused slot
         self._known: dict[tuple[int, tuple[Hashable, ...]], _Chunk] = {}
         self._sequences: dict[int, _Path] = {}

@@ -9,17 +9,16 @@ Differs from the paper: nothing known. Pooling comes before the value projection
 the classifier around it (a batch norm without weights, and a linear layer) is left to the caller.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask
 from regard.normalizers.softmax import softmax
+from regard.pipeline.tokens import key_padding, quarantine
+from regard.shapes import HeadShape
 
 
 def efficient_probing(
@@ -58,8 +57,6 @@ class EfficientProbing(nn.Module):
         *,
         reduction: int = 1,
         bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_queries < 1 or reduction < 1 or dim % (num_queries * reduction):
@@ -67,10 +64,9 @@ class EfficientProbing(nn.Module):
                 f"EfficientProbing: dim must be a multiple of num_queries * reduction (got {dim}, {num_queries}, "
                 f"{reduction}); expected num_queries and reduction that divide it"
             )
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim
-        self.queries = nn.Parameter(torch.empty(num_queries, dim, **at))
-        self.v_proj = nn.Linear(dim, dim // reduction, bias=bias, **at)
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.v_proj = nn.Linear(dim, dim // reduction, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,14 +96,12 @@ def _build(
     num_queries: int | None = None,
     reduction: int = 1,
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> EfficientProbing:
     """By default there are as many queries as heads: both own a slice of the values."""
     if causal:
         raise ValueError("efficient_probing: pools all tokens into one vector (got causal=True); expected causal=False")
     num_queries = shape.num_heads if num_queries is None else num_queries
-    return EfficientProbing(shape.dim, num_queries, reduction=reduction, bias=bias, device=device, dtype=dtype)
+    return EfficientProbing(shape.dim, num_queries, reduction=reduction, bias=bias)
 
 
 CARD = register(

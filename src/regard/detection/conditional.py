@@ -10,18 +10,18 @@ Differs from the paper: the MLP belongs to the layer (assign one to the `transfo
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.attention import attention
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.detection.deformable import refuse
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding
 from regard.masks import Mask, padding
+from regard.pipeline.function import attention
+from regard.pipeline.tokens import key_padding
+from regard.shapes import HeadShape
 
 
 def sine_embedding(
@@ -63,8 +63,6 @@ class ConditionalCrossAttention(nn.Module):
         num_heads: int,
         *,
         first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 2:
@@ -72,15 +70,14 @@ class ConditionalCrossAttention(nn.Module):
                 f"ConditionalCrossAttention: dim {dim} must be even and a multiple of num_heads {num_heads}"
             )
         self.dim, self.num_heads, self.first = dim, num_heads, first
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, dim, **at)
-        self.k_proj = nn.Linear(dim, dim, **at)
-        self.v_proj = nn.Linear(dim, dim, **at)
-        self.o_proj = nn.Linear(dim, dim, **at)
-        self.q_spatial_proj = nn.Linear(dim, dim, **at)
-        self.k_spatial_proj = nn.Linear(dim, dim, **at)
-        self.q_pos_proj = nn.Linear(dim, dim, **at) if first else None
-        mlp = (nn.Linear(dim, dim, **at), nn.ReLU(), nn.Linear(dim, dim, **at))
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.o_proj = nn.Linear(dim, dim)
+        self.q_spatial_proj = nn.Linear(dim, dim)
+        self.k_spatial_proj = nn.Linear(dim, dim)
+        self.q_pos_proj = nn.Linear(dim, dim) if first else None
+        mlp = (nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.transform = None if first else nn.Sequential(*mlp)
         self.reset_parameters()
 
@@ -162,11 +159,9 @@ def _build(
     shape: HeadShape,
     *,
     causal: bool,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> ConditionalCrossAttention:
     refuse("conditional_cross", shape, causal)
-    return ConditionalCrossAttention(shape.dim, shape.num_heads, device=device, dtype=dtype)
+    return ConditionalCrossAttention(shape.dim, shape.num_heads)
 
 
 def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:

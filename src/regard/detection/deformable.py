@@ -12,17 +12,17 @@ described in `deformable_v2.py`; the sampling of both is in `sampling.py`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.detection.sampling import Sampling, deformable_attention, sampling_locations
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding
 from regard.masks import Mask
+from regard.pipeline.tokens import key_padding
+from regard.shapes import HeadShape
 
 
 class DeformableAttention(nn.Module):
@@ -43,8 +43,6 @@ class DeformableAttention(nn.Module):
         points: Sequence[int] = (4, 4, 4, 4),
         sampling: Sampling = "bilinear",
         offset_scale: float = 0.5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -55,11 +53,10 @@ class DeformableAttention(nn.Module):
             raise ValueError(f"DeformableAttention: unknown sampling {sampling!r}; expected 'bilinear' or 'discrete'")
         self.dim, self.num_heads, self.points = dim, num_heads, tuple(points)
         self.sampling, self.offset_scale = sampling, offset_scale
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.offset_proj = nn.Linear(dim, num_heads * sum(points) * 2, **at)
-        self.weight_proj = nn.Linear(dim, num_heads * sum(points), **at)
-        self.v_proj = nn.Linear(dim, dim, **at)
-        self.o_proj = nn.Linear(dim, dim, **at)
+        self.offset_proj = nn.Linear(dim, num_heads * sum(points) * 2)
+        self.weight_proj = nn.Linear(dim, num_heads * sum(points))
+        self.v_proj = nn.Linear(dim, dim)
+        self.o_proj = nn.Linear(dim, dim)
         self.offset_proj.requires_grad_(sampling == "bilinear")
         self.reset_parameters()
 
@@ -160,13 +157,9 @@ def _build(
     causal: bool,
     num_levels: int = 4,
     num_points: int = 4,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> DeformableAttention:
     refuse("deformable", shape, causal)
-    return DeformableAttention(
-        shape.dim, shape.num_heads, points=(num_points,) * num_levels, device=device, dtype=dtype
-    )
+    return DeformableAttention(shape.dim, shape.num_heads, points=(num_points,) * num_levels)
 
 
 CARD = register(

@@ -9,12 +9,10 @@ code the offsets are frozen then, so train with bilinear sampling first. It roun
 as theirs does.
 """
 
-import torch
-
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.detection.deformable import DeformableAttention, example_inputs, refuse
 from regard.detection.sampling import Sampling
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 
 def _build(
@@ -25,8 +23,6 @@ def _build(
     points: int | tuple[int, ...] = 4,
     sampling: Sampling = "bilinear",
     offset_scale: float = 0.5,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> DeformableAttention:
     refuse("deformable_v2", shape, causal)
     points = (points,) * num_levels if isinstance(points, int) else tuple(points)
@@ -38,8 +34,6 @@ def _build(
         points=points,
         sampling=sampling,
         offset_scale=offset_scale,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 
 def check_edges(who: str, edge_index: Tensor, sources: int, targets: int) -> None:

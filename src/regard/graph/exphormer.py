@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.graph._edges import check_edges, check_features, check_graph, check_nodes, edge_sum, refuse
 from regard.graph.expander import expander, expander_of_graphs
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 
 def edge_attention(
@@ -59,8 +59,6 @@ class Exphormer(nn.Module):
         virtual: int = 1,
         bias: bool = False,
         seed: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -69,13 +67,13 @@ class Exphormer(nn.Module):
             raise ValueError(f"Exphormer: degree and virtual must be at least 0 (got {degree} and {virtual})")
         self.dim, self.num_heads, self.degree, self.virtual, self.seed = dim, num_heads, degree, virtual, seed
         self.edge_dim = dim if edge_dim is None else edge_dim
-        self.q_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
-        self.edge_proj = nn.Linear(self.edge_dim, dim, bias, device=device, dtype=dtype)
+        self.q_proj = nn.Linear(dim, dim, bias)
+        self.k_proj = nn.Linear(dim, dim, bias)
+        self.v_proj = nn.Linear(dim, dim, bias)
+        self.edge_proj = nn.Linear(self.edge_dim, dim, bias)
 
         def vectors(count: int, width: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(count, width, device=device, dtype=dtype)) if count else None
+            return nn.Parameter(torch.empty(count, width)) if count else None
 
         # Edges without a feature of their own have one that is learnt.
         self.real_edge = vectors(int(edge_dim is None), self.edge_dim)
@@ -196,8 +194,6 @@ def _build(
     virtual: int = 1,
     bias: bool = False,
     seed: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Exphormer:
     refuse("exphormer", shape, causal)
     return Exphormer(
@@ -208,8 +204,6 @@ def _build(
         virtual=virtual,
         bias=bias,
         seed=seed,
-        device=device,
-        dtype=dtype,
     )
 
 

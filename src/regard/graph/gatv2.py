@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.graph._edges import (
     check_edges,
     check_features,
@@ -26,7 +26,7 @@ from regard.graph._edges import (
     refuse,
     with_loops,
 )
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 
 def gatv2(
@@ -86,8 +86,6 @@ class GATv2(nn.Module):
         self_loops: bool = True,
         negative_slope: float = 0.2,
         dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % num_heads:
@@ -100,11 +98,11 @@ class GATv2(nn.Module):
         self.dim, self.num_heads, self.head_dim, self.edge_dim = dim, num_heads, head_dim, edge_dim
         self.merge, self.self_loops, self.negative_slope, self.dropout = merge, self_loops, negative_slope, dropout
         width = num_heads * head_dim
-        self.source_proj = nn.Linear(dim, width, device=device, dtype=dtype)
-        self.target_proj = None if share_weights else nn.Linear(dim, width, device=device, dtype=dtype)
-        self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, False, device=device, dtype=dtype)
-        self.a = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(width if merge == "concat" else head_dim, device=device, dtype=dtype))
+        self.source_proj = nn.Linear(dim, width)
+        self.target_proj = None if share_weights else nn.Linear(dim, width)
+        self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, False)
+        self.a = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.empty(width if merge == "concat" else head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -158,8 +156,6 @@ def _build(
     share_weights: bool = False,
     self_loops: bool = True,
     dropout: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> GATv2:
     refuse("gatv2", shape, causal)
     return GATv2(
@@ -169,8 +165,6 @@ def _build(
         share_weights=share_weights,
         self_loops=self_loops,
         dropout=dropout,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.graph._edges import check_edges, check_nodes, edge_softmax, edge_sum, refuse, with_loops
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 
 def vector_attention(
@@ -84,19 +84,17 @@ class PointTransformer(nn.Module):
         bias: bool = False,
         theta: nn.Module | None = None,
         gamma: nn.Module | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if share < 1 or dim % share:
             raise ValueError(f"PointTransformer: share must divide dim {dim} (got {share})")
         self.dim, self.pos_dim, self.share, self.self_loops = dim, pos_dim, share, self_loops
-        self.q_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(dim, dim, bias, device=device, dtype=dtype)
+        self.q_proj = nn.Linear(dim, dim, bias)
+        self.k_proj = nn.Linear(dim, dim, bias)
+        self.v_proj = nn.Linear(dim, dim, bias)
 
         def mlp(width: int, out: int) -> nn.Module:
-            first, last = (nn.Linear(n, out, device=device, dtype=dtype) for n in (width, out))
+            first, last = (nn.Linear(n, out) for n in (width, out))
             return nn.Sequential(first, nn.ReLU(), last)
 
         self.theta = mlp(pos_dim, dim) if theta is None else theta
@@ -125,11 +123,9 @@ def _build(
     pos_dim: int = 3,
     share: int = 1,
     self_loops: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> PointTransformer:
     refuse("point_transformer", shape, causal)
-    return PointTransformer(shape.dim, pos_dim=pos_dim, share=share, self_loops=self_loops, device=device, dtype=dtype)
+    return PointTransformer(shape.dim, pos_dim=pos_dim, share=share, self_loops=self_loops)
 
 
 def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:

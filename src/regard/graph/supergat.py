@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.graph._edges import check_edges, check_nodes, edge_softmax, edge_sum, refuse, with_loops
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 Form = Literal["MX", "SD", "GO", "DP"]
 
@@ -119,8 +119,6 @@ class SuperGAT(nn.Module):
         self_loops: bool = True,
         negative_slope: float = 0.2,
         dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % num_heads:
@@ -136,10 +134,10 @@ class SuperGAT(nn.Module):
         self.dim, self.num_heads, self.head_dim, self.form, self.merge = dim, num_heads, head_dim, form, merge
         self.self_loops, self.negative_slope, self.dropout = self_loops, negative_slope, dropout
         width = num_heads * head_dim
-        self.proj = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
-        a = torch.empty(2, num_heads, head_dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, width, bias=False)
+        a = torch.empty(2, num_heads, head_dim)
         self.a: nn.Parameter | None = nn.Parameter(a) if form in ("MX", "GO") else None
-        self.bias = nn.Parameter(torch.empty(width if merge == "concat" else head_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width if merge == "concat" else head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -186,13 +184,9 @@ def _build(
     form: Form = "MX",
     self_loops: bool = True,
     dropout: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> SuperGAT:
     refuse("supergat", shape, causal)
-    return SuperGAT(
-        shape.dim, shape.num_heads, form=form, self_loops=self_loops, dropout=dropout, device=device, dtype=dtype
-    )
+    return SuperGAT(shape.dim, shape.num_heads, form=form, self_loops=self_loops, dropout=dropout)
 
 
 CARD = register(

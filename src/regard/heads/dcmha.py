@@ -14,15 +14,15 @@ slices.
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.card import FEATURES, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Mix, Rows
+from regard._former import FEATURES, Card, Cost, Paper, register
+from regard.shapes import HeadShape
+from regard.stages import Mix, Rows
 
 
 def dynamic_weights(
@@ -58,18 +58,15 @@ class ComposeHeads(Mix):
         *,
         rank: int = 2,
         hidden: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"ComposeHeads: rank must be at least 1 (got {rank})")
         hidden = 4 * num_heads if hidden is None else hidden
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads = dim, num_heads
-        self.dw1 = nn.Parameter(torch.empty(dim, 2, hidden, **at))
-        self.qkw = nn.Parameter(torch.empty(2, hidden, 2 * rank, num_heads, **at))
-        self.dd = nn.Parameter(torch.empty(dim, 2, num_heads, **at))
+        self.dw1 = nn.Parameter(torch.empty(dim, 2, hidden))
+        self.qkw = nn.Parameter(torch.empty(2, hidden, 2 * rank, num_heads))
+        self.dd = nn.Parameter(torch.empty(dim, 2, num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import FEATURES, Card, Cost, Paper, register
-from regard.kinds import HeadMap, HeadShape
+from regard._former import FEATURES, Card, Cost, Paper, register
+from regard.shapes import HeadShape
+from regard.stages import HeadMap
 
 
 def knock(
@@ -38,8 +39,6 @@ class KnockingHeads(HeadMap):
         *,
         value_dim: int | None = None,
         form: Literal["mlp", "linear"] = "mlp",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if form not in ("mlp", "linear"):
@@ -48,7 +47,7 @@ class KnockingHeads(HeadMap):
         self.form = form
 
         def square(width: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(width, width, device=device, dtype=dtype))
+            return nn.Parameter(torch.empty(width, width))
 
         if form == "linear":
             self.q_map, self.k_map, self.v_map = square(head_dim), square(head_dim), square(value_dim)

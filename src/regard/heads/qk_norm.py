@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadMap, HeadShape
+from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard.shapes import HeadShape
+from regard.stages import HeadMap
 
 
 def rms_norm(z: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float = 1e-6) -> Float[Tensor, "... D"]:
@@ -32,13 +33,11 @@ class QKNorm(HeadMap):
         head_dim: int,
         *,
         eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.q_weight = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
-        self.k_weight = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
+        self.q_weight = nn.Parameter(torch.empty(head_dim))
+        self.k_weight = nn.Parameter(torch.empty(head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 
 
 def head_contributions(outputs: Float[Tensor, "B H T V"], weight: Float[Tensor, "M N"]) -> Float[Tensor, "B T H M"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 
 Gates = Float[Tensor, "L H"]
 Loss = Callable[[Gates], Float[Tensor, "*B"]]

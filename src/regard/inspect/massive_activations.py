@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 
 Hidden = Sequence[Float[Tensor, "B T M"]]
 """The residual stream after each block: `output_hidden_states` of transformers, or what `block_outputs` collects."""

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 
 Pair = tuple[Float[Tensor, "B _H _T _S"], Float[Tensor, "B _H _T _S"]]
 """A layer's attention weights, and the gradient of what is explained with respect to them."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 
 Batch = Sequence[Float[Tensor, "_N *_F"]]
 """Features of one batch of inputs, one tensor a layer."""

@@ -1,13 +1,6 @@
 """Attention rollout: how much of each input token reaches each position through all layers.
 
-    R_l = rows of (1 - r) A_l + r I, divided by their sum        A_l: the mean of layer l's heads, r = 1/2 the residual
-    P_0 = R_0        P_l = R_l P_(l-1)
-
-Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers" (https://arxiv.org/abs/2005.00928): abstract and
-the authors' code read (attention_graph_util.py). Row i of P_l tells where position i after layer l has it from; rows
-sum to 1, and what causality hides stays 0.
-Differs from the paper: the greatest or the least head may stand for a layer instead of the mean, as in later uses on
-images; a query that sees nothing keeps itself alone.
+Row i of P_l tells where position i after layer l has it from; rows sum to 1, and what causality hides stays 0.
 """
 
 from collections.abc import Sequence
@@ -17,8 +10,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import choice, number
 from regard.inspect._maps import checked
+
+CARD = Card(
+    "attention_rollout",
+    equation="""R_l = rows of (1 - r) A_l + r I, divided by their sum        A_l the mean of layer l's heads, r = 1/2
+P_0 = R_0        P_l = R_l P_(l-1)""",
+    papers=(
+        Paper(
+            "Quantifying Attention Flow in Transformers",
+            "Abnar, Zuidema",
+            2020,
+            "2005.00928",
+            "abstract; the authors' code (attention_graph_util.py)",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*T**3", ""),
+    claim="Finds what raw attention misses: on a path 3 -> 1 -> 0 it lifts token 3 about 9 times over unrelated "
+    "tokens, in tests/inspect/test_rollout.py.",
+    differs=(
+        "The greatest or the least head may stand for a layer, as in later uses on images; a query that sees nothing "
+        "keeps itself alone.",
+    ),
+    verified="third-party",
+)
 
 Heads = Literal["mean", "max", "min"]
 
@@ -28,11 +47,9 @@ def passed_on(
 ) -> list[Float[Tensor, "B T T"]]:
     """R_l for every layer, in the name of the caller."""
     maps = checked(name, attention, square=True)
-    if not 0 <= residual <= 1:
-        raise ValueError(f"{name}: residual must be from 0 to 1 (got {residual})")
+    number(name, least=0, most=1, residual=residual)
     merge = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
-    if heads not in merge:
-        raise ValueError(f"{name}: heads must be 'mean', 'max' or 'min' (got {heads!r})")
+    choice(name, merge, heads=heads)
     steps = []
     for one in maps:
         mixed = (1 - residual) * merge[heads](one)
@@ -42,6 +59,7 @@ def passed_on(
     return steps
 
 
+@CARD.function
 def attention_rollout(
     attention: Sequence[Float[Tensor, "B _H T T"]], *, residual: float = 0.5, heads: Heads = "mean"
 ) -> Float[Tensor, "L B T T"]:
@@ -59,28 +77,3 @@ def attention_rollout(
     for step in passed_on("attention_rollout", attention, residual, heads):
         reached.append(step @ reached[-1] if reached else step)
     return torch.stack(reached)
-
-
-CARD = register(
-    Card(
-        name="attention_rollout",
-        family="inspect",
-        gist="How much of each input token reaches each position through all layers.",
-        equation="R_l = rows of (A_l / 2 + I / 2), divided by their sum        P_0 = R_0        P_l = R_l P_(l-1)",
-        paper=Paper(
-            "Quantifying Attention Flow in Transformers",
-            "Abnar, Zuidema",
-            2020,
-            "2005.00928",
-            "abstract; the authors' code",
-        ),
-        build=attention_rollout,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*T**3", ""),
-        claim="Finds what raw attention misses: on a path 3 -> 1 -> 0 it lifts token 3 about 9 times over unrelated "
-        "tokens, in tests/inspect/test_rollout.py.",
-        differs=("The greatest or least head may stand for a layer; a query that sees nothing keeps itself alone.",),
-        verified="third-party",
-    )
-)

@@ -9,17 +9,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import FEATURES
-from regard.catalog import _slots, _unknown, card
-from regard.catalog import options as options_of
+from regard.cards import FEATURES
+from regard.catalog import card
+from regard.catalog import slots as _slots
+from regard.catalog import unknown as _unknown
 from regard.heads.gated import SigmoidGate
 from regard.integrations.transformers_call import Call
 from regard.kernels import Problem
-from regard.kinds import Gate, HeadMap, HeadShape, Mix, Normalizer, Position, Selector
 from regard.masks import Mask
 from regard.masks.algebra import Index
 from regard.normalizers.adaptive_entmax import AdaptiveEntmax
 from regard.positions.shaw import Shaw
+from regard.shapes import HeadShape
+from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Selector
 
 KINDS: dict[str, type] = {
     "mask": Mask,
@@ -155,10 +157,10 @@ def slots_of(mechanism: Any, shape: HeadShape, options: Mapping[str, Any]) -> di
     """The mechanism's slots for a layer of this shape. Parts that are handed in are copied if they hold parameters."""
     if isinstance(mechanism, str):
         cards = [card(name.strip()) for name in mechanism.split("+")]
-        own: set[str] = set().union(*(options_of(c) for c in cards if c.slots))
+        own: set[str] = set().union(*(c.options for c in cards if c.is_part))
         for key in options.keys() - own - {"kernel"}:
             raise ValueError("swap: " + _unknown(f"option of {mechanism!r}", key, sorted(own | {"kernel"})))
-        filled = _slots(cards, shape, {key: value for key, value in options.items() if key in own})
+        filled = _slots(cards, vars(shape), {key: value for key, value in options.items() if key in own})
         return {**filled, "kernel": options["kernel"]} if "kernel" in options else filled
     if options.keys() - {"kernel"}:
         raise ValueError(f"swap: options {sorted(options)} need a mechanism's name; parts carry their own")
@@ -171,7 +173,7 @@ def check_mechanism(mechanism: Any) -> frozenset[str]:
     if isinstance(mechanism, str):
         cards = [card(name.strip()) for name in mechanism.split("+")]
         for c in cards:
-            if c.slots is None:
+            if not c.is_part:
                 raise ValueError(
                     f"swap: {c.name!r} ({c.protocol}, family {c.family!r}) is no softmax pipeline over given queries, "
                     "keys and values, so it can't take over a trained layer's projections; train a model with it"

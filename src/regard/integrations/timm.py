@@ -16,9 +16,8 @@ from regard.integrations.torch_mha import check_call, parts_for
 from regard.integrations.transformers_call import Call
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias, check_mask
-from regard.kinds import HeadShape
-from regard.layer import head_counts
 from regard.masks import causal
+from regard.shapes import HeadShape, head_counts
 
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 

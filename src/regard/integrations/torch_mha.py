@@ -18,9 +18,8 @@ from regard.integrations.slots import About, Parts, check_mechanism, slots_of, s
 from regard.integrations.transformers_call import Call, weights
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias
-from regard.kinds import HeadShape
-from regard.layer import head_counts
 from regard.masks import Mask, causal, dense, padding
+from regard.shapes import HeadShape, head_counts
 
 
 class MultiheadAttention(nn.Module):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from regard.integrations.transformers_masks import LazyMask
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask
-from regard.kinds import Mix, Normalizer, Rows
 from regard.masks import Mask, dense, padding, predicate
 from regard.masks.patterns import Diagonals
+from regard.stages import Mix, Normalizer, Rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from regard.integrations.slots import About
 from regard.integrations.transformers_call import compute, read, weights
 from regard.integrations.transformers_masks import lazy_mask
 from regard.integrations.transformers_samples import sample_batches
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,18 +1,17 @@
 """What a call to attention refuses, before any work is done. Each message says what is wrong, what was got and what
 is expected."""
 
+import difflib
 import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from regard.checks import refuse
 from regard.kernels.problem import Problem
-from regard.kinds import Mix, Normalizer, Position, Selector
 from regard.masks import Mask, dense
-
-KINDS = {"position": Position, "score_mix": Mix, "normalizer": Normalizer, "weight_mix": Mix, "selector": Selector}
-"""What may fill which slot."""
+from regard.stages import SLOTS
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -118,14 +117,24 @@ def check_bias(p: Problem) -> Problem:
     return replace(p, bias=bias.masked_fill(masked, 0.0), mask=allowed if p.mask is None else p.mask & allowed)
 
 
-def check_options(scale: float | None, dropout: float, **stages: object) -> None:
-    """Scale, dropout and the types of the stages."""
+def check_options(scale: float | None, dropout: float, *, who: str = "attention", **stages: object) -> None:
+    """Scale, dropout and what fills the slots."""
     if scale is not None and not (isinstance(scale, float | int) and math.isfinite(scale) and scale > 0):
-        raise ValueError(f"attention: scale must be finite and > 0, got {scale}")
+        refuse(who, "scale", "is out of range", scale, "a finite number > 0")
     if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"attention: dropout must be in [0, 1], got {dropout}")
+        refuse(who, "dropout", "is out of range", dropout, "a number in [0, 1]")
     for name, stage in stages.items():
-        if stage is not None and not isinstance(stage, KINDS[name]):
-            raise TypeError(
-                f"attention: {name} must be a regard.kinds.{KINDS[name].__name__}, got {type(stage).__name__}"
+        if name not in SLOTS:
+            near = difflib.get_close_matches(name, SLOTS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{who}: there is no argument or slot {name!r}; slots are {', '.join(SLOTS)}{hint}")
+        kind = SLOTS[name].kind
+        if stage is not None and not isinstance(stage, kind):
+            refuse(
+                who,
+                name,
+                "has the wrong type",
+                type(stage).__name__,
+                f"a {kind.__module__}.{kind.__name__}",
+                error=TypeError,
             )

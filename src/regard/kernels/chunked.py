@@ -15,11 +15,11 @@ scores) or see the weights run too, checkpointed by query chunks and without key
 import torch
 from torch import Tensor
 
-from regard.card import PLAIN, Card, Cost, Paper, register
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.kernels import cost as costs
 from regard.kernels.online import KEYS, QUERIES, online
 from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range
-from regard.kinds import HeadShape
+from regard.shapes import HeadShape
 
 TILE_BYTES = 16 * 2**20
 """Scores formed at once stay within this: in or near the cache, far below a T x S array."""
@@ -67,10 +67,10 @@ def _tile(p: Problem) -> tuple[int, int]:
 
 def _tiles_alone(p: Problem) -> bool:
     """Whether this is softmax with additive terms only, so that any tile can be computed by itself."""
-    others = (p.normalizer, p.score_mix, p.weight_mix, p.position_values)
     bias = p.position_bias
-    reads = bias is not None and (bias.sees == "rows" or "scores" in bias.needs)
-    return all(stage is None for stage in others) and not reads and p.dropout == 0
+    reads = bias is not None and (bias.sees == "rows" or "scores" in bias.needs or bias.prepares())
+    only_adds = all(stage is bias for stage in p.stages) and p.position_values is None
+    return only_adds and not reads and p.dropout == 0
 
 
 def _slots(shape: HeadShape) -> dict[str, object]:

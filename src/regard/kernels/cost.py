@@ -136,6 +136,6 @@ def formed(p: Problem) -> float:
 def passed(p: Problem) -> float:
     """Bytes moved for each pair by passes over the scores, in fp32, where these are formed outside a fused kernel."""
     passes = 5.0 if p.normalizer is None else 25.0
-    passes += 8.0 * sum(mix is not None for mix in (p.score_mix, p.weight_mix)) + 3.0 * (p.dropout > 0)
+    passes += 8.0 * (len(p.mixes) + (p.score is not None)) + 3.0 * (p.dropout > 0)
     passes += 2.0 * (p.mask is not None) + 2.0 * (p.position_values is not None)
     return 4.0 * passes + formed(p)

@@ -19,9 +19,9 @@ from torch import Tensor
 from regard.kernels import block_sparse
 from regard.kernels.cost import Cost, io, passed, products
 from regard.kernels.problem import Problem, beyond_softmax
-from regard.kinds import Rows
 from regard.masks import BlockLayout, Mask
 from regard.masks.algebra import by_value
+from regard.stages import Rows
 
 BLOCK = 128
 """Queries and keys a block, as FlexAttention has it by default; its kernels cut blocks further."""

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.kernels.problem import Problem, attend, combine, dots, rectangle
-from regard.kinds import Position
+from regard.kernels.problem import Problem, attend, combine, dots, position_bias, rectangle
 from regard.masks.verdict import Tiles
+from regard.stages import Position
 
 QUERIES, KEYS = 256, 1024
 """Tile sizes: large enough for the matrix products to run at full speed, small enough to stay near the cache."""
@@ -120,7 +120,7 @@ def _scores(p: Problem, at: slice, part: slice, full: bool) -> Float[Tensor, "B 
     """Scaled scores with bias, -inf where masked."""
     scores = dots(p.q[:, :, at], p.k[:, :, part]).mul_(p.scale)
     if p.position_bias is not None:
-        scores += p.position_bias.bias(rectangle(p, at, part, scored=False))
+        scores += position_bias(p, rectangle(p, at, part, scored=False), at, part)
     if p.bias is not None:
         scores += _slice(p.bias, at, part)
     if not full and p.mask is not None:

@@ -22,6 +22,7 @@ from regard.kernels import (
 from regard.kernels.cost import Cost, rates
 from regard.kernels.problem import CAUSAL, Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes
+from regard.stages import IN_KERNELS
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
@@ -134,10 +135,7 @@ def _compiling(p: Problem) -> ModuleType:
 
 def _plain(p: Problem) -> bool:
     return (
-        p.position is None
-        and p.normalizer is None
-        and p.score_mix is None
-        and p.weight_mix is None
+        all(getattr(p, slot) is None for slot in IN_KERNELS)
         and p.bias is None
         and (p.mask is None or (p.q.shape[2] in (1, p.k.shape[2]) and p.mask == CAUSAL))
     )

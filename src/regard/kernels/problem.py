@@ -1,7 +1,7 @@
 """One attention problem as a value: what every kernel is given, checked once before any work is done."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.kinds import Mix, Normalizer, Position, Rows, Stage
 from regard.masks import Mask, causal
+from regard.stages import SLOTS, Filled, Made, Rows
 
 
-@dataclass(eq=False)  # frozen it would take four times as long to make, some 2 us of a small call's 20
-class Problem:
+@dataclass(eq=False)
+class Problem(Filled):
     """Queries, keys, values and the stages between them; never written into.
 
     `None` in a slot means the plain softmax pipeline's.
@@ -26,14 +26,11 @@ class Problem:
     scale: float
     mask: Mask | None = None
     bias: Float[Tensor, "#B #H #T #S"] | None = None
-    position: Position | None = None
-    """Only its `bias` and `values` hooks count here; `embed` and `rotate` came before."""
-    score_mix: Mix | None = None
-    normalizer: Normalizer | None = None
-    weight_mix: Mix | None = None
     dropout: float = 0.0
     x: Float[Tensor, "B T M"] | None = None
     context: Float[Tensor, "B S M"] | None = None
+    made: Mapping[str, Made] | None = None
+    """Slot -> what the stage in it made of the tokens."""
     first_key: int = 0
     """Position of the first key handed in: > 0 when a cache has dropped older ones."""
 
@@ -56,36 +53,15 @@ class Problem:
         """Key positions."""
         return torch.arange(self.first_key, self.first_key + self.k.shape[2], device=self.q.device)
 
-    @property
-    def position_bias(self) -> Position | None:
-        """The position, if it adds to the scores."""
-        return self.position if self.position is not None and self.position.changes("bias") else None
-
-    @property
-    def position_values(self) -> Position | None:
-        """The position, if it adds to the outputs."""
-        return self.position if self.position is not None and self.position.changes("values") else None
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages that are not plain softmax attention, in order."""
-        position = self.position_bias or self.position_values
-        return [s for s in (position, self.score_mix, self.normalizer, self.weight_mix) if s is not None]
-
-    @property
-    def halo(self) -> int:
-        """Earlier query rows that any row needs."""
-        return sum(s.halo for s in self.stages)
-
 
 def beyond_softmax(p: Problem) -> list[str]:
     """The stages that no fused softmax kernel can express, in words: other normalisers, mixes, what adds to values."""
     reasons = []
     if p.normalizer is not None and not p.normalizer.is_softmax:
         reasons.append(f"normalizer {type(p.normalizer).__name__} is not softmax")
-    for name in ("score_mix", "weight_mix"):
-        if (stage := getattr(p, name)) is not None:
-            reasons.append(f"{name} {type(stage).__name__} reads the score matrix")
+    if p.score is not None:
+        reasons.append(f"score {type(p.score).__name__} is no scaled dot product")
+    reasons += [f"{name} {type(mix).__name__} reads the score matrix" for name, mix in p.mixes]
     if p.position_values is not None:
         reasons.append(f"position {type(p.position).__name__} adds to the values")
     return reasons
@@ -106,7 +82,7 @@ def rectangle(p: Problem, rows: slice, keys: Keys, *, scored: bool = True) -> Ro
     return Rows(
         q=q,
         k=k,
-        scores=dots(q, k) * p.scale if scored else q.new_empty(0),
+        scores=dots(q, k) * p.scale if scored and _dotted(p) else q.new_empty(0),
         i=i,
         j=j,
         allowed=allowed,
@@ -115,15 +91,44 @@ def rectangle(p: Problem, rows: slice, keys: Keys, *, scored: bool = True) -> Ro
     )
 
 
+def _dotted(p: Problem) -> bool:
+    """Whether anybody reads the dot products."""
+    return p.score is None or any("scores" in stage.needs for stage in p.stages)
+
+
+def told(p: Problem, rows: Rows, slot: str, at: slice, keys: Keys) -> Rows:
+    """The same rows with what the stage in `slot` made of the tokens, cut to them."""
+    made = None if p.made is None else p.made.get(slot)
+    if made is None:
+        return rows
+    query = None if made.query is None else made.query[:, :, at]
+    key = None if made.key is None else made.key[:, :, keys]
+    return replace(rows, made=Made(query, key, made.whole))
+
+
+def position_bias(p: Problem, rows: Rows, at: slice, keys: Keys) -> Float[Tensor, "#B #H t s"]:
+    """What the position adds to the scores of these rows; there must be one that does."""
+    assert p.position_bias is not None
+    return p.position_bias.bias(told(p, rows, "position", at, keys))
+
+
 def biased_scores(p: Problem, rows: Rows, at: slice, keys: Keys) -> Float[Tensor, "B H t s"]:
     """Scores after position bias, tensor bias and score mixing."""
-    scores = rows.scores
+    scores = rows.scores if p.score is None else p.score(told(p, rows, "score", at, keys), p.scale)
     if p.position_bias is not None:
-        scores = scores + p.position_bias.bias(rows)
+        scores = scores + position_bias(p, rows, at, keys)
     if p.bias is not None:
         bias = p.bias if p.bias.shape[2] == 1 else p.bias[:, :, at]
         scores = scores + (bias if bias.shape[3] == 1 else bias[..., keys])
-    return scores if p.score_mix is None else p.score_mix(scores, rows)
+    return mixed(p, "scores", scores, rows, at, keys)
+
+
+def mixed(p: Problem, site: str, z: Tensor, rows: Rows, at: slice, keys: Keys) -> Float[Tensor, "B H t s"]:
+    """Scores or weights after the mixes at that site, in the order of the slots."""
+    for slot, mix in p.mixes:
+        if SLOTS[slot].site == site:
+            z = mix(z, told(p, rows, slot, at, keys))
+    return z
 
 
 def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
@@ -133,13 +138,12 @@ def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     part = rectangle(p, at, keys)
     scores = biased_scores(p, part, at, keys)
     weights = (p.normalizer or softmax)(scores, part.allowed)
-    if p.weight_mix is not None:
-        weights = p.weight_mix(weights, part)
+    weights = mixed(p, "weights", weights, part, at, keys)
     if p.dropout:
         weights = torch.nn.functional.dropout(weights, p.dropout)
     out = combine(weights, p.v[:, :, keys])
     if p.position_values is not None:
-        out = out + p.position_values.values(weights, part)
+        out = out + p.position_values.values(weights, told(p, part, "position", at, keys))
     return out[:, :, rows.start - first :].to(p.v.dtype)
 
 
@@ -216,7 +220,7 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     if p.x is not None and p.context is not None:
         clean = replace(clean, x=_zero(p.x, bad_q.any(1)), context=_zero(p.context, bad_k.any(1)))
     out = run(clean)
-    if p.score_mix is not None or p.weight_mix is not None:  # heads (and a mix's earlier rows) read each other
+    if p.mixes:  # heads (and a mix's earlier rows) read each other
         bad_q, bad_k = (
             bad_q.any(1, keepdim=True).expand_as(bad_q),
             bad_k.any(1, keepdim=True).expand_as(bad_k),

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernels.cost import Cost, checked, formed, maps, products, reached
-from regard.kernels.problem import CAUSAL, Keys, Problem, beyond_softmax, by_rows, chunk_rows, key_range, rectangle
+from regard.kernels.problem import (
+    CAUSAL,
+    Keys,
+    Problem,
+    beyond_softmax,
+    by_rows,
+    chunk_rows,
+    key_range,
+    position_bias,
+    rectangle,
+)
 
 BIAS_BYTES = 8 * 2**20
 """Mask and bias formed at once stay within this."""
@@ -64,7 +74,7 @@ def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
     """Mask and bias as the one tensor that torch takes: bool, or additive with -inf."""
     term: Tensor | None = None
     if p.position_bias is not None:
-        term = p.position_bias.bias(rectangle(p, rows, keys, scored=False))
+        term = position_bias(p, rectangle(p, rows, keys, scored=False), rows, keys)
     if p.bias is not None:
         bias = p.bias if p.bias.shape[2] == 1 else p.bias[:, :, rows]
         bias = bias if bias.shape[3] == 1 else bias[..., keys]

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from regard.checks import tokens as check_tokens
 from regard.kernels.linear_scan import Scan, linear_scan
-from regard.layer import HeadMixer, check_tokens
+from regard.pipeline.head_mixer import HeadMixer
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:

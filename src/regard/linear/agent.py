@@ -11,18 +11,17 @@ and each bias is one table stretched over the real tokens; the paper's own form 
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.kernels.check import check_inputs
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
+from regard.pipeline.head_mixer import HeadMixer
+from regard.shapes import HeadShape
 
 TABLE = 7
 """Entries of a bias table along each axis, as in the authors' code."""
@@ -94,20 +93,15 @@ class AgentAttention(HeadMixer):
         head_dim: int | None = None,
         bias: bool = False,
         num_agents: int = 49,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if num_agents < 1:
             raise ValueError(f"agent: num_agents must be at least 1 (got {num_agents})")
-        super().__init__(
-            dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias)
         self.num_agents = num_agents
         width = num_heads * self.head_dim
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.key_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE, **at))
-        self.query_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE, **at))
-        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width, **at)
+        self.key_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE))
+        self.query_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE))
+        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -151,8 +145,6 @@ def _build(
     causal: bool,
     num_agents: int = 49,
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> AgentAttention:
     if causal:
         raise ValueError("agent: agents are pooled from later queries too (got causal=True)")
@@ -163,8 +155,6 @@ def _build(
         head_dim=shape.head_dim,
         bias=bias,
         num_agents=num_agents,
-        device=device,
-        dtype=dtype,
     )
 
 

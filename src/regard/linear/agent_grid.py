@@ -10,17 +10,16 @@ Differs from the paper: maps need not be square; no dropout of the two attention
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer
+from regard._former import Card, Cost, Paper, register
 from regard.linear.agent import TABLE, agent_attention
+from regard.pipeline.head_mixer import HeadMixer
+from regard.shapes import HeadShape
 
 
 class GridAgentAttention(HeadMixer):
@@ -43,25 +42,22 @@ class GridAgentAttention(HeadMixer):
         head_dim: int | None = None,
         bias: bool = False,
         num_agents: int = 49,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if num_agents < 1 or math.isqrt(num_agents) ** 2 != num_agents:
             raise ValueError(f"agent_grid: num_agents must be a square number (got {num_agents})")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"agent_grid: size must be (height, width), both at least 1 (got {size})")
-        super().__init__(dim, num_heads, head_dim=head_dim, bias=bias, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, head_dim=head_dim, bias=bias)
         self.num_agents, self.size = num_agents, tuple(size)
         (Y, X), H, n = self.size, num_heads, num_agents
         width = H * self.head_dim
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.key_table = nn.Parameter(torch.empty(H, n, TABLE, TABLE, **at))
-        self.key_rows = nn.Parameter(torch.empty(H, n, Y, 1, **at))
-        self.key_columns = nn.Parameter(torch.empty(H, n, 1, X, **at))
-        self.query_table = nn.Parameter(torch.empty(H, n, TABLE, TABLE, **at))
-        self.query_rows = nn.Parameter(torch.empty(H, n, Y, 1, **at))
-        self.query_columns = nn.Parameter(torch.empty(H, n, 1, X, **at))
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width, **at)
+        self.key_table = nn.Parameter(torch.empty(H, n, TABLE, TABLE))
+        self.key_rows = nn.Parameter(torch.empty(H, n, Y, 1))
+        self.key_columns = nn.Parameter(torch.empty(H, n, 1, X))
+        self.query_table = nn.Parameter(torch.empty(H, n, TABLE, TABLE))
+        self.query_rows = nn.Parameter(torch.empty(H, n, Y, 1))
+        self.query_columns = nn.Parameter(torch.empty(H, n, 1, X))
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,8 +100,6 @@ def _build(
     size: tuple[int, int] = (14, 14),
     num_agents: int = 49,
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> GridAgentAttention:
     if causal:
         raise ValueError("agent_grid: places of a map have no order (got causal=True)")
@@ -118,8 +112,6 @@ def _build(
         head_dim=shape.head_dim,
         bias=bias,
         num_agents=num_agents,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import PLAIN, Card, Cost, Paper, register
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.kernels.check import check_inputs
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
+from regard.pipeline.head_mixer import HeadMixer
+from regard.shapes import HeadShape
 
 Normalisation = Literal["softmax", "scaling"]
 
@@ -76,8 +76,6 @@ class EfficientAttention(HeadMixer):
         bias: bool = False,
         context_dim: int | None = None,
         normalisation: Normalisation = "softmax",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         _check(normalisation)
         super().__init__(
@@ -87,8 +85,6 @@ class EfficientAttention(HeadMixer):
             head_dim=head_dim,
             bias=bias,
             context_dim=context_dim,
-            device=device,
-            dtype=dtype,
         )
         self.normalisation: Normalisation = normalisation
 
@@ -108,8 +104,6 @@ def _build(
     causal: bool,
     normalisation: Normalisation = "softmax",
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> EfficientAttention:
     if causal:
         raise ValueError("efficient: keys are normalised over all positions (got causal=True); build it causal=False")
@@ -120,8 +114,6 @@ def _build(
         head_dim=shape.head_dim,
         bias=bias,
         normalisation=normalisation,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.card import PLAIN, Card, Cost, Paper, register
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan, linear_scan
-from regard.kinds import HeadShape
 from regard.linear._shared import RecurrentMixer, hide, ratio, repeat_heads, widened, with_ones
+from regard.shapes import HeadShape
 
 SEGMENT = 256
 """Tokens whose D^2 / 2 features exist at once; backward forms them again."""
@@ -151,8 +151,6 @@ class FastAttention(RecurrentMixer):
         context_dim: int | None = None,
         order: int = 2,
         norm: Literal["token", "sequence", "none"] = "token",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if order not in (1, 2):
             raise ValueError(f"fast: order must be 1 or 2 (got {order})")
@@ -168,8 +166,6 @@ class FastAttention(RecurrentMixer):
             causal=causal,
             bias=bias,
             context_dim=context_dim,
-            device=device,
-            dtype=dtype,
         )
         self.order, self.norm = order, norm
 
@@ -194,8 +190,6 @@ def _build(
     causal: bool,
     order: int = 2,
     norm: Literal["token", "sequence", "none"] = "token",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> FastAttention:
     return FastAttention(
         shape.dim,
@@ -205,8 +199,6 @@ def _build(
         causal=causal,
         order=order,
         norm=norm,
-        device=device,
-        dtype=dtype,
     )
 
 

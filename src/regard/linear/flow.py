@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer, check_tokens
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.linear.conserved_flow import FlowState, causal_flow_attention, flow_attention, flow_state
 from regard.masks import Mask
+from regard.pipeline.head_mixer import HeadMixer
+from regard.shapes import HeadShape
 
 
 class FlowAttention(HeadMixer):
@@ -41,8 +42,6 @@ class FlowAttention(HeadMixer):
         context_dim: int | None = None,
         bound: float = 1.0,
         eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if not 0 < bound <= 50:
             raise ValueError(f"flow: bound must lie in (0, 50] (got {bound}); its exponential is summed")
@@ -56,8 +55,6 @@ class FlowAttention(HeadMixer):
             causal=causal,
             bias=bias,
             context_dim=context_dim,
-            device=device,
-            dtype=dtype,
         )
         self.bound, self.eps = bound, eps
 
@@ -121,8 +118,6 @@ def _build(
     bound: float = 1.0,
     eps: float = 1e-6,
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> FlowAttention:
     return FlowAttention(
         shape.dim,
@@ -133,8 +128,6 @@ def _build(
         bias=bias,
         bound=bound,
         eps=eps,
-        device=device,
-        dtype=dtype,
     )
 
 

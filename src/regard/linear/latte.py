@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.kernels.linear_scan import linear_scan
-from regard.kinds import HeadShape
 from regard.linear._shared import RecurrentMixer, widened
 from regard.normalizers.softmax import softmax
+from regard.shapes import HeadShape
 
 
 class LatteState(NamedTuple):
@@ -103,16 +103,12 @@ class Latte(RecurrentMixer):
         causal: bool = False,
         bias: bool = False,
         num_latents: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if num_latents is not None and num_latents < 1:
             raise ValueError(f"latte: num_latents must be at least 1 (got {num_latents})")
-        super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias)
         self.num_latents = self.head_dim if num_latents is None else num_latents
-        self.q_proj, self.k_proj = (
-            nn.Linear(dim, num_heads * self.num_latents, bias=bias, device=device, dtype=dtype) for _ in "qk"
-        )
+        self.q_proj, self.k_proj = (nn.Linear(dim, num_heads * self.num_latents, bias=bias) for _ in "qk")
 
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = (self.q_proj(x), self.k_proj(source), self.v_proj(source))
@@ -139,8 +135,6 @@ def _build(
     *,
     causal: bool,
     num_latents: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Latte:
     if shape.num_kv_heads != shape.num_heads:
         raise ValueError(f"latte: needs num_kv_heads == num_heads (got {shape.num_kv_heads} and {shape.num_heads})")
@@ -150,8 +144,6 @@ def _build(
         head_dim=shape.head_dim,
         causal=causal,
         num_latents=num_latents,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan, linear_scan
-from regard.kinds import HeadShape
 from regard.linear._shared import RecurrentMixer, hide, repeat_heads, widened
 from regard.positions.alibi import alibi_slopes
+from regard.shapes import HeadShape
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -85,8 +85,6 @@ class LightningAttention(RecurrentMixer):
         position: Literal["lrpe", "none"] = "lrpe",
         gate: Literal["identity", "silu", "sigmoid"] = "identity",
         eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if not 0 <= depth <= 1:
             raise ValueError(f"lightning: depth must lie in [0, 1], layer / (layers - 1) (got {depth})")
@@ -101,14 +99,12 @@ class LightningAttention(RecurrentMixer):
             head_dim=head_dim,
             causal=True,
             bias=bias,
-            device=device,
-            dtype=dtype,
         )
         D = self.head_dim
         self.gate, self.eps = gate, eps
         self.rates = tuple(s * (1 - depth + 1e-5) for s in alibi_slopes(num_heads, dtype=torch.float64).tolist())
-        self.gate_proj = nn.Linear(dim, num_heads * D, bias=bias, device=device, dtype=dtype)
-        angles = torch.empty(num_heads, 1, D, device=device, dtype=dtype)
+        self.gate_proj = nn.Linear(dim, num_heads * D, bias=bias)
+        angles = torch.empty(num_heads, 1, D)
         self.theta: nn.Parameter | None = nn.Parameter(angles) if position == "lrpe" else None
         self.reset_parameters()
 
@@ -152,8 +148,6 @@ def _build(
     depth: float = 0.0,
     position: Literal["lrpe", "none"] = "lrpe",
     gate: Literal["identity", "silu", "sigmoid"] = "identity",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> LightningAttention:
     if not causal:
         raise ValueError("lightning: is not bidirectional, its decay looks back only; build it with causal=True")
@@ -165,8 +159,6 @@ def _build(
         depth=depth,
         position=position,
         gate=gate,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import PLAIN, Card, Cost, Paper, register
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan
-from regard.kinds import HeadShape
 from regard.linear._shared import RecurrentMixer, feature_attention, hide, repeat_heads, widened
+from regard.shapes import HeadShape
 
 
 def linear_attention(
@@ -66,17 +66,13 @@ class LinearAttention(RecurrentMixer):
         return LinearState(torch.zeros(batch_size, self.num_heads, D, D + 1, device=device, dtype=dtype))
 
 
-def _build(
-    shape: HeadShape, *, causal: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> LinearAttention:
+def _build(shape: HeadShape, *, causal: bool) -> LinearAttention:
     return LinearAttention(
         shape.dim,
         shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         causal=causal,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.kernels.check import check_inputs
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
+from regard.pipeline.head_mixer import HeadMixer
+from regard.shapes import HeadShape
 
 Coefficient = Literal["exact", "original"]
 
@@ -137,8 +137,6 @@ class NystromAttention(HeadMixer):
         conv_width: int | None = 65,
         iterations: int = 6,
         coefficient: Coefficient = "exact",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if num_landmarks < 1 or iterations < 1:
             raise ValueError(
@@ -148,9 +146,7 @@ class NystromAttention(HeadMixer):
             raise ValueError(f"nystromformer: conv_width must be odd and at least 1, or None (got {conv_width})")
         if coefficient not in ("exact", "original"):
             raise ValueError(f"nystromformer: unknown coefficient {coefficient!r}; expected 'exact' or 'original'")
-        super().__init__(
-            dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias)
         self.num_landmarks, self.iterations = num_landmarks, iterations
         self.coefficient: Coefficient = coefficient
         self.conv = (
@@ -163,8 +159,6 @@ class NystromAttention(HeadMixer):
                 padding=(conv_width // 2, 0),
                 groups=num_heads,
                 bias=False,
-                device=device,
-                dtype=dtype,
             )
         )
 
@@ -194,8 +188,6 @@ def _build(
     iterations: int = 6,
     coefficient: Coefficient = "exact",
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> NystromAttention:
     if causal:
         raise ValueError("nystromformer: landmarks are means over later tokens too (got causal=True)")
@@ -209,8 +201,6 @@ def _build(
         conv_width=conv_width,
         iterations=iterations,
         coefficient=coefficient,
-        device=device,
-        dtype=dtype,
     )
 
 

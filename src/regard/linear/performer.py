@@ -1,29 +1,46 @@
 """Performer (FAVOR+): positive random features whose products estimate exp(q . k / sqrt(D)) without bias.
 
-    phi(x)_j = r^(-1/2) exp(w_j . x~ - |x~|^2 / 2),   x~ = D^(-1/4) x,   E[phi(q) . phi(k)] = exp(q . k / sqrt(D))
-    out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i when causal
-
 The r directions w_j are Gaussian; within each block of D they are made orthogonal, which lowers the variance. For
 stability a maximum is taken out of the exponents (for a query its own, for keys that of all keys) and eps is added
 after exp. Another kernel is relu: phi(x) = relu(W x~) + 1e-3.
-
-Choromanski et al. 2020, https://arxiv.org/abs/2009.14794 (ICLR 2021): abstract read, the authors' released code
-followed.
-Differs from the paper: the orthogonal factor gets R's signs (LAPACK's Q alone is not uniformly distributed and biases
-the estimate); the causal form's maximum is a running one, so that no output depends on later keys, and earlier features
-decay as it grows; no constant is added to the denominator.
 """
 
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import PLAIN, Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import choice, fits, number, whole
 from regard.kernels.check import check_inputs
-from regard.kinds import HeadShape
 from regard.linear._shared import RecurrentMixer, feature_attention, hide, repeat_heads, widened
+from regard.pipeline.head_mixer import Projections
+
+CARD = Card(
+    "performer",
+    equation="""phi(x)_j = r^(-1/2) exp(w_j . x~ - |x~|^2 / 2),   x~ = D^(-1/4) x,   E[phi(q) . phi(k)] = exp(q . k / sqrt(D))
+out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i when causal""",
+    papers=(
+        Paper(
+            "Rethinking Attention with Performers", "Choromanski et al.", 2020, "2009.14794", "abstract; official code"
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    traits=PLAIN,
+    cost=Cost("3*B*H*(T + S)*num_features*D", "H*num_features*(D + 1) + G"),
+    claim="Unbiased, and orthogonal directions have the lower variance: tests/linear/test_performer.py.",
+    differs=(
+        "Q of the QR decomposition gets the signs of R's diagonal: LAPACK's Q alone is not uniformly distributed and "
+        "biases the estimate.",
+        "The causal maximum is a running one, so that no output depends on later keys; earlier features decay as it "
+        "grows.",
+        "No constant is added to the denominator.",
+    ),
+    verified="third-party",
+    example={"num_features": 8},
+)
 
 
 def random_directions(
@@ -63,8 +80,7 @@ def performer_attention(
 ) -> tuple[Float[Tensor, "B H T V"], PerformerState]:
     """Outputs, and the state after the keys. Hand it back in to go on causally."""
     check_inputs(q, k, v)
-    if directions.dim() != 2 or directions.shape[1] != q.shape[3]:
-        raise ValueError(f"performer: directions has shape {tuple(directions.shape)}; expected (count, {q.shape[3]})")
+    fits("performer_attention", "r D", {"D": q.shape[3]}, directions=directions)
     q, k, v = widened(q, k, v)
     (B, H), G = q.shape[:2], k.shape[1]
     w = directions.to(q.dtype)
@@ -113,18 +129,18 @@ def relu_features(
     return (project(x, directions) if directions is not None else x * x.shape[-1] ** -0.25).relu() + eps
 
 
+@CARD.module
 class Performer(RecurrentMixer):
     """Multi-head attention with FAVOR+.
 
     Args:
-        dim, num_heads, num_kv_heads, head_dim, causal, bias, context_dim: as of `HeadMixer`.
+        dim, num_heads, rest: as of `HeadMixer`.
         num_features: r; default D ln D.
         kernel: what the features stand for.
         orthogonal: whether directions are orthogonal within blocks of D.
         eps: added to every feature of the softmax kernel.
     """
 
-    supports = frozenset({"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"})
     directions: Tensor
 
     def __init__(
@@ -132,40 +148,22 @@ class Performer(RecurrentMixer):
         dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        causal: bool = False,
-        bias: bool = False,
-        context_dim: int | None = None,
         num_features: int | None = None,
         kernel: Literal["softmax", "relu"] = "softmax",
         orthogonal: bool = True,
         eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **rest: Unpack[Projections],
     ) -> None:
-        if kernel not in ("softmax", "relu"):
-            raise ValueError(f"performer: unknown kernel {kernel!r}; expected 'softmax' or 'relu'")
-        if num_features is not None and num_features < 1:
-            raise ValueError(f"performer: num_features must be at least 1 (got {num_features})")
-        if not eps >= 0:
-            raise ValueError(f"performer: eps must be >= 0 (got {eps})")
-        super().__init__(
-            dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            causal=causal,
-            bias=bias,
-            context_dim=context_dim,
-            device=device,
-            dtype=dtype,
-        )
+        choice("Performer", ("softmax", "relu"), kernel=kernel)
+        number("Performer", least=0, eps=eps)
+        super().__init__(dim, num_heads, **rest)
         D = self.head_dim
-        self.num_features = max(1, round(D * torch.tensor(D).log().item())) if num_features is None else num_features
+        num_features = max(1, round(D * math.log(D))) if num_features is None else num_features
+        whole("Performer", num_features=num_features)
+        self.num_features = num_features
         self.kernel: Literal["softmax", "relu"] = kernel
         self.orthogonal, self.eps = orthogonal, eps
-        self.register_buffer("directions", torch.empty(self.num_features, D, device=device, dtype=torch.float32))
+        self.register_buffer("directions", torch.empty(self.num_features, D, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,55 +195,3 @@ class Performer(RecurrentMixer):
         B, H, D = batch_size, self.num_heads, self.head_dim
         sums = torch.zeros(B, H, self.num_features, D + 1, device=device, dtype=dtype)
         return PerformerState(sums, torch.full((B, self.num_kv_heads), -torch.inf, device=device, dtype=dtype))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    num_features: int | None = None,
-    kernel: Literal["softmax", "relu"] = "softmax",
-    orthogonal: bool = True,
-    eps: float = 1e-6,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Performer:
-    return Performer(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        causal=causal,
-        num_features=num_features,
-        kernel=kernel,
-        orthogonal=orthogonal,
-        eps=eps,
-        device=device,
-        dtype=dtype,
-    )
-
-
-CARD = register(
-    Card(
-        name="performer",
-        family="linear",
-        gist="positive orthogonal random features: an unbiased estimate of softmax attention (FAVOR+)",
-        equation="out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j));  "
-        "phi(x) = r^(-1/2) exp(W x~ - |x~|^2 / 2),  x~ = D^(-1/4) x",
-        paper=Paper(
-            "Rethinking Attention with Performers", "Choromanski et al.", 2020, "2009.14794", "abstract; official code"
-        ),
-        build=_build,
-        supports=Performer.supports,
-        traits=PLAIN,
-        cost=Cost("3*B*H*(T + S)*num_features*D", "H*num_features*(D + 1) + G"),
-        claim="unbiased, and orthogonal directions have the lower variance: tests/linear/test_performer.py",
-        differs=(
-            "Q of the QR decomposition gets the signs of R's diagonal, without which the estimate is biased",
-            "the causal maximum is a running one: no output depends on later keys",
-            "no constant is added to the denominator",
-        ),
-        verified="third-party",
-        example={"num_features": 8},
-    )
-)

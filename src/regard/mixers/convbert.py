@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.attention import attention
-from regard.card import Card, Cost, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard._former import Card, Cost, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, full, padding
 from regard.mixers.span_conv import HIDDEN, PAPER, SpanHeads, initialise
+from regard.pipeline.function import attention
+from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape
 
 
 class MixedAttention(nn.Module):
@@ -47,8 +48,6 @@ class MixedAttention(nn.Module):
         head_ratio: int = 2,
         kernel_size: int = 9,
         dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, n in (("dim", dim), ("num_heads", num_heads), ("head_ratio", head_ratio)):
@@ -59,10 +58,9 @@ class MixedAttention(nn.Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"MixedAttention: dropout must be in [0, 1], got {dropout}")
         self.dim, self.num_heads, self.head_dim, self.dropout = dim, H, dim // (2 * H), dropout
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim // 2, **at) for _ in range(3))
-        self.heads = SpanHeads(dim, H, self.head_dim, kernel_size, **at)
-        self.o_proj = nn.Linear(dim, dim, **at)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim // 2) for _ in range(3))
+        self.heads = SpanHeads(dim, H, self.head_dim, kernel_size)
+        self.o_proj = nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,8 +101,6 @@ def _build(
     head_ratio: int = 2,
     kernel_size: int = 9,
     dropout: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> MixedAttention:
     if causal:
         raise ValueError("convbert: its convolutions look to both sides (got causal=True); expected causal=False")
@@ -113,7 +109,7 @@ def _build(
             f"convbert: head_dim follows from dim and num_heads (got head_dim {shape.head_dim} for {shape.num_heads} "
             f"heads and dim {shape.dim}); leave it out"
         )
-    options: dict[str, Any] = {"kernel_size": kernel_size, "dropout": dropout, "device": device, "dtype": dtype}
+    options: dict[str, Any] = {"kernel_size": kernel_size, "dropout": dropout}
     return MixedAttention(shape.dim, shape.num_heads, head_ratio=head_ratio, **options)
 
 

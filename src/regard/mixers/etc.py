@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import key_padding
+from regard._former import Card, Cost, Paper, register
 from regard.masks import Mask, global_tokens
 from regard.masks import window as near
 from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
+from regard.pipeline.tokens import key_padding
+from regard.shapes import HeadShape
 
 _PROJECTIONS = {
     "qkv": {"l2l": "all", "l2g": "all", "g2g": "all", "g2l": "all"},
@@ -53,8 +53,6 @@ class ETCAttention(nn.Module):
         max_distance: int | None = 12,
         share: Literal["qkv", "kv", "none"] = "qkv",
         dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -70,19 +68,18 @@ class ETCAttention(nn.Module):
             raise ValueError(f"ETCAttention: dropout must lie in [0, 1] (got {dropout})")
         self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
         self.radius, self.max_distance, self.share, self.dropout = radius, max_distance, share, dropout
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         sides = ["all"] if share == "qkv" else ["long", "global"]
         pieces = sorted(set(_PROJECTIONS[share].values()))
-        self.q_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in sides})
-        self.k_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in pieces})
-        self.v_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in pieces})
-        self.o_proj = nn.ModuleDict({name: nn.Linear(dim, dim, **at) for name in sides})
+        self.q_proj = nn.ModuleDict({name: nn.Linear(dim, dim) for name in sides})
+        self.k_proj = nn.ModuleDict({name: nn.Linear(dim, dim) for name in pieces})
+        self.v_proj = nn.ModuleDict({name: nn.Linear(dim, dim) for name in pieces})
+        self.o_proj = nn.ModuleDict({name: nn.Linear(dim, dim) for name in sides})
         if max_distance is not None:
             count = 2 * max_distance + 2
             for side in ("long", "global"):
-                vector = torch.empty(count, num_heads, dim // num_heads, **at)
+                vector = torch.empty(count, num_heads, dim // num_heads)
                 self.register_parameter(f"{side}_vector", nn.Parameter(vector))
-                self.register_parameter(f"{side}_number", nn.Parameter(torch.empty(count, num_heads, **at)))
+                self.register_parameter(f"{side}_number", nn.Parameter(torch.empty(count, num_heads)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -180,8 +177,6 @@ def _build(
     max_distance: int | None = 12,
     share: Literal["qkv", "kv", "none"] = "qkv",
     dropout: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> ETCAttention:
     if causal:
         raise ValueError("etc: is a bidirectional encoder, global tokens see everything (got causal=True)")
@@ -197,7 +192,7 @@ def _build(
         "max_distance": max_distance,
         "share": share,
     }
-    return ETCAttention(shape.dim, shape.num_heads, dropout=dropout, device=device, dtype=dtype, **options)
+    return ETCAttention(shape.dim, shape.num_heads, dropout=dropout, **options)
 
 
 CARD = register(

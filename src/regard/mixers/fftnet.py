@@ -11,17 +11,18 @@ Differs from the paper: norm and residual around the filter are left to the mode
 length are filled up with zeros.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, full, padding
+from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.shapes import HeadShape
 
 Activation = Literal["modrelu", "gelu"]
 
@@ -86,8 +87,6 @@ class FFTNet(nn.Module):
         *,
         max_length: int = 512,
         activation: Activation = "modrelu",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check(activation)
@@ -98,11 +97,10 @@ class FFTNet(nn.Module):
         self.dim, self.num_heads, self.max_length = dim, num_heads, max_length
         self.activation: Activation = activation
         bins = max_length // 2 + 1
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         outputs = num_heads * bins * (1 if activation == "modrelu" else 2)
-        self.base_filter = nn.Parameter(torch.empty(num_heads, bins, **at))
-        self.base_bias = nn.Parameter(torch.empty(num_heads, bins, **at))
-        self.adapt = nn.Sequential(nn.Linear(dim, dim, **at), nn.GELU(), nn.Linear(dim, outputs, **at))
+        self.base_filter = nn.Parameter(torch.empty(num_heads, bins))
+        self.base_bias = nn.Parameter(torch.empty(num_heads, bins))
+        self.adapt = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -146,8 +144,6 @@ def _build(
     causal: bool,
     max_length: int = 512,
     activation: Activation = "modrelu",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> FFTNet:
     if causal:
         raise ValueError("fftnet: the Fourier transform and the mean see all tokens (got causal=True)")
@@ -156,7 +152,7 @@ def _build(
             f"fftnet: has no key heads, and heads of width dim / num_heads (got {shape.num_kv_heads} key heads of "
             f"width {shape.head_dim} for {shape.num_heads} heads, dim {shape.dim})"
         )
-    return FFTNet(shape.dim, shape.num_heads, max_length=max_length, activation=activation, device=device, dtype=dtype)
+    return FFTNet(shape.dim, shape.num_heads, max_length=max_length, activation=activation)
 
 
 CARD = register(

@@ -10,19 +10,20 @@ Mehta et al. 2022, https://arxiv.org/abs/2206.13947: abstract read; equations as
 pseudocode (section 3.2) has them. Differs from the paper: the sum over the past is taken in blocks, not by FFT.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, causal, padding
 from regard.mixers.exponential import exponential_sum, lags, work_dtype
+from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape
 
 
 def diagonal_state_space(
@@ -73,25 +74,22 @@ class GatedStateSpace(nn.Module):
         state_dim: int,
         num_states: int,
         positive_turns: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "hidden_dim": hidden_dim, "state_dim": state_dim, "num_states": num_states}
         for name, n in sizes.items():
             check_int("GatedStateSpace", name, n)
         self.dim, self.state_dim, self.num_states, self.positive_turns = dim, state_dim, num_states, positive_turns
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, **at)
-        self.u_proj = nn.Linear(dim, hidden_dim, bias=False, **at)
-        self.v_proj = nn.Linear(dim, state_dim, bias=False, **at)
-        self.state_norm = nn.LayerNorm(state_dim, **at)
-        self.a = nn.Parameter(torch.empty(num_states, **at))
-        self.b = nn.Parameter(torch.empty(num_states, **at))
-        self.c = nn.Parameter(torch.empty(state_dim, num_states, 2, **at))
-        self.skip = nn.Parameter(torch.empty(state_dim, **at))
-        self.gate_proj = nn.Linear(state_dim, hidden_dim, bias=False, **at)
-        self.o_proj = nn.Linear(hidden_dim, dim, **at)
+        self.norm = nn.LayerNorm(dim)
+        self.u_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.v_proj = nn.Linear(dim, state_dim, bias=False)
+        self.state_norm = nn.LayerNorm(state_dim)
+        self.a = nn.Parameter(torch.empty(num_states))
+        self.b = nn.Parameter(torch.empty(num_states))
+        self.c = nn.Parameter(torch.empty(state_dim, num_states, 2))
+        self.skip = nn.Parameter(torch.empty(state_dim))
+        self.gate_proj = nn.Linear(state_dim, hidden_dim, bias=False)
+        self.o_proj = nn.Linear(hidden_dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -161,8 +159,6 @@ def _build(
     state_dim: int | None = None,
     num_states: int | None = None,
     positive_turns: bool = True,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> GatedStateSpace:
     """F = 4 M, E = M / 4 and N = M / 2 unless told otherwise, as in the paper's layers; no heads."""
     if not causal:
@@ -173,8 +169,6 @@ def _build(
         state_dim=max(1, shape.dim // 4) if state_dim is None else state_dim,
         num_states=max(1, shape.dim // 2) if num_states is None else num_states,
         positive_turns=positive_turns,
-        device=device,
-        dtype=dtype,
     )
 
 

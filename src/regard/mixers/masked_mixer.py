@@ -12,18 +12,19 @@ shorter sequences use the top left of W; norm, residual and feed-forward of a bl
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, full, padding
 from regard.masks import causal as causal_mask
+from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.shapes import HeadShape
 
 Form = Literal["flat", "expanded", "heads"]
 
@@ -68,14 +69,12 @@ class TokenMap(nn.Module):
         num_heads: int = 1,
         width: int = 1,
         causal: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.causal = causal
         shape = (num_heads, max_length, max_length, width)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[:2]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,8 +108,6 @@ class MaskedMixer(nn.Module):
         num_heads: int = 1,
         kernel_width: int = 1,
         causal: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if form not in ("flat", "expanded", "heads"):
@@ -126,13 +123,12 @@ class MaskedMixer(nn.Module):
             )
         self.dim, self.max_length, self.form, self.causal = dim, max_length, form, causal
         self.num_heads = num_heads if form == "heads" else 1
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.maps = nn.ModuleList(
-            TokenMap(max_length, num_heads=self.num_heads, width=kernel_width, causal=causal, **at)
+            TokenMap(max_length, num_heads=self.num_heads, width=kernel_width, causal=causal)
             for _ in range(2 if form == "expanded" else 1)
         )
-        self.v_proj = nn.Linear(dim, dim, **at) if form == "heads" else nn.Identity()
-        self.o_proj = nn.Linear(dim, dim, **at) if form == "heads" else nn.Identity()
+        self.v_proj = nn.Linear(dim, dim) if form == "heads" else nn.Identity()
+        self.o_proj = nn.Linear(dim, dim) if form == "heads" else nn.Identity()
 
     def receptive_field(self) -> Mask:
         return causal_mask() if self.causal else full()
@@ -208,8 +204,6 @@ def _build(
     max_length: int = 512,
     form: Form = "flat",
     kernel_width: int = 1,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> MaskedMixer:
     if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
         raise ValueError(
@@ -223,8 +217,6 @@ def _build(
         num_heads=shape.num_heads if form == "heads" else 1,
         kernel_width=kernel_width,
         causal=causal,
-        device=device,
-        dtype=dtype,
     )
 
 

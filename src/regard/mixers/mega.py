@@ -22,14 +22,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, causal, full, padding
 from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
 from regard.mixers.mega_average import DampedAverage
+from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape
 
 
 class MegaState(NamedTuple):
@@ -71,8 +72,6 @@ class Mega(nn.Module):
         weighting: Weighting = "softmax",
         max_positions: int | None = None,
         dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "qk_dim": qk_dim, "value_dim": value_dim, "ema_dim": ema_dim}
@@ -80,16 +79,15 @@ class Mega(nn.Module):
             check_int("Mega", name, n)
         self.dim, self.qk_dim, self.value_dim, self.ema_dim = dim, qk_dim, value_dim, ema_dim
         self.chunk, self.causal = chunk, causal
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, **at)
-        self.average = DampedAverage(dim, ema_dim, causal=causal, **at)
-        self.omega = nn.Parameter(torch.empty(dim, **at))
-        self.v_proj = nn.Linear(dim, value_dim, **at)
-        self.mixed_proj = nn.Linear(dim, dim + qk_dim + value_dim + dim, **at)  # u, z, r, c
-        self.o_proj = nn.Linear(value_dim, dim, **at)
-        self.kappa = nn.Parameter(torch.empty(2, qk_dim, **at))
-        self.mu = nn.Parameter(torch.empty(2, qk_dim, **at))
-        options: dict[str, Any] = {"weighting": weighting, "max_positions": max_positions, "dropout": dropout, **at}
+        self.norm = nn.LayerNorm(dim)
+        self.average = DampedAverage(dim, ema_dim, causal=causal)
+        self.omega = nn.Parameter(torch.empty(dim))
+        self.v_proj = nn.Linear(dim, value_dim)
+        self.mixed_proj = nn.Linear(dim, dim + qk_dim + value_dim + dim)  # u, z, r, c
+        self.o_proj = nn.Linear(value_dim, dim)
+        self.kappa = nn.Parameter(torch.empty(2, qk_dim))
+        self.mu = nn.Parameter(torch.empty(2, qk_dim))
+        options: dict[str, Any] = {"weighting": weighting, "max_positions": max_positions, "dropout": dropout}
         self.attention = ChunkAttention(qk_dim, chunk=chunk, causal=causal, **options)
         self.reset_parameters()
 
@@ -194,10 +192,8 @@ def _build(
     weighting: Weighting = "softmax",
     max_positions: int | None = None,
     dropout: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Mega:
-    options: dict[str, Any] = {"max_positions": max_positions, "dropout": dropout, "device": device, "dtype": dtype}
+    options: dict[str, Any] = {"max_positions": max_positions, "dropout": dropout}
     return build_mega(shape, causal, qk_dim, value_dim, ema_dim, weighting, **options)
 
 

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.attention import attention
-from regard.kinds import Normalizer, Position, Rows
 from regard.masks import causal, padding
 from regard.mixers.exponential import work_dtype
+from regard.pipeline.function import attention
 from regard.positions._shared import angles, check_even, check_int, frequencies
 from regard.positions.rotary import rotate
+from regard.stages import Normalizer, Position, Rows
 
 Weighting = Literal["softmax", "laplace", "relu2"]
 
@@ -55,11 +55,11 @@ def _kept(weights: Tensor, allowed: Tensor | None) -> Tensor:
 class DistanceBias(Position):
     """b_ij = table[j - i + P - 1], for up to P positions."""
 
-    def __init__(self, positions: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, positions: int):
         super().__init__()
         check_int("DistanceBias", "positions", positions)
         self.positions = positions
-        self.table = nn.Parameter(torch.empty(2 * positions - 1, device=device, dtype=dtype))
+        self.table = nn.Parameter(torch.empty(2 * positions - 1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -72,11 +72,11 @@ class DistanceBias(Position):
 class TurnedBias(Position):
     """b_ij = R_i a . R_j b: two vectors of width Z, turned by their positions; so of j - i, for any length."""
 
-    def __init__(self, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, width: int):
         super().__init__()
         check_even("TurnedBias", "width", width)
-        self.a = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.a = nn.Parameter(torch.empty(width))
+        self.b = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,8 +103,6 @@ class ChunkAttention(nn.Module):
         weighting: Weighting,
         max_positions: int | None,
         dropout: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         normalizers = {"softmax": None, "laplace": Laplace(), "relu2": SquaredRelu()}
@@ -119,8 +117,7 @@ class ChunkAttention(nn.Module):
             if max_positions is not None and max_positions < chunk:
                 raise ValueError(f"Mega: max_positions is too small (got {max_positions}); expected >= chunk, {chunk}")
         self.qk_dim, self.chunk, self.causal, self.weighting, self.dropout = qk_dim, chunk, causal, weighting, dropout
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.position = TurnedBias(qk_dim, **at) if max_positions is None else DistanceBias(max_positions, **at)
+        self.position = TurnedBias(qk_dim) if max_positions is None else DistanceBias(max_positions)
         self.normalizer = normalizers[weighting]
 
     def forward(

@@ -44,12 +44,10 @@ class DampedAverage(nn.Module):
         ema_dim: int,
         *,
         causal: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         ways = 1 if causal else 2
-        alpha, delta, beta, eta = (torch.empty(ways, dim, ema_dim, device=device, dtype=dtype) for _ in range(4))
+        alpha, delta, beta, eta = (torch.empty(ways, dim, ema_dim) for _ in range(4))
         self.alpha, self.delta, self.beta, self.eta = (nn.Parameter(p) for p in (alpha, delta, beta, eta))
         self.reset_parameters()
 

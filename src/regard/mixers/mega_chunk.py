@@ -8,12 +8,10 @@ Differs from the code: lengths need not be multiples of C (the last chunk is sho
 
 from typing import Any
 
-import torch
-
-from regard.card import Card, Cost, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, register
 from regard.mixers.mega import DIFFERS, PAPER, Mega, build_mega
 from regard.mixers.mega_attention import Weighting
+from regard.shapes import HeadShape
 
 
 def _build(
@@ -26,10 +24,8 @@ def _build(
     ema_dim: int = 16,
     weighting: Weighting = "softmax",
     dropout: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Mega:
-    options: dict[str, Any] = {"chunk": chunk, "dropout": dropout, "device": device, "dtype": dtype}
+    options: dict[str, Any] = {"chunk": chunk, "dropout": dropout}
     return build_mega(shape, causal, qk_dim, value_dim, ema_dim, weighting, **options)
 
 

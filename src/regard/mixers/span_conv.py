@@ -9,18 +9,17 @@ transformers library have them. Differs from them: hidden tokens count as outsid
 neighbours; and all heads convolve (ConvBERT's mixture with attention is in `convbert.py`).
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, padding, window
+from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape
 
 
 def dynamic_convolution(u: Float[Tensor, "B T H D"], taps: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H D"]:
@@ -36,27 +35,17 @@ def dynamic_convolution(u: Float[Tensor, "B T H D"], taps: Float[Tensor, "B T H 
 class SpanHeads(nn.Module):
     """The convolution heads, without query and output projections: (x, q) -> (B, T, H D)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        head_dim: int,
-        kernel_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, head_dim: int, kernel_size: int) -> None:
         super().__init__()
         for name, n in (("dim", dim), ("num_heads", num_heads), ("head_dim", head_dim), ("kernel_size", kernel_size)):
             check_int("SpanHeads", name, n)
         if kernel_size % 2 == 0:
             raise ValueError(f"SpanHeads: kernel_size is even (got {kernel_size}); expected an odd one, with a middle")
         self.num_heads, self.kernel_size, inner = num_heads, kernel_size, num_heads * head_dim
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.u_proj = nn.Linear(dim, inner, **at)
-        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False, **at)
-        self.pointwise = nn.Linear(dim, inner, **at)
-        self.kernel_proj = nn.Linear(inner, num_heads * kernel_size, **at)
+        self.u_proj = nn.Linear(dim, inner)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+        self.pointwise = nn.Linear(dim, inner)
+        self.kernel_proj = nn.Linear(inner, num_heads * kernel_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,18 +92,15 @@ class SpanConvolution(nn.Module):
         *,
         head_dim: int | None = None,
         kernel_size: int = 9,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % num_heads:
             raise ValueError(f"SpanConvolution: {num_heads} heads do not divide the width {dim}; give head_dim")
         head_dim = dim // num_heads if head_dim is None else head_dim
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim
-        self.heads = SpanHeads(dim, num_heads, head_dim, kernel_size, **at)
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, **at)
-        self.o_proj = nn.Linear(num_heads * head_dim, dim, **at)
+        self.heads = SpanHeads(dim, num_heads, head_dim, kernel_size)
+        self.q_proj = nn.Linear(dim, num_heads * head_dim)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,13 +130,10 @@ def _build(
     *,
     causal: bool,
     kernel_size: int = 9,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> SpanConvolution:
     if causal:
         raise ValueError("span_conv: the kernel looks to both sides (got causal=True); expected causal=False")
-    at: dict[str, Any] = {"device": device, "dtype": dtype}
-    return SpanConvolution(shape.dim, shape.num_heads, head_dim=shape.head_dim, kernel_size=kernel_size, **at)
+    return SpanConvolution(shape.dim, shape.num_heads, head_dim=shape.head_dim, kernel_size=kernel_size)
 
 
 PAPER = Paper(

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.attention import Attention
 from regard.detection.conditional import ConditionalCrossAttention, sine_embedding
 from regard.detection.deformable import DeformableAttention
 from regard.detection.sampling import pixel_centres
+from regard.pipeline.layer import Attention
 
 NOTHING = -1
 """The class of a place in a list of true boxes that holds none."""

@@ -12,21 +12,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Normalizer
+from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.normalizers.entmax import entmax
+from regard.shapes import HeadShape
+from regard.stages import Normalizer
 
 
 class AdaptiveEntmax(Normalizer):
     """One learned alpha in [1.01, 2] per head, from the raw parameter `pre_alpha` (H,)."""
 
-    def __init__(
-        self, num_heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1:
             raise ValueError(f"AdaptiveEntmax: num_heads must be at least 1 (got {num_heads})")
-        self.pre_alpha = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.pre_alpha = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import FEATURES, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Normalizer
+from regard._former import FEATURES, Card, Cost, Paper, register
 from regard.normalizers.softmax import softmax
+from regard.shapes import HeadShape
+from regard.stages import Normalizer
 
 
 def cog(scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None) -> Float[Tensor, "B H t S"]:

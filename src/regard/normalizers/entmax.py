@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.kernels.native import rows as native
-from regard.kinds import HeadShape, Normalizer
 from regard.normalizers.softmax import softmax
+from regard.shapes import HeadShape
+from regard.stages import Normalizer
 
 _STEPS = 16
 """Newton steps at most; eager CPU code stops as soon as no tau moves any more."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.kinds import Normalizer
+from regard.stages import Normalizer
 
 
 def softmax(

@@ -6,9 +6,9 @@ Martins, Astudillo 2016, https://arxiv.org/abs/1602.02068 (equations as the auth
 text not read).
 """
 
-from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
 from regard.normalizers.entmax import Entmax
+from regard.shapes import HeadShape
 
 
 class Sparsemax(Entmax):

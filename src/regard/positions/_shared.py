@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.kinds import Rows
+from regard.stages import Rows
 
 
 def work_dtype(z: Tensor) -> torch.dtype:

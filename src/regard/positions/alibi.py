@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.card import PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position, Rows
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.positions._shared import check_heads, check_int, distances, work_dtype
+from regard.shapes import HeadShape
+from regard.stages import Position, Rows
 
 
 def alibi_slopes(

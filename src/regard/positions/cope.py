@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position, Rows
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.positions._shared import check_int, check_width, work_dtype
+from regard.shapes import HeadShape
+from regard.stages import Position, Rows
 
 
 def contextual_positions(

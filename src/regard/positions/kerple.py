@@ -1,24 +1,54 @@
-"""KERPLE: scores fall with distance by a trained conditionally positive definite kernel, one for each head.
-
-    logarithmic  score[h,i,j] = q_i . k_j / sqrt(D) - r1_h log(1 + r2_h |i - j|),   r1, r2 > 0
-    power        score[h,i,j] = q_i . k_j / sqrt(D) - r1_h |i - j|^(r2_h),          r1 > 0, 0 < r2 <= 2
-
-Chi, Fan, Ramadge, Rudnicky 2022, "KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation"
-(arXiv 2205.09921), eqs. 1 and 2; bounds and initial values from the authors' code.
-Differs from the paper: eqs. 1-2 divide the kernel by sqrt(D) with the dot product; the authors' code adds it
-afterwards, and so do we, since the released r1 and its initial range mean that form (r1 here = r1 of the
-paper / sqrt(D)). The code clips the parameters themselves before each use; here the value used is clipped and
-the gradient passes straight to the parameter. The paper shares r1 and r2 among all layers: hand one part to
-every layer for that. Left out: the weight kernel (section 5.3) and the three-parameter logarithm.
-"""
+"""KERPLE: scores fall with the logarithm of distance, by a trained kernel for each head."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position, Rows
-from regard.positions._shared import check_heads, check_int, distances, work_dtype
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import whole
+from regard.positions._shared import check_heads, distances, work_dtype
+from regard.stages import Position, Rows
+
+PAPERS = (
+    Paper(
+        "KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation",
+        "Chi, Fan, Ramadge, Rudnicky",
+        2022,
+        "2205.09921",
+        "eqs. 1-2; bounds and starting values from the authors' code",
+    ),
+)
+DIFFERS = (
+    "Eqs. 1-2 divide the kernel by sqrt(D) with the dot product; the authors' code adds it afterwards, and so do we, "
+    "since the released r1 and its starting range mean that form (r1 here = r1 of the paper / sqrt(D)).",
+    "The code clips the parameters themselves before each use; here the value used is clipped, and the gradient passes "
+    "straight to the parameter.",
+    "Each layer has its own parameters; the paper shares them among layers: `regard.share`.",
+    "Left out: the weight kernel (section 5.3) and the three-parameter logarithm.",
+)
+
+CARD = Card(
+    "kerple",
+    equation="score[h,i,j] = q_i . k_j / sqrt(D) - r1[h] log(1 + r2[h] |i - j|),   r1, r2 > 0 trained",
+    papers=PAPERS,
+    traits=PLAIN - {"position_free"},
+    cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
+    claim="The kernel is conditionally positive definite, and extrapolates best in log form: tests/positions.",
+    differs=DIFFERS,
+    verified="third-party",
+)
+
+POWER = Card(
+    "kerple_power",
+    equation="score[h,i,j] = q_i . k_j / sqrt(D) - r1[h] |i - j|^r2[h],   r1 > 0, 0 < r2 <= 2 trained",
+    papers=PAPERS,
+    gist="KERPLE's power kernel: scores fall with a trained power of distance, for each head.",
+    traits=PLAIN - {"position_free"},
+    cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
+    claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: tests/positions.",
+    differs=DIFFERS,
+    verified="third-party",
+)
 
 LEAST = 0.01
 """What r1 and r2 are kept above."""
@@ -44,10 +74,12 @@ def clip_straight_through(r: Tensor, least: float, most: float | None = None) ->
     return r + (r.clamp(least, most) - r).detach()
 
 
+@CARD.fills("position")
 class Kerple(Position):
     """The logarithmic kernel for `num_heads` heads."""
 
     by_distance = True
+    tied = ("r1", "r2")
     start = (2.0, 1.0)
     """r1 and r2 start uniform between 0 and these."""
     most: float | None = None
@@ -55,7 +87,7 @@ class Kerple(Position):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        check_int(type(self).__name__, "num_heads", num_heads)
+        whole(self, num_heads=num_heads)
         self.num_heads = num_heads
         self.r1 = nn.Parameter(torch.empty(num_heads))
         self.r2 = nn.Parameter(torch.empty(num_heads))
@@ -79,6 +111,7 @@ class Kerple(Position):
         return f"{self.num_heads}"
 
 
+@POWER.fills("position")
 class KerplePower(Kerple):
     """The power kernel for `num_heads` heads; r2 = 1 is ALiBi with trained slopes."""
 
@@ -87,58 +120,3 @@ class KerplePower(Kerple):
 
     def kernel(self, distance: Tensor, r1: Tensor, r2: Tensor) -> Float[Tensor, "H t s"]:
         return kerple_power(distance, r1, r2)
-
-
-def _log_slots(shape: HeadShape) -> dict[str, object]:
-    return {"position": Kerple(shape.num_heads)}
-
-
-def _power_slots(shape: HeadShape) -> dict[str, object]:
-    return {"position": KerplePower(shape.num_heads)}
-
-
-PAPER = Paper(
-    "KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation",
-    "Chi, Fan, Ramadge, Rudnicky",
-    2022,
-    "2205.09921",
-    "eqs. 1-2",
-)
-TRAITS = PLAIN - {"position_free"}
-DIFFERS = (
-    ("The kernel is added after the scores are divided by sqrt(D), as in the authors' code; the paper has it inside."),
-    ("Bounds hold for the values used, with straight-through gradients; the code clips the parameters in place."),
-    ("Each layer has its own parameters unless one part is shared by hand; the paper shares them among layers."),
-)
-
-CARD = register(
-    Card(
-        name="kerple",
-        family="positions",
-        gist="Scores fall with the logarithm of distance, by a trained kernel for each head.",
-        equation="score[h,i,j] = q.k/sqrt(D) - r1[h] log(1 + r2[h] |i-j|); r1, r2 > 0 trained",
-        paper=PAPER,
-        slots=_log_slots,
-        traits=TRAITS,
-        cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-        claim=("The kernel is conditionally positive definite, and extrapolates best in log form: tests/positions."),
-        differs=DIFFERS,
-        verified="third-party",
-    )
-)
-
-POWER = register(
-    Card(
-        name="kerple_power",
-        family="positions",
-        gist="Scores fall with a trained power of distance, for each head.",
-        equation="score[h,i,j] = q.k/sqrt(D) - r1[h] |i-j|^r2[h]; r1 > 0, 0 < r2 <= 2 trained",
-        paper=PAPER,
-        slots=_power_slots,
-        traits=TRAITS,
-        cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-        claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: tests/positions.",
-        differs=DIFFERS,
-        verified="third-party",
-    )
-)

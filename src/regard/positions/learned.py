@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position
+from regard._former import Card, Cost, Paper, register
 from regard.positions._shared import check_int, check_width
+from regard.shapes import HeadShape
+from regard.stages import Position
 
 
 class Learned(Position):

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.card import PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.positions._shared import angles, check_above, check_even, check_width, frequencies, work_dtype
+from regard.shapes import HeadShape
+from regard.stages import Position
 
 
 class Scaling(Protocol):

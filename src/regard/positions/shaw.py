@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position, Rows
+from regard._former import Card, Cost, Paper, register
 from regard.positions._shared import check_heads, check_int, check_width, work_dtype
+from regard.shapes import HeadShape
+from regard.stages import Position, Rows
 
 
 def relative_scores(

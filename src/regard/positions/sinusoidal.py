@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape, Position
+from regard._former import Card, Cost, Paper, register
 from regard.positions._shared import angles, check_above, check_even, check_width, frequencies
+from regard.shapes import HeadShape
+from regard.stages import Position
 
 
 def sinusoidal(

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.card import Card, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Paper, register
 from regard.positions._shared import check_above, check_int
 from regard.positions.rotary import COST, TRAITS, Rotary
 from regard.positions.rotary_scaling import YARN_AUTHORS, YARN_PAPER, Linear
+from regard.shapes import HeadShape
 
 
 @dataclass(frozen=True)

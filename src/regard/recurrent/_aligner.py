@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.layer import check_tokens, key_padding, quarantine, spoil
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask
 from regard.normalizers.softmax import softmax
+from regard.pipeline.tokens import key_padding, quarantine, spoil
 
 Padding = Mask | Bool[Tensor, "B S"] | Bool[Tensor, "B 1 1 S"] | None
 """`regard.masks.padding(...)`, or bool with True = a real token of the context."""

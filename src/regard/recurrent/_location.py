@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import Paper
+from regard.cards import Paper
 from regard.recurrent._aligner import Aligner, Padding
 
 LOCATION_PAPER = Paper(

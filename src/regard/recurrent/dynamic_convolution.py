@@ -11,16 +11,15 @@ Differs from the paper: with padding, the alignment starts at the first real tok
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, register
 from regard.recurrent._aligner import normalise, single_head
 from regard.recurrent._location import LOCATION_PAPER, LocationAligner
+from regard.shapes import HeadShape
 
 
 def beta_binomial(length: int, a: float, b: float) -> tuple[float, ...]:
@@ -62,8 +61,6 @@ class DynamicConvolutionAttention(LocationAligner):
         prior_length: int = 11,
         prior_alpha: float = 0.1,
         prior_beta: float = 0.9,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
         if filter_length < 1 or filter_length % 2 == 0:
@@ -75,14 +72,13 @@ class DynamicConvolutionAttention(LocationAligner):
                 "DynamicConvolutionAttention: sizes must be at least 1 and prior_alpha, prior_beta positive (got "
                 f"{hidden}, {static_filters}, {dynamic_filters}, {prior_length}, {prior_alpha}, {prior_beta})"
             )
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.filter_length, self.prior = filter_length, beta_binomial(prior_length, prior_alpha, prior_beta)
-        self.filter_hidden = nn.Linear(dim, hidden, **at)
-        self.filter_out = nn.Linear(hidden, dynamic_filters * filter_length, bias=False, **at)
-        self.static_filter = nn.Parameter(torch.empty(static_filters, filter_length, **at))
-        self.static_proj = nn.Linear(static_filters, hidden, bias=False, **at)
-        self.dynamic_proj = nn.Linear(dynamic_filters, hidden, **at)
-        self.score = nn.Parameter(torch.empty(hidden, **at))
+        self.filter_hidden = nn.Linear(dim, hidden)
+        self.filter_out = nn.Linear(hidden, dynamic_filters * filter_length, bias=False)
+        self.static_filter = nn.Parameter(torch.empty(static_filters, filter_length))
+        self.static_proj = nn.Linear(static_filters, hidden, bias=False)
+        self.dynamic_proj = nn.Linear(dynamic_filters, hidden)
+        self.score = nn.Parameter(torch.empty(hidden))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,8 +124,6 @@ def _build(
     dynamic_filters: int = 8,
     filter_length: int = 21,
     prior_length: int = 11,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> DynamicConvolutionAttention:
     single_head("dynamic_convolution_attention", causal)
     return DynamicConvolutionAttention(
@@ -139,8 +133,6 @@ def _build(
         dynamic_filters=dynamic_filters,
         filter_length=filter_length,
         prior_length=prior_length,
-        device=device,
-        dtype=dtype,
     )
 
 

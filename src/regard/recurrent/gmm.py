@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, register
 from regard.recurrent._aligner import single_head
 from regard.recurrent._location import LOCATION_PAPER, LocationAligner
+from regard.shapes import HeadShape
 
 Version = Literal["v0", "v1", "v2"]
 SIGMA = 1e-5
@@ -74,8 +74,6 @@ class GMMAttention(LocationAligner):
         hidden: int = 128,
         version: Version = "v2",
         biased: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
         if version not in ("v0", "v1", "v2"):
@@ -84,10 +82,9 @@ class GMMAttention(LocationAligner):
             raise ValueError("GMMAttention: version 'v0' has no biased start (got biased=True); expected biased=False")
         if min(components, hidden) < 1:
             raise ValueError(f"GMMAttention: components and hidden must be at least 1 (got {components}, {hidden})")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.components, self.version, self.biased = components, version, biased
-        self.hidden = nn.Linear(dim, hidden, **at)
-        self.mixture = nn.Linear(hidden, 3 * components, **at)
+        self.hidden = nn.Linear(dim, hidden)
+        self.mixture = nn.Linear(hidden, 3 * components)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,12 +123,10 @@ def _build(
     hidden: int = 128,
     version: Version = "v2",
     biased: bool = True,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> GMMAttention:
     single_head("gmm_attention", causal)
     options: dict[str, Any] = {"components": components, "hidden": hidden, "version": version, "biased": biased}
-    return GMMAttention(shape.dim, device=device, dtype=dtype, **options)
+    return GMMAttention(shape.dim, **options)
 
 
 CARD = register(

@@ -9,15 +9,15 @@ text was not. Scores are not scaled.
 Differs from the paper: nothing known; the location score's table has a size to be chosen (`max_source`).
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
 from regard.recurrent._aligner import Aligner, normalise, single_head, uniform_
+from regard.shapes import HeadShape
 
 Score = Literal["dot", "general", "concat", "location"]
 
@@ -33,8 +33,6 @@ class LuongScore(nn.Module):
         *,
         hidden: int | None = None,
         max_source: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if kind not in get_args(Score):
@@ -43,17 +41,16 @@ class LuongScore(nn.Module):
             raise ValueError(f"LuongAttention: score 'dot' needs equal widths (got {dim} and {context_dim})")
         if (kind == "location") != (max_source is not None):
             raise ValueError(f"LuongAttention: max_source goes with score 'location' (got {max_source} for {kind!r})")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.kind = kind
         if kind == "general":
-            self.q_proj = nn.Linear(dim, context_dim, bias=False, **at)
+            self.q_proj = nn.Linear(dim, context_dim, bias=False)
         elif kind == "concat":
             hidden = dim if hidden is None else hidden
-            self.q_proj = nn.Linear(dim, hidden, bias=False, **at)
-            self.k_proj = nn.Linear(context_dim, hidden, bias=False, **at)
-            self.vector = nn.Parameter(torch.empty(hidden, **at))
+            self.q_proj = nn.Linear(dim, hidden, bias=False)
+            self.k_proj = nn.Linear(context_dim, hidden, bias=False)
+            self.vector = nn.Parameter(torch.empty(hidden))
         elif kind == "location":
-            self.q_proj = nn.Linear(dim, max_source or 0, bias=False, **at)
+            self.q_proj = nn.Linear(dim, max_source or 0, bias=False)
 
     def keys(self, context: Float[Tensor, "B S C"]) -> Float[Tensor, "B S K"]:
         """What of the context the scores need; computed once."""
@@ -88,13 +85,10 @@ class LuongAttention(Aligner):
         score: Score = "general",
         hidden: int | None = None,
         max_source: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.score = LuongScore(score, dim, self.context_dim, hidden=hidden, max_source=max_source, **at)
-        self.c_proj = nn.Linear(self.context_dim + dim, dim, bias=False, **at)
+        self.score = LuongScore(score, dim, self.context_dim, hidden=hidden, max_source=max_source)
+        self.c_proj = nn.Linear(self.context_dim + dim, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,11 +118,9 @@ def _build(
     score: Score = "general",
     hidden: int | None = None,
     max_source: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> LuongAttention:
     single_head("luong", causal)
-    return LuongAttention(shape.dim, score=score, hidden=hidden, max_source=max_source, device=device, dtype=dtype)
+    return LuongAttention(shape.dim, score=score, hidden=hidden, max_source=max_source)
 
 
 LUONG_PAPER = Paper(

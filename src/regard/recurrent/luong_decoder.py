@@ -37,17 +37,10 @@ class LuongDecoder(nn.Module):
         attention: `LuongAttention` or `LocalLuongAttention`; its dim is the LSTM's width.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        attention: LuongAttention,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, input_dim: int, attention: LuongAttention) -> None:
         super().__init__()
         self.attention = attention
-        self.cell = nn.LSTMCell(input_dim + attention.dim, attention.dim, device=device, dtype=dtype)
+        self.cell = nn.LSTMCell(input_dim + attention.dim, attention.dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

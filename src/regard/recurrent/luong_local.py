@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, register
-from regard.kinds import HeadShape
-from regard.layer import quarantine
+from regard._former import Card, Cost, register
+from regard.pipeline.tokens import quarantine
 from regard.recurrent._aligner import Padding, normalise, single_head
 from regard.recurrent.luong import LUONG_PAPER, LuongAttention, Score
+from regard.shapes import HeadShape
 
 
 class LocalLuongAttention(LuongAttention):
@@ -42,8 +42,6 @@ class LocalLuongAttention(LuongAttention):
         half_width: int = 10,
         score: Score = "general",
         hidden: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if alignment not in ("monotonic", "predictive"):
             raise ValueError(f"LocalLuongAttention: unknown alignment {alignment!r}; expected monotonic or predictive")
@@ -51,12 +49,11 @@ class LocalLuongAttention(LuongAttention):
             raise ValueError(f"LocalLuongAttention: half_width must be at least 1 (got {half_width})")
         if score == "location":
             raise ValueError("LocalLuongAttention: score 'location' is global only; expected dot, general or concat")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, context_dim=context_dim, score=score, hidden=hidden, **at)
+        super().__init__(dim, context_dim=context_dim, score=score, hidden=hidden)
         self.alignment, self.half_width = alignment, half_width
         if alignment == "predictive":
-            self.p_proj = nn.Linear(dim, dim, bias=False, **at)
-            self.p_vector = nn.Parameter(torch.empty(dim, **at))
+            self.p_proj = nn.Linear(dim, dim, bias=False)
+            self.p_vector = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
     def forward(
@@ -137,12 +134,10 @@ def _build(
     half_width: int = 10,
     score: Score = "general",
     hidden: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> LocalLuongAttention:
     single_head("luong_local", causal)
     options: dict[str, Any] = {"alignment": alignment, "half_width": half_width, "score": score, "hidden": hidden}
-    return LocalLuongAttention(shape.dim, device=device, dtype=dtype, **options)
+    return LocalLuongAttention(shape.dim, **options)
 
 
 CARD = register(

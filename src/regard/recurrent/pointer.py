@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import quarantine, spoil
+from regard._former import Card, Cost, Paper, register
 from regard.masks import Mask
+from regard.pipeline.tokens import quarantine, spoil
 from regard.recurrent._aligner import Aligner, single_head
+from regard.shapes import HeadShape
 
 
 def pointer_log_probs(
@@ -51,17 +51,15 @@ class PointerAttention(Aligner):
         *,
         context_dim: int | None = None,
         hidden: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
         hidden = dim if hidden is None else hidden
         if hidden < 1:
             raise ValueError(f"PointerAttention: hidden must be at least 1 (got {hidden})")
-        at: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        at: dict[str, Any] = {"bias": False}
         self.k_proj = nn.Linear(self.context_dim, hidden, **at)
         self.q_proj = nn.Linear(dim, hidden, **at)
-        self.score = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
+        self.score = nn.Parameter(torch.empty(hidden))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,11 +102,9 @@ def _build(
     *,
     causal: bool,
     hidden: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> PointerAttention:
     single_head("pointer", causal)
-    return PointerAttention(shape.dim, hidden=hidden, device=device, dtype=dtype)
+    return PointerAttention(shape.dim, hidden=hidden)
 
 
 CARD = register(

@@ -4,8 +4,6 @@ Vinyals, Fortunato, Jaitly 2015, "Pointer Networks" (https://arxiv.org/abs/1506.
 `regard.recurrent.pointer`. The input that was pointed at is the decoder's next input.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -29,17 +27,14 @@ class PointerNetwork(nn.Module):
         hidden: int,
         *,
         repeats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input_dim, self.repeats = input_dim, repeats
-        self.embed = nn.Linear(input_dim, hidden, **at)
-        self.start = nn.Parameter(torch.empty(hidden, **at))
-        self.encoder = nn.LSTM(hidden, hidden, batch_first=True, **at)
-        self.decoder = nn.LSTM(hidden, hidden, batch_first=True, **at)
-        self.pointer = PointerAttention(hidden, **at)
+        self.embed = nn.Linear(input_dim, hidden)
+        self.start = nn.Parameter(torch.empty(hidden))
+        self.encoder = nn.LSTM(hidden, hidden, batch_first=True)
+        self.decoder = nn.LSTM(hidden, hidden, batch_first=True)
+        self.pointer = PointerAttention(hidden)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -11,15 +11,15 @@ form above, with which the code agrees in structure, is from memory.
 Differs from the paper's code: no ReLU and tanh layers on s_t, h_t and before the words; dropout is the caller's.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
 from regard.recurrent._aligner import Aligner, Padding, normalise, single_head
+from regard.shapes import HeadShape
 
 
 class SentinelState(NamedTuple):
@@ -77,21 +77,18 @@ class SentinelAttention(Aligner):
         *,
         hidden: int | None = None,
         attention_dim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         hidden = dim if hidden is None else hidden
         attention_dim = hidden if attention_dim is None else attention_dim
         super().__init__(dim, hidden)
         if attention_dim < 1:
             raise ValueError(f"SentinelAttention: attention_dim must be at least 1 (got {attention_dim})")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.x_proj = nn.Linear(dim, 5 * hidden, **at)
-        self.h_proj = nn.Linear(hidden, 5 * hidden, bias=False, **at)
-        self.v_proj = nn.Linear(hidden, attention_dim, bias=False, **at)
-        self.q_proj = nn.Linear(hidden, attention_dim, bias=False, **at)
-        self.s_proj = nn.Linear(hidden, attention_dim, bias=False, **at)
-        self.score = nn.Parameter(torch.empty(attention_dim, **at))
+        self.x_proj = nn.Linear(dim, 5 * hidden)
+        self.h_proj = nn.Linear(hidden, 5 * hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, attention_dim, bias=False)
+        self.q_proj = nn.Linear(hidden, attention_dim, bias=False)
+        self.s_proj = nn.Linear(hidden, attention_dim, bias=False)
+        self.score = nn.Parameter(torch.empty(attention_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,11 +153,9 @@ def _build(
     *,
     causal: bool,
     attention_dim: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> SentinelAttention:
     single_head("sentinel", causal)
-    return SentinelAttention(shape.dim, attention_dim=attention_dim, device=device, dtype=dtype)
+    return SentinelAttention(shape.dim, attention_dim=attention_dim)
 
 
 CARD = register(

@@ -15,18 +15,16 @@ regions, where K regions are chosen.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.attention import attention
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import head_counts
+from regard._former import Card, Cost, Paper, register
+from regard.pipeline.function import attention
 from regard.routing._shared import check_int
+from regard.shapes import HeadShape, head_counts
 
 
 def route_regions(
@@ -81,8 +79,6 @@ class BiLevelRouting(nn.Module):
         topk: int = 4,
         kernel: int = 5,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _, self.head_dim = head_counts(dim, num_heads, None, None)
@@ -94,9 +90,8 @@ class BiLevelRouting(nn.Module):
         if kernel and kernel % 2 == 0:
             raise ValueError(f"BiLevelRouting: kernel must be odd or 0, got {kernel}")
         self.dim, self.num_heads, self.regions, self.topk, self.kernel = dim, num_heads, regions, topk, kernel
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias, **at) for _ in "qkvo")
-        self.local = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, **at) if kernel else None
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in "qkvo")
+        self.local = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim) if kernel else None
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, regions={self.regions}, topk={self.topk}"
@@ -135,16 +130,12 @@ def _build(
     regions: int = 7,
     topk: int = 4,
     kernel: int = 5,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> BiLevelRouting:
     if causal:
         raise ValueError("biformer: regions of a map have no order; build it causal=False")
     if shape.head_dim * shape.num_heads != shape.dim:
         raise ValueError(f"biformer: head_dim must be dim / num_heads, got {shape.head_dim}")
-    return BiLevelRouting(
-        shape.dim, shape.num_heads, regions=regions, topk=topk, kernel=kernel, device=device, dtype=dtype
-    )
+    return BiLevelRouting(shape.dim, shape.num_heads, regions=regions, topk=topk, kernel=kernel)
 
 
 CARD = register(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard.attention import attention
+from regard.pipeline.function import attention
 
 
 def nearest(

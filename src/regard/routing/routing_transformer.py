@@ -22,22 +22,20 @@ loss, so centroids follow the tokens and not the reverse; padded tokens get no p
 Clusters and the attention inside them stand in `clusters.py`.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.attention import attention
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer
+from regard._former import Card, Cost, Paper, register
 from regard.masks import Mask, padding
 from regard.masks import causal as past
 from regard.masks import window as near
+from regard.pipeline.function import attention
+from regard.pipeline.head_mixer import HeadMixer
 from regard.routing._shared import check_int
 from regard.routing.clusters import clustered_attention, gathered_tokens, nearest
+from regard.shapes import HeadShape
 
 SMOOTHING = 1e-5
 """What every cluster's count is raised by, relative to all, so that an empty one divides by something."""
@@ -71,10 +69,8 @@ class RoutingAttention(HeadMixer):
         head_dim: int | None = None,
         causal: bool = False,
         bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias)
         local = num_heads // 2 if num_local_heads is None else num_local_heads
         for name, n, least in (
             ("clusters", clusters, 1),
@@ -88,13 +84,12 @@ class RoutingAttention(HeadMixer):
         if not 0 <= decay <= 1:
             raise ValueError(f"RoutingAttention: decay must lie in [0, 1], got {decay}")
         self.clusters, self.size, self.num_local_heads, self.window, self.decay = clusters, size, local, window, decay
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         if causal and local:  # routing heads take their queries for keys
-            self.k_proj = nn.Linear(dim, local * self.head_dim, bias=bias, **at)
+            self.k_proj = nn.Linear(dim, local * self.head_dim, bias=bias)
         elif causal:
             self.register_module("k_proj", None)
-        self.register_buffer("counts", torch.empty(num_heads - local, clusters, **at))
-        self.register_buffer("sums", torch.empty(num_heads - local, clusters, self.head_dim, **at))
+        self.register_buffer("counts", torch.empty(num_heads - local, clusters))
+        self.register_buffer("sums", torch.empty(num_heads - local, clusters, self.head_dim))
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -168,8 +163,6 @@ def _build(
     num_local_heads: int | None = None,
     window: int = 128,
     decay: float = 0.999,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> RoutingAttention:
     return RoutingAttention(
         shape.dim,
@@ -181,8 +174,6 @@ def _build(
         num_local_heads=num_local_heads,
         window=window,
         decay=decay,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.kernels.problem import dots
-from regard.kinds import HeadShape, Selector
 from regard.masks import Mask, chosen, full
 from regard.routing._shared import check_int, hides_keys_only, real_keys
+from regard.shapes import HeadShape
+from regard.stages import Selector
 
 PAIRS = 2**24
 """Pairs of groups scored together."""

@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.card import FEATURES, Card, Cost, Paper, register
-from regard.kinds import Gate, GateSite, HeadShape, Mix, Rows
+from regard._former import FEATURES, Card, Cost, Paper, register
+from regard.shapes import HeadShape
+from regard.stages import Gate, GateSite, Mix, Rows
 
 
 def key_query_conv(
@@ -53,8 +54,6 @@ class KeyQueryConv(Mix):
         query_size: int = 6,
         key_size: int = 11,
         on: Literal["scores", "weights"] = "scores",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if query_size < 1 or key_size < 1 or key_size % 2 == 0:
@@ -65,7 +64,7 @@ class KeyQueryConv(Mix):
         if on not in ("scores", "weights"):
             raise ValueError(f"KeyQueryConv: unknown on {on!r}; expected 'scores' or 'weights'")
         self.halo, self.on = query_size - 1, on
-        self.kernel = nn.Parameter(torch.empty(num_heads, query_size, key_size, device=device, dtype=dtype))
+        self.kernel = nn.Parameter(torch.empty(num_heads, query_size, key_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,14 +90,12 @@ class HeadMix(Mix):
         num_heads: int,
         *,
         group: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         group = num_heads if group is None else group
         if group < 1 or num_heads % group:
             raise ValueError(f"HeadMix: group must divide num_heads {num_heads} (got {group})")
-        self.weight = nn.Parameter(torch.empty(num_heads // group, group, group, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_heads // group, group, group))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -137,14 +134,12 @@ class HeadNormGate(Gate):
         *,
         layer: int | None = None,
         eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.eps = eps
         self.depth_scale = 1.0 if layer is None else 0.2 + 0.6 * math.exp(-0.3 * layer)
-        self.norm_weight = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
-        self.proj = nn.Linear(head_dim, 1, device=device, dtype=dtype)
+        self.norm_weight = nn.Parameter(torch.empty(head_dim))
+        self.proj = nn.Linear(head_dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from regard.card import Card
+from regard.cards import Card
 from regard.models.mixer import Spec
 
 Batch = tuple[Any, ...]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard import catalog
-from regard.card import Card
+from regard.cards import Card
 from regard.models.detector import NOTHING, Detector, box_quality, detection_loss
 from regard.models.mixer import Spec, build
 from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, whole
@@ -91,7 +91,7 @@ class Boxes(Task):
 
     def model(self, mechanism: Spec, size: Size) -> nn.Module:
         parts = [] if mechanism.own else [catalog.card(part.strip()) for part in mechanism.name.split("+")]
-        if any("num_levels" in catalog.options(part) for part in parts):
+        if any("num_levels" in part.options for part in parts):
             mechanism = Spec(mechanism.name, {"num_levels": 3, **mechanism.options})
         return Detector(
             [build(mechanism, size.dim, size.heads, causal=False) for _ in range(size.depth)],

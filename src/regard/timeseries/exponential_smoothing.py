@@ -11,18 +11,19 @@ for its sum over time. Differs from the paper: alpha = 1 - a is its smoothing fa
 linear time, not by FFT.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, head_counts, quarantine, spoil
+from regard._former import Card, Cost, Paper, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, causal
 from regard.mixers.exponential import exponential_sum, lags, work_dtype
+from regard.pipeline.tokens import quarantine, spoil
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape, head_counts
 
 
 def exponential_smoothing(
@@ -94,18 +95,15 @@ class ExponentialSmoothingAttention(nn.Module):
         num_heads: int,
         *,
         head_dim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _, D = head_counts(dim, num_heads, None, head_dim)
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, D
-        self.v_proj = nn.Linear(dim, num_heads * D, **at)
-        self.o_proj = nn.Linear(num_heads * D, dim, **at)
-        self.theta = nn.Parameter(torch.empty(num_heads, **at))
-        self.last = nn.Parameter(torch.empty(num_heads, D, **at))
-        self.smoothed = nn.Parameter(torch.empty(num_heads, D, **at))
+        self.v_proj = nn.Linear(dim, num_heads * D)
+        self.o_proj = nn.Linear(num_heads * D, dim)
+        self.theta = nn.Parameter(torch.empty(num_heads))
+        self.last = nn.Parameter(torch.empty(num_heads, D))
+        self.smoothed = nn.Parameter(torch.empty(num_heads, D))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,13 +167,10 @@ def _build(
     shape: HeadShape,
     *,
     causal: bool,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> ExponentialSmoothingAttention:
     if not causal:
         raise ValueError("exponential_smoothing: only looks back (got causal=False); expected causal=True")
-    at: dict[str, Any] = {"device": device, "dtype": dtype}
-    return ExponentialSmoothingAttention(shape.dim, shape.num_heads, head_dim=shape.head_dim, **at)
+    return ExponentialSmoothingAttention(shape.dim, shape.num_heads, head_dim=shape.head_dim)
 
 
 PAPER = Paper(

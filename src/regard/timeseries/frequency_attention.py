@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, register
-from regard.kinds import HeadShape
-from regard.layer import check_tokens, quarantine, spoil
+from regard._former import Card, Cost, register
+from regard.checks import tokens as check_tokens
 from regard.masks import Mask, full
 from regard.mixers.exponential import work_dtype
+from regard.pipeline.tokens import quarantine, spoil
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape
 from regard.timeseries.exponential_smoothing import PAPER
 
 
@@ -58,15 +59,13 @@ class FrequencyAttention(nn.Module):
         dim: int,
         *,
         top_k: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_int("FrequencyAttention", "dim", dim)
         check_int("FrequencyAttention", "top_k", top_k)
         self.dim, self.top_k = dim, top_k
-        self.v_proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, top_k={self.top_k}"
@@ -86,12 +85,10 @@ def _build(
     *,
     causal: bool,
     top_k: int = 1,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> FrequencyAttention:
     if causal:
         raise ValueError("frequency_attention: needs the whole series (got causal=True); expected causal=False")
-    return FrequencyAttention(shape.dim, top_k=top_k, device=device, dtype=dtype)
+    return FrequencyAttention(shape.dim, top_k=top_k)
 
 
 CARD = register(

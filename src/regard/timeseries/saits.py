@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.card import PLAIN, Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import PLAIN, Card, Cost, Paper, register
 from regard.masks import window
 from regard.normalizers.softmax import softmax
 from regard.positions._shared import check_int
+from regard.shapes import HeadShape
 
 
 class DiagonallyMaskedLayer(nn.Module):
@@ -40,16 +40,13 @@ class DiagonallyMaskedLayer(nn.Module):
         hidden_dim: int,
         *,
         dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm, self.feed_norm = nn.LayerNorm(dim, **at), nn.LayerNorm(dim, eps=1e-6, **at)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, num_heads * head_dim, bias=False, **at) for _ in "qkv")
-        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False, **at)
-        self.hidden_proj, self.feed_proj = nn.Linear(dim, hidden_dim, **at), nn.Linear(hidden_dim, dim, **at)
+        self.norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=1e-6)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, num_heads * head_dim, bias=False) for _ in "qkv")
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.hidden_proj, self.feed_proj = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B T M"]) -> tuple[Float[Tensor, "B T M"], Float[Tensor, "B H T T"]]:
@@ -96,8 +93,6 @@ class SAITS(nn.Module):
         num_layers: int = 2,
         hidden_dim: int | None = None,
         dropout: float = 0.1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = {"num_features": num_features, "length": length, "dim": dim, "num_heads": num_heads}
@@ -110,18 +105,16 @@ class SAITS(nn.Module):
         head_dim = dim // num_heads if head_dim is None else head_dim
         hidden_dim = 2 * dim if hidden_dim is None else hidden_dim
         self.num_features, self.length = num_features, length
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embeds = nn.ModuleList(nn.Linear(2 * num_features, dim, **at) for _ in range(2))
+        self.embeds = nn.ModuleList(nn.Linear(2 * num_features, dim) for _ in range(2))
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                DiagonallyMaskedLayer(dim, num_heads, head_dim, hidden_dim, dropout=dropout, **at)
-                for _ in range(num_layers)
+                DiagonallyMaskedLayer(dim, num_heads, head_dim, hidden_dim, dropout=dropout) for _ in range(num_layers)
             )
             for _ in range(2)
         )
-        self.first_proj, self.second_proj = (nn.Linear(dim, num_features, **at) for _ in range(2))
-        self.refine_proj = nn.Linear(num_features, num_features, **at)
-        self.combine_proj = nn.Linear(num_features + length, num_features, **at)
+        self.first_proj, self.second_proj = (nn.Linear(dim, num_features) for _ in range(2))
+        self.refine_proj = nn.Linear(num_features, num_features)
+        self.combine_proj = nn.Linear(num_features + length, num_features)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:

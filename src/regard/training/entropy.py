@@ -11,14 +11,14 @@ their start is not stated, and is 0.4 here, within the range of the learned valu
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.shapes import HeadShape
 
 
 def row_entropy(attention: Float[Tensor, "*b T S"]) -> Float[Tensor, "*b T"]:
@@ -69,8 +69,6 @@ class EntropyRegularizer(nn.Module):
         weight: float = 1e-5,
         per: Literal["row", "head"] = "row",
         threshold: float = 0.4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if min(num_layers, num_heads) < 1 or (context_size is not None and context_size < 2):
@@ -82,7 +80,6 @@ class EntropyRegularizer(nn.Module):
             raise ValueError(
                 f"EntropyRegularizer: margin must not be negative and per be 'row' or 'head' (got {margin}, {per!r})"
             )
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.context_size, self.margin, self.weight, self.per, self.initial = (
             context_size,
             margin,
@@ -90,7 +87,7 @@ class EntropyRegularizer(nn.Module):
             per,
             threshold,
         )
-        self.threshold = nn.Parameter(torch.empty(num_layers, num_heads, **at))
+        self.threshold = nn.Parameter(torch.empty(num_layers, num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,8 +131,6 @@ def _build(
     weight: float = 1e-5,
     per: Literal["row", "head"] = "row",
     threshold: float = 0.4,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> EntropyRegularizer:
     """Causal maps need nothing else: what is masked has weight 0, and log T is the same."""
     return EntropyRegularizer(
@@ -146,8 +141,6 @@ def _build(
         weight=weight,
         per=per,
         threshold=threshold,
-        device=device,
-        dtype=dtype,
     )
 
 

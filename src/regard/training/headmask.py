@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.card import FEATURES, PLAIN, Card, Cost, Paper, register
-from regard.kinds import Gate, GateSite, HeadShape
+from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard.shapes import HeadShape
+from regard.stages import Gate, GateSite
 
 
 class HeadMask(Gate):
@@ -25,13 +26,11 @@ class HeadMask(Gate):
     site: GateSite = "output"
     xi: Tensor
 
-    def __init__(
-        self, num_heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1:
             raise ValueError(f"HeadMask: num_heads must be at least 1 (got {num_heads})")
-        self.register_buffer("xi", torch.empty(num_heads, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("xi", torch.empty(num_heads), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

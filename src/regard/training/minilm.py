@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.shapes import HeadShape
 
 
 def relation(
@@ -113,8 +113,6 @@ def _build(
     shape: HeadShape,
     *,
     causal: bool,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> MiniLMLoss:
     """Nothing is learned, so widths, device and dtype don't matter."""
     return MiniLMLoss(causal=causal)

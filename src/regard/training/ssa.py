@@ -17,12 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from regard.attention import attention
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
-from regard.layer import HeadMixer
+from regard._former import Card, Cost, Paper, register
 from regard.masks import causal as causal_mask
 from regard.masks import padding
+from regard.pipeline.function import attention
+from regard.pipeline.head_mixer import HeadMixer
+from regard.shapes import HeadShape
 
 Keep = Bool[Tensor, "B S"] | None
 
@@ -93,7 +93,7 @@ class SubsampledAttention(HeadMixer):
         kind: "local" windows of sources shuffled a little, or "unbiased": the same random sources for all.
         spread: how far local shuffling moves a source, in windows.
         subsampling: "training" or "always"; set the attribute to "never" for the dense steps at the end of training.
-        others: as in `regard.layer.HeadMixer`.
+        others: as in `regard.pipeline.HeadMixer`.
     """
 
     def __init__(
@@ -109,11 +109,8 @@ class SubsampledAttention(HeadMixer):
         head_dim: int | None = None,
         causal: bool = False,
         bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, bias=bias, **at)
+        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, bias=bias)
         if ratio < 1 or spread < 0:
             raise ValueError(f"SubsampledAttention: ratio must be at least 1 and spread 0 (got {ratio}, {spread})")
         if kind not in ("local", "unbiased"):
@@ -148,12 +145,10 @@ def _build(
     spread: float = 0.5,
     subsampling: Literal["training", "always", "never"] = "training",
     bias: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> SubsampledAttention:
     sizes: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "causal": causal}
     options: dict[str, Any] = {"ratio": ratio, "kind": kind, "spread": spread, "subsampling": subsampling, "bias": bias}
-    return SubsampledAttention(shape.dim, shape.num_heads, **sizes, **options, device=device, dtype=dtype)
+    return SubsampledAttention(shape.dim, shape.num_heads, **sizes, **options)
 
 
 CARD = register(

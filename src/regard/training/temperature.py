@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import FEATURES, Card, Cost, Paper, register
-from regard.kinds import HeadShape, Mix, Rows
+from regard._former import FEATURES, Card, Cost, Paper, register
+from regard.shapes import HeadShape
+from regard.stages import Mix, Rows
 
 
 class HeadTemperature(Mix):
@@ -31,8 +32,6 @@ class HeadTemperature(Mix):
         max_length: int,
         *,
         start: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or max_length < 1 or start <= 0:
@@ -41,7 +40,7 @@ class HeadTemperature(Mix):
                 f"{max_length}, {start})"
             )
         self.start = start
-        self.temperature = nn.Parameter(torch.empty(num_heads, max_length, device=device, dtype=dtype))
+        self.temperature = nn.Parameter(torch.empty(num_heads, max_length))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

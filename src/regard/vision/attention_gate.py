@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.shapes import HeadShape
 from regard.vision.maps import check_map
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -71,8 +71,6 @@ class AttentionGate(nn.Module):
         axes: Literal[2, 3] = 2,
         normalize: Literal["sigmoid", "softmax"] = "sigmoid",
         align_corners: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if axes not in CONVOLUTIONS:
@@ -82,15 +80,14 @@ class AttentionGate(nn.Module):
             raise ValueError(f"AttentionGate: subsample is {subsample}; expected {axes} steps of at least 1")
         if normalize not in ("sigmoid", "softmax"):
             raise ValueError(f"AttentionGate: normalize is {normalize!r}; expected 'sigmoid' or 'softmax'")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         conv, inner = CONVOLUTIONS[axes], max(1, dim // 2) if inner_dim is None else inner_dim
         self.dim, self.gating_dim, self.axes = dim, dim if gating_dim is None else gating_dim, axes
         self.normalize, self.align_corners = normalize, align_corners
-        self.theta = conv(dim, inner, **at | {"kernel_size": steps, "stride": steps, "bias": False})
-        self.phi = conv(self.gating_dim, inner, 1, **at)
-        self.psi = conv(inner, 1, 1, **at)
-        self.out = conv(dim, dim, 1, **at)
-        self.norm = NORMS[axes](dim, **at)
+        self.theta = conv(dim, inner, steps, stride=steps, bias=False)
+        self.phi = conv(self.gating_dim, inner, 1)
+        self.psi = conv(inner, 1, 1)
+        self.out = conv(dim, dim, 1)
+        self.norm = NORMS[axes](dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,8 +128,6 @@ def _build(
     subsample: int = 2,
     normalize: Literal["sigmoid", "softmax"] = "sigmoid",
     align_corners: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> AttentionGate:
     return AttentionGate(
         shape.dim,
@@ -141,8 +136,6 @@ def _build(
         subsample=subsample,
         normalize=normalize,
         align_corners=align_corners,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -11,16 +11,15 @@ it: their projection is cut into what we call V, Q and K, in that order, for cha
 is padded with zeros on the right and below before the projections; as in their code those tokens are attended to.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.attention import attention
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.pipeline.function import attention
+from regard.shapes import HeadShape
 from regard.vision.maps import check_map, to_map, to_tokens
 
 PAPER = Paper(
@@ -65,16 +64,13 @@ def channel_attention(
 class _DualAttention(nn.Module):
     """What both kinds share: four projections of tokens."""
 
-    def __init__(
-        self, dim: int, num_heads: int, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, *, bias: bool) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"{type(self).__name__}: {num_heads} heads or groups do not divide {dim} channels")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads = dim, num_heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=bias, **at) for _ in range(3))
-        self.o_proj = nn.Linear(dim, dim, **at)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
+        self.o_proj = nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,12 +104,10 @@ class WindowAttention(_DualAttention):
         *,
         window: int = 7,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if window < 1:
             raise ValueError(f"WindowAttention: window is {window}; expected at least 1")
-        super().__init__(dim, num_heads, bias=bias, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, bias=bias)
         self.window = window
 
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
@@ -146,12 +140,10 @@ class ChannelAttention(_DualAttention):
         *,
         scale: Literal["channels", "tokens"] = "channels",
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if scale not in ("channels", "tokens"):
             raise ValueError(f"ChannelAttention: scale is {scale!r}; expected 'channels' or 'tokens'")
-        super().__init__(dim, num_groups, bias=bias, device=device, dtype=dtype)
+        super().__init__(dim, num_groups, bias=bias)
         self.scale = scale
 
     def forward(self, x: Float[Tensor, "B M *sizes"]) -> Float[Tensor, "B M *sizes"]:
@@ -173,11 +165,9 @@ def _spatial(
     *,
     causal: bool,
     window: int = 7,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> WindowAttention:
     _plain("davit_spatial", shape)
-    return WindowAttention(shape.dim, shape.num_heads, window=window, device=device, dtype=dtype)
+    return WindowAttention(shape.dim, shape.num_heads, window=window)
 
 
 def _channel(
@@ -185,11 +175,9 @@ def _channel(
     *,
     causal: bool,
     scale: Literal["channels", "tokens"] = "channels",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> ChannelAttention:
     _plain("davit_channel", shape)
-    return ChannelAttention(shape.dim, shape.num_heads, scale=scale, device=device, dtype=dtype)
+    return ChannelAttention(shape.dim, shape.num_heads, scale=scale)
 
 
 SPATIAL = register(

@@ -11,16 +11,16 @@ Differs from the paper: whether keys beyond the border count is an option (`padd
 the position term alone, as timm has it, or not at all.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.attention import attention
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.pipeline.function import attention
+from regard.shapes import HeadShape
 from regard.vision.maps import check_map
 
 Tables = tuple[Float[Tensor, "offsets D"], Float[Tensor, "offsets D"]]
@@ -111,8 +111,6 @@ class HaloAttention(nn.Module):
         distances: Literal["pixels", "steps"] = "pixels",
         scale_positions: bool = False,
         bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -127,16 +125,15 @@ class HaloAttention(nn.Module):
         if distances not in ("pixels", "steps"):
             raise ValueError(f"HaloAttention: distances is {distances!r}; expected 'pixels' or 'steps'")
         D = dim // num_heads if head_dim is None else head_dim
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, D
         self.block, self.halo, self.stride = block, halo, stride
         self.padding, self.distances, self.scale_positions = padding, distances, scale_positions
-        self.q_proj = nn.Conv2d(dim, num_heads * D, 1, bias=bias, **at)
-        self.k_proj = nn.Conv2d(dim, num_heads * D, 1, bias=bias, **at)
-        self.v_proj = nn.Conv2d(dim, dim, 1, bias=bias, **at)
+        self.q_proj = nn.Conv2d(dim, num_heads * D, 1, bias=bias)
+        self.k_proj = nn.Conv2d(dim, num_heads * D, 1, bias=bias)
+        self.v_proj = nn.Conv2d(dim, dim, 1, bias=bias)
         offsets = 2 * (block + 2 * halo) - 1
-        self.height_table = nn.Parameter(torch.empty(offsets, D, **at))
-        self.width_table = nn.Parameter(torch.empty(offsets, D, **at))
+        self.height_table = nn.Parameter(torch.empty(offsets, D))
+        self.width_table = nn.Parameter(torch.empty(offsets, D))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -181,8 +178,6 @@ def _build(
     block: int = 8,
     halo: int = 3,
     padding: Literal["zeros", "masked"] = "zeros",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> HaloAttention:
     return HaloAttention(
         shape.dim,
@@ -191,8 +186,6 @@ def _build(
         block=block,
         halo=halo,
         padding=padding,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -11,13 +11,12 @@ Guo et al. 2022, https://arxiv.org/abs/2202.09741: abstract read, the authors' r
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.shapes import HeadShape
 from regard.vision.maps import check_map
 
 Weights = tuple[Tensor, Tensor]
@@ -49,8 +48,6 @@ class LargeKernelAttention(nn.Module):
         *,
         kernel: int = 21,
         dilation: int = 3,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dilation < 1 or kernel < dilation:
@@ -60,7 +57,7 @@ class LargeKernelAttention(nn.Module):
                 f"LargeKernelAttention: kernel {kernel} over dilation {dilation} gives an even far convolution of "
                 f"{-(-kernel // dilation)}; expected an odd one, which has a centre"
             )
-        at: dict[str, Any] = {"groups": dim, "device": device, "dtype": dtype}
+        at: dict[str, Any] = {"groups": dim}
         size, far = 2 * dilation - 1, -(-kernel // dilation)
         self.dim, self.dilation = dim, dilation
         self.near = nn.Conv2d(dim, dim, size, padding=size // 2, **at)
@@ -88,13 +85,11 @@ class VANAttention(nn.Module):
         *,
         kernel: int = 21,
         dilation: int = 3,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_proj = nn.Conv2d(dim, dim, 1, device=device, dtype=dtype)
-        self.attention = LargeKernelAttention(dim, kernel=kernel, dilation=dilation, device=device, dtype=dtype)
-        self.out_proj = nn.Conv2d(dim, dim, 1, device=device, dtype=dtype)
+        self.in_proj = nn.Conv2d(dim, dim, 1)
+        self.attention = LargeKernelAttention(dim, kernel=kernel, dilation=dilation)
+        self.out_proj = nn.Conv2d(dim, dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,10 +114,8 @@ def _build(
     causal: bool,
     kernel: int = 21,
     dilation: int = 3,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> LargeKernelAttention:
-    return LargeKernelAttention(shape.dim, kernel=kernel, dilation=dilation, device=device, dtype=dtype)
+    return LargeKernelAttention(shape.dim, kernel=kernel, dilation=dilation)
 
 
 CARD = register(

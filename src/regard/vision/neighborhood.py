@@ -20,14 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
+from regard._former import Card, Cost, Paper, register
 from regard.kernels import neighborhood as kernel
 from regard.kernels.check import check_inputs
 from regard.kernels.problem import Problem, honest
-from regard.kinds import HeadShape
-from regard.layer import head_counts
 from regard.masks import neighborhood as neighborhood_mask
 from regard.masks.neighborhood import Neighborhood
+from regard.shapes import HeadShape, head_counts
 from regard.vision.maps import check_map, to_map, to_tokens
 
 Each = int | Sequence[int]
@@ -104,8 +103,6 @@ class NeighborhoodAttention(nn.Module):
         causal: bool | Sequence[bool] = False,
         relative: bool = False,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         G, D = head_counts(dim, num_heads, num_kv_heads, head_dim)
@@ -115,7 +112,7 @@ class NeighborhoodAttention(nn.Module):
         self.window, self.dilation, self.stride, self.causal = window, dilation, stride, causal
         # A map that is surely large enough shows whether the options fit each other.
         mask = self.mask([math.prod(_largest(z) for z in (window, dilation))] * axes)
-        at: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        at: dict[str, Any] = {"bias": bias}
         self.q_proj = nn.Linear(dim, num_heads * D, **at)
         self.k_proj = nn.Linear(dim, G * D, **at)
         self.v_proj = nn.Linear(dim, G * D, **at)
@@ -123,7 +120,7 @@ class NeighborhoodAttention(nn.Module):
         self.table: nn.Parameter | None = None
         if relative:
             differences = [2 * axis.window - 1 for axis in mask.axes]
-            self.table = nn.Parameter(torch.empty(num_heads, *differences, device=device, dtype=dtype))
+            self.table = nn.Parameter(torch.empty(num_heads, *differences))
             _check_bias(mask, self.table, num_heads)
         self.reset_parameters()
 
@@ -174,8 +171,6 @@ def _build(
     stride: Each = 1,
     causal_axes: tuple[bool, ...] | None = None,
     relative: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> NeighborhoodAttention:
     if causal_axes is not None and causal:
         raise ValueError("neighborhood: give causal=True for all axes or causal_axes for some, not both")
@@ -190,8 +185,6 @@ def _build(
         stride=stride,
         causal=causal if causal_axes is None else causal_axes,
         relative=relative,
-        device=device,
-        dtype=dtype,
     )
 
 

@@ -12,14 +12,14 @@ In "code" the parallel layout has no LayerNorm and s = softmax_n(q . v'_n), whos
 sequential one has W = W2 ReLU(LayerNorm(W1 c)) of inner width M / 8 and s_n = q . softmax_n(v'_n).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.card import Card, Cost, Paper, register
-from regard.kinds import HeadShape
+from regard._former import Card, Cost, Paper, register
+from regard.shapes import HeadShape
 from regard.vision.maps import check_map
 
 Score = Literal["channels", "positions", "values"]
@@ -64,8 +64,6 @@ class PolarizedAttention(nn.Module):
         *,
         layout: Literal["parallel", "sequential"] = "parallel",
         form: Literal["paper", "code"] = "paper",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if layout not in ("parallel", "sequential"):
@@ -75,20 +73,19 @@ class PolarizedAttention(nn.Module):
         bottleneck = form == "code" and layout == "sequential"
         if dim % (8 if bottleneck else 2):
             raise ValueError(f"PolarizedAttention: dim is {dim}; expected a multiple of {8 if bottleneck else 2}")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         bias = form == "paper"
         C = dim // 2
         self.dim, self.layout, self.form = dim, layout, form
         self.softmax: Score = "channels" if form == "paper" else "values" if bottleneck else "positions"
-        self.channel_query = nn.Conv1d(dim, 1, 1, bias=bias, **at)
-        self.channel_value = nn.Conv1d(dim, C, 1, bias=bias, **at)
-        self.spatial_query = nn.Conv1d(dim, C, 1, bias=bias, **at)
-        self.spatial_value = nn.Conv1d(dim, C, 1, bias=bias, **at)
-        up: list[nn.Module] = [nn.Linear(C, dim, bias=bias, **at)]
+        self.channel_query = nn.Conv1d(dim, 1, 1, bias=bias)
+        self.channel_value = nn.Conv1d(dim, C, 1, bias=bias)
+        self.spatial_query = nn.Conv1d(dim, C, 1, bias=bias)
+        self.spatial_value = nn.Conv1d(dim, C, 1, bias=bias)
+        up: list[nn.Module] = [nn.Linear(C, dim, bias=bias)]
         if form == "paper":
-            up.append(nn.LayerNorm(dim, **at))
+            up.append(nn.LayerNorm(dim))
         elif bottleneck:
-            up = [nn.Linear(C, C // 4, **at), nn.LayerNorm(C // 4, **at), nn.ReLU(), nn.Linear(C // 4, dim, **at)]
+            up = [nn.Linear(C, C // 4), nn.LayerNorm(C // 4), nn.ReLU(), nn.Linear(C // 4, dim)]
         self.up = nn.Sequential(*up)
         self.reset_parameters()
 
@@ -127,10 +124,8 @@ def _build(
     causal: bool,
     layout: Literal["parallel", "sequential"] = "parallel",
     form: Literal["paper", "code"] = "paper",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> PolarizedAttention:
-    return PolarizedAttention(shape.dim, layout=layout, form=form, device=device, dtype=dtype)
+    return PolarizedAttention(shape.dim, layout=layout, form=form)
 
 
 CARD = register(

@@ -83,5 +83,5 @@ def _source(paper: Any) -> str:
         shown = f'<a href="{text(url)}" rel="noreferrer">{title}</a>'
     else:
         shown = f"<cite>{title}</cite>"
-    equations = f" ({text(paper.equations)})" if paper.equations else ""
+    equations = f" ({text(paper.read)})" if paper.read else ""
     return f"{shown}. {text(paper.authors)}, {text(paper.year)}, {text(paper.ref)}{equations}"

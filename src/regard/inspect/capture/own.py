@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.attention import Attention
 from regard.inspect.capture.recorder import Recorder
 from regard.inspect.effective import Values, measured_weights, undisturbed
 from regard.inspect.layers import LayerTrace, Measured
 from regard.kernels import Problem, execute
 from regard.kernels.problem import biased_scores, rectangle, softmax
-from regard.layer import HeadMixer, key_padding, quarantine
 from regard.masks import Mask
+from regard.pipeline.head_mixer import HeadMixer
+from regard.pipeline.layer import Attention
+from regard.pipeline.tokens import key_padding, quarantine
 
 
 def reads(module: nn.Module) -> bool:

@@ -21,8 +21,8 @@ from regard.kernels.native import build
 from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, walk, walk_of
 from regard.kernels.native.struct import call
 from regard.kernels.problem import Problem, attend, beyond_softmax, honest
-from regard.kinds import Rows
 from regard.masks.algebra import by_value
+from regard.stages import Rows
 
 __all__ = ["PANEL", "Walk", "cost", "run", "walk", "why_not", "with_lse"]
 

@@ -1,0 +1,247 @@
+"""What arguments may be, said once. Every refusal reads `who: name what is wrong (got ...); expected ...`.
+
+`whole`, `number`, `choice` and `divides` look at numbers and words, `checked` and `fits` at the shapes and dtypes of
+tensors, as jaxtyping's annotations give them: letters stand for sizes that must agree wherever they occur, `#T` may be
+1, `*b` is any number of axes, `_` and `_name` are free.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def refuse(
+    who: object, name: str, wrong: str, got: object, expected: str, *, error: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise `error` in the words that all refusals have. `who` is a name, or the module that refuses."""
+    raise error(f"{called(who)}: {name} {wrong} (got {got}); expected {expected}")
+
+
+def called(who: object) -> str:
+    """How a module is called in messages: by its mechanism's name, or its class's."""
+    return who if isinstance(who, str) else str(getattr(who, "name", None) or type(who).__name__)
+
+
+def whole(who: object, least: int = 1, /, *, most: int | None = None, **values: object) -> None:
+    """Refuse what is no int from `least` to `most`; a bool is none. TypeError for what is no int at all."""
+    expected = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
+    for name, value in values.items():
+        if isinstance(value, bool) or not (isinstance(value, int) or type(value).__name__ == "SymInt"):
+            refuse(who, name, "has the wrong type", repr(value), expected, error=TypeError)
+        if value < least:  # type: ignore[operator]
+            refuse(who, name, "is too small", value, expected)
+        if most is not None and value > most:  # type: ignore[operator]
+            refuse(who, name, "is too large", value, expected)
+
+
+def number(
+    who: object,
+    /,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    **values: object,
+) -> None:
+    """Refuse what is no finite number > above, >= least, < below, <= most; NaN is none, a bool is none."""
+    bounds = ((">", above), (">=", least), ("<", below), ("<=", most))
+    expected = "a finite number" + " and".join(f" {sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            refuse(who, name, "has the wrong type", repr(value), expected, error=TypeError)
+        inside = math.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
+        if not (inside and (below is None or value < below) and (most is None or value <= most)):
+            refuse(who, name, "is out of range", value, expected)
+
+
+def choice(who: object, known: Iterable[object], /, **values: object) -> None:
+    """Refuse what is none of `known`, and name the near ones."""
+    known = list(known)
+    for name, value in values.items():
+        if value not in known:
+            near = difflib.get_close_matches(str(value), map(str, known), n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            refuse(who, name, "is unknown", repr(value), f"one of {', '.join(map(repr, known))}{hint}")
+
+
+def divides(who: object, /, **values: int) -> None:
+    """Of two named values the first must divide the second: `divides(self, num_heads=6, dim=24)`."""
+    (part, n), (name, whole_) = values.items()
+    if n == 0 or whole_ % n:
+        refuse(who, name, f"is no multiple of {part} = {n}", whole_, f"a multiple of {part}")
+
+
+def tokens(who: object, name: str, x: Any, width: int) -> None:
+    """Refuse what is not (batch, tokens, width)."""
+    fits(who, "B T M", {"M": width}, **{name: x})
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+Axis = tuple[str, str]
+"""The kind of an axis ("name", "broadcast", "many", "free" or "size") and its letter."""
+
+
+def _axes(text: str) -> tuple[Axis, ...]:
+    found: list[Axis] = []
+    for word in text.split():
+        if word == "...":
+            found.append(("many", ""))
+        elif word[0] == "*":
+            found.append(("many", word[1:]))
+        elif word[0] == "#":
+            found.append(("broadcast", word[1:]))
+        elif word[0] == "_" or not (word.isidentifier() or word.isdigit()):
+            found.append(("free", word))
+        else:
+            found.append(("size" if word.isdigit() else "name", word))
+    return tuple(found)
+
+
+def _matches(shape: tuple[int, ...], axes: tuple[Axis, ...], sizes: dict[str, Any]) -> bool:
+    """Whether the shape is what `axes` say, given the sizes of letters that are known; learns those that are not."""
+    many = [n for n, (kind, _) in enumerate(axes) if kind == "many"]
+    if many:
+        head, tail = many[0], len(axes) - many[0] - 1
+        if len(shape) < head + tail:
+            return False
+        middle = tuple(shape[head : len(shape) - tail])
+        letter = axes[head][1]
+        known = sizes.setdefault("*" + letter, middle) if letter and letter[0] != "_" else middle
+        if known != middle:
+            return False
+        shape = (*shape[:head], *shape[len(shape) - tail :])
+        axes = (*axes[:head], *axes[head + 1 :])
+    if len(shape) != len(axes):
+        return False
+    for size, (kind, letter) in zip(shape, axes):
+        if kind == "free" or (kind == "broadcast" and size == 1):
+            continue
+        want = int(letter) if kind == "size" else sizes.setdefault(letter, size)
+        if size != want:
+            return False
+    return True
+
+
+def _wanted(axes: tuple[Axis, ...], sizes: Mapping[str, Any]) -> str:
+    """'(B, T, M = 24)'."""
+    words = []
+    for kind, letter in axes:
+        if kind == "many":
+            words.append(f"*{letter}" if letter else "...")
+        elif kind == "broadcast":
+            words.append(f"1 or {letter} = {sizes[letter]}" if letter in sizes else f"1 or {letter}")
+        else:
+            words.append(f"{letter} = {sizes[letter]}" if letter in sizes else letter)
+    return f"({', '.join(words)})"
+
+
+_DTYPES = {
+    "Float": (lambda dtype: dtype.is_floating_point, "floating point"),
+    "Bool": (lambda dtype: str(dtype) == "torch.bool", "torch.bool"),
+    "Int": (
+        lambda dtype: not (dtype.is_floating_point or dtype.is_complex or str(dtype) == "torch.bool"),
+        "integers",
+    ),
+    "Complex": (lambda dtype: dtype.is_complex, "complex"),
+}
+
+
+def fits(who: object, axes: str, sizes: Mapping[str, int] | None = None, /, **tensors: Any) -> dict[str, Any]:
+    """Refuse tensors whose axes are not these: `fits(self, "B C Y X", {"C": 8}, x=x)`. Gives the letters' sizes."""
+    parsed, known = _axes(axes), dict(sizes or {})
+    for name, tensor in tensors.items():
+        _look(who, name, tensor, ((parsed, ""),), (), known)
+    return known
+
+
+def _look(
+    who: object,
+    name: str,
+    value: Any,
+    forms: tuple[tuple[tuple[Axis, ...], str], ...],
+    others: tuple[type, ...],
+    sizes: dict[str, Any],
+) -> None:
+    """Whether `value` is a tensor of one of the forms, or one of the other types; learns its sizes."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or not hasattr(dtype, "is_floating_point"):  # arrays of other libraries are none of torch's
+        if not isinstance(value, others):
+            words = " or ".join(["a Tensor " + _wanted(forms[0][0], sizes), *(kind.__name__ for kind in others)])
+            refuse(who, name, "has the wrong type", type(value).__name__, words, error=TypeError)
+        return
+    for axes, kind in forms:
+        if kind and not _DTYPES[kind][0](dtype):
+            continue
+        learned = dict(sizes)
+        if _matches(shape, axes, learned):
+            sizes.update(learned)
+            return
+    kinds = [kind for _, kind in forms if kind]
+    if kinds and not any(_DTYPES[kind][0](dtype) for kind in kinds):
+        refuse(who, name, "has the wrong dtype", dtype, " or ".join(_DTYPES[k][1] for k in kinds), error=TypeError)
+    refuse(who, name, "has the wrong shape", tuple(shape), " or ".join(_wanted(axes, sizes) for axes, _ in forms))
+
+
+Plan = tuple[int, str, tuple[tuple[tuple[Axis, ...], str], ...], tuple[type, ...], bool]
+"""Of one argument: its place, name, the forms a tensor may have, other types, and whether it may be None."""
+
+
+def _plan(function: Callable[..., Any]) -> tuple[Plan, ...]:
+    """What `checked` looks at: the arguments whose annotations hold jaxtyping's axis strings."""
+    found: list[Plan] = []
+    for place, parameter in enumerate(inspect.signature(function).parameters.values()):
+        annotation = parameter.annotation
+        union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+        members = typing.get_args(annotation) if union else (annotation,)
+        forms, others, plain = [], [], False
+        for member in members:
+            text = getattr(member, "dim_str", None)
+            if text is not None:
+                kind = getattr(getattr(member, "dtype", None), "__name__", "")
+                forms.append((_axes(text), kind if kind in _DTYPES else ""))
+            elif isinstance(member, type) and member is not type(None):
+                plain |= member.__name__ == "Tensor"
+                others.append(member)
+        if forms and not plain:
+            found.append((place, parameter.name, tuple(forms), tuple(others), type(None) in members))
+    return tuple(found)
+
+
+def checked(**letters: str) -> Callable[[F], F]:
+    """Look at a function's tensors at every call, as their annotations say, before any work is done.
+
+    Args:
+        letters: sizes that are known from the module: `@checked(C="dim")` demands C = self.dim.
+    """
+
+    def decorate(function: F) -> F:
+        plan, is_method = _plan(function), "self" in inspect.signature(function).parameters
+        name = function.__name__
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            sizes = {letter: getattr(args[0], attribute) for letter, attribute in letters.items()}
+            for place, argument, forms, others, optional in plan:
+                if place < len(args):
+                    value = args[place]
+                elif argument in kwargs:
+                    value = kwargs[argument]
+                else:
+                    continue  # its default, or Python's own error
+                if value is None and optional:
+                    continue
+                _look(args[0] if is_method else name, argument, value, forms, others, sizes)
+            return function(*args, **kwargs)
+
+        return typing.cast(F, wrapper)
+
+    return decorate

@@ -1,0 +1,139 @@
+"""The pipeline as a function of queries, keys and values.
+
+With every slot empty this is scaled dot-product attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1
+and section 3.2.2):  softmax(q k^T / sqrt(D)) v.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ParamSpec, Unpack
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.kernels import Plan, Problem, choose, execute
+from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
+from regard.masks import Mask
+from regard.stages import InnerSlots, Normalizer, Selector
+
+P = ParamSpec("P")
+
+
+def spelled_out(function: Callable[..., Any], slots: type) -> None:
+    """Show `**slots` in the function's signature as what they are: keywords with default None."""
+    signature = inspect.signature(function)
+    given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in slots.__annotations__]
+    function.__signature__ = signature.replace(parameters=[*given, *more])  # type: ignore[attr-defined]
+
+
+def attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    *,
+    mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+    bias: Float[Tensor, "#B #H #T #S"] | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    kernel: str = "auto",
+    **slots: Unpack[InnerSlots],
+) -> Float[Tensor, "B H T V"]:
+    """Exact attention with any of the pipeline's stages.
+
+    Query head h reads key head h // (H // G). The last query stands where the last key stands, so with T < S a causal
+    mask is aligned bottom-right. A query that may attend to nothing gives 0 (and zero gradients).
+
+    Args:
+        mask: True = may attend. A `regard.masks.Mask` keeps its structure, so sparse kernels can use it.
+        bias: added to the scaled scores; -inf masks.
+        scale: multiplies q . k before any bias; default 1 / sqrt(D).
+        dropout: probability with which weights are dropped; applied whenever > 0, as torch does.
+        kernel: "auto" lets `plan` choose; a name runs that kernel or raises.
+        position: rotates q and k, and adds to scores and values, as its hooks say. (`embed` is for tokens, not here.)
+        score: takes the place of the dot product.
+        score_mix, normalizer, weight_mix: stages before, at and after the softmax.
+        selector: looks at q and k (after rotation) and says which pairs to keep of those the mask allows.
+
+    Raises:
+        ValueError, TypeError: inputs that don't fit together, before any work is done.
+    """
+    return execute(problem(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, **slots), kernel)
+
+
+def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
+    @functools.wraps(function, assigned=())
+    def plan(*args: P.args, **kwargs: P.kwargs) -> Plan:
+        """Which kernel `attention` would run for these arguments, and why not the others. Runs nothing.
+
+        Tensors on the meta device will do: only shapes, dtypes and the mask count.
+        """
+        rest: dict[str, Any] = dict(kwargs)
+        kernel = rest.pop("kernel", "auto")
+        return choose(problem(*args, **rest), kernel)
+
+    return plan
+
+
+spelled_out(attention, InnerSlots)
+plan = _planned(attention)
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    selector: Selector | None = None,
+    **stages: Any,
+) -> Problem:
+    """The arguments of `attention`, checked, as what kernels work on."""
+    check_inputs(q, k, v)
+    filled = {name: stage for name, stage in stages.items() if stage is not None}
+    check_options(scale, dropout, **filled, **({} if selector is None else {"selector": selector}))
+    for name, stage in filled.items():
+        if "tokens" in stage.needs or stage.prepares():
+            raise ValueError(
+                f"attention: {name} {type(stage).__name__} reads the tokens behind q and k; use it in regard.Attention"
+            )
+    if "normalizer" in filled:
+        filled["normalizer"] = unless_softmax(filled["normalizer"])
+    B, H, T, D = q.shape
+    p = Problem(
+        q=q,
+        k=k,
+        v=v,
+        scale=D**-0.5 if scale is None else scale,
+        mask=check_mask(mask, B, H, T, k.shape[2], q.device),
+        bias=bias,
+        dropout=dropout,
+        **filled,
+    )
+    if bias is not None:
+        p = check_bias(p)
+    if p.position is not None and p.position.changes("rotate"):
+        p = replace(p, q=p.position.rotate(q, p.i), k=p.position.rotate(k, p.j))
+    return p if selector is None else replace(p, mask=selected(selector, p.q, p.k, p.mask))
+
+
+def selected(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None) -> Mask | None:
+    """The pairs that the selector keeps, of those the mask allows. Without data (meta tensors), all of these."""
+    if q.is_meta:
+        return mask
+    with torch.no_grad():
+        kept = selector(q.detach(), k.detach(), mask)
+    if not isinstance(kept, Mask):
+        raise TypeError(f"attention: selector {type(selector).__name__} must return a Mask, got {type(kept).__name__}")
+    return kept if mask is None else mask & kept
+
+
+def unless_softmax(normalizer: Normalizer | None) -> Normalizer | None:
+    """None for softmax, so that every kernel knows it."""
+    return None if normalizer is None or normalizer.is_softmax else normalizer

@@ -1,0 +1,292 @@
+"""The pipeline as a layer: projections around `attention`, with every stage a slot.
+
+x - project - position - score - bias - score mix - mask - normalise - weight mix - values - gate - project - y
+"""
+
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.cards import FEATURES
+from regard.checks import called, refuse, tokens
+from regard.kernels import Plan, Problem, choose, execute
+from regard.kernels.check import check_mask, check_options
+from regard.masks import Mask, causal, full
+from regard.masks.tensors import Kept, Lengths
+from regard.pipeline import streaming
+from regard.pipeline.function import selected, spelled_out, unless_softmax
+from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.tokens import quarantine, spoil
+from regard.shapes import head_shape
+from regard.stages import (
+    IN_KERNELS,
+    SLOTS,
+    Gate,
+    GateSite,
+    HeadMap,
+    Made,
+    Mix,
+    Position,
+    Selector,
+    Slots,
+    Stage,
+    Tokens,
+)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose stages are slots; `regard.create` fills them by name.
+
+    Args:
+        dim: M, the model width.
+        num_heads: H.
+        num_kv_heads: G, dividing H; default H. 1 is multi-query attention.
+        head_dim: D; default dim / num_heads.
+        causal: no query sees a later key.
+        scale: default 1 / sqrt(D).
+        dropout: of the weights, in training.
+        bias: whether the four projections have one.
+        context_dim: width of `context` in cross-attention; default dim.
+        kernel: as in `attention`.
+        device, dtype: of the parameters, those of the parts included.
+        mask: a static pattern, combined with the one given to `forward`.
+        heads, position, score, score_mix, normalizer, weight_mix, selector, gate: the stages; see `regard.stages`.
+
+    Shapes: x (B, T, M), context (B, S, context_dim) -> (B, T, M).
+    """
+
+    supports: frozenset[str] = FEATURES
+    mask: Mask | None
+    heads: HeadMap | None
+    position: Position | None
+    selector: Selector | None
+    gate: Gate | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        context_dim: int | None = None,
+        kernel: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **slots: Unpack[Slots],
+    ) -> None:
+        super().__init__()
+        shape = head_shape(dim, num_heads, num_kv_heads, head_dim)
+        check_options(scale, dropout, who="Attention", **slots)
+        G, D = shape.num_kv_heads, shape.head_dim
+        self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
+        self.causal, self.scale, self.dropout, self.kernel = causal, scale, dropout, kernel
+        context_dim = dim if context_dim is None else context_dim
+        make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, num_heads * D, **make)
+        self.k_proj = nn.Linear(context_dim, G * D, **make)
+        self.v_proj = nn.Linear(context_dim, G * D, **make)
+        self.o_proj = nn.Linear(num_heads * D, dim, **make)
+        for name in SLOTS:
+            part: Any = slots.get(name)
+            if isinstance(part, nn.Module) and (device is not None or dtype is not None):
+                part.to(device=device, dtype=dtype)
+            setattr(self, name, part)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"{sizes}, causal={self.causal}" + ("" if self.mask is None else f", mask={self.mask!r}")
+
+    def receptive_field(self) -> Mask:
+        """Which key positions may reach which query positions through this layer."""
+        static = causal() if self.causal else None
+        if self.mask is not None:
+            static = self.mask if static is None else static & self.mask
+        return full() if static is None else static
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T M"],
+        context: Float[Tensor, "B S C"] | None = None,
+        *,
+        mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+        positions: Int[Tensor, "*b T"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """Attend from x to context (default: to x itself).
+
+        Args:
+            mask: True = may attend; combined with the layer's own. Pad keys with `regard.masks.padding(keep)`.
+            positions: where the tokens of x stand, for absolute and rotary schemes (left-padded or packed batches);
+                (T,) or (B, T), default 0, 1, 2, ...
+        """
+        p, x, allowed, bad = self._prepare(x, context, mask, positions)
+        return spoil(self._finish(execute(p, self.kernel), x), *bad, allowed)
+
+    def plan(
+        self,
+        x: Float[Tensor, "B T M"],
+        context: Float[Tensor, "B S C"] | None = None,
+        *,
+        mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+    ) -> Plan:
+        """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do."""
+        return choose(self._prepare(x, context, mask, None)[0], self.kernel)
+
+    def init_state(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """An empty cache for `step`. A layer whose mask looks back only W tokens keeps only those and never fills up.
+
+        Args:
+            capacity: most tokens it will hold.
+            device, dtype: default the projection's.
+        """
+        return streaming.init_state(self, batch_size, capacity, device=device, dtype=dtype)
+
+    def step(
+        self, x: Float[Tensor, "B t M"], state: KVCache, *, mask: Mask | None = None
+    ) -> tuple[Float[Tensor, "B t M"], KVCache]:
+        """The next t tokens: what `forward` would give at these positions, and the state with them in it.
+
+        Args:
+            mask: over absolute positions, e.g. `padding` of the whole sequence's keys.
+        """
+        return streaming.step(self, x, state, mask)
+
+    def _prepare(
+        self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, positions: Tensor | None
+    ) -> tuple[Problem, Tensor, Mask | None, tuple[Tensor | None, Tensor | None]]:
+        """The problem for the kernel, the tokens behind its queries, what may be seen, which tokens held NaN or inf."""
+        tokens(self, "x", x, self.dim)
+        if context is None:
+            source = x
+        else:
+            self._needs("cross", "context", "attends only to its own tokens; call it without context")
+            tokens(self, "context", context, self.k_proj.in_features)
+            source = context
+        if mask is not None and not (isinstance(mask, Kept | Lengths) and "padding" in self.supports):
+            self._needs("mask", "mask", "takes no mask")
+        B, T, S = x.shape[0], x.shape[1], source.shape[1]
+        if source.shape[0] != B:
+            refuse(self, "context", "has another batch than x", source.shape[0], f"{B} sequences")
+        call_mask = check_mask(mask, B, self.num_heads, T, S, x.device)
+        if call_mask is not None and call_mask == causal() and self.causal:
+            call_mask = None
+        allowed = self._static(call_mask)
+        where = self._positions(positions, B, T, x.device)
+        where_keys = where if context is None else torch.arange(S, device=x.device)
+        # Relative schemes stand bottom-right, as masks and biases do; what is added to tokens counts each side from 0.
+        turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
+        x, bad = quarantine(x)
+        source, bad_source = (x, bad) if context is None else quarantine(source)
+        q, k, v, x, source = self._project(x, source, where, where_keys, turn)
+        made = self._made(x, source, where)
+        return self._problem(q, k, v, x, source, allowed, made=made), x, allowed, (bad, bad_source)
+
+    def _problem(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor | None,
+        context: Tensor | None,
+        mask: Mask | None,
+        first_key: int = 0,
+        made: dict[str, Made] | None = None,
+    ) -> Problem:
+        reads = self._reads_tokens()
+        filled = {name: getattr(self, name) for name in IN_KERNELS}
+        filled["normalizer"] = unless_softmax(filled["normalizer"])
+        return Problem(
+            q=q,
+            k=k,
+            v=v,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            mask=mask if self.selector is None else selected(self.selector, q, k, mask),
+            dropout=self.dropout if self.training else 0.0,
+            x=x if reads else None,
+            context=context if reads else None,
+            first_key=first_key,
+            made=made,
+            **filled,
+        )
+
+    def _project(
+        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values, rotated, and the tokens behind them."""
+        if self.position is not None and self.position.changes("embed"):
+            alone = source is x
+            x = self.position.embed(x, where)
+            source = x if alone else self.position.embed(source, where_keys)
+        q = self._split(self.q_proj(x), self.num_heads)
+        k, v = (self._split(proj(source), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
+        q, k, v = self._gated(q, x, "query"), self._gated(k, source, "key"), self._gated(v, source, "value")
+        if self.heads is not None:
+            q, k, v = self.heads(q, k, v)
+        if self.position is not None and self.position.changes("rotate"):
+            q, k = self.position.rotate(q, turn), self.position.rotate(k, where_keys)
+        return q, k, v, x, source
+
+    def _made(
+        self, x: Tensor, source: Tensor, where: Tensor, past: dict[str, Tensor] | None = None
+    ) -> dict[str, Made] | None:
+        """What the stages make of the tokens; `past` is what they made of the last one before."""
+        if not (preparing := self._preparing()):
+            return None
+        past, given = past or {}, (x, source, where, self.q_proj, self.k_proj)
+        return {name: stage.prepare(Tokens(*given, past.get(name))) for name, stage in preparing.items()}
+
+    def _finish(self, out: Float[Tensor, "B H T D"], x: Tensor) -> Tensor:
+        out = self._gated(out, x, "output")
+        return self._gated(self.o_proj(out.transpose(1, 2).flatten(2)), x, "dense")
+
+    def _gated(self, z: Tensor, x: Tensor, at: GateSite) -> Tensor:
+        return z if self.gate is None else self.gate(z, x, at)
+
+    def _split(self, z: Tensor, heads: int) -> Tensor:
+        return z.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def _static(self, mask: Mask | None) -> Mask | None:
+        static = self.receptive_field() if self.causal or self.mask is not None else None
+        return mask if static is None else static if mask is None else static & mask
+
+    def _stages(self) -> dict[str, Stage]:
+        """The stages that kernels work through, by slot."""
+        filled: dict[str, Any] = {name: getattr(self, name) for name in IN_KERNELS}
+        return {name: stage for name, stage in filled.items() if stage is not None}
+
+    def _halo(self) -> int:
+        return sum(stage.halo for stage in self._stages().values() if isinstance(stage, Mix))
+
+    def _reads_tokens(self) -> bool:
+        return any("tokens" in stage.needs for stage in self._stages().values())
+
+    def _preparing(self) -> dict[str, Stage]:
+        return {name: stage for name, stage in self._stages().items() if stage.prepares()}
+
+    def _positions(self, positions: Tensor | None, B: int, T: int, device: torch.device) -> Tensor:
+        if positions is None:
+            return torch.arange(T, device=device)
+        if positions.dtype not in (torch.int64, torch.int32) or positions.shape not in ((T,), (B, T)):
+            got = f"{positions.dtype} {tuple(positions.shape)}"
+            refuse(self, "positions", "don't fit x", got, f"integers of shape ({T},) or ({B}, {T})")
+        return positions
+
+    def _needs(self, feature: str, argument: str, what: str) -> None:
+        if feature not in self.supports:
+            raise ValueError(f"{called(self)}: this mechanism {what} (no {feature!r} on its card)")
+
+
+spelled_out(Attention.__init__, Slots)

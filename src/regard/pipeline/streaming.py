@@ -1,0 +1,99 @@
+"""Token by token: the state of an `Attention` layer, and what it does with the next tokens."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regard.checks import called, refuse, tokens, whole
+from regard.kernels import execute
+from regard.masks import Mask
+from regard.pipeline.kv_cache import KVCache
+from regard.stages import Made, Tokens
+
+if TYPE_CHECKING:
+    from regard.pipeline.layer import Attention
+
+MADE = "made."
+"""What a stage makes of every key stands in the cache under its slot's name behind this."""
+
+
+def check_streams(layer: "Attention") -> None:
+    """Refuse a layer that can't go token by token."""
+    layer._needs("streaming", "state", "has no streaming form")
+    if not layer.causal:
+        refuse(layer, "causal", "is off, and this layer sees later tokens", False, "a layer built with causal=True")
+    for part in (layer.position, layer.selector):
+        if part is not None and not part.streams:
+            raise ValueError(
+                f"{called(layer)}: {type(part).__name__} reads the whole length, so cached keys go stale; it can't stream"
+            )
+
+
+def init_state(
+    layer: "Attention",
+    batch_size: int,
+    capacity: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> KVCache:
+    """See `Attention.init_state`."""
+    check_streams(layer)
+    whole("init_state", 0, batch_size=batch_size)
+    whole("init_state", capacity=capacity)
+    G, D, halo = layer.num_kv_heads, layer.head_dim, layer._halo()
+    reach = layer.receptive_field().reach if layer.selector is None else None
+    window = None if reach is None else max(1, reach - 1 + halo)
+    n = capacity if window is None else 0
+    weight = layer.k_proj.weight
+    at: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+    buffers = {name: torch.zeros(batch_size, G, n, D, **at) for name in "kv"}
+    if layer._reads_tokens():
+        buffers["x"] = torch.zeros(batch_size, n, layer.dim, **at)
+    if halo:
+        buffers["q"] = torch.zeros(batch_size, layer.num_heads, n, D, **at)
+    none = torch.zeros(batch_size, 0, layer.dim, **at)
+    here = torch.zeros(0, dtype=torch.long, device=none.device)
+    for name, stage in layer._preparing().items():
+        key = stage.prepare(Tokens(none, none, here, layer.q_proj, layer.k_proj)).key
+        if key is not None:
+            buffers[MADE + name] = key.new_zeros(batch_size, key.shape[1], n, key.shape[3])
+    return KVCache(buffers, window=window)
+
+
+def step(layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None) -> tuple[Tensor, KVCache]:
+    """See `Attention.step`."""
+    check_streams(layer)
+    tokens(layer, "x", x, layer.dim)
+    for name, given, kind in (("state", state, KVCache), ("mask", mask, Mask)):
+        if given is not None and not isinstance(given, kind):
+            refuse("step", name, "has the wrong type", type(given).__name__, f"a {kind.__name__}", error=TypeError)
+    t = x.shape[1]
+    where = torch.arange(state.length, state.length + t, device=x.device)
+    q, k, v, x, _ = layer._project(x, x, where, where, where)
+    new = {"k": k, "v": v}
+    if "x" in state.buffers:
+        new["x"] = x
+    if "q" in state.buffers:
+        new["q"] = q
+    made = layer._made(x, x, where, _last(state)) or {}
+    new |= {MADE + name: value.key for name, value in made.items() if value.key is not None}
+    held, state = state.append(**new)
+    first_key = state.length - held["k"].shape[-2]
+    halo = min(layer._halo(), held["k"].shape[-2] - t)
+    if halo:
+        q = held["q"][:, :, -(halo + t) :]
+    made = {name: Made(value.query, held.get(MADE + name), value.whole) for name, value in made.items()}
+    past = held.get("x")
+    behind = None if past is None else past[:, -q.shape[2] :]
+    p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made)
+    out = execute(p, layer.kernel)
+    return layer._finish(out[:, :, halo:] if halo else out, x), state
+
+
+def _last(state: KVCache) -> dict[str, Tensor]:
+    """What each stage made of the last token seen."""
+    end = state.length if state.window is None else state.kept
+    found = {n: b[..., end - 1 : end, :] for n, b in state.buffers.items() if n.startswith(MADE)} if end else {}
+    return {name.removeprefix(MADE): last for name, last in found.items()}

@@ -1,0 +1,309 @@
+"""The stages of the pipeline, and the slots that they fill: said here once, for the layer, kernels, cards and drop-ins.
+
+    x - project - position - score - bias - score mix - mask - normalise - weight mix - values - gate - project - y
+
+A new slot is a line in `Slots` and one in `Filled`. What fills it is a part: a callable `nn.Module` of one of the kinds
+below, or a mask. Parts are told what they ask for, in `Rows`: the tile of the T x S matrix at hand, the tokens behind
+it, and what the part itself made of the tokens before the pipeline ran (`Stage.prepare`).
+"""
+
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.masks import Mask
+
+# --- what stages are told -----------------------------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """What a stage made of the tokens, once a call. The pipeline cuts `query` and `key` to the tile at hand."""
+
+    query: Float[Tensor, "B h T F"] | None = None
+    """Per query token."""
+    key: Float[Tensor, "B h S F"] | None = None
+    """Per key token; kept in the cache while streaming."""
+    whole: Any = None
+    """What belongs to no token, such as a projected table."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What `Stage.prepare` makes it from."""
+
+    x: Float[Tensor, "B T M"]
+    """The tokens behind the queries."""
+    context: Float[Tensor, "B S M"]
+    """The tokens behind the keys; x itself in self-attention."""
+    positions: Int[Tensor, "*b T"]
+    """Where the queries stand."""
+    q_proj: Callable[[Tensor], Tensor]
+    """The layer's own projection, (..., M) -> (..., H D)."""
+    k_proj: Callable[[Tensor], Tensor]
+    past: Float[Tensor, "B h 1 F"] | None = None
+    """While streaming, `Made.key` of the last token before these; None at the start."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rectangle of the T x S matrix that a stage is asked about: query rows `i` against keys `j`.
+
+    Positions count from the first key, so the last query of a causal pass has i = S - 1 (bottom-right alignment).
+    """
+
+    q: Float[Tensor, "B H t D"]
+    """Queries of these rows, after rotation."""
+    k: Float[Tensor, "B G s D"]
+    """Keys of these columns, after rotation."""
+    scores: Float[Tensor, "B H t s"]
+    """Scaled dot products, before any bias. Filled for stages with "scores" in `needs`, and for every mix."""
+    i: Int[Tensor, "t"]
+    j: Int[Tensor, "s"]
+    allowed: Bool[Tensor, "#B #H t s"] | None = None
+    """True = may attend; None = all may."""
+    x: Float[Tensor, "B t M"] | None = None
+    """The tokens behind the queries, for stages that say so in `needs`."""
+    context: Float[Tensor, "B s M"] | None = None
+    """The tokens behind the keys, likewise."""
+    made: Made = Made()
+    """What the stage's own `prepare` gave, cut to these rows and columns."""
+
+
+# --- stages -------------------------------------------------------------------------------------------------
+
+
+class Stage(nn.Module):
+    """One step of the pipeline between scores and outputs. The class attributes tell kernels how it may be cut up."""
+
+    sees: Literal["tile", "rows"] = "tile"
+    """`tile`: any rectangle of the score matrix can be computed alone. `rows`: needs every key of its rows at once."""
+    halo: int = 0
+    """How many earlier query rows it must see to compute a row (a convolution over queries; else 0)."""
+    needs: frozenset[str] = frozenset()
+    """Of {"scores", "tokens"}: what it reads of `Rows` beyond q, k and the positions."""
+    tied: tuple[str, ...] = ()
+    """Names of parameters and submodules that the paper has once for all layers; see `regard.share`."""
+
+    def prepare(self, tokens: Tokens) -> Made:
+        """What this stage makes of the tokens, before the pipeline runs; most need nothing."""
+        return Made()
+
+    @classmethod
+    def prepares(cls) -> bool:
+        """Whether this class overrides `prepare`."""
+        return cls.prepare is not Stage.prepare
+
+    def start_neutral(self) -> bool:
+        """Set the parameters so that a trained model which takes this part in starts as it was, or as near to it as
+        the part can be and still learn. False where nothing was changed."""
+        return False
+
+
+class Position(Stage):
+    """How a mechanism knows where tokens stand. Override the hooks that the paper changes; the rest do nothing."""
+
+    streams: bool = True
+    """False where what a hook does to a token depends on how many tokens follow, so that nothing can be cached."""
+    by_distance: bool = False
+    """True where `bias` depends on i - j alone (and the head), so that one row of it tells all."""
+
+    def embed(self, x: Float[Tensor, "B T M"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B T M"]:
+        """Change the tokens before projection (absolute schemes)."""
+        return x
+
+    def rotate(self, z: Float[Tensor, "B H T D"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B H T D"]:
+        """Change queries and keys alike (rotary schemes)."""
+        return z
+
+    def bias(self, rows: Rows) -> Float[Tensor, "#B #H t s"]:
+        """What is added to the scaled scores."""
+        return rows.q.new_zeros(1, 1, 1, 1)
+
+    def values(self, weights: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "#B #H #t #V"]:
+        """What is added to weights @ v."""
+        return weights.new_zeros(1, 1, 1, 1)
+
+    @classmethod
+    def changes(cls, hook: str) -> bool:
+        """Whether this class overrides the hook of that name."""
+        return getattr(cls, hook) is not getattr(Position, hook)
+
+
+class Score(Stage):
+    """How well a query and a key match, in place of the scaled dot product."""
+
+    def forward(self, rows: Rows, scale: float) -> Float[Tensor, "B H t s"]:
+        """The scores of these rows. `rows.scores` holds the dot products if `needs` has "scores"."""
+        raise NotImplementedError
+
+
+class Normalizer(Stage):
+    """Turns scores into weights, row by row. Masked entries and fully masked rows get weight exactly 0."""
+
+    sees = "rows"
+    is_softmax = False
+    """True where fused kernels may take its place."""
+
+    def forward(
+        self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None
+    ) -> Float[Tensor, "B H t S"]:
+        raise NotImplementedError
+
+
+class Mix(Stage):
+    """Maps scores to scores (before the mask) or weights to weights (after normalising), across keys, rows or heads."""
+
+    def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
+        raise NotImplementedError
+
+
+class Selector(nn.Module):
+    """Looks at queries and keys (after rotation) and says which pairs are worth computing. No gradient flows here."""
+
+    streams: bool = True
+    """False where what a query sees depends on later queries, so that steps could differ from the full pass."""
+
+    def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
+        """What to keep, usually `masks.chosen`. The pipeline also applies `mask`; keys that it hides must not count."""
+        raise NotImplementedError
+
+
+class HeadMap(nn.Module):
+    """Changes queries, keys and values after the projections and before rotation."""
+
+    def forward(
+        self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S V"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    start_neutral = Stage.start_neutral
+
+
+GateSite = Literal["query", "key", "value", "output", "dense"]
+
+
+class Gate(nn.Module):
+    """Scales features by a function of the token they belong to, at one site of the pipeline.
+
+    The pipeline calls it at every site; at any site but its own it returns `z` unchanged. At `query`, `key`, `value`
+    and `output` z is (B, heads, T, width); at `dense` (after the output projection) it is (B, T, M). `x` is (B, T, M),
+    the tokens on the same side as z.
+    """
+
+    site: GateSite = "output"
+
+    def forward(self, z: Tensor, x: Float[Tensor, "B T M"], at: GateSite) -> Tensor:
+        raise NotImplementedError
+
+    start_neutral = Stage.start_neutral
+
+
+# --- slots --------------------------------------------------------------------------------------------------
+
+Site = Literal["mask", "heads", "position", "score", "scores", "normalise", "weights", "select", "gate"]
+"""Where in the pipeline a slot works. Those at "scores" and "weights" are mixes, applied in the order of `Slots`."""
+
+
+class Slots(TypedDict, total=False):
+    """The slots by name: what may fill each, and where it works. Empty ones are plain softmax attention's."""
+
+    mask: Annotated[Mask | None, "mask"]
+    """A static pattern."""
+    heads: Annotated[HeadMap | None, "heads"]
+    position: Annotated[Position | None, "position"]
+    score: Annotated[Score | None, "score"]
+    score_mix: Annotated[Mix | None, "scores"]
+    normalizer: Annotated[Normalizer | None, "normalise"]
+    weight_mix: Annotated[Mix | None, "weights"]
+    selector: Annotated[Selector | None, "select"]
+    gate: Annotated[Gate | None, "gate"]
+
+
+class InnerSlots(TypedDict, total=False):
+    """Those of `Slots` that work on queries, keys and values alone, so that `regard.attention` has them too."""
+
+    position: Position | None
+    score: Score | None
+    score_mix: Mix | None
+    normalizer: Normalizer | None
+    weight_mix: Mix | None
+    selector: Selector | None
+
+
+@dataclass(eq=False, kw_only=True)  # frozen it would take four times as long to make, some 2 us of a small call's 20
+class Filled:
+    """What fills the slots that kernels work through; None is plain softmax attention."""
+
+    position: Position | None = None
+    """Only its `bias` and `values` hooks count here; `embed` and `rotate` came before."""
+    score: Score | None = None
+    score_mix: Mix | None = None
+    normalizer: Normalizer | None = None
+    weight_mix: Mix | None = None
+
+    @property
+    def position_bias(self) -> Position | None:
+        """The position, if it adds to the scores."""
+        return self.position if self.position is not None and self.position.changes("bias") else None
+
+    @property
+    def position_values(self) -> Position | None:
+        """The position, if it adds to the outputs."""
+        return self.position if self.position is not None and self.position.changes("values") else None
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that are not plain softmax attention, in order."""
+        position = self.position_bias or self.position_values
+        filled = (getattr(self, name) for name in IN_KERNELS if name != "position")
+        return [stage for stage in (position, *filled) if stage is not None]
+
+    @property
+    def mixes(self) -> list[tuple[str, Mix]]:
+        """(slot, mix) of all that map scores to scores or weights to weights."""
+        found = ((name, getattr(self, name)) for name in IN_KERNELS if SLOTS[name].site in ("scores", "weights"))
+        return [(name, mix) for name, mix in found if mix is not None]
+
+    @property
+    def halo(self) -> int:
+        """Earlier query rows that any row needs."""
+        return sum(stage.halo for stage in self.stages)
+
+
+class Slot(NamedTuple):
+    """One line of `Slots`."""
+
+    kind: type
+    site: Site
+
+
+def _slots() -> Iterator[tuple[str, Slot]]:
+    for name, hint in typing.get_type_hints(Slots, include_extras=True).items():
+        union, site = typing.get_args(hint)
+        yield name, Slot(typing.get_args(union)[0], site)
+
+
+SLOTS: dict[str, Slot] = dict(_slots())
+IN_KERNELS = tuple(Filled.__dataclass_fields__)
+"""The slots that a kernel's problem holds."""
+BEYOND = ("num_kv_heads", "kernel")
+"""What a mechanism may set of `regard.Attention` besides the slots."""
+
+
+def slot_of(part: Any) -> str | None:
+    """The slot that a part fills, where its kind fills only one; None where several would take it, or none."""
+    able = [name for name, slot in SLOTS.items() if isinstance(part, slot.kind)]
+    return able[0] if len(able) == 1 else None
+
+
+def share(*layers: nn.Module) -> None:
+    """Give all layers the first one's parameters where a part says that the paper has them once for all layers."""
+    first, *others = ([m for m in layer.modules() if getattr(m, "tied", ())] for layer in layers)
+    for parts in others:
+        for ours, theirs in zip(first, parts, strict=True):
+            for name in theirs.tied:  # type: ignore[union-attr]
+                setattr(theirs, name, getattr(ours, name))
