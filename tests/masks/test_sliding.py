@@ -9,7 +9,6 @@ from regard import masks
 from regard.masks.sliding import DILATED, WINDOW
 
 
-
 def test_builders_give_the_masks():
     assert WINDOW.parts({}, {}) == {"mask": masks.window(128)}
     assert WINDOW.parts({}, {"window": 4}) == {"mask": masks.window(4)}
