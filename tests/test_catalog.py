@@ -184,6 +184,25 @@ def test_options_of_the_layer_pass_through() -> None:
         make("alibi", num_kv_heads=4)
 
 
+def test_what_is_no_layer_needs_no_sizes() -> None:
+    """A cache policy, say, is any object; a layer without dim and num_heads is refused in words."""
+    card = Card("temporary_policy", equation="y = x", papers=regard.card("alibi").papers, protocol="CachePolicy")
+
+    @card.module
+    class Policy:
+        def __init__(self, *, budget: int = 4) -> None:
+            self.budget = budget
+
+    try:
+        assert regard.create("temporary_policy", budget=7).budget == 7
+    finally:
+        _registry.pop("temporary_policy")
+    with pytest.raises(ValueError, match="create: 'alibi' needs dim and num_heads"):
+        regard.create("alibi")
+    with pytest.raises(ValueError, match="create: 'shift' needs dim "):
+        regard.create("shift", num_heads=2)
+
+
 # --- cards --------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ from regard.pipeline.layer import Attention
 from regard.rooms import FAMILIES
 from regard.shapes import head_shape
 
+NO_LAYERS = ("CachePolicy", "Training", "Steer")
+"""Protocols of things that are no modules; they may be of any class."""
 _walked: list[str] = []
 
 
@@ -70,8 +72,8 @@ def card(name: str) -> Card:
 def create(
     name: str,
     *,
-    dim: int,
-    num_heads: int,
+    dim: int | None = None,
+    num_heads: int | None = None,
     causal: bool = False,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
@@ -79,13 +81,14 @@ def create(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **settings: Any,
-) -> nn.Module:
+) -> Any:
     """Build a mechanism by name: `create("kerple", dim=512, num_heads=8, causal=True)`.
 
     Names joined by "+" fill several slots of one layer: `create("gated+rotary", ...)`.
 
     Args:
-        dim, num_heads, causal, num_kv_heads, head_dim, dropout: as in `regard.Attention`.
+        dim, num_heads, causal, num_kv_heads, head_dim, dropout: as in `regard.Attention`. What changes no layer's sizes
+            (a cache policy, a way of training or steering) needs no dim and num_heads.
         device, dtype: of all parameters and buffers. What must stay in float32 stays so.
         settings: the mechanism's own options (`regard show NAME` lists them) and, for mechanisms of the pipeline,
             the other keywords of `regard.Attention`.
@@ -116,24 +119,31 @@ def create(
     for key in settings.keys() - known:
         raise ValueError(unknown(f"option of {name!r}", key, sorted(known)))
     number(f"create: {name}", least=0, most=1, dropout=dropout)
-    shape = head_shape(dim, num_heads, num_kv_heads, head_dim, who=f"create: {name}")
-    given = {**vars(shape), "causal": causal, "dropout": dropout}
+    given: dict[str, Any] = {"causal": causal, "dropout": dropout}
+    if dim is not None and num_heads is not None:
+        given |= vars(head_shape(dim, num_heads, num_kv_heads, head_dim, who=f"create: {name}"))
+    elif not alone or parts[0].takes("dim") or parts[0].takes("num_heads"):
+        missing = " and ".join(n for n, v in (("dim", dim), ("num_heads", num_heads)) if v is None)
+        raise ValueError(f"create: {name!r} needs {missing} (got none); expected ints, as dim=512, num_heads=8")
     with placed(device):
         if alone:
-            _keeps_shape(parts[0], name, given)
-            module = parts[0].build(given, settings)
+            if "dim" in given:
+                _keeps_shape(parts[0], name, given)
+            module: Any = parts[0].build(given, settings)
         else:
             filled = slots(parts, given, {k: v for k, v in settings.items() if k in own})
             extra = {k: v for k, v in settings.items() if k not in own}
             for slot in filled.keys() & extra.keys():
                 raise ValueError(f"create: {name!r} fills the slot {slot!r} itself; leave that option out")
             filled = {"num_kv_heads": num_kv_heads, **filled}
-            module = Attention(dim, num_heads, head_dim=head_dim, causal=causal, dropout=dropout, **filled, **extra)
+            module = Attention(given["dim"], given["num_heads"], head_dim=head_dim, causal=causal, dropout=dropout, **filled, **extra)
     if not isinstance(module, nn.Module):
+        if parts[0].protocol in NO_LAYERS:
+            return module
         raise TypeError(f"create: the card {name!r} built a {type(module).__name__}, not an nn.Module")
     # Cast afterwards: under another default dtype, starting values would be other ones.
     module.to(device=device, dtype=dtype)
-    module.supports, module.name = supports, name  # type: ignore[assignment]
+    module.supports, module.name = supports, name
     return module
 
 

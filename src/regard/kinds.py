@@ -100,7 +100,10 @@ class Kept(NamedTuple):
 
 @runtime_checkable
 class CachePolicy(Protocol):
-    """What is kept of past keys and values. The state is a value: handed in, handed back, never hidden."""
+    """What is kept of past keys and values. The state is a value: handed in, handed back, never hidden.
+
+    By convention its option `budget` is the most keys a head that are kept; with room for all it is exact.
+    """
 
     def init_state(self, batch_size: int, num_kv_heads: int, head_dim: int, *, value_dim: int | None = None) -> Any: ...
 
@@ -120,7 +123,10 @@ class CachePolicy(Protocol):
 
 @runtime_checkable
 class Training(Protocol):
-    """What changes how a model is trained. All hooks leave the model's state_dict keys as they are."""
+    """What changes how a model is trained. The model's state_dict keys stay as they are.
+
+    By convention its option `strength` is how much; 0 trains bit for bit as without it.
+    """
 
     def attach(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Work on this model until the context ends."""
@@ -133,7 +139,10 @@ class Training(Protocol):
 
 @runtime_checkable
 class Steer(Protocol):
-    """Changes attention in a running model while its context lasts; afterwards the model is bit for bit as before."""
+    """Changes attention in a running model while its context lasts; afterwards the model is bit for bit as before.
+
+    By convention its option `strength` is how much; 0 changes nothing.
+    """
 
     def attach(self, model: nn.Module) -> AbstractContextManager[Any]: ...
 
