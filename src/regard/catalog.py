@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from regard.cards import Card, _registry
-from regard.checks import number
+from regard.checks import number, refuse
 from regard.pipeline.layer import Attention
 from regard.rooms import FAMILIES
 from regard.shapes import head_shape
@@ -172,10 +172,10 @@ def _sets_heads(card: Card) -> bool:
 
 def _keeps_shape(card: Card, name: str, given: Mapping[str, Any]) -> None:
     """A class that takes no head width, or no number of key heads, must not be asked for another than its own."""
-    plain = head_shape(given["dim"], given["num_heads"], None, None) if not given["dim"] % given["num_heads"] else None
-    for key in ("num_kv_heads", "head_dim"):
-        if not card.takes(key) and plain is not None and given[key] != getattr(plain, key):
-            raise ValueError(f"create: {name!r} has no {key} of its own (got {given[key]}); leave it out")
+    plain = {"num_kv_heads": given["num_heads"], "head_dim": given["dim"] / given["num_heads"]}
+    for key, usual in plain.items():
+        if not card.takes(key) and given[key] != usual:
+            refuse(f"create: {name}", key, "is none of its options", given[key], f"none; it has {usual:g}")
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> str:

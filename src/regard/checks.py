@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -185,14 +186,14 @@ def _look(
         if _matches(shape, axes, learned):
             sizes.update(learned)
             return
-    kinds = [kind for _, kind in forms if kind]
+    kinds = list(dict.fromkeys(kind for _, kind in forms if kind))
     if kinds and not any(_DTYPES[kind][0](dtype) for kind in kinds):
         refuse(who, name, "has the wrong dtype", dtype, " or ".join(_DTYPES[k][1] for k in kinds), error=TypeError)
     refuse(who, name, "has the wrong shape", tuple(shape), " or ".join(_wanted(axes, sizes) for axes, _ in forms))
 
 
 Plan = tuple[int, str, tuple[tuple[tuple[Axis, ...], str], ...], tuple[type, ...], bool]
-"""Of one argument: its place, name, the forms a tensor may have, other types, and whether it may be None."""
+"""Of one argument: its place (none for a keyword), name, the forms a tensor may have, other types, and whether it may be None."""
 
 
 def _plan(function: Callable[..., Any]) -> tuple[Plan, ...]:
@@ -212,7 +213,8 @@ def _plan(function: Callable[..., Any]) -> tuple[Plan, ...]:
                 plain |= member.__name__ == "Tensor"
                 others.append(member)
         if forms and not plain:
-            found.append((place, parameter.name, tuple(forms), tuple(others), type(None) in members))
+            at = sys.maxsize if parameter.kind is parameter.KEYWORD_ONLY else place
+            found.append((at, parameter.name, tuple(forms), tuple(others), type(None) in members))
     return tuple(found)
 
 
