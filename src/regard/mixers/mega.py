@@ -22,7 +22,7 @@ CARD = Card(
 shared  z = silu(W_z m_t),   q = kappa_q z + mu_q,   k = kappa_k z + mu_k,   v = silu(W_v x_t)
 gates   update u = sigmoid(W_u m_t),   reset r = silu(W_r m_t)
 out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
-A       softmax(q k^T / sqrt(Z) + b),   or of s = q k^T / n + b, element by element, n the keys that a query may see:
+A       softmax(q k^T / sqrt(Z) + b),   or of s = q k^T / n + b, each by itself, n the keys that a query may see:
         squared ReLU max(s, 0)^2,   Laplace (1 + erf((s - m) / (d sqrt 2))) / 2, m = sqrt(1/2), d = sqrt(1 / (4 pi))
 bias    b_ij = table[j - i + P - 1]   or   b_ij = R_i a . R_j b  (rotary turns R)
 x is the layer-normed token, but in (1 - u) x_t the token itself""",
