@@ -16,6 +16,7 @@ CARD = Card(
     differs=(*MEGA.differs, "Lengths need not be multiples of the chunk: the last chunk is short."),
     verified="third-party",
     example={"chunk": 5, "qk_dim": 6, "value_dim": 10, "ema_dim": 3, "weighting": "laplace"},
+    tries={"max_positions": 12},
 )
 
 

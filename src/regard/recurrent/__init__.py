@@ -1,4 +1,4 @@
-"""Alignments of recurrent decoders: pointing, Luong's scores, moving along a sequence, and when not to look."""
+"""Alignments of recurrent decoders: pointing, scores, moving along a sequence, and when not to look."""
 
 from regard.rooms import opened
 

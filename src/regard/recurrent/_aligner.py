@@ -1,4 +1,4 @@
-"""What the alignments of recurrent decoders share: checked inputs, hidden padding, honest NaN, softmax over keys."""
+"""What the alignments of recurrent decoders share: checked inputs, hidden padding, honest NaN."""
 
 import torch
 from jaxtyping import Bool, Float

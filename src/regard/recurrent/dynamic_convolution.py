@@ -1,4 +1,4 @@
-"""Dynamic convolution attention: the next weights come from filters of the last ones, not from content.
+"""Dynamic convolution attention: the next weights come from filters of the last, not from content.
 
 The prior P, the probabilities of a beta-binomial distribution, reaches back only, so that moving backwards would have
 to overcome a factor of up to 1e6.

@@ -33,6 +33,7 @@ CARD = Card(
     "tests/recurrent/test_pointer_network.py trains one.",
     differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),
     verified="third-party",
+    tries={"hidden": 5},
 )
 
 

@@ -36,6 +36,7 @@ beta      the sentinel's share of alpha;  c_t = beta s_t + sum_i alpha_i v_i;  y
         "Dropout is the caller's.",
     ),
     verified="third-party",
+    tries={"attention_dim": 5},
 )
 
 
