@@ -139,15 +139,22 @@ def test_heads_own_blocks_of_features():
 def test_refusals():
     with pytest.raises(ValueError, match="causal"):
         regard.create("fftnet", dim=8, num_heads=2, causal=True)
-    with pytest.raises(ValueError, match="num_heads must divide dim"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 3 \(got 8\)"):
         FFTNet(8, 3)
-    with pytest.raises(ValueError, match="max_length must be at least 1"):
+    with pytest.raises(ValueError, match=r"max_length is too small \(got 0\); expected an int >= 1"):
         FFTNet(8, 2, max_length=0)
-    with pytest.raises(ValueError, match="activation 'relu'"):
+    with pytest.raises(ValueError, match=r"activation is unknown \(got 'relu'\); expected one of 'modrelu', 'gelu'"):
         FFTNet(8, 2, activation="relu")
-    with pytest.raises(ValueError, match="got 6 tokens; max_length is 5"):
+    with pytest.raises(ValueError, match=r"x is too long \(got 6 tokens\); expected at most max_length = 5"):
         FFTNet(8, 2, max_length=5)(torch.randn(1, 6, 8))
-    with pytest.raises(ValueError, match="do not fit filters"):
-        spectral_filter(torch.randn(1, 6, 8), torch.ones(1, 2, 3), torch.ones(1, 2, 3), length=6)
-    with pytest.raises(ValueError, match="width dim / num_heads"):
+    x, filters = torch.randn(1, 6, 8), torch.ones(1, 2, 3)
+    with pytest.raises(ValueError, match=r"frequencies \(got 3\); expected length // 2 \+ 1 = 4"):
+        spectral_filter(x, filters, filters, length=6)
+    with pytest.raises(ValueError, match=r"x is too long \(got 6 tokens\); expected at most length = 5"):
+        spectral_filter(x, filters, filters, length=5)
+    with pytest.raises(ValueError, match=r"offset has the wrong shape \(got \(1, 2, 4\)\)"):
+        spectral_filter(x, filters, torch.ones(1, 2, 4), length=6)
+    with pytest.raises(ValueError, match=r"features is no multiple of heads = 3 \(got 8\)"):
+        spectral_filter(x, torch.ones(1, 3, 4), torch.ones(1, 3, 4), length=6)
+    with pytest.raises(ValueError, match=r"no head_dim of its own \(got 3\)"):
         regard.create("fftnet", dim=8, num_heads=2, head_dim=3, causal=False)

@@ -107,12 +107,12 @@ def test_a_layer_runs_on_any_length_in_one_state() -> None:
 
 def test_bad_input() -> None:
     layer = filled(1)
-    with pytest.raises(ValueError, match="num_states"):
+    with pytest.raises(ValueError, match=r"num_states is too small \(got 0\)"):
         filled(1, num_states=0)
-    with pytest.raises(ValueError, match="x must be"):
+    with pytest.raises(ValueError, match=r"x has the wrong shape \(got \(2, 3, 5\)\); expected \(B, T, M = 4\)"):
         layer(normal(1, 2, 3, 5))
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(ValueError, match=r"x has another batch than the state \(got 3\); expected 2"):
         layer.step(normal(1, 3, 1, 4), layer.init_state(2, 9))
-    with pytest.raises(TypeError, match="GSSState"):
+    with pytest.raises(TypeError, match=r"state has the wrong type \(got NoneType\); expected the GSSState"):
         layer.step(normal(1, 3, 1, 4), None)
     assert isinstance(layer.init_state(2, 9), GSSState)

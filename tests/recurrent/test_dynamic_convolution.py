@@ -153,13 +153,13 @@ def test_generalises_to_longer_sequences() -> None:
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match="filter_length must be odd"):
+    with pytest.raises(ValueError, match=r"filter_length is even \(got 4\); expected an odd int"):
         DynamicConvolutionAttention(3, filter_length=4)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"hidden is too small \(got 0\); expected an int >= 1"):
         DynamicConvolutionAttention(3, hidden=0)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match=r"prior_alpha is out of range \(got 0.0\); expected a finite number > 0"):
         DynamicConvolutionAttention(3, prior_alpha=0.0)
-    with pytest.raises(ValueError, match="context must be"):
+    with pytest.raises(ValueError, match=r"context has .*\(got \(2, 6, 4\)\); expected \(B = 2, S, C = 3\)"):
         build(3)(tokens(2, 4, dim=3), tokens(2, 6, dim=4))
     with pytest.raises(ValueError, match="causal"):
         regard.create("dynamic_convolution_attention", dim=4, num_heads=2, causal=True)

@@ -123,11 +123,11 @@ def test_generalises_to_longer_sequences() -> None:
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match="unknown version 'v3'"):
+    with pytest.raises(ValueError, match=r"version is unknown \(got 'v3'\); expected one of 'v0', 'v1', 'v2'"):
         GMMAttention(3, version="v3")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no biased start"):
+    with pytest.raises(ValueError, match=r"version has no biased start \(got 'v0' .*expected biased=False"):
         GMMAttention(3, version="v0")
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"components is too small \(got 0\); expected an int >= 1"):
         GMMAttention(3, components=0)
     with pytest.raises(ValueError, match="causal"):
         regard.create("gmm_attention", dim=4, num_heads=2, causal=True)

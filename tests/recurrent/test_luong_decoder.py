@@ -70,5 +70,5 @@ def test_without_feeding_it_is_attention_over_an_lstm() -> None:
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match=r"x has shape \(2, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"x has the wrong shape \(got \(2, 5, 4\)\); expected \(B, T, E = 3\)"):
         build(False)(tokens(2, 5, dim=4), tokens(2, 6, dim=4))

@@ -123,9 +123,13 @@ def test_learns_to_sort() -> None:
 
 def test_bad_input_raises() -> None:
     model = network(2, 4, repeats=False)
-    with pytest.raises(ValueError, match="inputs have shape"):
+    with pytest.raises(ValueError, match=r"inputs has the wrong shape \(got \(2, 5, 3\)\); expected \(B, S, I = 2\)"):
         model(tokens(2, 5, dim=3), torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="expected int64"):
+    with pytest.raises(ValueError, match=r"targets has the wrong shape \(got \(1, 3\)\); expected \(B = 2, T\)"):
         model(tokens(2, 5, dim=2), torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="6 times at 5 inputs"):
+    with pytest.raises(TypeError, match=r"targets has the wrong dtype \(got torch.int32\); expected int64"):
+        model(tokens(2, 5, dim=2), torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"inputs is empty \(got 0 of them\); expected at least 1"):
+        model.decode(tokens(2, 0, dim=2))
+    with pytest.raises(ValueError, match=r"steps is too large \(got 6\); expected an int from 0 to 5"):
         model.decode(tokens(2, 5, dim=2), 6)

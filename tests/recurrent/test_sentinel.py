@@ -183,9 +183,9 @@ def test_learns_when_not_to_look() -> None:
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match="attention_dim must be at least 1"):
+    with pytest.raises(ValueError, match=r"attention_dim is too small \(got 0\); expected an int >= 1"):
         SentinelAttention(4, attention_dim=0)
-    with pytest.raises(ValueError, match="context must be"):
+    with pytest.raises(ValueError, match=r"context has .*\(got \(2, 5, 3\)\); expected \(B = 2, S, C = 4\)"):
         build(3, hidden=4)(tokens(2, 3, dim=3), tokens(2, 5, dim=3))
     with pytest.raises(ValueError, match="mask can only hide keys"):
         build(4)(tokens(2, 3, dim=4), tokens(2, 5, dim=4), mask=regard.masks.window(2))

@@ -68,13 +68,13 @@ def test_series_too_short_have_no_season() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="top_k"):
+    with pytest.raises(ValueError, match=r"top_k is too small \(got 0\)"):
         frequency_attention(normal(1, 2, 9, 3), 0)
-    with pytest.raises(ValueError, match="horizon"):
+    with pytest.raises(ValueError, match=r"horizon is too small \(got -1\)"):
         frequency_attention(normal(1, 2, 9, 3), 1, -1)
-    with pytest.raises(ValueError, match="0 tokens"):
+    with pytest.raises(ValueError, match=r"x has 0 tokens \(got horizon = 4\); expected some"):
         frequency_attention(normal(1, 2, 0, 3), 1, 4)
-    with pytest.raises(ValueError, match="x must be"):
+    with pytest.raises(ValueError, match=r"x has the wrong shape \(got \(2, 9, 3\)\); expected \(B, T, M = 4\)"):
         FrequencyAttention(4)(normal(1, 2, 9, 3))
     with pytest.raises(ValueError, match="causal"):
         regard.create("frequency_attention", dim=24, num_heads=2, causal=True)

@@ -1,27 +1,46 @@
-"""ETC: a few global tokens see everything; the many long tokens see their neighbourhood and the global
-tokens.
+"""ETC: a few global tokens see everything; long tokens see a window and the global tokens."""
 
-    long i:    one softmax over long j with |i - j| <= R, and all global j      time O(N (2R + 1 + NG))
-    global i:  one softmax over all global j and all long j
-    label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K
-
-Ainslie et al. 2020, https://arxiv.org/abs/2004.08483: abstract and a public note read, the authors' released
-code followed. The attention itself is in `global_local.py`. Differs from the paper: masks are hard, one width
-serves both sides, and every pair of a long and a global token has the label 2K + 1.
-"""
-
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, divides, number, refuse, whole
 from regard.masks import Mask, global_tokens
 from regard.masks import window as near
 from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
 from regard.pipeline.tokens import key_padding
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "etc",
+    equation="""long i:    one softmax over long j with |i - j| <= R, and all global j      time O(N (2R + 1 + NG))
+global i:  one softmax over all global j and all long j
+s_ij = (q_i . k_j + q_i . E[label_ij] + e0[label_ij]) / sqrt(D)    a table (E, e0) for each kind of query
+label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K""",
+    papers=(
+        Paper(
+            "ETC: Encoding Long and Structured Inputs in Transformers",
+            "Ainslie et al.",
+            2020,
+            "2004.08483",
+            "abstract; a public note; official code",
+        ),
+    ),
+    supports={"bidirectional", "padding", "dropout", "compile"},
+    traits={"normalised", "nonnegative", "linear_in_values"},
+    cost=Cost("2*B*H*D*(T*(2*radius + 1 + num_global) + num_global*T)", ""),
+    claim="Time grows linearly with length; with R >= N it is full attention: tests/mixers/test_etc.py.",
+    differs=(
+        "Masks are hard, where the code adds -10000, so that a query that may see nothing gives 0.",
+        "Global and long tokens have one width.",
+        "Every pair of a long and a global token has one extra label, 2K + 1; structured labels go to "
+        "`global_local_attention`.",
+    ),
+    verified="third-party",
+    example={"num_global": 2, "radius": 2, "max_distance": 3},
+)
 
 _PROJECTIONS = {
     "qkv": {"l2l": "all", "l2g": "all", "g2g": "all", "g2l": "all"},
@@ -31,6 +50,7 @@ _PROJECTIONS = {
 """Which key and value projection each piece uses under each form of sharing."""
 
 
+@CARD.module
 class ETCAttention(nn.Module):
     """Bidirectional global-local self-attention. The first `num_global` tokens are the global ones.
 
@@ -48,24 +68,19 @@ class ETCAttention(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        num_global: int,
-        radius: int,
+        num_global: int = 2,
+        radius: int = 84,
         max_distance: int | None = 12,
         share: Literal["qkv", "kv", "none"] = "qkv",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"ETCAttention: dim {dim} is not a multiple of num_heads {num_heads}")
-        if num_global < 1 or radius < 1 or (max_distance is not None and max_distance < 1):
-            raise ValueError(
-                f"ETCAttention: num_global, radius and max_distance must be at least 1 (got {num_global}, "
-                f"{radius}, {max_distance})"
-            )
-        if share not in _PROJECTIONS:
-            raise ValueError(f"ETCAttention: unknown share {share!r}; expected one of {', '.join(_PROJECTIONS)}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"ETCAttention: dropout must lie in [0, 1] (got {dropout})")
+        whole(self, dim=dim, num_heads=num_heads, num_global=num_global, radius=radius)
+        if max_distance is not None:
+            whole(self, max_distance=max_distance)
+        divides(self, num_heads=num_heads, dim=dim)
+        choice(self, _PROJECTIONS, share=share)
+        number(self, least=0, most=1, dropout=dropout)
         self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
         self.radius, self.max_distance, self.share, self.dropout = radius, max_distance, share, dropout
         sides = ["all"] if share == "qkv" else ["long", "global"]
@@ -94,6 +109,7 @@ class ETCAttention(nn.Module):
         """Global tokens see and are seen by all; long ones see `radius` neighbours on each side."""
         return global_tokens(self.num_global) | near(self.radius + 1)
 
+    @checked(M="dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -101,13 +117,10 @@ class ETCAttention(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """x is [global tokens, long tokens]; mask hides keys (`regard.masks.padding`, or True = seen)."""
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < self.num_global:
-            raise ValueError(
-                f"ETCAttention: x has shape {tuple(x.shape)}; expected (batch, at least {self.num_global} "
-                f"tokens, {self.dim})"
-            )
         NG, T = self.num_global, x.shape[1]
-        keep = key_padding("ETCAttention", mask, x)
+        if T < NG:
+            refuse(self, "x", "has too few tokens", T, f"at least num_global = {NG}")
+        keep = key_padding(self, mask, x)
         # What is not finite must reach all rows that may see it and no others, not even as 0 * NaN.
         bad = ~x.detach().isfinite().all(-1)
         x = x.masked_fill(bad[..., None], 0)
@@ -166,58 +179,3 @@ class ETCAttention(nn.Module):
         across = torch.full((1, N, NG), 2 * K + 1, device=device)
         l2l = distance_labels(offsets, K).expand(1, N, -1)
         return Pieces(l2l, across, distance_labels(i - i[:, None], K)[None], across.mT)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    num_global: int = 2,
-    radius: int = 84,
-    max_distance: int | None = 12,
-    share: Literal["qkv", "kv", "none"] = "qkv",
-    dropout: float = 0.0,
-) -> ETCAttention:
-    if causal:
-        raise ValueError("etc: is a bidirectional encoder, global tokens see everything (got causal=True)")
-    if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
-        raise ValueError(
-            f"etc: needs num_kv_heads == num_heads and head_dim == dim / num_heads (got "
-            f"{shape.num_kv_heads} key heads of width {shape.head_dim} for {shape.num_heads} heads, dim "
-            f"{shape.dim})"
-        )
-    options: dict[str, Any] = {
-        "num_global": num_global,
-        "radius": radius,
-        "max_distance": max_distance,
-        "share": share,
-    }
-    return ETCAttention(shape.dim, shape.num_heads, dropout=dropout, **options)
-
-
-CARD = register(
-    Card(
-        name="etc",
-        family="mixers",
-        gist="A few global tokens see all; long tokens see a window and the global tokens.",
-        equation="long i: softmax over |i - j| <= R and globals;  global i: softmax over all",
-        paper=Paper(
-            "ETC: Encoding Long and Structured Inputs in Transformers",
-            "Ainslie et al.",
-            2020,
-            "2004.08483",
-            "abstract; official code",
-        ),
-        build=_build,
-        supports=frozenset({"bidirectional", "padding", "dropout", "compile"}),
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values"}),
-        cost=Cost("2*B*H*D*(T*(2*radius + 1 + num_global) + num_global*T)", ""),
-        claim="Time grows linearly with length; with R >= N it is full attention: tests/mixers/test_etc.py.",
-        differs=(
-            "Masks are hard, where the code adds -10000.",
-            "Pairs of a long and a global token share one extra label; structured labels go to the function.",
-        ),
-        verified="third-party",
-        example={"num_global": 2, "radius": 2, "max_distance": 3},
-    )
-)

@@ -1,4 +1,4 @@
-"""Sums over the past whose weights fade exponentially: moving averages, and every diagonal state space.
+"""Sums over the past whose weights fade exponentially: moving averages, diagonal state spaces.
 
     h_t = decay h_{t-1} + x_t,   y_t = sum_n weight_n h_{t,n}            (step by step)
     y_t = sum_{l=0..t} K_l x_{t-l},   K_l = sum_n weight_n decay_n^l      (all at once)

@@ -1,12 +1,6 @@
 """Global-local attention: two softmaxes over four pieces, and the window evaluated block by block.
 
-    long i:    one softmax over long j with |i - j| <= R, and all global j      time O(N (2R + 1 + NG))
-    global i:  one softmax over all global j and all long j
-    s_ij = (q_i . k_j + q_i . E[label_ij] + e0[label_ij]) / sqrt(D)    a table (E, e0) for each kind of query
-
-Ainslie et al. 2020, https://arxiv.org/abs/2004.08483: abstract and a public note read, the authors' released
-code followed. Differs from the paper: masks are hard (the code adds -10000), so a query that may see nothing
-gives 0.
+What `regard.mixers.etc` says in formulas. N long and NG global tokens, R = radius.
 """
 
 import math

@@ -1,13 +1,6 @@
-"""Gated state space: a diagonal linear state space on a narrow branch, multiplied into a wide gated one.
-
-    z = LN(x_t),   u = gelu(W_u z)  (width F),   w = LN(gelu(W_v z))  (width E)
-    h_t = exp(lambda) h_{t-1} + w_t,   y_t = Re( C ((exp(lambda) - 1) / lambda) h_t ) + d w_t   (N complex states)
-    out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), the same for every channel
+"""Gated state space: a diagonal state space on a narrow branch, multiplied into a wide gated one.
 
 Its kernel K_l = Re( C ((exp(lambda) - 1) / lambda) exp(lambda l) ) is a formula in l, so a layer runs on any length.
-
-Mehta et al. 2022, https://arxiv.org/abs/2206.13947: abstract read; equations as a public implementation of the paper's
-pseudocode (section 3.2) has them. Differs from the paper: the sum over the past is taken in blocks, not by FFT.
 """
 
 from typing import NamedTuple
@@ -17,13 +10,37 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard._former import Card, Cost, Paper, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, refuse, whole
 from regard.masks import Mask, causal, padding
 from regard.mixers.exponential import exponential_sum, lags, work_dtype
 from regard.pipeline.tokens import key_padding, quarantine, spoil
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "gss",
+    equation="""z = LN(x_t),   u = gelu(W_u z)  (width F),   w = LN(gelu(W_v z))  (width E)
+h_t = exp(lambda) h_{t-1} + w_t,   y_t = Re( C ((exp(lambda) - 1) / lambda) h_t ) + d w_t   (N complex states)
+out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), the same for every channel""",
+    papers=(
+        Paper(
+            "Long Range Language Modeling via Gated State Spaces",
+            "Mehta et al.",
+            2022,
+            "2206.13947",
+            "abstract; public implementation of the pseudocode in section 3.2",
+        ),
+    ),
+    supports={"causal", "padding", "streaming", "compile"},
+    traits={"shift_invariant"},
+    cost=Cost("B*T*state_dim*(64 + 4*num_states)", "2*state_dim*num_states"),
+    claim="Runs on inputs longer than it was trained on, in linear time: tests/mixers/test_gss.py.",
+    differs=(
+        "The sum over the past is taken in blocks (`regard.mixers.exponential`), not by one FFT.",
+        "The hybrid with local attention in every few layers is left to the model that stacks the layers.",
+    ),
+    verified="third-party",
+    example={"hidden_dim": 20, "state_dim": 7, "num_states": 5},
+)
 
 
 def diagonal_state_space(
@@ -51,34 +68,35 @@ class GSSState(NamedTuple):
     h: Complex[Tensor, "B E N"]
 
 
+@CARD.module
 class GatedStateSpace(nn.Module):
     """One causal GSS layer, normalisation and residual included.
 
     Args:
         dim: M.
-        hidden_dim: F, the width of the gate.
-        state_dim: E, the width of the state space's input and output.
-        num_states: N, complex states that each of those channels has.
+        hidden_dim: F, the width of the gate; default 4 M.
+        state_dim: E, the width of the state space's input and output; default M / 4.
+        num_states: N, complex states that each of those channels has; default M / 2.
         positive_turns: the frequencies are exp(b), as in the paper, or b itself.
     """
 
-    supports: frozenset[str] = frozenset({"causal", "padding", "streaming", "compile"})
     causal = True
-    name = "gss"
 
     def __init__(
         self,
         dim: int,
         *,
-        hidden_dim: int,
-        state_dim: int,
-        num_states: int,
+        hidden_dim: int | None = None,
+        state_dim: int | None = None,
+        num_states: int | None = None,
         positive_turns: bool = True,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "hidden_dim": hidden_dim, "state_dim": state_dim, "num_states": num_states}
-        for name, n in sizes.items():
-            check_int("GatedStateSpace", name, n)
+        whole(self, dim=dim)
+        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
+        state_dim = max(1, dim // 4) if state_dim is None else state_dim
+        num_states = max(1, dim // 2) if num_states is None else num_states
+        whole(self, hidden_dim=hidden_dim, state_dim=state_dim, num_states=num_states)
         self.dim, self.state_dim, self.num_states, self.positive_turns = dim, state_dim, num_states, positive_turns
         self.norm = nn.LayerNorm(dim)
         self.u_proj = nn.Linear(dim, hidden_dim, bias=False)
@@ -101,6 +119,7 @@ class GatedStateSpace(nn.Module):
         """Every earlier token."""
         return causal()
 
+    @checked(M="dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -108,8 +127,7 @@ class GatedStateSpace(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens from all states: `regard.masks.padding`, or True = a real token."""
-        check_tokens(self.name, "x", x, self.dim)
-        keep = key_padding(self.name, mask, x)
+        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         return spoil(self._run(x, None, keep)[0], bad, bad, causal() if keep is None else causal() & padding(keep))
 
@@ -122,20 +140,21 @@ class GatedStateSpace(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> GSSState:
         """Nothing seen yet. The state has one size for every length, so `capacity` limits nothing."""
-        check_int("init_state", "batch_size", batch_size, least=0)
-        check_int("init_state", "capacity", capacity)
+        whole(self, 0, batch_size=batch_size)
+        whole(self, capacity=capacity)
         work = work_dtype(self.skip.new_empty(0, dtype=dtype))
         kind = torch.complex128 if work == torch.float64 else torch.complex64
         shape = (batch_size, self.state_dim, self.num_states)
         return GSSState(torch.zeros(shape, device=device or self.skip.device, dtype=kind))
 
+    @checked(M="dim")
     def step(self, x: Float[Tensor, "B t M"], state: GSSState) -> tuple[Float[Tensor, "B t M"], GSSState]:
         """The next t tokens."""
-        check_tokens(self.name, "x", x, self.dim)
         if not isinstance(state, GSSState):
-            raise TypeError(f"step: state must be the GSSState of init_state, got {type(state).__name__}")
-        if x.shape[0] != state.h.shape[0]:
-            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state.h.shape[0]}; they must match")
+            wanted = "the GSSState of init_state"
+            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
+        if x.shape[0] != len(state.h):
+            refuse(self, "x", "has another batch than the state", x.shape[0], f"{len(state.h)} sequences")
         y, h = self._run(x, state.h)
         return y, GSSState(h)
 
@@ -149,52 +168,3 @@ class GatedStateSpace(nn.Module):
         y, state = diagonal_state_space(w, -self.a.to(work).exp(), turn, self.c, state)
         out = self.o_proj(F.gelu(self.u_proj(z)) * self.gate_proj(y + self.skip * w))
         return out + x.to(out.dtype), state
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    hidden_dim: int | None = None,
-    state_dim: int | None = None,
-    num_states: int | None = None,
-    positive_turns: bool = True,
-) -> GatedStateSpace:
-    """F = 4 M, E = M / 4 and N = M / 2 unless told otherwise, as in the paper's layers; no heads."""
-    if not causal:
-        raise ValueError("gss: a state space only looks back (got causal=False); expected causal=True")
-    return GatedStateSpace(
-        shape.dim,
-        hidden_dim=4 * shape.dim if hidden_dim is None else hidden_dim,
-        state_dim=max(1, shape.dim // 4) if state_dim is None else state_dim,
-        num_states=max(1, shape.dim // 2) if num_states is None else num_states,
-        positive_turns=positive_turns,
-    )
-
-
-CARD = register(
-    Card(
-        name="gss",
-        family="mixers",
-        gist="A diagonal state space on a narrow branch, multiplied into a wide gate.",
-        equation="h_t = exp(lambda) h_{t-1} + w_t;  out = W_o(u * W_g(Re(C h_t) + d w_t)) + x",
-        paper=Paper(
-            "Long Range Language Modeling via Gated State Spaces",
-            "Mehta et al.",
-            2022,
-            "2206.13947",
-            "abstract; public implementation of the pseudocode in section 3.2",
-        ),
-        build=_build,
-        supports=GatedStateSpace.supports,
-        traits=frozenset({"shift_invariant"}),
-        cost=Cost("B*T*state_dim*(64 + 4*num_states)", "2*state_dim*num_states"),
-        claim="Runs on inputs longer than it was trained on, in linear time: tests/mixers/test_gss.py.",
-        differs=(
-            "The sum over the past is taken in blocks (`regard.mixers.exponential`), not by one FFT.",
-            "The hybrid with local attention in every few layers is left to the model that stacks the layers.",
-        ),
-        verified="third-party",
-        example={"hidden_dim": 20, "state_dim": 7, "num_states": 5},
-    )
-)

@@ -1,30 +1,46 @@
-"""Masked mixer: tokens mixed by one learned matrix, lower triangular so that no token sees a later one.
-
-    flat      y_t = sum_{s <= t} W_ts x_s + b_t                     the same for every feature; position is in W and b
-    width K   y_tm = sum_{s <= t} sum_j W_tsj x_{s, m + j - (K-1)/2} + b_t
-    expanded  y = W2 gelu(W1 x + b1) + b2                           both triangular
-    heads     y = concat_h(W_h (P_h x) + b_h) O                     a projection and a matrix for each head
-
-Badger 2024, "Masked Mixers for Language Generation and Retrieval", https://arxiv.org/abs/2409.01482: abstract read, the
-author's released code followed.
-Differs from the paper: the triangle is cut out of W where it is used, so that what lies above it has no gradient;
-shorter sequences use the top left of W; norm, residual and feed-forward of a block are left to the model.
-"""
+"""Masked mixer: one learned lower triangular matrix mixes the tokens, the same for every input."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, divides, refuse, whole
 from regard.masks import Mask, full, padding
 from regard.masks import causal as causal_mask
 from regard.pipeline.tokens import key_padding, quarantine, spoil
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "masked_mixer",
+    equation="""flat      y_t = sum_{s <= t} W_ts x_s + b_t        the same for every feature; position is in W and b
+width K   y_tm = sum_{s <= t} sum_j W_tsj x_{s, m + j - (K-1)/2} + b_t
+expanded  y = W2 gelu(W1 x + b1) + b2              both triangular
+heads     y = concat_h(W_h (P_h x) + b_h) O        a projection and a matrix for each head""",
+    papers=(
+        Paper(
+            "Masked Mixers for Language Generation and Retrieval",
+            "Badger",
+            2024,
+            "2409.01482",
+            "abstract; the author's code",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "streaming", "compile"},
+    cost=Cost("B*T*T*M", "T*M"),
+    claim="Causal, and what enters can be recovered from what comes out: tests/mixers/test_masked_mixer.py.",
+    differs=(
+        "The triangle is cut out of W where it is used, so that what lies above it has no gradient; the author zeroes "
+        "it in place at each use.",
+        "Shorter sequences use the top left of the matrix; the author's code takes one length only.",
+        "Norm, residual and feed-forward of the author's block belong to the model around it.",
+    ),
+    verified="third-party",
+    example={"max_length": 48, "form": "heads"},
+)
 
 Form = Literal["flat", "expanded", "heads"]
 
@@ -87,6 +103,7 @@ class TokenMap(nn.Module):
         return masked_mix(x, self.weight, self.bias, causal=self.causal, first=first)
 
 
+@CARD.module
 class MaskedMixer(nn.Module):
     """Learned token mixing without queries and keys, for at most `max_length` tokens.
 
@@ -110,17 +127,13 @@ class MaskedMixer(nn.Module):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        if form not in ("flat", "expanded", "heads"):
-            raise ValueError(f"masked_mixer: unknown form {form!r}; expected 'flat', 'expanded' or 'heads'")
-        if max_length < 1 or num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"masked_mixer: max_length must be at least 1 and num_heads divide dim (got {max_length}, {num_heads} "
-                f"and {dim})"
-            )
-        if kernel_width < 1 or kernel_width % 2 == 0 or (kernel_width > 1 and form != "flat"):
-            raise ValueError(
-                f"masked_mixer: kernel_width must be odd, and 1 unless form='flat' (got {kernel_width} for {form!r})"
-            )
+        choice(self, get_args(Form), form=form)
+        whole(self, dim=dim, max_length=max_length, num_heads=num_heads, kernel_width=kernel_width)
+        divides(self, num_heads=num_heads, dim=dim)
+        if kernel_width % 2 == 0:
+            refuse(self, "kernel_width", "is even", kernel_width, "an odd int")
+        if kernel_width > 1 and form != "flat":
+            refuse(self, "kernel_width", f"does not go with form {form!r}", kernel_width, "1 unless form='flat'")
         self.dim, self.max_length, self.form, self.causal = dim, max_length, form, causal
         self.num_heads = num_heads if form == "heads" else 1
         self.maps = nn.ModuleList(
@@ -133,6 +146,7 @@ class MaskedMixer(nn.Module):
     def receptive_field(self) -> Mask:
         return causal_mask() if self.causal else full()
 
+    @checked(M="dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -140,8 +154,8 @@ class MaskedMixer(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """Mix x. `mask` hides tokens from the others; positions count them all the same."""
-        self._check(x, 0)
-        keep = key_padding("masked_mixer", mask, x)
+        self._fits(x.shape[1])
+        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         hidden = None if keep is None else ~keep[:, None, :, None]
         y = self._split(x)
@@ -161,21 +175,23 @@ class MaskedMixer(nn.Module):
     ) -> MixerState:
         """The state before the first token. It grows with the tokens seen, up to max_length."""
         if not self.causal:
-            raise ValueError("masked_mixer: streaming needs causal=True")
-        if not 0 <= capacity <= self.max_length:
-            raise ValueError(f"masked_mixer: capacity must lie in 0 .. max_length {self.max_length} (got {capacity})")
+            refuse(self, "streaming", "needs causal=True", "a layer that sees later tokens", "one built causal")
+        whole(self, 0, batch_size=batch_size)
+        whole(self, 0, most=self.max_length, capacity=capacity)
         shape = (batch_size, self.num_heads, 0, self.dim // self.num_heads)
         nothing = next(self.parameters()).new_zeros(shape, device=device, dtype=dtype)
         return MixerState((nothing,) * len(self.maps))
 
+    @checked(M="dim")
     def step(self, x: Float[Tensor, "B t M"], state: MixerState) -> tuple[Float[Tensor, "B t M"], MixerState]:
         """The outputs of the next tokens, and the state after them."""
         if not isinstance(state, MixerState):
-            raise TypeError(f"masked_mixer: state must be the MixerState of init_state (got {type(state).__name__})")
+            wanted = "the MixerState of init_state"
+            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
         first, batch = state.past[0].shape[2], state.past[0].shape[0]
-        self._check(x, first)
+        self._fits(first + x.shape[1])
         if batch != x.shape[0]:
-            raise ValueError(f"masked_mixer: x has batch {x.shape[0]} and state {batch}; they must match")
+            refuse(self, "x", "has another batch than the state", x.shape[0], f"{batch} sequences")
         y, past = self._split(x), []
         for n, (before, mixing) in enumerate(zip(state.past, self.maps, strict=True)):
             y = y if n == 0 else F.gelu(y)
@@ -189,60 +205,6 @@ class MaskedMixer(nn.Module):
     def _merge(self, y: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T M"]:
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _check(self, x: Tensor, before: int) -> None:
-        check_tokens("masked_mixer", "x", x, self.dim)
-        if before + x.shape[1] > self.max_length:
-            raise ValueError(
-                f"masked_mixer: got {before + x.shape[1]} tokens; max_length is {self.max_length}, build it with more"
-            )
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    max_length: int = 512,
-    form: Form = "flat",
-    kernel_width: int = 1,
-) -> MaskedMixer:
-    if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
-        raise ValueError(
-            f"masked_mixer: has no key heads, and heads of width dim / num_heads (got {shape.num_kv_heads} key heads "
-            f"of width {shape.head_dim} for {shape.num_heads} heads, dim {shape.dim})"
-        )
-    return MaskedMixer(
-        shape.dim,
-        max_length=max_length,
-        form=form,
-        num_heads=shape.num_heads if form == "heads" else 1,
-        kernel_width=kernel_width,
-        causal=causal,
-    )
-
-
-CARD = register(
-    Card(
-        name="masked_mixer",
-        family="mixers",
-        gist="One learned lower triangular matrix mixes the tokens, the same for every input.",
-        equation="y_t = sum_{s <= t} W_ts x_s + b_t",
-        paper=Paper(
-            "Masked Mixers for Language Generation and Retrieval",
-            "Badger",
-            2024,
-            "2409.01482",
-            "abstract; the author's code",
-        ),
-        build=_build,
-        supports=frozenset({"causal", "bidirectional", "padding", "streaming", "compile"}),
-        cost=Cost("B*T*T*M", "T*M"),
-        claim="Causal, and what enters can be recovered from what comes out: tests/mixers/test_masked_mixer.py.",
-        differs=(
-            "Above the diagonal weights have no gradient; the author zeroes them in place at each use.",
-            "Shorter sequences use the top left of the matrix; the author's code takes one length only.",
-            "Norm, residual and feed-forward of the author's block belong to the model around it.",
-        ),
-        verified="third-party",
-        example={"max_length": 48, "form": "heads"},
-    )
-)
+    def _fits(self, length: int) -> None:
+        if length > self.max_length:
+            refuse(self, "x", "is too long", f"{length} tokens", f"at most max_length = {self.max_length}")

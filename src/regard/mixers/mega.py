@@ -1,36 +1,52 @@
-"""Mega: a damped moving average of the tokens feeds one head of gated attention, over all tokens or inside chunks.
+"""Mega: a damped moving average of the tokens feeds one head of gated attention."""
 
-    EMA     h_t = (1 - alpha delta) h_{t-1} + alpha beta x_t   (N states for each channel, 0 < alpha, delta < 1)
-            m_t = silu( sum_n eta_n h_{t,n} / sqrt(N) + omega x_t )
-    shared  z = silu(W_z m_t),   q = kappa_q z + mu_q,   k = kappa_k z + mu_k,   v = silu(W_v x_t)
-    gates   update u = sigmoid(W_u m_t),   reset r = silu(W_r m_t)
-    out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
-
-A is softmax(q k^T / sqrt(Z) + b) or the Laplace function of q k^T / n + b, element by element, where n is the number of
-keys that the query may see; b depends on j - i. x inside is the layer-normed token, in (1 - u) x_t the token itself. In
-the chunk variant queries see the keys of their own chunk only, and the moving average alone passes from chunk to chunk.
-
-Ma et al. 2022, https://arxiv.org/abs/2209.10655: abstract read; equations as the authors' released code has them.
-Differs from the code: lengths need not be multiples of the chunk (the last chunk is short), n leaves out hidden keys in
-causal layers too, and one dropout of the weights A takes the place of three.
-"""
-
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard._former import Card, Cost, Paper, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, refuse, whole
 from regard.masks import Mask, causal, full, padding
 from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
 from regard.mixers.mega_average import DampedAverage
 from regard.pipeline.tokens import key_padding, quarantine, spoil
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "mega",
+    equation="""EMA     h_t = (1 - alpha delta) h_{t-1} + alpha beta x_t   (N states a channel, 0 < alpha, delta < 1)
+        m_t = silu( sum_n eta_n h_{t,n} / sqrt(N) + omega x_t )
+shared  z = silu(W_z m_t),   q = kappa_q z + mu_q,   k = kappa_k z + mu_k,   v = silu(W_v x_t)
+gates   update u = sigmoid(W_u m_t),   reset r = silu(W_r m_t)
+out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
+A       softmax(q k^T / sqrt(Z) + b),   or of s = q k^T / n + b, each by itself, n the keys that a query may see:
+        squared ReLU max(s, 0)^2,   Laplace (1 + erf((s - m) / (d sqrt 2))) / 2, m = sqrt(1/2), d = sqrt(1 / (4 pi))
+bias    b_ij = table[j - i + P - 1]   or   b_ij = R_i a . R_j b  (rotary turns R)
+x is the layer-normed token, but in (1 - u) x_t the token itself""",
+    papers=(
+        Paper(
+            "Mega: Moving Average Equipped Gated Attention",
+            "Ma et al.",
+            2022,
+            "2209.10655",
+            "abstract; official code",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "streaming", "dropout", "compile"},
+    traits={"shift_invariant"},
+    cost=Cost("B*T*S*(qk_dim + value_dim) + B*T*M*(64 + 2*ema_dim)", "M*ema_dim + S*(qk_dim + value_dim)"),
+    claim="Without the moving average nothing but the bias tells the order of tokens: tests/mixers/test_mega.py.",
+    differs=(
+        "One dropout, of the weights, in place of three.",
+        "The Laplace function divides by the number of keys that a query may see, causal or not, without hidden keys.",
+    ),
+    verified="third-party",
+    example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
+    tries={"chunk": 5, "max_positions": 12},
+)
 
 
 class MegaState(NamedTuple):
@@ -42,13 +58,26 @@ class MegaState(NamedTuple):
     capacity: int
 
 
+class MegaOptions(TypedDict, total=False):
+    """The keywords of `Mega`, but for chunks."""
+
+    qk_dim: int | None
+    value_dim: int | None
+    ema_dim: int
+    causal: bool
+    weighting: Weighting
+    max_positions: int | None
+    dropout: float
+
+
+@CARD.module
 class Mega(nn.Module):
-    """One Mega layer, normalisation and residual included.
+    """One Mega layer of one head, normalisation and residual included.
 
     Args:
         dim: M.
-        qk_dim: Z, the width of the shared representation; even.
-        value_dim: E, the width of the values.
+        qk_dim: Z, the width of the shared representation; even. Default M / 4.
+        value_dim: E, the width of the values; default 2 M.
         ema_dim: N, moving averages for each channel.
         chunk: C, tokens that see one another; None: all.
         causal: no token sees a later one. Otherwise a second moving average runs backwards.
@@ -57,15 +86,12 @@ class Mega(nn.Module):
         dropout: of the weights A, in training.
     """
 
-    supports: frozenset[str] = frozenset({"causal", "bidirectional", "padding", "streaming", "dropout", "compile"})
-    name = "mega"
-
     def __init__(
         self,
         dim: int,
         *,
-        qk_dim: int,
-        value_dim: int,
+        qk_dim: int | None = None,
+        value_dim: int | None = None,
         ema_dim: int = 16,
         chunk: int | None = None,
         causal: bool = False,
@@ -74,9 +100,10 @@ class Mega(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "qk_dim": qk_dim, "value_dim": value_dim, "ema_dim": ema_dim}
-        for name, n in sizes.items():
-            check_int("Mega", name, n)
+        whole(self, dim=dim)
+        qk_dim = max(2, dim // 8 * 2) if qk_dim is None else qk_dim
+        value_dim = 2 * dim if value_dim is None else value_dim
+        whole(self, qk_dim=qk_dim, value_dim=value_dim, ema_dim=ema_dim)
         self.dim, self.qk_dim, self.value_dim, self.ema_dim = dim, qk_dim, value_dim, ema_dim
         self.chunk, self.causal = chunk, causal
         self.norm = nn.LayerNorm(dim)
@@ -87,8 +114,9 @@ class Mega(nn.Module):
         self.o_proj = nn.Linear(value_dim, dim)
         self.kappa = nn.Parameter(torch.empty(2, qk_dim))
         self.mu = nn.Parameter(torch.empty(2, qk_dim))
-        options: dict[str, Any] = {"weighting": weighting, "max_positions": max_positions, "dropout": dropout}
-        self.attention = ChunkAttention(qk_dim, chunk=chunk, causal=causal, **options)
+        self.attention = ChunkAttention(
+            qk_dim, chunk=chunk, causal=causal, weighting=weighting, max_positions=max_positions, dropout=dropout
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,6 +131,7 @@ class Mega(nn.Module):
         """Chunks or not, the moving average reaches every earlier token (and every later one, if not causal)."""
         return causal() if self.causal else full()
 
+    @checked(M="dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -110,8 +139,7 @@ class Mega(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens from all others: `regard.masks.padding`, or True = a real token."""
-        check_tokens(self.name, "x", x, self.dim)
-        keep = key_padding(self.name, mask, x)
+        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         normed = self.norm(x)
         shown = normed if keep is None else normed.masked_fill(~keep[..., None], 0)
@@ -130,11 +158,9 @@ class Mega(nn.Module):
     ) -> MegaState:
         """Nothing seen yet. With chunks no more than one chunk of keys is ever kept, whatever the capacity."""
         if not self.causal:
-            raise ValueError(
-                f"{self.name}: streaming needs causal=True, this layer sees later tokens; rebuild it causal"
-            )
-        check_int("init_state", "batch_size", batch_size, least=0)
-        check_int("init_state", "capacity", capacity)
+            refuse(self, "streaming", "needs causal=True", "a layer that sees later tokens", "one built causal")
+        whole(self, 0, batch_size=batch_size)
+        whole(self, capacity=capacity)
         weight = self.v_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         k, v = (
@@ -143,18 +169,17 @@ class Mega(nn.Module):
         ema = torch.zeros(batch_size, self.dim, self.ema_dim, device=device, dtype=work_dtype(k))
         return MegaState(ema, k, v, capacity)
 
+    @checked(M="dim")
     def step(self, x: Float[Tensor, "B t M"], state: MegaState) -> tuple[Float[Tensor, "B t M"], MegaState]:
         """The next t tokens."""
-        check_tokens(self.name, "x", x, self.dim)
         if not isinstance(state, MegaState):
-            raise TypeError(f"step: state must be the MegaState of init_state, got {type(state).__name__}")
-        if x.shape[0] != state.k.shape[0]:
-            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state.k.shape[0]}; they must match")
+            wanted = "the MegaState of init_state"
+            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
+        if x.shape[0] != len(state.k):
+            refuse(self, "x", "has another batch than the state", x.shape[0], f"{len(state.k)} sequences")
         held, t = state.k.shape[1], x.shape[1]
         if self.chunk is None and held + t > state.capacity:
-            raise ValueError(
-                f"step: {held + t} tokens exceed capacity {state.capacity}; create with capacity >= {held + t}"
-            )
+            refuse(self, "state", f"has capacity {state.capacity}", f"{held + t} tokens", f"capacity >= {held + t}")
         normed = self.norm(x)
         average, ema = self.average(normed, state.ema)
 
@@ -180,61 +205,3 @@ class Mega(nn.Module):
         update = update.sigmoid()
         y = update * F.silu(candidate + self.o_proj(out)) + (1 - update) * x
         return y.to(update.dtype), k, v
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    qk_dim: int | None = None,
-    value_dim: int | None = None,
-    ema_dim: int = 16,
-    weighting: Weighting = "softmax",
-    max_positions: int | None = None,
-    dropout: float = 0.0,
-) -> Mega:
-    options: dict[str, Any] = {"max_positions": max_positions, "dropout": dropout}
-    return build_mega(shape, causal, qk_dim, value_dim, ema_dim, weighting, **options)
-
-
-def build_mega(
-    shape: HeadShape,
-    causal: bool,
-    qk_dim: int | None,
-    value_dim: int | None,
-    ema_dim: int,
-    weighting: Weighting,
-    **options: Any,
-) -> Mega:
-    """One head whatever `num_heads` says, with Z = M / 4 and E = 2 M unless told otherwise."""
-    qk_dim = max(2, shape.dim // 8 * 2) if qk_dim is None else qk_dim
-    value_dim = 2 * shape.dim if value_dim is None else value_dim
-    sizes: dict[str, Any] = {"qk_dim": qk_dim, "value_dim": value_dim, "ema_dim": ema_dim, "weighting": weighting}
-    return Mega(shape.dim, causal=causal, **sizes, **options)
-
-
-PAPER = Paper(
-    "Mega: Moving Average Equipped Gated Attention", "Ma et al.", 2022, "2209.10655", "abstract; official code"
-)
-DIFFERS = (
-    "One dropout, of the weights, in place of three.",
-    "The Laplace function divides by the number of keys that a query may see, causal or not, without hidden keys.",
-)
-
-CARD = register(
-    Card(
-        name="mega",
-        family="mixers",
-        gist="A damped moving average feeds one head of gated attention.",
-        equation="h_t = (1 - alpha delta) h_{t-1} + alpha beta x_t;  y = u silu(W_c m + W_o (r * A v)) + (1 - u) x",
-        paper=PAPER,
-        build=_build,
-        supports=Mega.supports,
-        traits=frozenset({"shift_invariant"}),
-        cost=Cost("B*T*S*(qk_dim + value_dim) + B*T*M*(64 + 2*ema_dim)", "M*ema_dim + S*(qk_dim + value_dim)"),
-        claim="Without the moving average nothing but the bias tells the order of tokens: tests/mixers/test_mega.py.",
-        differs=DIFFERS,
-        verified="third-party",
-        example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
-    )
-)

@@ -1,11 +1,4 @@
-"""Mega's attention: one head, over all tokens or inside chunks, with weights and biases of its own.
-
-    Laplace        (1 + erf((s - m) / (sigma sqrt 2))) / 2,   m = sqrt(1/2),  sigma = sqrt(1 / (4 pi))
-    squared ReLU   max(s, 0)^2
-    bias           b_ij = table[j - i + P - 1]   or   b_ij = R_i a . R_j b  (rotary turns R)
-
-Ma et al. 2022, https://arxiv.org/abs/2209.10655: as the authors' released code has them.
-"""
+"""Mega's attention: one head, over all tokens or inside chunks, with weights and biases of its own."""
 
 import math
 from typing import Any, Literal
@@ -15,10 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.checks import choice, number, refuse, whole
 from regard.masks import causal, padding
 from regard.mixers.exponential import work_dtype
 from regard.pipeline.function import attention
-from regard.positions._shared import angles, check_even, check_int, frequencies
+from regard.positions._shared import angles, frequencies
 from regard.positions.rotary import rotate
 from regard.stages import Normalizer, Position, Rows
 
@@ -57,7 +51,7 @@ class DistanceBias(Position):
 
     def __init__(self, positions: int):
         super().__init__()
-        check_int("DistanceBias", "positions", positions)
+        whole(self, positions=positions)
         self.positions = positions
         self.table = nn.Parameter(torch.empty(2 * positions - 1))
         self.reset_parameters()
@@ -74,7 +68,9 @@ class TurnedBias(Position):
 
     def __init__(self, width: int):
         super().__init__()
-        check_even("TurnedBias", "width", width)
+        whole(self, width=width)
+        if width % 2:
+            refuse(self, "width", "is odd", width, "an even int, channels are used in pairs")
         self.a = nn.Parameter(torch.empty(width))
         self.b = nn.Parameter(torch.empty(width))
         self.reset_parameters()
@@ -106,16 +102,12 @@ class ChunkAttention(nn.Module):
     ) -> None:
         super().__init__()
         normalizers = {"softmax": None, "laplace": Laplace(), "relu2": SquaredRelu()}
-        if weighting not in normalizers:
-            raise ValueError(
-                f"Mega: weighting is unknown (got {weighting!r}); expected one of {', '.join(normalizers)}"
-            )
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"Mega: dropout must be in [0, 1], got {dropout}")
+        choice("Mega", normalizers, weighting=weighting)
+        number("Mega", least=0, most=1, dropout=dropout)
         if chunk is not None:
-            check_int("Mega", "chunk", chunk)
-            if max_positions is not None and max_positions < chunk:
-                raise ValueError(f"Mega: max_positions is too small (got {max_positions}); expected >= chunk, {chunk}")
+            whole("Mega", chunk=chunk)
+        if max_positions is not None:
+            whole("Mega", chunk or 1, max_positions=max_positions)
         self.qk_dim, self.chunk, self.causal, self.weighting, self.dropout = qk_dim, chunk, causal, weighting, dropout
         self.position = TurnedBias(qk_dim) if max_positions is None else DistanceBias(max_positions)
         self.normalizer = normalizers[weighting]
@@ -148,7 +140,7 @@ class ChunkAttention(nn.Module):
         """Without chunks; the last query stands where the last key stands."""
         T, S = q.shape[1], k.shape[1]
         if isinstance(self.position, DistanceBias) and self.position.positions < S:
-            raise ValueError(f"Mega: {S} tokens exceed max_positions {self.position.positions}")
+            refuse("Mega", "x", "is too long", f"{S} tokens", f"at most max_positions = {self.position.positions}")
         mask = causal() if self.causal else None
         if keep is not None:
             mask = padding(keep) if mask is None else mask & padding(keep)

@@ -1,10 +1,4 @@
-"""Mega's multi-dimensional damped moving average: N of them for each channel, mixed.
-
-    h_t = (1 - alpha delta) h_{t-1} + alpha beta x_t,   0 < alpha, delta < 1
-    average_t = sum_n eta_n h_{t,n} / sqrt(N)
-
-Ma et al. 2022, https://arxiv.org/abs/2209.10655: as the authors' released code has it.
-"""
+"""Mega's multi-dimensional damped moving average: N of them for each channel, mixed."""
 
 import math
 

@@ -1,10 +1,10 @@
-"""What the alignments of recurrent decoders share: checked inputs, hidden padding, honest NaN, softmax over keys."""
+"""What the alignments of recurrent decoders share: checked inputs, hidden padding, honest NaN."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.checks import tokens as check_tokens
+from regard.checks import checked, whole
 from regard.masks import Mask
 from regard.normalizers.softmax import softmax
 from regard.pipeline.tokens import key_padding, quarantine, spoil
@@ -27,9 +27,7 @@ class Aligner(nn.Module):
     def __init__(self, dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         context_dim = dim if context_dim is None else context_dim
-        for name, n in (("dim", dim), ("context_dim", context_dim)):
-            if n < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least 1 (got {n})")
+        whole(self, dim=dim, context_dim=context_dim)
         self.dim, self.context_dim = dim, context_dim
 
     def align(
@@ -50,26 +48,16 @@ class Aligner(nn.Module):
             bad = bad.cummax(1).values
         return spoil(out, bad, bad_source, None)
 
+    @checked(M="dim", C="context_dim")
     def source(
         self, x: Float[Tensor, "B T M"], context: Float[Tensor, "B S C"], mask: Padding
     ) -> tuple[Float[Tensor, "B S C"], Bool[Tensor, "B S"] | None]:
         """The context with hidden tokens set to 0, and which are real; raises where shapes don't fit."""
-        who = type(self).__name__
-        check_tokens(who, "x", x, self.dim)
-        check_tokens(who, "context", context, self.context_dim)
-        if x.shape[0] != context.shape[0]:
-            raise ValueError(f"{who}: x has batch {x.shape[0]} and context {context.shape[0]}; they must match")
-        keep = key_padding(who, mask, context)
+        keep = key_padding(self, mask, context)
         return (context if keep is None else context.masked_fill(~keep[..., None], 0)), keep
 
     def extra_repr(self) -> str:
         return f"{self.dim}, context_dim={self.context_dim}"
-
-
-def single_head(name: str, causal: bool) -> None:
-    """What every card of the room refuses."""
-    if causal:
-        raise ValueError(f"{name}: every step sees the whole context (got causal=True); expected causal=False")
 
 
 def uniform_(module: nn.Module, bound: float) -> None:

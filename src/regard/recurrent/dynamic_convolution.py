@@ -1,25 +1,36 @@
-"""Dynamic convolution attention: the next alignment is made from filters of the last one, never from the content.
+"""Dynamic convolution attention: the next weights come from filters of the last, not from content.
 
-    f = F * alpha_{t-1}        g = G(s_t) * alpha_{t-1}        p = log max(P * alpha_{t-1}, 1e-6)
-    alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s + b_G)     c_t = sum_j alpha_tj H_j
-
-Battenberg et al. 2019, "Location-Relative Attention Mechanisms For Robust Long-Form Speech Synthesis"
-(https://arxiv.org/abs/1910.10288): abstract read; the equations are those of two public implementations. * is
-correlation with zeros outside; P, the probabilities of a beta-binomial distribution, reaches back only, so that
-moving backwards would have to overcome a factor of up to 1e6.
-Differs from the paper: with padding, the alignment starts at the first real token.
+The prior P, the probabilities of a beta-binomial distribution, reaches back only, so that moving backwards would have
+to overcome a factor of up to 1e6.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, register
-from regard.recurrent._aligner import normalise, single_head
-from regard.recurrent._location import LOCATION_PAPER, LocationAligner
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost
+from regard.checks import number, refuse, whole
+from regard.recurrent._aligner import normalise
+from regard.recurrent.location import LOCATION_PAPER, LocationAligner
+
+CARD = Card(
+    "dynamic_convolution_attention",
+    equation="""f = F * alpha_{t-1}        g = G(s_t) * alpha_{t-1}        p = log max(P * alpha_{t-1}, 1e-6)
+alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s + b_G)     c_t = sum_j alpha_tj H_j
+* is correlation with zeros outside""",
+    papers=(replace(LOCATION_PAPER, read="abstract; equations of two public implementations"),),
+    protocol="CrossMixer",
+    supports={"bidirectional", "padding"},
+    cost=Cost("B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length)", "S"),
+    claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
+    "tests/recurrent/test_dynamic_convolution.py.",
+    differs=("With padding, the alignment starts at the first real token.",),
+    verified="reconstructed",
+    example={"hidden": 8, "static_filters": 3, "dynamic_filters": 2, "filter_length": 5, "prior_length": 4},
+)
 
 
 def beta_binomial(length: int, a: float, b: float) -> tuple[float, ...]:
@@ -37,6 +48,7 @@ def windows(alpha: Float[Tensor, "B S"], before: int, after: int) -> Float[Tenso
     return nn.functional.pad(alpha, (before, after)).unfold(1, before + after + 1, 1)
 
 
+@CARD.module(closed=("context_dim",))
 class DynamicConvolutionAttention(LocationAligner):
     """Static and dynamic filters of the last alignment, and a fixed prior that moves it forward.
 
@@ -63,15 +75,11 @@ class DynamicConvolutionAttention(LocationAligner):
         prior_beta: float = 0.9,
     ) -> None:
         super().__init__(dim, context_dim)
-        if filter_length < 1 or filter_length % 2 == 0:
-            raise ValueError(
-                f"DynamicConvolutionAttention: filter_length must be odd (got {filter_length}); expected e.g. 21"
-            )
-        if min(hidden, static_filters, dynamic_filters, prior_length) < 1 or min(prior_alpha, prior_beta) <= 0:
-            raise ValueError(
-                "DynamicConvolutionAttention: sizes must be at least 1 and prior_alpha, prior_beta positive (got "
-                f"{hidden}, {static_filters}, {dynamic_filters}, {prior_length}, {prior_alpha}, {prior_beta})"
-            )
+        whole(self, hidden=hidden, static_filters=static_filters, dynamic_filters=dynamic_filters)
+        whole(self, filter_length=filter_length, prior_length=prior_length)
+        number(self, above=0, prior_alpha=prior_alpha, prior_beta=prior_beta)
+        if filter_length % 2 == 0:
+            refuse(self, "filter_length", "is even", filter_length, "an odd int")
         self.filter_length, self.prior = filter_length, beta_binomial(prior_length, prior_alpha, prior_beta)
         self.filter_hidden = nn.Linear(dim, hidden)
         self.filter_out = nn.Linear(hidden, dynamic_filters * filter_length, bias=False)
@@ -113,44 +121,3 @@ class DynamicConvolutionAttention(LocationAligner):
             rows.append(at)
         weights = torch.stack(rows, 1) if rows else at.new_zeros(len(at), 0, at.shape[1])
         return weights.to(x.dtype), at
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    hidden: int = 128,
-    static_filters: int = 8,
-    dynamic_filters: int = 8,
-    filter_length: int = 21,
-    prior_length: int = 11,
-) -> DynamicConvolutionAttention:
-    single_head("dynamic_convolution_attention", causal)
-    return DynamicConvolutionAttention(
-        shape.dim,
-        hidden=hidden,
-        static_filters=static_filters,
-        dynamic_filters=dynamic_filters,
-        filter_length=filter_length,
-        prior_length=prior_length,
-    )
-
-
-CARD = register(
-    Card(
-        name="dynamic_convolution_attention",
-        family="recurrent",
-        gist="The next alignment from static and dynamic filters of the last one and a prior.",
-        equation="alpha_t = softmax_j(v . tanh(U (F * alpha) + T (G(s_t) * alpha) + b) + log(P * alpha))",
-        paper=LOCATION_PAPER,
-        build=_build,
-        protocol="CrossMixer",
-        supports=frozenset({"bidirectional", "padding"}),
-        cost=Cost("B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length)", "S"),
-        claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
-        "tests/recurrent/test_dynamic_convolution.py.",
-        differs=("With padding, the alignment starts at the first real token.",),
-        verified="reconstructed",
-        example={"hidden": 8, "static_filters": 3, "dynamic_filters": 2, "filter_length": 5, "prior_length": 4},
-    )
-)

@@ -1,29 +1,49 @@
-"""GMM attention: the weights are a mixture of Gaussians over places, whose means only move forward.
-
-    (w^, d^, s^) = V tanh(W s_t + b)        mu_t = mu_{t-1} + Delta_t
-    alpha_tj = sum_k w_k / Z_k exp(-(j - mu_tk)^2 / (2 sigma_k^2))        c_t = sum_j alpha_tj H_j
-    v0: w = exp(w^), Z = 1, Delta = exp(d^), sigma = sqrt(exp(-s^) / 2)
-    v1: w = softmax(w^), Z = sqrt(2 pi) sigma, Delta = exp(d^), sigma = sqrt(exp(s^))
-    v2: as v1, but Delta = softplus(d^), sigma = softplus(s^)
-
-Battenberg et al. 2019, "Location-Relative Attention Mechanisms For Robust Long-Form Speech Synthesis"
-(https://arxiv.org/abs/1910.10288): abstract read; the equations are those of a public implementation, and the
-numbers of the biased start (Delta = 1, sigma = 10) are from memory. Version v0 is Graves's (https://arxiv.org/abs/1308.0850).
-Differs from the paper: as in that code, 1e-5 is added to every sigma; with padding, places are counted from the first
-real token.
-"""
+"""GMM attention: the weights are a mixture of Gaussians over places, whose means only move forward."""
 
 import math
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, register
-from regard.recurrent._aligner import single_head
-from regard.recurrent._location import LOCATION_PAPER, LocationAligner
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import choice, refuse, whole
+from regard.recurrent.location import LOCATION_PAPER, LocationAligner
+
+CARD = Card(
+    "gmm_attention",
+    equation="""(w^, d^, s^) = V tanh(W s_t + b)        mu_t = mu_{t-1} + Delta_t > mu_{t-1}
+alpha_tj = sum_k w_k / Z_k exp(-(j - mu_tk)^2 / (2 sigma_k^2))        c_t = sum_j alpha_tj H_j
+v0: w = exp(w^), Z = 1, Delta = exp(d^), sigma = sqrt(exp(-s^) / 2)
+v1: w = softmax(w^), Z = sqrt(2 pi) sigma, Delta = exp(d^), sigma = sqrt(exp(s^))
+v2: as v1, but Delta = softplus(d^), sigma = softplus(s^)""",
+    papers=(
+        replace(
+            LOCATION_PAPER,
+            read="abstract; equations of a public implementation; the biased start's Delta = 1, sigma = 10 from memory",
+        ),
+        Paper(
+            "Generating Sequences With Recurrent Neural Networks",
+            "Graves",
+            2013,
+            "1308.0850",
+            "not read: version v0 as the same implementation has it",
+        ),
+    ),
+    protocol="CrossMixer",
+    supports={"bidirectional", "padding", "compile"},
+    cost=Cost("B*T*S*components", "components"),
+    claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
+    "tests/recurrent/test_gmm.py.",
+    differs=(
+        "With padding, places are counted from the first real token.",
+        "As in the public implementation, 1e-5 is added to every sigma.",
+    ),
+    verified="reconstructed",
+    example={"hidden": 8, "components": 3},
+)
 
 Version = Literal["v0", "v1", "v2"]
 SIGMA = 1e-5
@@ -54,6 +74,7 @@ def mixture_weights(
     return (torch.exp(-0.5 * away**2) @ height[..., None])[..., 0]
 
 
+@CARD.module(closed=("context_dim",))
 class GMMAttention(LocationAligner):
     """A mixture of Gaussians whose means only move forward; all steps at once.
 
@@ -76,12 +97,10 @@ class GMMAttention(LocationAligner):
         biased: bool = True,
     ) -> None:
         super().__init__(dim, context_dim)
-        if version not in ("v0", "v1", "v2"):
-            raise ValueError(f"GMMAttention: unknown version {version!r}; expected v0, v1 or v2")
+        choice(self, get_args(Version), version=version)
+        whole(self, components=components, hidden=hidden)
         if biased and version == "v0":
-            raise ValueError("GMMAttention: version 'v0' has no biased start (got biased=True); expected biased=False")
-        if min(components, hidden) < 1:
-            raise ValueError(f"GMMAttention: components and hidden must be at least 1 (got {components}, {hidden})")
+            refuse(self, "version", "has no biased start", "'v0' with biased=True", "biased=False")
         self.components, self.version, self.biased = components, version, biased
         self.hidden = nn.Linear(dim, hidden)
         self.mixture = nn.Linear(hidden, 3 * components)
@@ -113,37 +132,3 @@ class GMMAttention(LocationAligner):
         if keep is not None:
             alpha = alpha.masked_fill(~keep[:, None], 0)
         return alpha, (mean[:, -1] if x.shape[1] else at)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    components: int = 5,
-    hidden: int = 128,
-    version: Version = "v2",
-    biased: bool = True,
-) -> GMMAttention:
-    single_head("gmm_attention", causal)
-    options: dict[str, Any] = {"components": components, "hidden": hidden, "version": version, "biased": biased}
-    return GMMAttention(shape.dim, **options)
-
-
-CARD = register(
-    Card(
-        name="gmm_attention",
-        family="recurrent",
-        gist="Weights are a mixture of Gaussians over places, whose means only move forward.",
-        equation="mu_t = mu_{t-1} + Delta_t > mu_{t-1};  alpha_tj = sum_k w_k/Z_k exp(-(j - mu_tk)^2 / (2 sigma_k^2))",
-        paper=LOCATION_PAPER,
-        build=_build,
-        protocol="CrossMixer",
-        supports=frozenset({"bidirectional", "padding", "compile"}),
-        cost=Cost("B*T*S*components", "components"),
-        claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
-        "tests/recurrent/test_gmm.py.",
-        differs=("With padding, places are counted from the first real token.",),
-        verified="reconstructed",
-        example={"hidden": 8, "components": 3},
-    )
-)

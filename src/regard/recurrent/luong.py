@@ -1,13 +1,4 @@
-"""Luong attention: a decoder state looks at all encoder states, and one tanh layer joins what it finds to it.
-
-    score(h_t, H_s):  dot h_t . H_s | general h_t . W_a H_s | concat v_a . tanh(W_a [h_t; H_s]) | location (W_a h_t)_s
-    a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])
-
-Luong, Pham, Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation"
-(https://arxiv.org/abs/1508.04025): the authors' code and the equations as others quote them read; the paper's own
-text was not. Scores are not scaled.
-Differs from the paper: nothing known; the location score's table has a size to be chosen (`max_source`).
-"""
+"""Luong attention: a decoder state attends to all encoder states; then one tanh layer on both."""
 
 from typing import Literal, get_args
 
@@ -15,9 +6,34 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.recurrent._aligner import Aligner, normalise, single_head, uniform_
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import choice, refuse, whole
+from regard.recurrent._aligner import Aligner, normalise, uniform_
+
+PAPERS = (
+    Paper(
+        "Effective Approaches to Attention-based Neural Machine Translation",
+        "Luong, Pham, Manning",
+        2015,
+        "1508.04025",
+        "official code; equations as quoted by others, not the paper's own text",
+    ),
+)
+
+CARD = Card(
+    "luong",
+    equation="""score(h_t, H_s), not scaled:  dot h_t . H_s        general h_t . W_a H_s
+                              concat v_a . tanh(W_a [h_t; H_s])        location (W_a h_t)_s
+a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])""",
+    papers=PAPERS,
+    protocol="CrossMixer",
+    supports={"bidirectional", "padding", "compile"},
+    cost=Cost("2*B*T*S*M", ""),
+    claim="With W_a = I the general score is the dot score; every score is one softmax over the source: "
+    "tests/recurrent/test_luong.py.",
+    differs=("The location score's table has a size to be chosen (`max_source`); nothing else is known to differ.",),
+    verified="third-party",
+)
 
 Score = Literal["dot", "general", "concat", "location"]
 
@@ -35,12 +51,17 @@ class LuongScore(nn.Module):
         max_source: int | None = None,
     ) -> None:
         super().__init__()
-        if kind not in get_args(Score):
-            raise ValueError(f"LuongAttention: unknown score {kind!r}; expected one of {', '.join(get_args(Score))}")
+        choice("LuongAttention", get_args(Score), score=kind)
         if kind == "dot" and dim != context_dim:
-            raise ValueError(f"LuongAttention: score 'dot' needs equal widths (got {dim} and {context_dim})")
+            widths = f"{dim} and {context_dim}"
+            refuse("LuongAttention", "score", "'dot' needs equal widths", widths, "context_dim = dim")
         if (kind == "location") != (max_source is not None):
-            raise ValueError(f"LuongAttention: max_source goes with score 'location' (got {max_source} for {kind!r})")
+            both = f"{max_source} for {kind!r}"
+            refuse("LuongAttention", "max_source", "goes with score 'location'", both, "both or neither")
+        if max_source is not None:
+            whole("LuongAttention", max_source=max_source)
+        if hidden is not None:
+            whole("LuongAttention", hidden=hidden)
         self.kind = kind
         if kind == "general":
             self.q_proj = nn.Linear(dim, context_dim, bias=False)
@@ -62,11 +83,13 @@ class LuongScore(nn.Module):
         q = h if self.kind == "dot" else self.q_proj(h)
         if self.kind == "location":
             if keys.shape[2] > q.shape[-1]:
-                raise ValueError(f"LuongAttention: {keys.shape[2]} tokens exceed max_source {q.shape[-1]}")
+                most = f"at most max_source = {q.shape[-1]}"
+                refuse("LuongAttention", "context", "is too long", f"{keys.shape[2]} tokens", most)
             return q[..., : keys.shape[2]]
         return q @ keys[:, 0].mT if keys.shape[1] == 1 else (keys @ q[..., None])[..., 0]
 
 
+@CARD.module
 class LuongAttention(Aligner):
     """Global attention: (B, T, dim) decoder states and (B, S, context_dim) encoder states -> h~ (B, T, dim).
 
@@ -109,42 +132,3 @@ class LuongAttention(Aligner):
     def combine(self, c: Float[Tensor, "B T C"], h: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         """The attentional state h~ of a context vector and a decoder state."""
         return torch.tanh(self.c_proj(torch.cat([c, h], -1)))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    score: Score = "general",
-    hidden: int | None = None,
-    max_source: int | None = None,
-) -> LuongAttention:
-    single_head("luong", causal)
-    return LuongAttention(shape.dim, score=score, hidden=hidden, max_source=max_source)
-
-
-LUONG_PAPER = Paper(
-    "Effective Approaches to Attention-based Neural Machine Translation",
-    "Luong, Pham, Manning",
-    2015,
-    "1508.04025",
-    "official code; equations as quoted by others",
-)
-
-CARD = register(
-    Card(
-        name="luong",
-        family="recurrent",
-        gist="A decoder state attends to all encoder states; then one tanh layer on both.",
-        equation="a_t = softmax_s(h_t . W_a H_s);  h~_t = tanh(W_c [sum_s a_t(s) H_s; h_t])",
-        paper=LUONG_PAPER,
-        build=_build,
-        protocol="CrossMixer",
-        supports=frozenset({"bidirectional", "padding", "compile"}),
-        cost=Cost("2*B*T*S*M", ""),
-        claim="With W_a = I the general score is the dot score; every score is one softmax over the source: "
-        "tests/recurrent/test_luong.py.",
-        differs=("The location score's table has a size to be chosen.",),
-        verified="third-party",
-    )
-)

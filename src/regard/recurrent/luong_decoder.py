@@ -2,9 +2,7 @@
 
     h_t = LSTM([x_t; h~_{t-1}], h_{t-1})        h~_t = attention(h_t, context)        h~_0 = 0
 
-Luong, Pham, Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation"
-(https://arxiv.org/abs/1508.04025); what was read is said in `regard.recurrent.luong`. So a step knows what earlier ones
-looked at, and steps are taken in turn.
+So a step knows what earlier ones looked at, and steps are taken in turn. The paper is that of `regard.recurrent.luong`.
 """
 
 from typing import NamedTuple
@@ -13,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regard.checks import checked, whole
 from regard.recurrent._aligner import Padding, uniform_
 from regard.recurrent.luong import LuongAttention
 from regard.recurrent.luong_local import LocalLuongAttention
@@ -39,7 +38,8 @@ class LuongDecoder(nn.Module):
 
     def __init__(self, input_dim: int, attention: LuongAttention) -> None:
         super().__init__()
-        self.attention = attention
+        whole(self, input_dim=input_dim)
+        self.input_dim, self.attention = input_dim, attention
         self.cell = nn.LSTMCell(input_dim + attention.dim, attention.dim)
         self.reset_parameters()
 
@@ -51,6 +51,7 @@ class LuongDecoder(nn.Module):
         zeros = x.new_zeros(len(x), self.attention.dim)
         return DecoderState(zeros, zeros, zeros, 0)
 
+    @checked(E="input_dim")
     def forward(
         self,
         x: Float[Tensor, "B T E"],
@@ -62,15 +63,11 @@ class LuongDecoder(nn.Module):
         """All steps, with the inputs given. `mask` hides tokens of the context."""
         return self.step(x, context, self.start(x) if state is None else state, mask=mask)[0]
 
+    @checked(E="input_dim")
     def step(
         self, x: Float[Tensor, "B t E"], context: Float[Tensor, "B S C"], state: DecoderState, *, mask: Padding = None
     ) -> tuple[Float[Tensor, "B t M"], DecoderState]:
         """The next t steps, and the state after them."""
-        if x.dim() != 3 or x.shape[-1] + self.attention.dim != self.cell.input_size:
-            raise ValueError(
-                f"LuongDecoder: x has shape {tuple(x.shape)}; expected (batch, steps, "
-                f"{self.cell.input_size - self.attention.dim})"
-            )
         hidden, memory, fed, steps = state
         out = []
         for inputs in x.unbind(1):

@@ -1,35 +1,45 @@
 """Luong's local attention: a decoder state looks at a window of encoder states around one place.
 
-    local-m   p_t = t;                            a_t = softmax over |s - t| <= D
-    local-p   p_t = S sigmoid(v_p . tanh(W_p h_t));  a_t(s) = softmax over |s - floor(p_t)| <= D of the score,
-              times exp(-(s - p_t)^2 / (2 (D/2)^2))
-    c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])
-
-Luong, Pham, Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation"
-(https://arxiv.org/abs/1508.04025): the authors' code and the equations as others quote them read; the paper's own
-text was not. The Gaussian is applied after the softmax, without normalising again; p_t learns through it alone.
-Differs from the paper: nothing known. With padding, places are counted among the real tokens.
+The Gaussian is applied after the softmax, without normalising again; p_t learns through it alone.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, register
+from regard.cards import Card, Cost
+from regard.checks import choice, refuse, whole
 from regard.pipeline.tokens import quarantine
-from regard.recurrent._aligner import Padding, normalise, single_head
-from regard.recurrent.luong import LUONG_PAPER, LuongAttention, Score
-from regard.shapes import HeadShape
+from regard.recurrent._aligner import Padding, normalise
+from regard.recurrent.luong import PAPERS, LuongAttention, Score
+
+CARD = Card(
+    "luong_local",
+    equation="""local-m   p_t = t;                            a_t = softmax over |s - t| <= D
+local-p   p_t = S sigmoid(v_p . tanh(W_p h_t));  a_t(s) = softmax over |s - floor(p_t)| <= D of the score,
+          times exp(-(s - p_t)^2 / (2 (D/2)^2))
+c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])""",
+    papers=PAPERS,
+    protocol="CrossMixer",
+    supports={"bidirectional", "padding", "compile"},
+    cost=Cost("2*B*T*(2*half_width + 1)*M", ""),
+    claim="Only the window is read: what stands outside it changes no bit: tests/recurrent/test_luong_local.py.",
+    differs=("With padding, places are counted among the real tokens; nothing else is known to differ.",),
+    verified="reconstructed",
+    example={"half_width": 2},
+)
 
 
+@CARD.module
 class LocalLuongAttention(LuongAttention):
     """Attention to the 2 `half_width` + 1 places around one; nothing else of the context is read.
 
     Args:
         alignment: where the window stands: "monotonic" (local-m: at the decoder's step) or "predictive" (local-p).
         half_width: D.
+        dim, context_dim, hidden: as of `LuongAttention`.
         score: "dot", "general" or "concat".
     """
 
@@ -43,12 +53,10 @@ class LocalLuongAttention(LuongAttention):
         score: Score = "general",
         hidden: int | None = None,
     ) -> None:
-        if alignment not in ("monotonic", "predictive"):
-            raise ValueError(f"LocalLuongAttention: unknown alignment {alignment!r}; expected monotonic or predictive")
-        if half_width < 1:
-            raise ValueError(f"LocalLuongAttention: half_width must be at least 1 (got {half_width})")
+        choice("LocalLuongAttention", ("monotonic", "predictive"), alignment=alignment)
+        whole("LocalLuongAttention", half_width=half_width)
         if score == "location":
-            raise ValueError("LocalLuongAttention: score 'location' is global only; expected dot, general or concat")
+            refuse("LocalLuongAttention", "score", "is global only", repr(score), "'dot', 'general' or 'concat'")
         super().__init__(dim, context_dim=context_dim, score=score, hidden=hidden)
         self.alignment, self.half_width = alignment, half_width
         if alignment == "predictive":
@@ -124,36 +132,3 @@ class LocalLuongAttention(LuongAttention):
         """z at each place; at the nearest end where a place lies outside."""
         index = places.clamp(0, z.shape[1] - 1)
         return z[torch.arange(len(z), device=z.device)[:, None, None], index]
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    alignment: Literal["monotonic", "predictive"] = "predictive",
-    half_width: int = 10,
-    score: Score = "general",
-    hidden: int | None = None,
-) -> LocalLuongAttention:
-    single_head("luong_local", causal)
-    options: dict[str, Any] = {"alignment": alignment, "half_width": half_width, "score": score, "hidden": hidden}
-    return LocalLuongAttention(shape.dim, **options)
-
-
-CARD = register(
-    Card(
-        name="luong_local",
-        family="recurrent",
-        gist="Attention to the 2 D + 1 encoder states around a place, given or predicted.",
-        equation="p_t = S sigmoid(v_p . tanh(W_p h_t));  a_t(s) = softmax_window(score) exp(-2 (s - p_t)^2 / D^2)",
-        paper=LUONG_PAPER,
-        build=_build,
-        protocol="CrossMixer",
-        supports=frozenset({"bidirectional", "padding", "compile"}),
-        cost=Cost("2*B*T*(2*half_width + 1)*M", ""),
-        claim="Only the window is read: what stands outside it changes no bit: tests/recurrent/test_luong_local.py.",
-        differs=("With padding, places are counted among the real tokens.",),
-        verified="reconstructed",
-        example={"half_width": 2},
-    )
-)

@@ -1,24 +1,40 @@
 """Pointer network: additive attention over the inputs is itself the output distribution.
 
-    u_ij = v . tanh(W_1 e_j + W_2 d_i)        p(C_i = j) = softmax_j(u_ij)
-
-Vinyals, Fortunato, Jaitly 2015, "Pointer Networks" (https://arxiv.org/abs/1506.03134): abstract, the score as others
-quote it and two public implementations read, the paper's own text not. No context vector is formed: what was pointed at
-is the decoder's next input.
-Differs from the paper: inputs that are hidden, or were pointed at before, can be forbidden before the softmax.
+No context vector is formed: what was pointed at is the decoder's next input.
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, whole
 from regard.masks import Mask
 from regard.pipeline.tokens import quarantine, spoil
-from regard.recurrent._aligner import Aligner, single_head
-from regard.shapes import HeadShape
+from regard.recurrent._aligner import Aligner
+
+CARD = Card(
+    "pointer",
+    equation="u_ij = v . tanh(W_1 e_j + W_2 d_i)        p(i points at j) = softmax_j(u_ij)",
+    papers=(
+        Paper(
+            "Pointer Networks",
+            "Vinyals, Fortunato, Jaitly",
+            2015,
+            "1506.03134",
+            "abstract; the score as quoted by others; two public implementations",
+        ),
+    ),
+    protocol="Pointer",
+    supports={"bidirectional", "padding", "compile"},
+    traits={"position_free"},
+    cost=Cost("2*B*T*S*M", ""),
+    claim="The output vocabulary is the input's length, so one network sorts lists of any length: "
+    "tests/recurrent/test_pointer_network.py trains one.",
+    differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),
+    verified="third-party",
+    tries={"hidden": 5},
+)
 
 
 def pointer_log_probs(
@@ -37,6 +53,7 @@ def pointer_log_probs(
     return u.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, -torch.inf).to(queries.dtype)
 
 
+@CARD.module
 class PointerAttention(Aligner):
     """The pointer head alone: decoder states x (B, T, dim) and encoder states (B, S, context_dim) -> (B, T, S).
 
@@ -45,20 +62,12 @@ class PointerAttention(Aligner):
         hidden: A, the width in which they are compared; default dim.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        context_dim: int | None = None,
-        hidden: int | None = None,
-    ) -> None:
+    def __init__(self, dim: int, *, context_dim: int | None = None, hidden: int | None = None) -> None:
         super().__init__(dim, context_dim)
         hidden = dim if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"PointerAttention: hidden must be at least 1 (got {hidden})")
-        at: dict[str, Any] = {"bias": False}
-        self.k_proj = nn.Linear(self.context_dim, hidden, **at)
-        self.q_proj = nn.Linear(dim, hidden, **at)
+        whole(self, hidden=hidden)
+        self.k_proj = nn.Linear(self.context_dim, hidden, bias=False)
+        self.q_proj = nn.Linear(dim, hidden, bias=False)
         self.score = nn.Parameter(torch.empty(hidden))
         self.reset_parameters()
 
@@ -68,6 +77,7 @@ class PointerAttention(Aligner):
         self.q_proj.reset_parameters()
         nn.init.uniform_(self.score, -(len(self.score) ** -0.5), len(self.score) ** -0.5)
 
+    @checked(M="dim", C="context_dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -79,10 +89,6 @@ class PointerAttention(Aligner):
         pairs = None
         if isinstance(mask, Tensor) and mask.dim() == 3:
             pairs, mask = mask, None
-            if pairs.dtype != torch.bool or pairs.shape != (*x.shape[:2], context.shape[1]):
-                raise ValueError(
-                    f"PointerAttention: mask is {pairs.dtype} {tuple(pairs.shape)}; expected bool (batch, steps, keys)"
-                )
         context, keep = self.source(x, context, mask)
         allowed = pairs if keep is None else keep[:, None]
         x, bad = quarantine(x)
@@ -95,39 +101,3 @@ class PointerAttention(Aligner):
             bad, bad_source = hit if bad is None else bad | hit, None
         out = spoil(out, bad, bad_source, None)
         return out if allowed is None else out.masked_fill(~allowed, -torch.inf)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    hidden: int | None = None,
-) -> PointerAttention:
-    single_head("pointer", causal)
-    return PointerAttention(shape.dim, hidden=hidden)
-
-
-CARD = register(
-    Card(
-        name="pointer",
-        family="recurrent",
-        gist="Additive attention over the inputs is the output distribution: it points.",
-        equation="p(i points at j) = softmax_j(v . tanh(W_1 e_j + W_2 d_i))",
-        paper=Paper(
-            "Pointer Networks",
-            "Vinyals, Fortunato, Jaitly",
-            2015,
-            "1506.03134",
-            "abstract; the score as quoted by others",
-        ),
-        build=_build,
-        protocol="Pointer",
-        supports=frozenset({"bidirectional", "padding", "compile"}),
-        traits=frozenset({"position_free"}),
-        cost=Cost("2*B*T*S*M", ""),
-        claim="The output vocabulary is the input's length, so one network sorts lists of any length: "
-        "tests/recurrent/test_pointer_network.py trains one.",
-        differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),
-        verified="third-party",
-    )
-)

@@ -1,19 +1,19 @@
 """The model around the pointer: one LSTM reads the inputs, another points at them one by one.
 
-Vinyals, Fortunato, Jaitly 2015, "Pointer Networks" (https://arxiv.org/abs/1506.03134); what was read is said in
-`regard.recurrent.pointer`. The input that was pointed at is the decoder's next input.
+The paper, and what was read of it, stand on the card of `regard.recurrent.pointer`.
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from regard.checks import checked, refuse, whole
 from regard.recurrent._aligner import uniform_
 from regard.recurrent.pointer import PointerAttention, pointer_log_probs
 
 
 class PointerNetwork(nn.Module):
-    """The paper's model: an LSTM reads the inputs, another points at them one by one.
+    """The paper's model.
 
     Args:
         input_dim: width of one input, e.g. 2 for points in the plane.
@@ -21,14 +21,9 @@ class PointerNetwork(nn.Module):
         repeats: whether an input may be pointed at twice; False for tours and orderings.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        hidden: int,
-        *,
-        repeats: bool = True,
-    ) -> None:
+    def __init__(self, input_dim: int, hidden: int, *, repeats: bool = True) -> None:
         super().__init__()
+        whole(self, input_dim=input_dim, hidden=hidden)
         self.input_dim, self.repeats = input_dim, repeats
         self.embed = nn.Linear(input_dim, hidden)
         self.start = nn.Parameter(torch.empty(hidden))
@@ -40,18 +35,15 @@ class PointerNetwork(nn.Module):
     def reset_parameters(self) -> None:
         uniform_(self, 0.08)
 
+    @checked(I="input_dim")
     def forward(self, inputs: Float[Tensor, "B S I"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T S"]:
         """Log-probabilities of each step's choice, given the choices `targets` before it."""
-        self._check(inputs)
-        S = inputs.shape[1]
-        if targets.dim() != 2 or targets.shape[0] != inputs.shape[0] or targets.dtype != torch.long:
-            raise ValueError(
-                f"PointerNetwork: targets are {targets.dtype} {tuple(targets.shape)}; expected int64 "
-                f"({inputs.shape[0]}, steps)"
-            )
+        self._needs_inputs(inputs)
+        if targets.dtype != torch.long:
+            refuse(self, "targets", "has the wrong dtype", targets.dtype, "int64", error=TypeError)
         embedded = self.embed(inputs)
         encoded, state = self.encoder(embedded)
-        return self.point(embedded, encoded, state, targets, self._unvisited(targets, S))
+        return self.point(embedded, encoded, state, targets, self._unvisited(targets, inputs.shape[1]))
 
     def point(
         self,
@@ -68,13 +60,13 @@ class PointerNetwork(nn.Module):
         return self.pointer(decoded, encoded, mask=allowed)
 
     @torch.no_grad()
+    @checked(I="input_dim")
     def decode(self, inputs: Float[Tensor, "B S I"], steps: int | None = None) -> Int[Tensor, "B T"]:
         """The most probable input at each step, greedily; as many steps as inputs if not said."""
-        self._check(inputs)
+        self._needs_inputs(inputs)
         B, S, _ = inputs.shape
         steps = S if steps is None else steps
-        if steps < 0 or (steps > S and not self.repeats):
-            raise ValueError(f"PointerNetwork: cannot point {steps} times at {S} inputs without repeats")
+        whole(self, 0, most=None if self.repeats else S, steps=steps)
         embedded = self.embed(inputs)
         encoded, state = self.encoder(embedded)
         keys = self.pointer.k_proj(encoded)
@@ -96,9 +88,6 @@ class PointerNetwork(nn.Module):
         chosen = nn.functional.one_hot(targets, S)
         return chosen.cumsum(1) - chosen == 0
 
-    def _check(self, inputs: Tensor) -> None:
-        if inputs.dim() != 3 or inputs.shape[-1] != self.input_dim or inputs.shape[1] < 1:
-            raise ValueError(
-                f"PointerNetwork: inputs have shape {tuple(inputs.shape)}; "
-                f"expected (batch, at least 1, {self.input_dim})"
-            )
+    def _needs_inputs(self, inputs: Tensor) -> None:
+        if inputs.shape[1] < 1:
+            refuse(self, "inputs", "is empty", "0 of them", "at least 1 to point at")

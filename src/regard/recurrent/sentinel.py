@@ -1,15 +1,4 @@
-"""Adaptive attention with a visual sentinel: a caption's next word comes from the image, or from what is remembered.
-
-    i, f, g, o = gates of an LSTM;  m_t = f m_{t-1} + i g;  h_t = o tanh(m_t)
-    sentinel  s_t = sigmoid(W_x x_t + W_h h_{t-1}) * tanh(m_t)
-    scores    z_i = w . tanh(W_v v_i + W_g h_t);  z_s = w . tanh(W_s s_t + W_g h_t);  alpha = softmax([z; z_s])
-    beta      the sentinel's share of alpha;  c_t = beta s_t + sum_i alpha_i v_i;  y_t = c_t + h_t
-
-Lu, Xiong, Parikh, Socher 2017, "Knowing When to Look: Adaptive Attention via A Visual Sentinel for Image Captioning"
-(https://arxiv.org/abs/1612.01887): abstract, the authors' code and a port of it read; the paper's text was not, and the
-form above, with which the code agrees in structure, is from memory.
-Differs from the paper's code: no ReLU and tanh layers on s_t, h_t and before the words; dropout is the caller's.
-"""
+"""Visual sentinel: attention to image regions or to what the LSTM remembers, so that it need not look."""
 
 from typing import NamedTuple
 
@@ -17,9 +6,38 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.recurrent._aligner import Aligner, Padding, normalise, single_head
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import whole
+from regard.recurrent._aligner import Aligner, Padding, normalise
+
+CARD = Card(
+    "sentinel",
+    equation="""i, f, g, o = gates of an LSTM;  m_t = f m_{t-1} + i g;  h_t = o tanh(m_t)
+sentinel  s_t = sigmoid(W_x x_t + W_h h_{t-1}) * tanh(m_t)
+scores    z_i = w . tanh(W_v v_i + W_g h_t);  z_s = w . tanh(W_s s_t + W_g h_t);  alpha = softmax([z; z_s])
+beta      the sentinel's share of alpha;  c_t = beta s_t + sum_i alpha_i v_i;  y_t = c_t + h_t""",
+    papers=(
+        Paper(
+            "Knowing When to Look: Adaptive Attention via A Visual Sentinel for Image Captioning",
+            "Lu, Xiong, Parikh, Socher",
+            2017,
+            "1612.01887",
+            "abstract; official code and a port of it; the equations, with which the code agrees in structure, are "
+            "from memory",
+        ),
+    ),
+    protocol="CrossMixer",
+    supports={"bidirectional", "padding"},
+    cost=Cost("2*B*T*S*M", "2*M"),
+    claim="beta lies in (0, 1): small for words that need the image, large for others: "
+    "tests/recurrent/test_sentinel.py trains it.",
+    differs=(
+        "No ReLU and tanh layers on sentinel and hidden state and before the words, which the authors' code adds.",
+        "Dropout is the caller's.",
+    ),
+    verified="third-party",
+    tries={"attention_dim": 5},
+)
 
 
 class SentinelState(NamedTuple):
@@ -60,6 +78,7 @@ def adaptive_attention(
     return alpha[..., :-1] @ values + alpha[..., -1:] * sentinel, alpha
 
 
+@CARD.module(closed=("hidden",))
 class SentinelAttention(Aligner):
     """A decoder LSTM with sentinel over inputs x (B, T, dim), attending to regions (B, S, hidden): (B, T, hidden).
 
@@ -71,18 +90,11 @@ class SentinelAttention(Aligner):
 
     remembers = True
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        hidden: int | None = None,
-        attention_dim: int | None = None,
-    ) -> None:
+    def __init__(self, dim: int, *, hidden: int | None = None, attention_dim: int | None = None) -> None:
         hidden = dim if hidden is None else hidden
         attention_dim = hidden if attention_dim is None else attention_dim
         super().__init__(dim, hidden)
-        if attention_dim < 1:
-            raise ValueError(f"SentinelAttention: attention_dim must be at least 1 (got {attention_dim})")
+        whole(self, attention_dim=attention_dim)
         self.x_proj = nn.Linear(dim, 5 * hidden)
         self.h_proj = nn.Linear(hidden, 5 * hidden, bias=False)
         self.v_proj = nn.Linear(hidden, attention_dim, bias=False)
@@ -146,38 +158,3 @@ class SentinelAttention(Aligner):
     def _origin(self, context: Tensor, keep: Tensor | None) -> SentinelState:
         zeros = context.new_zeros(len(context), self.context_dim)
         return SentinelState(context, self.v_proj(context), keep, zeros, zeros)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    attention_dim: int | None = None,
-) -> SentinelAttention:
-    single_head("sentinel", causal)
-    return SentinelAttention(shape.dim, attention_dim=attention_dim)
-
-
-CARD = register(
-    Card(
-        name="sentinel",
-        family="recurrent",
-        gist="Attention to image regions and to one sentinel from the LSTM's memory: when not to look.",
-        equation="alpha = softmax([w.tanh(W_v v + W_g h); w.tanh(W_s s + W_g h)]);  y = beta s + sum_i alpha_i v_i + h",
-        paper=Paper(
-            "Knowing When to Look: Adaptive Attention via A Visual Sentinel for Image Captioning",
-            "Lu, Xiong, Parikh, Socher",
-            2017,
-            "1612.01887",
-            "abstract; official code",
-        ),
-        build=_build,
-        protocol="CrossMixer",
-        supports=frozenset({"bidirectional", "padding"}),
-        cost=Cost("2*B*T*S*M", "2*M"),
-        claim="beta lies in (0, 1): small for words that need the image, large for others: "
-        "tests/recurrent/test_sentinel.py trains it.",
-        differs=("No layers around sentinel, query and output, which the authors' code adds.",),
-        verified="third-party",
-    )
-)

@@ -1,15 +1,4 @@
-"""Exponential smoothing attention: a token is weighted by how long ago it was, and by nothing else.
-
-    out_t = a out_{t-1} + (1 - a) v_t = a^(t+1) v_0 + sum_{j <= t} (1 - a) a^(t-j) v_j,   0 < a < 1 for each head
-    growth:  u = W_in z,   d_t = u_t - u_{t-1},   g = W_out [v_0, smoothed d]     (u_{-1} and v_0 are learned)
-    level:   e_t = (1 - a) (x_t - season_t) + a (e_{t-1} + growth_t)
-    damped:  forecast_h = growth_T (gamma + gamma^2 + ... + gamma^h)
-
-Woo et al. 2022, https://arxiv.org/abs/2202.01381: abstract read; equations as the authors' released code has them.
-Differs from the code: the level follows the recursion of exponential smoothing, where theirs adds a^(T - t) growth_t
-for its sum over time. Differs from the paper: alpha = 1 - a is its smoothing factor; sums are taken in blocks, in
-linear time, not by FFT.
-"""
+"""Exponential smoothing attention: tokens are weighted by how long ago they were, and by nothing else."""
 
 from typing import NamedTuple
 
@@ -17,24 +6,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, refuse, whole
 from regard.masks import Mask, causal
 from regard.mixers.exponential import exponential_sum, lags, work_dtype
 from regard.pipeline.tokens import quarantine, spoil
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape, head_counts
+from regard.shapes import head_shape
+
+PAPERS = (
+    Paper(
+        "ETSformer: Exponential Smoothing Transformers for Time-series Forecasting",
+        "Woo et al.",
+        2022,
+        "2202.01381",
+        "abstract; official code",
+    ),
+)
+
+CARD = Card(
+    "exponential_smoothing",
+    equation="""out_t = a out_{t-1} + (1 - a) v_t = a^(t+1) v_0 + sum_{j <= t} (1 - a) a^(t-j) v_j,   0 < a < 1 a head
+growth:  u = W_in z,   d_t = u_t - u_{t-1},   g = W_out [v_0, smoothed d]     (u_{-1} and v_0 are learned)
+level:   e_t = (1 - a) (x_t - season_t) + a (e_{t-1} + growth_t)
+damped:  forecast_h = growth_T (gamma + gamma^2 + ... + gamma^h)""",
+    papers=PAPERS,
+    supports={"causal", "streaming", "compile"},
+    cost=Cost("B*T*H*D*68", "2*H*D"),
+    claim="The same as the T x T matrix of weights, in less than quadratic time: "
+    "tests/timeseries/test_exponential_smoothing.py.",
+    differs=(
+        "The paper's smoothing factor is alpha = 1 - a.",
+        "The level follows the recursion of exponential smoothing, where the authors' code adds a^(T - t) growth_t for "
+        "its sum over time.",
+        "Sums over the past are taken in blocks, in linear time (`regard.mixers.exponential`), not by one FFT.",
+    ),
+    verified="third-party",
+)
 
 
+@checked()
 def exponential_smoothing(
     v: Float[Tensor, "B T H D"], a: Float[Tensor, "H"], before: Float[Tensor, "*b H D"]
 ) -> Float[Tensor, "B T H D"]:
     """out_t = a out_{t-1} + (1 - a) v_t; `before` is out_{-1}, for each batch row or for all."""
-    if v.dim() != 4 or a.shape != v.shape[2:3] or before.shape[-2:] != v.shape[2:]:
-        raise ValueError(
-            f"exponential_smoothing: got v {tuple(v.shape)}, a {tuple(a.shape)} and before {tuple(before.shape)}; "
-            "expected (batch, tokens, heads, width), (heads,) and (heads, width)"
-        )
     return _smoothed((1 - a[:, None]) * v, a, before)
 
 
@@ -77,6 +91,7 @@ class SmoothingState(NamedTuple):
     smoothed: Float[Tensor, "B H D"]
 
 
+@CARD.module
 class ExponentialSmoothingAttention(nn.Module):
     """The growth of each feature: its changes from token to token, smoothed, H heads with a decay each.
 
@@ -85,9 +100,7 @@ class ExponentialSmoothingAttention(nn.Module):
         head_dim: D; default dim / num_heads.
     """
 
-    supports: frozenset[str] = frozenset({"causal", "streaming", "compile"})
     causal = True
-    name = "exponential_smoothing"
 
     def __init__(
         self,
@@ -97,7 +110,7 @@ class ExponentialSmoothingAttention(nn.Module):
         head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        _, D = head_counts(dim, num_heads, None, head_dim)
+        D = head_shape(dim, num_heads, None, head_dim, who=type(self).__name__).head_dim
         self.dim, self.num_heads, self.head_dim = dim, num_heads, D
         self.v_proj = nn.Linear(dim, num_heads * D)
         self.o_proj = nn.Linear(num_heads * D, dim)
@@ -114,9 +127,9 @@ class ExponentialSmoothingAttention(nn.Module):
         """Every earlier token."""
         return causal()
 
+    @checked(M="dim")
     def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         """The growth that is known at each token."""
-        check_tokens(self.name, "x", x, self.dim)
         x, bad = quarantine(x)
         return spoil(self._run(x, self._start(x.shape[0]))[0], bad, bad, causal())
 
@@ -134,18 +147,19 @@ class ExponentialSmoothingAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> SmoothingState:
         """Nothing seen yet. The state has one size for every length, so `capacity` limits nothing."""
-        check_int("init_state", "batch_size", batch_size, least=0)
-        check_int("init_state", "capacity", capacity)
+        whole(self, 0, batch_size=batch_size)
+        whole(self, capacity=capacity)
         last, smoothed = self._start(batch_size)
         return SmoothingState(last.to(device=device, dtype=dtype), smoothed.to(device=device))
 
+    @checked(M="dim")
     def step(self, x: Float[Tensor, "B t M"], state: SmoothingState) -> tuple[Float[Tensor, "B t M"], SmoothingState]:
         """The next t tokens."""
-        check_tokens(self.name, "x", x, self.dim)
         if not isinstance(state, SmoothingState):
-            raise TypeError(f"step: state must be the SmoothingState of init_state, got {type(state).__name__}")
-        if x.shape[0] != state.last.shape[0]:
-            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state.last.shape[0]}; they must match")
+            wanted = "the SmoothingState of init_state"
+            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
+        if x.shape[0] != len(state.last):
+            refuse(self, "x", "has another batch than the state", x.shape[0], f"{len(state.last)} sequences")
         return self._run(x, state)
 
     def _start(self, batch: int) -> SmoothingState:
@@ -161,39 +175,3 @@ class ExponentialSmoothingAttention(nn.Module):
         smooth = exponential_smoothing(changes, self.theta.to(work).sigmoid(), state.smoothed)
         held = torch.cat([state.smoothed[:, None].to(work), smooth], 1)[:, -1]
         return self.o_proj(smooth.to(u.dtype).flatten(2)), SmoothingState(known[:, -1], held)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-) -> ExponentialSmoothingAttention:
-    if not causal:
-        raise ValueError("exponential_smoothing: only looks back (got causal=False); expected causal=True")
-    return ExponentialSmoothingAttention(shape.dim, shape.num_heads, head_dim=shape.head_dim)
-
-
-PAPER = Paper(
-    "ETSformer: Exponential Smoothing Transformers for Time-series Forecasting",
-    "Woo et al.",
-    2022,
-    "2202.01381",
-    "abstract; official code",
-)
-
-CARD = register(
-    Card(
-        name="exponential_smoothing",
-        family="timeseries",
-        gist="Weights that fade with age, one rate a head: a smoothed growth of every feature.",
-        equation="out_t = a out_{t-1} + (1 - a) (u_t - u_{t-1})",
-        paper=PAPER,
-        build=_build,
-        supports=ExponentialSmoothingAttention.supports,
-        cost=Cost("B*T*H*D*68", "2*H*D"),
-        claim="The same as the T x T matrix of weights, in less than quadratic time: "
-        "tests/timeseries/test_exponential_smoothing.py.",
-        differs=("The sum over the past is taken in blocks (`regard.mixers.exponential`), not by one FFT.",),
-        verified="third-party",
-    )
-)

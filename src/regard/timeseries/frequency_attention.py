@@ -1,35 +1,46 @@
 """Frequency attention: the strongest frequencies of each feature, which also say how it goes on.
 
-    X = DFT of x over time,   kept: the K bins of largest |X_f| among f = 1 .. (T - 1) / 2, for each feature
-    season_t = sum over kept f of (2 |X_f| / T) cos(2 pi f t / T + arg X_f),   t = 0 .. T - 1, and on to T + P - 1
-
-which is one linear map for all features that keep the same bins: attention by phase. The gradient flows through the
-amplitudes and phases, not through the choice. Frequencies 0 and T / 2 are never kept.
-
-Woo et al. 2022, https://arxiv.org/abs/2202.01381: abstract read; equations as the authors' released code has them.
+The season is one linear map for all features that keep the same bins: attention by phase. The gradient flows through
+the amplitudes and phases, not through the choice. Frequencies 0 and T / 2 are never kept.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost
+from regard.checks import checked, refuse, whole
 from regard.masks import Mask, full
 from regard.mixers.exponential import work_dtype
 from regard.pipeline.tokens import quarantine, spoil
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape
-from regard.timeseries.exponential_smoothing import PAPER
+from regard.timeseries.exponential_smoothing import PAPERS
+
+CARD = Card(
+    "frequency_attention",
+    equation="""X = DFT of x over time,   kept: the K bins of largest |X_f| among f = 1 .. (T - 1) / 2, for each feature
+season_t = sum over kept f of (2 |X_f| / T) cos(2 pi f t / T + arg X_f),   t = 0 .. T - 1, and on to T + P - 1""",
+    papers=PAPERS,
+    supports={"bidirectional", "compile"},
+    cost=Cost("B*T*M*log2(T)*5", ""),
+    claim="Goes on with a sum of K sines of whole cycles without error: tests/timeseries/test_frequency_attention.py.",
+    differs=(
+        "A series too short for K frequencies keeps those it has.",
+        "The layer has value and output projections, to stand in attention's place; the function has none.",
+    ),
+    verified="third-party",
+    example={"top_k": 2},
+    exceptions={"L43": "a season has neither a mean nor the shortest wave, so it cannot fit random targets"},
+)
 
 
+@checked()
 def frequency_attention(x: Float[Tensor, "B T M"], top_k: int, horizon: int = 0) -> Float[Tensor, "B T_P M"]:
     """The season of x and of the `horizon` tokens after it. A series too short for K frequencies keeps what it has."""
-    check_int("frequency_attention", "top_k", top_k)
-    check_int("frequency_attention", "horizon", horizon, least=0)
+    whole("frequency_attention", top_k=top_k)
+    whole("frequency_attention", 0, horizon=horizon)
     T = x.shape[1]
     if T == 0 and horizon:
-        raise ValueError("frequency_attention: x has 0 tokens (got horizon > 0); expected some to go on from")
+        refuse("frequency_attention", "x", "has 0 tokens", f"horizon = {horizon}", "some tokens to go on from")
     bins = max(0, (T - 1) // 2)
     if bins == 0 or x.numel() == 0:
         return 0 * x[:, torch.arange(T + horizon, device=x.device) % max(T, 1)]
@@ -43,6 +54,7 @@ def frequency_attention(x: Float[Tensor, "B T M"], top_k: int, horizon: int = 0)
     return season if horizon == 0 else season[:, torch.arange(T + horizon, device=x.device) % T]
 
 
+@CARD.module
 class FrequencyAttention(nn.Module):
     """The season of every value feature, in the place of attention: W_o season(W_v x).
 
@@ -51,18 +63,9 @@ class FrequencyAttention(nn.Module):
         top_k: K, frequencies kept of each.
     """
 
-    supports: frozenset[str] = frozenset({"bidirectional", "compile"})
-    name = "frequency_attention"
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        top_k: int = 1,
-    ) -> None:
+    def __init__(self, dim: int, *, top_k: int = 1) -> None:
         super().__init__()
-        check_int("FrequencyAttention", "dim", dim)
-        check_int("FrequencyAttention", "top_k", top_k)
+        whole(self, dim=dim, top_k=top_k)
         self.dim, self.top_k = dim, top_k
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
@@ -74,41 +77,7 @@ class FrequencyAttention(nn.Module):
         """Everything: a frequency is one of the whole series."""
         return full()
 
+    @checked(M="dim")
     def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        check_tokens(self.name, "x", x, self.dim)
         x, bad = quarantine(x)
         return spoil(self.o_proj(frequency_attention(self.v_proj(x), self.top_k)), bad, bad, full())
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    top_k: int = 1,
-) -> FrequencyAttention:
-    if causal:
-        raise ValueError("frequency_attention: needs the whole series (got causal=True); expected causal=False")
-    return FrequencyAttention(shape.dim, top_k=top_k)
-
-
-CARD = register(
-    Card(
-        name="frequency_attention",
-        family="timeseries",
-        gist="Keeps the strongest frequencies of each feature, and lets them run on.",
-        equation="season_t = sum over the K largest |X_f| of (2 |X_f| / T) cos(2 pi f t / T + arg X_f)",
-        paper=PAPER,
-        build=_build,
-        supports=FrequencyAttention.supports,
-        cost=Cost("B*T*M*log2(T)*5", ""),
-        claim="Goes on with a sum of K sines of whole cycles without error: "
-        "tests/timeseries/test_frequency_attention.py.",
-        differs=(
-            "A series too short for K frequencies keeps those it has.",
-            "The layer has value and output projections, to stand in attention's place; the function has none.",
-        ),
-        verified="third-party",
-        example={"top_k": 2},
-        exceptions={"L43": "a season has neither a mean nor the shortest wave, so it cannot fit random targets"},
-    )
-)

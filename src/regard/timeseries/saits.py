@@ -1,29 +1,54 @@
-"""SAITS: missing values of a series are filled in by self-attention in which no time step may see itself.
+"""SAITS fills gaps in series by self-attention in which no time step may see itself."""
 
-    DMSA:     softmax(q k^T / sqrt(D), diagonal hidden) v
-    block 1:  e = W_e [X ; O] + position,  N layers of DMSA and feed-forward,  X1 = W_z z     (O = 1 where observed)
-    block 2:  the same on X' = O X + (1 - O) X1,  X2 = W_g relu(W_b z)
-    combined: X3 = (1 - eta) X2 + eta X1,  eta = sigmoid(W_c [O ; mean over heads of the last attention weights])
-    output:   O X + (1 - O) X3
-    loss:     (MAE(X1) + MAE(X2) + MAE(X3)) / 3 on what was observed, + weight MAE(X3) on what was hidden on purpose
-
-Du, Cote, Liu 2023, Expert Systems with Applications 219, equations 1-23 in a summary with the authors' released code.
-Differs from the paper, as the code does: layers norm their input, eta weighs X1 (the paper's eq. 19: X2), and W_c reads
-the mask first. Differs from both: with one time step the attention gives 0.
-"""
-
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard._former import PLAIN, Card, Cost, Paper, register
-from regard.masks import window
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import checked, divides, number, refuse, whole
+from regard.masks import Mask, window
 from regard.normalizers.softmax import softmax
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "diagonal_masked",
+    equation="""allowed(i, j) = i != j
+in the model around it:
+DMSA:     softmax(q k^T / sqrt(D), diagonal hidden) v
+block 1:  e = W_e [X ; O] + position,  N layers of DMSA and feed-forward,  X1 = W_z z     (O = 1 where observed)
+block 2:  the same on X' = O X + (1 - O) X1,  X2 = W_g relu(W_b z)
+combined: X3 = (1 - eta) X2 + eta X1,  eta = sigmoid(W_c [O ; mean over heads of the last attention weights])
+output:   O X + (1 - O) X3
+loss:     (MAE(X1) + MAE(X2) + MAE(X3)) / 3 on what was observed, + weight MAE(X3) on what was hidden on purpose""",
+    papers=(
+        Paper(
+            "SAITS: Self-Attention-based Imputation for Time Series",
+            "Du, Cote, Liu",
+            2023,
+            "Expert Systems with Applications 219",
+            "eqs. 1-23 in a summary; official code",
+        ),
+    ),
+    # Looking back only, the first token would see nothing; and so would every token that a mask leaves only itself.
+    supports={"bidirectional", "padding", "gqa", "dropout", "compile"},
+    traits=PLAIN,
+    cost=Cost("2*B*H*T*S*D", ""),
+    claim="The model around it imputes better than the mean and the last value: tests/timeseries/test_saits.py.",
+    differs=(
+        "A sequence of one token sees nothing and gives 0, where the code lets it see itself.",
+        "As in the code, the model's layers norm their input, eta weighs X1 (the paper's eq. 19: X2), and W_c reads "
+        "the mask first.",
+    ),
+    verified="reconstructed",
+)
+
+
+@CARD.fills("mask")
+def diagonal_mask() -> Mask:
+    """Every token but the query's own."""
+    return ~window(1)
 
 
 class DiagonallyMaskedLayer(nn.Module):
@@ -95,15 +120,15 @@ class SAITS(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        sizes = {"num_features": num_features, "length": length, "dim": dim, "num_heads": num_heads}
-        for name, n in {**sizes, "num_layers": num_layers}.items():
-            check_int("SAITS", name, n)
-        if dim % 2 or (head_dim is None and dim % num_heads):
-            raise ValueError(f"SAITS: dim must be even and a multiple of num_heads, got {dim} and {num_heads}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"SAITS: dropout must be in [0, 1], got {dropout}")
-        head_dim = dim // num_heads if head_dim is None else head_dim
+        whole(self, num_features=num_features, length=length, dim=dim, num_heads=num_heads, num_layers=num_layers)
+        number(self, least=0, most=1, dropout=dropout)
+        if dim % 2:
+            refuse(self, "dim", "is odd", dim, "an even int, sines and cosines come in pairs")
+        if head_dim is None:
+            divides(self, num_heads=num_heads, dim=dim)
+            head_dim = dim // num_heads
         hidden_dim = 2 * dim if hidden_dim is None else hidden_dim
+        whole(self, head_dim=head_dim, hidden_dim=hidden_dim)
         self.num_features, self.length = num_features, length
         self.embeds = nn.ModuleList(nn.Linear(2 * num_features, dim) for _ in range(2))
         self.blocks = nn.ModuleList(
@@ -121,9 +146,9 @@ class SAITS(nn.Module):
         """The observed values as they are, the others filled in. Whatever stands at the others is not read."""
         return torch.where(observed, values, self.estimates(values, observed).combined)
 
+    @checked(T="length", C="num_features")
     def estimates(self, values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Estimates:
         """The three estimates that the loss compares."""
-        self._check(values, observed)
         known = values.masked_fill(~observed, 0)
         first = self.first_proj(self._block(0, known, observed)[0])
         z, weights = self._block(1, torch.where(observed, known, first), observed)
@@ -138,16 +163,6 @@ class SAITS(nn.Module):
         for layer in self.blocks[n]:  # type: ignore[union-attr,attr-defined]
             z, weights = layer(z)
         return z, weights
-
-    def _check(self, values: Tensor, observed: Tensor) -> None:
-        expected = (self.length, self.num_features)
-        if values.dim() != 3 or values.shape[1:] != expected:
-            raise ValueError(f"SAITS: values must be (batch, {expected[0]}, {expected[1]}), got {tuple(values.shape)}")
-        if observed.dtype != torch.bool or observed.shape != values.shape:
-            raise ValueError(
-                f"SAITS: observed must be bool of shape {tuple(values.shape)}, got {observed.dtype} "
-                f"{tuple(observed.shape)}; True = observed"
-            )
 
 
 def sinusoids(length: int, dim: int, device: torch.device) -> Float[Tensor, "{length} {dim}"]:
@@ -167,7 +182,8 @@ def saits_loss(
 ) -> Float[Tensor, ""]:
     """Reconstruction of what the model saw (`observed`) plus `weight` times imputation of what was `hidden` from it."""
     if (observed & hidden).any():
-        raise ValueError("saits_loss: hidden overlaps observed; a value that the model saw can't test its imputation")
+        both = f"{int((observed & hidden).sum())} entries that are both"
+        refuse("saits_loss", "hidden", "overlaps observed", both, "none: what the model saw can't test its imputation")
     reconstruction = sum(_mean_error(e, truth, observed) for e in estimates) / 3
     return reconstruction + weight * _mean_error(estimates.combined, truth, hidden)
 
@@ -182,37 +198,7 @@ def hide(
     observed: Bool[Tensor, "B T C"], fraction: float, *, generator: torch.Generator | None = None
 ) -> tuple[Bool[Tensor, "B T C"], Bool[Tensor, "B T C"]]:
     """Take a random part of the observed entries away, to be imputed in training: (what remains, what was hidden)."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"hide: fraction must be in (0, 1), got {fraction}")
+    number("hide", above=0, below=1, fraction=fraction)
     chance = torch.rand(observed.shape, generator=generator, device=observed.device)
     hidden = observed & (chance < fraction)
     return observed & ~hidden, hidden
-
-
-def _slots(shape: HeadShape) -> dict[str, Any]:
-    return {"mask": ~window(1)}
-
-
-CARD = register(
-    Card(
-        name="diagonal_masked",
-        family="timeseries",
-        gist="Every token sees all the others and never itself.",
-        equation="allowed(i, j) = i != j",
-        paper=Paper(
-            "SAITS: Self-Attention-based Imputation for Time Series",
-            "Du, Cote, Liu",
-            2023,
-            "Expert Systems with Applications 219",
-            "eqs. 1-23 in a summary; official code",
-        ),
-        slots=_slots,
-        # Looking back only, the first token would see nothing; and so would every token that a mask leaves only itself.
-        supports=frozenset({"bidirectional", "padding", "gqa", "dropout", "compile"}),
-        traits=PLAIN,
-        cost=Cost("2*B*H*T*S*D", ""),
-        claim="The model around it imputes better than the mean and the last value: tests/timeseries/test_saits.py.",
-        differs=("A sequence of one token sees nothing and gives 0, where the code lets it see itself.",),
-        verified="reconstructed",
-    )
-)

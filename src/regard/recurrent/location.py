@@ -1,4 +1,4 @@
-"""What location-relative alignments share: where to look follows from where one looked, so steps hand on a state."""
+"""What location-relative alignments share: where to look follows from where one looked last."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,8 @@ LOCATION_PAPER = Paper(
     "Battenberg et al.",
     2019,
     "1910.10288",
-    "abstract; third-party code",
 )
-"""Behind dynamic convolution and Gaussian mixture attention."""
+"""Behind dynamic convolution and Gaussian mixture attention, whose cards say what was read."""
 
 
 class LocationState(NamedTuple):
