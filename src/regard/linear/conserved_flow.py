@@ -93,7 +93,7 @@ def causal_flow_attention(
         return sums[:, :, -1:].clone()  # a view would keep the sums at all tokens alive
 
     sums = (so_far, keys, queries, refined_keys, refined_queries, total)
-    return out, FlowState(*(last(z) for z in sums), context)
+    return out, FlowState._make([*map(last, sums), context])
 
 
 def flow_state(sinks: Float[Tensor, "B H T D"], values: Float[Tensor, "B H T V"]) -> FlowState:
