@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import regard
 from cross.naive_efficient_probing import naive_efficient_probing
 from laws.subject import close, close_all, run
-from regard.cross import EfficientProbing, efficient_probing
+from regard.cross.efficient_probing import EfficientProbing, efficient_probing
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A157.npz"
 
@@ -102,10 +102,16 @@ def test_work_grows_with_queries_not_with_the_width_of_values() -> None:
     assert counter.get_total_flops() == 2 * B * (2 * T * M * Q + M * M)
 
 
+def test_queries_are_as_many_as_heads_unless_said() -> None:
+    assert EfficientProbing(64).queries.shape == (32, 64)  # the authors' number
+    assert regard.create("efficient_probing", dim=64, num_heads=4).queries.shape == (4, 64)
+    assert regard.create("efficient_probing", dim=64, num_heads=4, num_queries=32).queries.shape == (32, 64)
+
+
 def test_bad_sizes_raise() -> None:
-    with pytest.raises(ValueError, match=r"multiple of num_queries \* reduction \(got 10, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_queries \* reduction = 4 \(got 10\)"):
         EfficientProbing(10, 4)
-    with pytest.raises(ValueError, match="x must be"):
+    with pytest.raises(ValueError, match=r"x has the wrong shape \(got \(2, 3, 8\)\); expected \(B, T, M = 12\)"):
         EfficientProbing(12, 4)(torch.zeros(2, 3, 8))
     with pytest.raises(ValueError, match="causal"):
         regard.create("efficient_probing", dim=12, num_heads=4, causal=True)

@@ -116,7 +116,9 @@ def test_no_square_matrix():
 def test_refusals():
     with pytest.raises(ValueError, match="causal"):
         regard.create("agent", dim=8, num_heads=2, causal=True)
-    with pytest.raises(ValueError, match="num_agents must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_agents is too small \(got 0\); expected an int >= 1"):
         AgentAttention(8, 2, num_agents=0)
-    with pytest.raises(ValueError, match="agents must be"):
+    with pytest.raises(
+        ValueError, match=r"agents has the wrong shape \(got \(1, 1, 4, 2\)\); expected \(B = 1, H = 2, n, D = 2\)"
+    ):
         agent_attention(*(normal(1, h, 4, 2) for h in (2, 1, 2, 2)))

@@ -78,10 +78,14 @@ def test_grid_of_unequal_sides():
 def test_refusals():
     with pytest.raises(ValueError, match="causal"):
         regard.create("agent_grid", dim=8, num_heads=2, causal=True)
-    with pytest.raises(ValueError, match="square number"):
+    with pytest.raises(ValueError, match=r"num_agents is no square number \(got 5\)"):
         GridAgentAttention(8, 2, size=(4, 4), num_agents=5)
-    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+    with pytest.raises(ValueError, match=r"size is too small \(got 0\); expected an int >= 1"):
         GridAgentAttention(8, 2, size=(4, 0), num_agents=4)
+    with pytest.raises(ValueError, match=r"size is no pair \(got \(4,\)\); expected \(height, width\)"):
+        GridAgentAttention(8, 2, size=(4,), num_agents=4)
     made = regard.create("agent_grid", dim=8, num_heads=2, causal=False, size=(3, 4), num_agents=4)
-    with pytest.raises(ValueError, match=r"expected \(batch, 8, 3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"x has the wrong shape \(got \(1, 8, 4, 3\)\); expected \(B, M = 8, Y = 3, X = 4\)"
+    ):
         made(torch.randn(1, 8, 4, 3))

@@ -118,7 +118,9 @@ def test_hidden_keys_do_not_poison():
 def test_refusals():
     with pytest.raises(ValueError, match="causal"):
         regard.create("efficient", dim=8, num_heads=2, causal=True)
-    with pytest.raises(ValueError, match="normalisation 'max'"):
+    with pytest.raises(
+        ValueError, match=r"normalisation is unknown \(got 'max'\); expected one of 'softmax', 'scaling'"
+    ):
         EfficientAttention(8, 2, normalisation="max")
     with pytest.raises(ValueError, match="heads"):
         efficient_attention(normal(1, 3, 2, 4), normal(1, 2, 2, 4), normal(1, 2, 2, 4))

@@ -147,9 +147,12 @@ def test_module_is_the_function() -> None:
 
 def test_refusals() -> None:
     for options, words in (
-        ({"order": 3}, "order must be 1 or 2"),
-        ({"norm": "batch"}, "unknown norm 'batch'"),
-        ({"norm": "sequence", "causal": True}, "norm='sequence'"),
+        ({"order": 3}, r"order is too large \(got 3\); expected an int from 1 to 2"),
+        ({"norm": "batch"}, r"norm is unknown \(got 'batch'\); expected one of 'token', 'sequence', 'none'"),
+        (
+            {"norm": "sequence", "causal": True},
+            r"norm shows later tokens to earlier ones \(got 'sequence'\); expected 'token'",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             FastAttention(8, 2, **options)

@@ -140,19 +140,21 @@ def test_no_square_matrix():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"bound must lie in \(0, 50\]"):
+    with pytest.raises(ValueError, match=r"bound is out of range \(got 0\); expected a finite number > 0 and <= 50"):
         FlowAttention(8, 2, bound=0)
-    with pytest.raises(ValueError, match="eps must be > 0"):
+    with pytest.raises(ValueError, match=r"eps is out of range \(got -1.0\); expected a finite number > 0"):
         FlowAttention(8, 2, eps=-1.0)
-    with pytest.raises(ValueError, match="5 and 6"):
+    with pytest.raises(
+        ValueError, match=r"k has the wrong shape \(got \(1, 1, 6, 2\)\); expected \(B = 1, G, T = 5, D = 2\)"
+    ):
         causal_flow_attention(*qkv(1, 1, 1, 5, 6, 2, 2))
     module, x = FlowAttention(8, 2), torch.randn(1, 4, 8)
-    with pytest.raises(ValueError, match="of x, not of context"):
+    with pytest.raises(ValueError, match="mask hides tokens of x, not of context"):
         module(x, x, mask=masks.padding(lengths=torch.tensor([3])))
-    with pytest.raises(ValueError, match="streaming needs causal=True"):
+    with pytest.raises(ValueError, match=r"streaming .*expected a layer built with causal=True"):
         module.init_state(1, 4)
     causal = regard.create("flow", dim=8, num_heads=2, causal=True)
-    with pytest.raises(TypeError, match="state must be the FlowState"):
+    with pytest.raises(TypeError, match=r"state has the wrong type \(got NoneType\); expected the FlowState"):
         causal.step(x, None)
-    with pytest.raises(ValueError, match="batch 1 and state 2"):
+    with pytest.raises(ValueError, match=r"state has another batch than x \(got 2\); expected 1 sequences"):
         causal.step(x, causal.init_state(2, 4))

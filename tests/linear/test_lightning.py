@@ -142,12 +142,18 @@ def test_options_change_something(gate: str, position: str) -> None:
 
 
 def test_refusals() -> None:
-    for option, value in (("depth", 1.5), ("depth", float("nan")), ("position", "rope"), ("gate", "swish")):
+    for option, value in (
+        ("depth", 1.5),
+        ("depth", float("nan")),
+        ("eps", -1.0),
+        ("position", "rope"),
+        ("gate", "swish"),
+    ):
         with pytest.raises(ValueError, match=option):
             LightningAttention(8, 2, **{option: value})
     with pytest.raises(ValueError, match="bidirectional"):
         regard.create("lightning", dim=8, num_heads=2)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"q has the wrong shape \(got \(2, 3, 4\)\); expected \(B, H, T, K\)"):
         lightning_attention(*(torch.zeros(2, 3, 4) for _ in "qkv"), torch.ones(3))
-    with pytest.raises(ValueError, match="decay has shape"):
+    with pytest.raises(ValueError, match=r"rates has the wrong shape \(got \(2,\)\); expected \(H = 3\)"):
         lightning_attention(*(torch.zeros(1, 3, 4, 2) for _ in "qkv"), torch.ones(2))

@@ -82,12 +82,12 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="causal=True"):
         layer.step(torch.zeros(1, 1, 8), None)
     layer = regard.create("linear", dim=8, num_heads=2, causal=True)
-    with pytest.raises(TypeError, match="LinearState"):
+    with pytest.raises(TypeError, match=r"state has the wrong type \(got NoneType\); expected the LinearState"):
         layer.step(torch.zeros(1, 1, 8), None)
-    with pytest.raises(ValueError, match="must match"):
+    with pytest.raises(ValueError, match=r"state has another batch than x \(got 2\); expected 3 sequences"):
         layer.step(torch.zeros(3, 1, 8), layer.init_state(2, 4))
-    for batch, capacity in ((-1, 4), (True, 4), (2, 0), (2, 1.5)):
-        with pytest.raises(ValueError, match="must be an int"):
+    for batch, capacity, error in ((-1, 4, ValueError), (True, 4, TypeError), (2, 0, ValueError), (2, 1.5, TypeError)):
+        with pytest.raises(error, match=r"(batch_size|capacity) .*; expected an int >= (0|1)"):
             layer.init_state(batch, capacity)
     state = layer.init_state(2, 4)
     y, same_state = layer.step(torch.zeros(2, 0, 8), state)

@@ -200,11 +200,12 @@ def test_no_square_matrix():
 def test_refusals():
     with pytest.raises(ValueError, match="causal"):
         regard.create("nystromformer", dim=8, num_heads=2, causal=True)
-    with pytest.raises(ValueError, match="conv_width must be odd"):
+    with pytest.raises(ValueError, match=r"conv_width is even \(got 4\); expected an odd int, or None"):
         NystromAttention(8, 2, conv_width=4)
-    with pytest.raises(ValueError, match="num_landmarks and iterations"):
-        NystromAttention(8, 2, num_landmarks=0)
-    with pytest.raises(ValueError, match="coefficient 'mean'"):
+    for option in ("num_landmarks", "iterations", "conv_width"):
+        with pytest.raises(ValueError, match=rf"{option} is too small \(got 0\); expected an int >= 1"):
+            NystromAttention(8, 2, **{option: 0})
+    with pytest.raises(ValueError, match=r"coefficient is unknown \(got 'mean'\); expected one of 'exact', 'original'"):
         NystromAttention(8, 2, coefficient="mean")
-    with pytest.raises(ValueError, match="means over 4 tokens, 5 queries"):
+    with pytest.raises(ValueError, match=r"means has the wrong shape \(got \(1, 2, 4\)\); expected \(.*, m, T = 5\)"):
         nystrom_attention(*qkv(1, 1, 5, 2, 2), means_of(4, 2))

@@ -1,5 +1,5 @@
 """Attention from one set of vectors to another: pooling by learned queries."""
 
-from regard.cross.efficient_probing import EfficientProbing, efficient_probing
+from regard.rooms import opened
 
-__all__ = ["EfficientProbing", "efficient_probing"]
+__getattr__, __dir__ = opened(__name__)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.checks import tokens as check_tokens
+from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.pipeline.head_mixer import HeadMixer
 
@@ -97,30 +97,29 @@ class RecurrentMixer(HeadMixer):
         dtype: torch.dtype | None = None,
     ) -> Any:
         """The state before any token. Its size is the same for every `capacity`; sums are kept in float32 at least."""
-        if "streaming" not in self.supports or not self.causal:
-            raise ValueError(
-                f"{self._who}: streaming needs causal=True, this layer sees later tokens; rebuild it causal"
-            )
-        for name, n, least in (("batch_size", batch_size, 0), ("capacity", capacity, 1)):
-            if isinstance(n, bool) or not isinstance(n, int) or n < least:
-                raise ValueError(f"init_state: {name} must be an int >= {least}, got {n!r}")
+        self._check_streams()
+        whole(self, 0, batch_size=batch_size)
+        whole(self, capacity=capacity)
         weight = self.k_proj.weight
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
 
     def step(self, x: Float[Tensor, "B t M"], state: Any) -> tuple[Float[Tensor, "B t M"], Any]:
         """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
-        if not self.causal:
-            raise ValueError(
-                f"{self._who}: streaming needs causal=True, this layer sees later tokens; rebuild it causal"
-            )
-        check_tokens(self._who, "x", x, self.dim)
+        self._check_streams()
+        tokens(self, "x", x, self.dim)
         expected = type(self.empty_state(0, device=x.device, dtype=torch.float32))
         if not isinstance(state, expected):
-            raise TypeError(f"step: state must be the {expected.__name__} of init_state, got {type(state).__name__}")
+            wanted = f"the {expected.__name__} of init_state"
+            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
         if state[0].shape[0] != x.shape[0]:
-            raise ValueError(f"step: x has batch {x.shape[0]} and the state {state[0].shape[0]}; they must match")
+            refuse(self, "state", "has another batch than x", state[0].shape[0], f"{x.shape[0]} sequences")
         q, k, v = self.split(x, x)
         with full_precision(q):
             out, state = self.run(q, k, v, None, state)
         return self.merge(out.to(q.dtype)), state
+
+    def _check_streams(self) -> None:
+        if not self.causal:
+            wrong = "is off, and this layer sees later tokens: streaming needs it"
+            refuse(self, "causal", wrong, False, "a layer built with causal=True")

@@ -1,14 +1,4 @@
-"""Agent attention: a few agents, pooled from the queries, read all keys; then the queries read the agents.
-
-    va = softmax_S(s a k^T + B1) v          the n agents gather                    s = 1 / sqrt(D)
-    o  = softmax_n(s q a^T + B2) va         and give out                           out = o + conv(v)
-    a: adaptive average pooling of q to n cells;  conv: depthwise, 3 wide;  B1, B2: learned, per head
-
-Han et al. 2023, "Agent Attention: On the Integration of Softmax and Linear Attention",
-https://arxiv.org/abs/2312.08874: abstract read, the authors' released code (agent_swin.py) followed.
-Differs from the paper: on a sequence (`AgentAttention`) pooling, bias tables and convolution run along its one axis,
-and each bias is one table stretched over the real tokens; the paper's own form is in `agent_grid.py`.
-"""
+"""Agent attention: a few agents, pooled from the queries, read all keys; all queries read the agents."""
 
 import math
 
@@ -16,17 +6,45 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, whole
 from regard.kernels.check import check_inputs
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
-from regard.shapes import HeadShape
+
+PAPER = Paper(
+    "Agent Attention: On the Integration of Softmax and Linear Attention",
+    "Han et al.",
+    2023,
+    "2312.08874",
+    "abstract; the authors' code (agent_swin.py)",
+)
+
+CARD = Card(
+    "agent",
+    equation="""va = softmax_S(s a k^T + B1) v      the n agents gather,      s = 1 / sqrt(D)
+o  = softmax_n(s q a^T + B2) va     and give out,             out = o + conv(v)
+a: adaptive average pooling of q to n cells;   conv: depthwise, 3 wide;   B1, B2: learned, per head""",
+    papers=(PAPER,),
+    supports={"bidirectional", "padding", "gqa", "compile"},
+    traits={"shift_invariant", "head_independent"},
+    cost=Cost("2*B*H*(T + S)*num_agents*D + 3*B*T*H*D", ""),
+    claim="Linear in length; equal to a generalised linear attention: tests/linear/test_agent.py.",
+    differs=(
+        "On a sequence pooling, bias tables and convolution have one axis, and each bias is one table of 7 entries "
+        "stretched over the real tokens; 'agent_grid' is the paper's form.",
+        "No dropout of the two attention maps.",
+    ),
+    verified="reconstructed",
+    example={"num_agents": 5},
+)
 
 TABLE = 7
 """Entries of a bias table along each axis, as in the authors' code."""
 
 
+@checked()
 def agent_attention(
     q: Float[Tensor, "B H T D"],
     agents: Float[Tensor, "B H n D"],
@@ -39,10 +57,6 @@ def agent_attention(
 ) -> Float[Tensor, "B H T V"]:
     """Two softmax attentions, through the agents. `keep` is True at real keys."""
     check_inputs(q, k, v)
-    if agents.shape[:2] != q.shape[:2] or agents.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"agent: agents must be (batch, heads, n, width) as q (got {tuple(agents.shape)} for q {tuple(q.shape)})"
-        )
     wide = torch.promote_types(v.dtype, torch.float32)
     query, agent = q.to(wide), agents.to(wide)
     key, value = (repeat_heads(z.to(wide), q.shape[1]) for z in (k, v))
@@ -74,6 +88,7 @@ def stretching(
     return (1 - (at[:, None] - torch.arange(entries, device=rank.device)[:, None]).abs()).clamp(min=0)
 
 
+@CARD.module
 class AgentAttention(HeadMixer):
     """Bidirectional self-attention of a sequence, linear in its length.
 
@@ -81,8 +96,6 @@ class AgentAttention(HeadMixer):
         dim, num_heads, num_kv_heads, head_dim, bias: as of `HeadMixer`.
         num_agents: n.
     """
-
-    supports = frozenset({"bidirectional", "padding", "gqa", "compile"})
 
     def __init__(
         self,
@@ -94,9 +107,8 @@ class AgentAttention(HeadMixer):
         bias: bool = False,
         num_agents: int = 49,
     ) -> None:
-        if num_agents < 1:
-            raise ValueError(f"agent: num_agents must be at least 1 (got {num_agents})")
         super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias)
+        whole(self, num_agents=num_agents)
         self.num_agents = num_agents
         width = num_heads * self.head_dim
         self.key_table = nn.Parameter(torch.empty(num_heads, num_agents, TABLE))
@@ -137,51 +149,3 @@ class AgentAttention(HeadMixer):
         )
         local = self.conv(v.mT.flatten(1, 2)).unflatten(1, (self.num_heads, -1)).mT
         return out + local
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    num_agents: int = 49,
-    bias: bool = False,
-) -> AgentAttention:
-    if causal:
-        raise ValueError("agent: agents are pooled from later queries too (got causal=True)")
-    return AgentAttention(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        bias=bias,
-        num_agents=num_agents,
-    )
-
-
-CARD = register(
-    Card(
-        name="agent",
-        family="linear",
-        gist="A few agents pooled from the queries gather from all keys and give out to all queries.",
-        equation="out = softmax_n(q a^T + B2) softmax_S(a k^T + B1) v + conv(v)",
-        paper=Paper(
-            "Agent Attention: On the Integration of Softmax and Linear Attention",
-            "Han et al.",
-            2023,
-            "2312.08874",
-            "abstract; the authors' code",
-        ),
-        build=_build,
-        supports=AgentAttention.supports,
-        traits=frozenset({"shift_invariant", "head_independent"}),
-        cost=Cost("2*B*H*(T + S)*num_agents*D + 3*B*T*H*D", ""),
-        claim="Linear in length; equal to a generalised linear attention: tests/linear/test_agent.py.",
-        differs=(
-            "On a sequence pooling, bias tables and convolution have one axis, and each bias is one table of 7 entries "
-            "stretched over the real tokens; 'agent_grid' is the paper's form.",
-            "No dropout of the two attention maps.",
-        ),
-        verified="reconstructed",
-        example={"num_agents": 5},
-    )
-)

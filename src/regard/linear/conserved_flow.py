@@ -1,17 +1,6 @@
-"""Flow-Attention: queries are sinks and keys are sources of a flow; what all of them share is fixed, so they compete.
+"""The flows of Flow-Attention and what conservation makes of them, at once or one token after another.
 
-With q, k after a sigmoid, e = 1e-6 in every factor, and sums over the D features of a head:
-
-    incoming flow of a sink     I_i = (q_i + e) (sum_j k_j + e)        conserved  Ih_i = (q_i + e) (sum_j k_j / O_j + e)
-    outgoing flow of a source   O_j = (k_j + e) (sum_i q_i + e)        conserved  Oh_j = (k_j + e) (sum_i q_i / I_i + e)
-    competition c_j = S softmax_j(Oh),   allocation r_i = sigmoid(Ih_i T / S)
-    out_i = r_i (q_i / I_i) sum_j k_j (c_j v_j)^T
-    causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is settled when it arrives
-
-Wu et al. 2022, "Flowformer: Linearizing Transformers with Conservation Flows", https://arxiv.org/abs/2202.06258
-(ICML 2022): abstract read, the authors' released module (normal and causal) followed.
-Differs from the paper: factors S and T / S, the bound on Oh and the divisions by i are the released code's; hidden
-tokens are neither sinks nor sources.
+The equation is on the card, in `flow.py`.
 """
 
 from typing import NamedTuple
@@ -20,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from regard.checks import checked
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import linear_scan
 from regard.linear._shared import repeat_heads
@@ -68,6 +58,7 @@ def flow_attention(
     return (allocation * ((sinks / incoming) @ (sources.mT @ (competition * values)))).to(v.dtype)
 
 
+@checked()
 def causal_flow_attention(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G T D"],
@@ -79,8 +70,6 @@ def causal_flow_attention(
     eps: float = 1e-6,
 ) -> tuple[Float[Tensor, "B H T V"], FlowState]:
     """No sink sees a later source. Hand `state` back in to go on with a sequence."""
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"flow: causal flows need as many queries as keys (got {q.shape[2]} and {k.shape[2]})")
     sinks, sources, values = _flows(q, k, v, keep, keep)
     old = flow_state(sinks, values) if state is None else state
     one = sinks.new_ones(1, 1, q.shape[2], 1) if keep is None else keep[:, None, :, None].to(sinks.dtype)
@@ -103,16 +92,8 @@ def causal_flow_attention(
     def last(sums: Tensor) -> Tensor:
         return sums[:, :, -1:].clone()  # a view would keep the sums at all tokens alive
 
-    new = FlowState(
-        last(so_far),
-        last(keys),
-        last(queries),
-        last(refined_keys),
-        last(refined_queries),
-        last(total),
-        context,
-    )
-    return out, new
+    sums = (so_far, keys, queries, refined_keys, refined_queries, total)
+    return out, FlowState._make([*map(last, sums), context])
 
 
 def flow_state(sinks: Float[Tensor, "B H T D"], values: Float[Tensor, "B H T V"]) -> FlowState:

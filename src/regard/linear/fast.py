@@ -1,28 +1,49 @@
-"""FAST (Fastmax): exp(q . k) is cut to its Taylor polynomial, which factorises into moments of keys and values.
-
-    f(s) = sum_{l=0..p} s^l / l!,  p = 1 or 2;  out_i = sum_j f(q'_i . k'_j) v_j / sum_j f(q'_i . k'_j);  causal: j <= i
-    q', k' = q and k divided by a norm, so that |q' . k'| <= 1: then f >= 0 for p = 1 (for p = 2 it is >= 1/2 anywhere)
-    factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi = (1, k', k' x k')
-
-Gerami et al. 2024, https://arxiv.org/abs/2402.07901: abstract read, the authors' released code followed.
-Differs from the paper: tokens are divided by their own norm by default, where the code divides all by the largest of
-the sequence, which shows the future to the past (that is norm="sequence", for bidirectional layers only); of x x x the
-symmetric half is left out; the code's dropout of features is not there.
-"""
+"""FAST (Fastmax): exp(q . k) is cut to a polynomial, which factorises into moments of keys and values."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard._former import PLAIN, Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import choice, refuse, whole
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.linear._shared import RecurrentMixer, hide, ratio, repeat_heads, widened, with_ones
-from regard.shapes import HeadShape
+from regard.pipeline.head_mixer import Projections
+
+CARD = Card(
+    "fast",
+    equation="""out_i = sum_j f(q'_i . k'_j) v_j / sum_j f(q'_i . k'_j),   j <= i when causal
+f(s) = sum_{l=0..p} s^l / l!,   p = 1 or 2: exp(s), cut to its Taylor polynomial
+q', k' = q and k divided by a norm, so that |q' . k'| <= 1: then f >= 0 for p = 1 (for p = 2 it is >= 1/2 anywhere)
+factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi = (1, k', k' x k')""",
+    papers=(
+        Paper(
+            "FAST: Factorizable Attention for Speeding up Transformers",
+            "Gerami, Hoover, Dulepet, Duraiswami",
+            2024,
+            "2402.07901",
+            "abstract; official code",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    traits=PLAIN,
+    cost=Cost("B*H*(T + S)*D**(order + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
+    claim="Equals the explicit polynomial attention matrix, in time linear in T: tests/linear/test_fast.py.",
+    differs=(
+        "Queries and keys are divided by their own norm; the code divides all by the largest of the sequence, which "
+        "shows the future to the past: that is norm='sequence', for bidirectional layers only.",
+        "The symmetric half of the products x_a x_b is left out.",
+        "The code's dropout of features is not there.",
+    ),
+    verified="third-party",
+)
+
+Norm = Literal["token", "sequence", "none"]
 
 SEGMENT = 256
 """Tokens whose D^2 / 2 features exist at once; backward forms them again."""
@@ -30,7 +51,7 @@ SEGMENT = 256
 
 def normalise(
     x: Float[Tensor, "B H S D"],
-    norm: Literal["token", "sequence", "none"] = "token",
+    norm: Norm = "token",
     *,
     keep: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B H S D"]:
@@ -59,8 +80,7 @@ def fast_attention(
     Hand the moments back in as `state` to go on causally.
     """
     check_inputs(q, k, v)
-    if order not in (1, 2):
-        raise ValueError(f"fast: order must be 1 or 2 (got {order})")
+    whole("fast_attention", most=2, order=order)
     q, k, v = widened(q, k, v)
     k, v = repeat_heads(k, q.shape[1]), with_ones(repeat_heads(v, q.shape[1]))
 
@@ -128,46 +148,32 @@ class FastState(NamedTuple):
     moments: Float[Tensor, "B H K V1"]
 
 
+@CARD.module
 class FastAttention(RecurrentMixer):
     """Multi-head polynomial attention.
 
     Args:
-        dim, num_heads, num_kv_heads, head_dim, causal, bias, context_dim: as of `HeadMixer`.
+        dim, num_heads, rest: as of `HeadMixer`.
         order: p; cost and state grow as D^(p+1).
         norm: what queries and keys are divided by.
     """
-
-    supports = frozenset({"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"})
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        causal: bool = False,
-        bias: bool = False,
-        context_dim: int | None = None,
         order: int = 2,
-        norm: Literal["token", "sequence", "none"] = "token",
+        norm: Norm = "token",
+        **rest: Unpack[Projections],
     ) -> None:
-        if order not in (1, 2):
-            raise ValueError(f"fast: order must be 1 or 2 (got {order})")
-        if norm not in ("token", "sequence", "none"):
-            raise ValueError(f"fast: unknown norm {norm!r}; expected 'token', 'sequence' or 'none'")
-        if causal and norm == "sequence":
-            raise ValueError("fast: norm='sequence' shows later tokens to earlier ones; use norm='token' when causal")
-        super().__init__(
-            dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            causal=causal,
-            bias=bias,
-            context_dim=context_dim,
-        )
-        self.order, self.norm = order, norm
+        super().__init__(dim, num_heads, **rest)
+        whole(self, most=2, order=order)
+        choice(self, get_args(Norm), norm=norm)
+        if self.causal and norm == "sequence":
+            refuse(self, "norm", "shows later tokens to earlier ones", repr(norm), "'token' or 'none' where causal")
+        self.order = order
+        self.norm: Norm = norm
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: FastState | None
@@ -182,49 +188,3 @@ class FastAttention(RecurrentMixer):
         D = self.head_dim
         K = 1 + D + (D * (D + 1) // 2 if self.order == 2 else 0)
         return FastState(torch.zeros(batch_size, self.num_heads, K, D + 1, device=device, dtype=dtype))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    order: int = 2,
-    norm: Literal["token", "sequence", "none"] = "token",
-) -> FastAttention:
-    return FastAttention(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        causal=causal,
-        order=order,
-        norm=norm,
-    )
-
-
-CARD = register(
-    Card(
-        name="fast",
-        family="linear",
-        gist="exp(q . k) cut to a polynomial of order 1 or 2, factorised into moments (Fastmax)",
-        equation="out_i = sum_j f(q'_i . k'_j) v_j / sum_j f(q'_i . k'_j);  f(s) = 1 + s + s^2 / 2,  q', k' of norm 1",
-        paper=Paper(
-            "FAST: Factorizable Attention for Speeding up Transformers",
-            "Gerami, Hoover, Dulepet, Duraiswami",
-            2024,
-            "2402.07901",
-            "abstract; official code",
-        ),
-        build=_build,
-        supports=FastAttention.supports,
-        traits=PLAIN,
-        cost=Cost("B*H*(T + S)*D**(order + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
-        claim="equals the explicit polynomial attention matrix, in time linear in T: tests/linear/test_fast.py",
-        differs=(
-            "queries and keys are divided by their own norm; the code's norm, the largest of the sequence, leaks the "
-            "future and is an option for bidirectional layers",
-            "the symmetric half of the products x_a x_b is left out; no dropout of features",
-        ),
-        verified="third-party",
-    )
-)

@@ -1,16 +1,9 @@
-"""Latte: queries choose among latents, latents choose among keys; both choices are softmaxes.
-
-    a = x W_q, b = x W_k   (L latents a head: they are the columns of W_q and W_k)
-    y_t = sum_l p(l|t) sum_s p(s|l) v_s,   p(l|t) = softmax_l(a_tl),   p(s|l) = softmax_s(b_sl),   s <= t when causal
+"""Latte: queries choose among a few latents, latents choose among keys; both choices are softmaxes.
 
 The causal form has one denominator for each latent and time. With A_tl = log sum_{s<=t} exp(b_sl) it is a recurrence on
 averages of values, one decay for each latent and time, in which nothing exceeds 1:
 
     C_tl = exp(A_{t-1,l} - A_tl) C_{t-1,l} + exp(b_tl - A_tl) v_t,     y_t = sum_l p(l|t) C_tl
-
-Dolga et al. 2024, https://arxiv.org/abs/2402.17512: abstract read, the authors' released code, in its stable forms,
-followed.
-Differs from the paper: the recurrence carries averages and log-sums, not sums and a running maximum. Equal in value.
 """
 
 from typing import NamedTuple
@@ -19,11 +12,34 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import checked, whole
 from regard.kernels.linear_scan import linear_scan
 from regard.linear._shared import RecurrentMixer, widened
 from regard.normalizers.softmax import softmax
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "latte",
+    equation="""y_t = sum_l p(l|t) sum_s p(s|l) v_s,   p(l|t) = softmax_l(a_tl),   p(s|l) = softmax_s(b_sl)
+s <= t when causal
+a = x W_q,   b = x W_k     (L latents a head: they are the columns of W_q and W_k)""",
+    papers=(
+        Paper(
+            "Latte: Latent Attention for Linear Time Transformers",
+            "Dolga et al.",
+            2024,
+            "2402.17512",
+            "abstract; official code, in its stable forms",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "streaming", "compile"},
+    traits=PLAIN,
+    cost=Cost("2*B*H*(T + S)*num_latents*D", "H*num_latents*(D + 1)"),
+    claim="Weights are a row-stochastic matrix of rank <= L, with a constant state: tests/linear/test_latte.py.",
+    differs=("The recurrence carries averages and log-sums, not sums and a running maximum; equal in value.",),
+    verified="reconstructed",
+    example={"num_latents": 5},
+)
 
 
 class LatteState(NamedTuple):
@@ -34,6 +50,7 @@ class LatteState(NamedTuple):
     """-inf before the first token."""
 
 
+@checked()
 def latte_attention(
     a: Float[Tensor, "B H T L"],
     b: Float[Tensor, "B H S L"],
@@ -42,11 +59,11 @@ def latte_attention(
     keep: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B H T V"]:
     """Every query sees every key through the latents. Without any real key the output is 0."""
-    _check(a, b, v)
     a, b, v = widened(a, b, v)
     return a.softmax(-1) @ (softmax(b.mT, None if keep is None else keep[:, None, None]) @ v)
 
 
+@checked()
 def causal_latte_attention(
     a: Float[Tensor, "B H T L"],
     b: Float[Tensor, "B H T L"],
@@ -56,9 +73,6 @@ def causal_latte_attention(
     state: LatteState | None = None,
 ) -> tuple[Float[Tensor, "B H T V"], LatteState]:
     """No query sees a later key. Hand `state` back in to go on with a sequence."""
-    _check(a, b, v)
-    if a.shape != b.shape:
-        raise ValueError(f"latte: the causal form has as many queries as keys (got {a.shape[2]} and {b.shape[2]})")
     a, b, v = widened(a, b, v)
     past = b.new_full((*b.shape[:2], 1, b.shape[3]), -torch.inf) if state is None else state.log_sums.unsqueeze(2)
     if keep is not None:
@@ -74,16 +88,7 @@ def causal_latte_attention(
     return out, LatteState(averages, log_sums[:, :, -1].clone())
 
 
-def _check(a: Tensor, b: Tensor, v: Tensor) -> None:
-    if a.dim() != 4 or b.dim() != 4 or v.dim() != 4 or a.shape[:2] != b.shape[:2] or b.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            "latte: a must be (batch, heads, queries, L), b (batch, heads, keys, L), v (batch, heads, keys, V) (got "
-            f"{tuple(a.shape)}, {tuple(b.shape)}, {tuple(v.shape)})"
-        )
-    if a.shape[3] != b.shape[3]:
-        raise ValueError(f"latte: queries have {a.shape[3]} latents and keys {b.shape[3]}; they must match")
-
-
+@CARD.module
 class Latte(RecurrentMixer):
     """Multi-head latent attention.
 
@@ -91,8 +96,6 @@ class Latte(RecurrentMixer):
         dim, num_heads, head_dim, causal, bias: as of `HeadMixer`; `head_dim` is the width of the values.
         num_latents: L, the latents of each head; default head_dim.
     """
-
-    supports = frozenset({"causal", "bidirectional", "padding", "streaming", "compile"})
 
     def __init__(
         self,
@@ -104,10 +107,9 @@ class Latte(RecurrentMixer):
         bias: bool = False,
         num_latents: int | None = None,
     ) -> None:
-        if num_latents is not None and num_latents < 1:
-            raise ValueError(f"latte: num_latents must be at least 1 (got {num_latents})")
         super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias)
         self.num_latents = self.head_dim if num_latents is None else num_latents
+        whole(self, num_latents=self.num_latents)
         self.q_proj, self.k_proj = (nn.Linear(dim, num_heads * self.num_latents, bias=bias) for _ in "qk")
 
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,47 +130,3 @@ class Latte(RecurrentMixer):
             torch.zeros(*shape, self.head_dim, device=device, dtype=dtype),
             torch.full(shape, -torch.inf, device=device, dtype=dtype),
         )
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    num_latents: int | None = None,
-) -> Latte:
-    if shape.num_kv_heads != shape.num_heads:
-        raise ValueError(f"latte: needs num_kv_heads == num_heads (got {shape.num_kv_heads} and {shape.num_heads})")
-    return Latte(
-        shape.dim,
-        shape.num_heads,
-        head_dim=shape.head_dim,
-        causal=causal,
-        num_latents=num_latents,
-    )
-
-
-CARD = register(
-    Card(
-        name="latte",
-        family="linear",
-        gist="queries attend to a few latents, and the latents to the keys",
-        equation="y_t = sum_l p(l|t) sum_s p(s|l) v_s;  p(l|t) = softmax_l(x_t w_l),  p(s|l) = softmax_s(x_s u_l)",
-        paper=Paper(
-            "Latte: Latent Attention for Linear Time Transformers",
-            "Dolga et al.",
-            2024,
-            "2402.17512",
-            "abstract; official code",
-        ),
-        build=_build,
-        supports=Latte.supports,
-        traits=frozenset(
-            {"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"}
-        ),
-        cost=Cost("2*B*H*(T + S)*num_latents*D", "H*num_latents*(D + 1)"),
-        claim="weights are a row-stochastic matrix of rank <= L, constant state: tests/linear/test_latte.py",
-        differs=("the recurrence carries averages and log-sums instead of sums and a running maximum; equal in value",),
-        example={"num_latents": 5},
-        verified="reconstructed",
-    )
-)

@@ -1,14 +1,6 @@
-"""Lightning attention (TransNormerLLM): causal linear attention that forgets exponentially, normalised by its size.
+"""Lightning attention (TransNormerLLM): linear attention that decays, with a norm and a gate.
 
-    q, k <- silu(q), silu(k);   q_t <- [q_t cos(t theta), q_t sin(t theta)], k likewise              (LRPE)
-    o_t = sum_{u<=t} exp(-s_h (t - u)) (q_t . k_u) v_u
-    y_t = W_o (u_t * o_t / sqrt(mean(o_t^2) + eps)),  o_t all heads side by side, u = x W_u
-    s_h = 2^(-8h/H) (1 - depth + 1e-5) for head h = 1 .. H where H is a power of two, as ALiBi's slopes otherwise
-
-There is neither a softmax, nor a denominator, nor 1 / sqrt(D). Streaming: S <- exp(-s_h) S + k^T v, o = q S.
-
-Qin et al. 2023, https://arxiv.org/abs/2307.14995: abstract read, the authors' released layer and kernel followed.
-Differs from the paper: the gate's activation is an option (the released weights have none).
+There is neither a softmax, nor a denominator, nor 1 / sqrt(D).
 """
 
 from collections.abc import Callable
@@ -19,16 +11,41 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, number
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.linear._shared import RecurrentMixer, hide, repeat_heads, widened
 from regard.positions.alibi import alibi_slopes
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "lightning",
+    equation="""q, k <- silu(q), silu(k);   q_t <- [q_t cos(t theta), q_t sin(t theta)], k likewise              (LRPE)
+o_t = sum_{u<=t} exp(-s_h (t - u)) (q_t . k_u) v_u
+y_t = W_o (u_t * o_t / sqrt(mean(o_t^2) + eps)),   o_t all heads side by side,   u = x W_u
+s_h = 2^(-8h/H) (1 - depth + 1e-5) for head h = 1 .. H where H is a power of two, as ALiBi's slopes otherwise
+streaming:  S <- exp(-s_h) S + k^T v,   o = q S""",
+    papers=(
+        Paper(
+            "Scaling TransNormer to 175 Billion Parameters",
+            "Qin et al.",
+            2023,
+            "2307.14995",
+            "abstract; official code (layer and kernel)",
+        ),
+    ),
+    supports={"causal", "padding", "gqa", "streaming", "compile"},
+    traits={"shift_invariant"},
+    cost=Cost("4*B*H*T*D*(2*D + 64)", "2*H*D*D"),
+    claim="Constant state, and the tiled form is exact: tests/linear/test_lightning.py; `python -m benchmarks.linear`.",
+    differs=("The gate's activation is an option; the released weights have none.",),
+    verified="third-party",
+)
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
+@checked()
 def lightning_attention(
     q: Float[Tensor, "B H T K"],
     k: Float[Tensor, "B G T K"],
@@ -60,6 +77,7 @@ class LightningState(NamedTuple):
     length: int
 
 
+@CARD.module
 class LightningAttention(RecurrentMixer):
     """The TransNormerLLM token mixer.
 
@@ -70,8 +88,6 @@ class LightningAttention(RecurrentMixer):
         gate: what the gate u goes through.
         eps: of the root mean square.
     """
-
-    supports = frozenset({"causal", "padding", "gqa", "streaming", "compile"})
 
     def __init__(
         self,
@@ -86,23 +102,15 @@ class LightningAttention(RecurrentMixer):
         gate: Literal["identity", "silu", "sigmoid"] = "identity",
         eps: float = 1e-6,
     ) -> None:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"lightning: depth must lie in [0, 1], layer / (layers - 1) (got {depth})")
-        if position not in ("lrpe", "none"):
-            raise ValueError(f"lightning: unknown position {position!r}; expected 'lrpe' or 'none'")
-        if gate not in GATES:
-            raise ValueError(f"lightning: unknown gate {gate!r}; expected one of {', '.join(GATES)}")
-        super().__init__(
-            dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            causal=True,
-            bias=bias,
-        )
+        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=True, bias=bias)
+        number(self, least=0, most=1, depth=depth)
+        number(self, least=0, eps=eps)
+        choice(self, ("lrpe", "none"), position=position)
+        choice(self, GATES, gate=gate)
         D = self.head_dim
         self.gate, self.eps = gate, eps
-        self.rates = tuple(s * (1 - depth + 1e-5) for s in alibi_slopes(num_heads, dtype=torch.float64).tolist())
+        slopes = alibi_slopes(num_heads, device=torch.device("cpu"), dtype=torch.float64)  # never on meta
+        self.rates = tuple(s * (1 - depth + 1e-5) for s in slopes.tolist())
         self.gate_proj = nn.Linear(dim, num_heads * D, bias=bias)
         angles = torch.empty(num_heads, 1, D)
         self.theta: nn.Parameter | None = nn.Parameter(angles) if position == "lrpe" else None
@@ -139,44 +147,3 @@ class LightningAttention(RecurrentMixer):
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LightningState:
         K = self.head_dim * (1 if self.theta is None else 2)
         return LightningState(torch.zeros(batch_size, self.num_heads, K, self.head_dim, device=device, dtype=dtype), 0)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    depth: float = 0.0,
-    position: Literal["lrpe", "none"] = "lrpe",
-    gate: Literal["identity", "silu", "sigmoid"] = "identity",
-) -> LightningAttention:
-    if not causal:
-        raise ValueError("lightning: is not bidirectional, its decay looks back only; build it with causal=True")
-    return LightningAttention(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        depth=depth,
-        position=position,
-        gate=gate,
-    )
-
-
-CARD = register(
-    Card(
-        name="lightning",
-        family="linear",
-        gist="linear attention with exponential decay, learned rotations, a norm and a gate",
-        equation="o_t = sum_{u<=t} exp(-s_h (t-u)) (q_t . k_u) v_u;  y = W_o (u * o / rms(o))",
-        paper=Paper(
-            "Scaling TransNormer to 175 Billion Parameters", "Qin et al.", 2023, "2307.14995", "abstract; official code"
-        ),
-        build=_build,
-        supports=LightningAttention.supports,
-        traits=frozenset({"shift_invariant"}),
-        cost=Cost("4*B*H*T*D*(2*D + 64)", "2*H*D*D"),
-        claim="constant state, the tiled form is exact: tests/linear/test_lightning.py; `python -m benchmarks.linear`",
-        differs=("the gate's activation is an option; the released weights have none",),
-        verified="third-party",
-    )
-)

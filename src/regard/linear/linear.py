@@ -1,12 +1,4 @@
-"""Linear attention: a feature map in place of the softmax kernel, so that one sum over keys serves all queries.
-
-    out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   phi(x) = elu(x) + 1,   j <= i when causal
-    streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) . z)
-
-Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236 (ICML 2020): abstract read,
-the equations as quoted by others.
-Differs from the paper: no constant is added to the denominator; it is a sum of positive terms.
-"""
+"""Linear attention: phi(q) . phi(k) in place of exp(q . k), so one sum over keys serves all queries."""
 
 from typing import NamedTuple
 
@@ -14,11 +6,32 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import PLAIN, Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan
 from regard.linear._shared import RecurrentMixer, feature_attention, hide, repeat_heads, widened
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "linear",
+    equation="""out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   phi(x) = elu(x) + 1
+j <= i when causal
+streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) . z)""",
+    papers=(
+        Paper(
+            "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+            "Katharopoulos et al.",
+            2020,
+            "2006.16236",
+            "abstract; equations as quoted by others",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    traits=PLAIN,
+    cost=Cost("2*B*H*(T + S)*D*D", "H*D*(D + 1)"),
+    claim="Time linear in T, constant state: tests/linear/test_linear.py, `python -m benchmarks.linear`.",
+    differs=("No constant is added to the denominator: it is a sum of positive terms.",),
+    verified="reconstructed",
+)
 
 
 def linear_attention(
@@ -49,10 +62,9 @@ class LinearState(NamedTuple):
     """sum_j phi(k_j)^T [v_j, 1]."""
 
 
+@CARD.module
 class LinearAttention(RecurrentMixer):
     """Multi-head linear attention with phi = elu + 1; arguments as of `HeadMixer`."""
-
-    supports = frozenset({"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"})
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: LinearState | None
@@ -64,37 +76,3 @@ class LinearAttention(RecurrentMixer):
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LinearState:
         D = self.head_dim
         return LinearState(torch.zeros(batch_size, self.num_heads, D, D + 1, device=device, dtype=dtype))
-
-
-def _build(shape: HeadShape, *, causal: bool) -> LinearAttention:
-    return LinearAttention(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        causal=causal,
-    )
-
-
-CARD = register(
-    Card(
-        name="linear",
-        family="linear",
-        gist="phi(q) . phi(k) in place of exp(q . k), phi = elu + 1: an RNN with a matrix state",
-        equation="out_i = phi(q_i) S / (phi(q_i) . z);  S = sum_j phi(k_j)^T v_j,  z = sum_j phi(k_j)",
-        paper=Paper(
-            "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
-            "Katharopoulos et al.",
-            2020,
-            "2006.16236",
-            "abstract; equations as quoted by others",
-        ),
-        build=_build,
-        supports=LinearAttention.supports,
-        traits=PLAIN,
-        cost=Cost("2*B*H*(T + S)*D*D", "H*D*(D + 1)"),
-        claim="time linear in T, constant state: tests/linear/test_linear.py, `python -m benchmarks.linear`",
-        differs=("no constant is added to the denominator",),
-        verified="reconstructed",
-    )
-)

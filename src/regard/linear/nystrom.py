@@ -1,28 +1,46 @@
-"""Nystrom attention: m landmarks, the means of segments of tokens, stand for all queries and keys.
+"""Nystrom attention: m landmarks, the means of segments of tokens, stand for all queries and keys."""
 
-    qt, kt = means of q and k over m segments,  s = 1 / sqrt(D)
-    F = softmax(s q kt^T),   A = softmax(s qt kt^T),   Bm = softmax(s qt k^T)
-    out = F Z (Bm v) + conv(v),   Z ~ pinv(A):  Z_0 = A^T / c,  Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4
-    conv: depthwise over positions, one kernel a head
-
-Xiong et al. 2021, "Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention",
-https://arxiv.org/abs/2102.03902 (AAAI 2021): abstract read, the authors' and the transformers library's code followed.
-Differs from the paper: segments hold real tokens only and, where m does not divide their number, differ in length by
-one; no more than m tokens are attended to exactly, as in the released code where m = T; c belongs to each matrix.
-"""
-
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, refuse, whole
 from regard.kernels.check import check_inputs
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "nystromformer",
+    equation="""qt, kt = means of q and k over m segments,   s = 1 / sqrt(D)
+F = softmax(s q kt^T),   A = softmax(s qt kt^T),   Bm = softmax(s qt k^T)
+out = F Z (Bm v) + conv(v),   Z ~ pinv(A):  Z_0 = A^T / c,  Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4
+c: the largest column sum of A;   conv: depthwise over positions, one kernel a head""",
+    papers=(
+        Paper(
+            "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
+            "Xiong et al.",
+            2021,
+            "2102.03902",
+            "abstract; the authors' and the transformers library's code",
+        ),
+    ),
+    supports={"bidirectional", "padding", "gqa", "compile"},
+    traits={"linear_in_values", "shift_invariant", "head_independent"},
+    cost=Cost("B*H*(4*T*num_landmarks*D + (3*iterations + 1)*num_landmarks**3 + T*conv_width*D)", ""),
+    claim="Linear in length for fixed m; larger m comes nearer to softmax attention: tests/linear/test_nystrom.py.",
+    differs=(
+        "Any length: segments hold real tokens only and differ in length by at most one; the released code needs "
+        "lengths that m divides and averages padding in.",
+        "No more than m tokens are attended to exactly, as in the released code where m = T.",
+        "The inverse starts from each matrix's own column sums; coefficient='original' is the released default.",
+    ),
+    verified="third-party",
+    example={"num_landmarks": 4, "conv_width": 3},
+)
 
 Coefficient = Literal["exact", "original"]
 
@@ -76,6 +94,7 @@ def landmark_values(
     return pseudo_inverse(a, iterations=iterations, coefficient=coefficient) @ (b @ v)
 
 
+@checked()
 def nystrom_attention(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G T D"],
@@ -88,11 +107,6 @@ def nystrom_attention(
 ) -> Float[Tensor, "B H T V"]:
     """F Z (Bm v), with landmarks `means @ q` and `means @ k` (`segment_means`). `keep` is True at real tokens."""
     check_inputs(q, k, v)
-    if not means.shape[-1] == q.shape[2] == k.shape[2]:
-        raise ValueError(
-            f"nystromformer: means over {means.shape[-1]} tokens, {q.shape[2]} queries and {k.shape[2]} keys; "
-            "their numbers must be equal"
-        )
     wide, m = torch.promote_types(v.dtype, torch.float32), means.shape[1]
     # The inverse multiplies rounding errors: half precision would drown it, under autocast too.
     with torch.autocast(q.device.type, enabled=False):
@@ -112,6 +126,7 @@ def nystrom_attention(
         return (softmax(query @ k_marks.mT, real[:, None, None]) @ held).to(v.dtype)
 
 
+@CARD.module
 class NystromAttention(HeadMixer):
     """Bidirectional self-attention through landmarks, linear in the number of tokens.
 
@@ -122,8 +137,6 @@ class NystromAttention(HeadMixer):
         iterations: steps towards the pseudo-inverse.
         coefficient: "exact", or "original", by which the samples of a batch touch each other.
     """
-
-    supports = frozenset({"bidirectional", "padding", "gqa", "compile"})
 
     def __init__(
         self,
@@ -138,29 +151,18 @@ class NystromAttention(HeadMixer):
         iterations: int = 6,
         coefficient: Coefficient = "exact",
     ) -> None:
-        if num_landmarks < 1 or iterations < 1:
-            raise ValueError(
-                f"nystromformer: num_landmarks and iterations must be at least 1 (got {num_landmarks}, {iterations})"
-            )
-        if conv_width is not None and (conv_width < 1 or conv_width % 2 == 0):
-            raise ValueError(f"nystromformer: conv_width must be odd and at least 1, or None (got {conv_width})")
-        if coefficient not in ("exact", "original"):
-            raise ValueError(f"nystromformer: unknown coefficient {coefficient!r}; expected 'exact' or 'original'")
         super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias)
+        whole(self, num_landmarks=num_landmarks, iterations=iterations)
+        choice(self, get_args(Coefficient), coefficient=coefficient)
         self.num_landmarks, self.iterations = num_landmarks, iterations
         self.coefficient: Coefficient = coefficient
-        self.conv = (
-            None
-            if conv_width is None
-            else nn.Conv2d(
-                num_heads,
-                num_heads,
-                (conv_width, 1),
-                padding=(conv_width // 2, 0),
-                groups=num_heads,
-                bias=False,
-            )
-        )
+        self.conv: nn.Conv2d | None = None
+        if conv_width is not None:
+            whole(self, conv_width=conv_width)
+            if conv_width % 2 == 0:
+                refuse(self, "conv_width", "is even", conv_width, "an odd int, or None")
+            (H, K), around = (num_heads, conv_width), (conv_width // 2, 0)
+            self.conv = nn.Conv2d(H, H, (K, 1), padding=around, groups=H, bias=False)
 
     def mix(
         self,
@@ -177,58 +179,3 @@ class NystromAttention(HeadMixer):
             return out
         values = repeat_heads(v, self.num_heads)
         return out + self.conv(values if keep is None else values.masked_fill(~keep[:, None, :, None], 0))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    num_landmarks: int = 64,
-    conv_width: int | None = 65,
-    iterations: int = 6,
-    coefficient: Coefficient = "exact",
-    bias: bool = False,
-) -> NystromAttention:
-    if causal:
-        raise ValueError("nystromformer: landmarks are means over later tokens too (got causal=True)")
-    return NystromAttention(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        bias=bias,
-        num_landmarks=num_landmarks,
-        conv_width=conv_width,
-        iterations=iterations,
-        coefficient=coefficient,
-    )
-
-
-CARD = register(
-    Card(
-        name="nystromformer",
-        family="linear",
-        gist="Softmax attention approximated from m segment means of queries and keys.",
-        equation="out = softmax(q kt^T) pinv(softmax(qt kt^T)) softmax(qt k^T) v + conv(v)",
-        paper=Paper(
-            "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
-            "Xiong et al.",
-            2021,
-            "2102.03902",
-            "abstract; the authors' and the transformers library's code",
-        ),
-        build=_build,
-        supports=NystromAttention.supports,
-        traits=frozenset({"linear_in_values", "shift_invariant", "head_independent"}),
-        cost=Cost("B*H*(4*T*num_landmarks*D + (3*iterations + 1)*num_landmarks**3 + T*conv_width*D)", ""),
-        claim="Linear in length for fixed m; larger m comes nearer to softmax attention: tests/linear/test_nystrom.py.",
-        differs=(
-            "Any length: segments hold real tokens only and differ in length by at most one; the released code needs "
-            "lengths that m divides and averages padding in.",
-            "No more than m tokens are attended to exactly.",
-            "The inverse starts from each matrix's own column sums; coefficient='original' is the released default.",
-        ),
-        verified="third-party",
-        example={"num_landmarks": 4, "conv_width": 3},
-    )
-)

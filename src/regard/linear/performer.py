@@ -1,4 +1,4 @@
-"""Performer (FAVOR+): positive random features whose products estimate exp(q . k / sqrt(D)) without bias.
+"""Performer (FAVOR+): positive random features whose products estimate exp(q . k) without bias.
 
 The r directions w_j are Gaussian; within each block of D they are made orthogonal, which lowers the variance. For
 stability a maximum is taken out of the exponents (for a query its own, for keys that of all keys) and eps is added
@@ -20,7 +20,8 @@ from regard.pipeline.head_mixer import Projections
 
 CARD = Card(
     "performer",
-    equation="""phi(x)_j = r^(-1/2) exp(w_j . x~ - |x~|^2 / 2),   x~ = D^(-1/4) x,   E[phi(q) . phi(k)] = exp(q . k / sqrt(D))
+    equation="""phi(x)_j = r^(-1/2) exp(w_j . x~ - |x~|^2 / 2),   x~ = D^(-1/4) x
+E[phi(q) . phi(k)] = exp(q . k / sqrt(D))
 out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i when causal""",
     papers=(
         Paper(

@@ -1,30 +1,34 @@
-"""ConvBERT's mixed attention: half of the heads attend, the other half convolve, with the same queries.
-
-    attention:    a_t,h = softmax(q_t,h . k_h / sqrt(D)) v_h
-    convolution:  c_t,h = sum_j f_t,h,j u_{t + j - r, h}      (span-based dynamic convolution, see `span_conv.py`)
-    out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each kind, D = M / (2 H)
-
-Jiang et al. 2020, https://arxiv.org/abs/2008.02496: abstract read; equations as the authors' released code and the
-transformers library have them. Differs from them: hidden tokens count as outside for the convolutions too, where theirs
-leak into their neighbours; and the output projection, which follows outside in theirs, belongs to the layer.
-"""
-
-from typing import Any
+"""ConvBERT's mixed attention: half of the heads attend, half convolve with a kernel for each token."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost
+from regard.checks import checked, divides, number, whole
 from regard.masks import Mask, full, padding
 from regard.mixers.span_conv import HIDDEN, PAPER, SpanHeads, initialise
 from regard.pipeline.function import attention
 from regard.pipeline.tokens import key_padding, quarantine, spoil
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "convbert",
+    equation="""attention:    a_t,h = softmax(q_t,h . k_h / sqrt(D)) v_h
+convolution:  c_t,h = sum_j f_t,h,j u_{t + j - r, h},   u = W_u x,   r = (K - 1) / 2
+              f_t,h = softmax over the K taps of (W_f (s_t * q_t))_h,   s = W_p (depthwise convolution of x, K taps)
+out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each kind,   D = M / (2 H)""",
+    papers=(PAPER,),
+    supports={"bidirectional", "padding", "dropout", "compile"},
+    traits={"shift_invariant"},
+    cost=Cost("B*H*T*S*D/2 + B*T*kernel_size*2*M", ""),
+    claim="Fewer parameters than plain attention of the same width: tests/mixers/test_span_conv.py.",
+    differs=(HIDDEN, "The output projection, which follows outside in the released code, belongs to the layer."),
+    verified="third-party",
+    example={"kernel_size": 5},
+)
 
 
+@CARD.module
 class MixedAttention(nn.Module):
     """H heads attend and H heads convolve, with the same queries.
 
@@ -37,26 +41,14 @@ class MixedAttention(nn.Module):
         dropout: of the attention weights, in training.
     """
 
-    supports: frozenset[str] = frozenset({"bidirectional", "padding", "dropout", "compile"})
-    name = "convbert"
-
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        head_ratio: int = 2,
-        kernel_size: int = 9,
-        dropout: float = 0.0,
+        self, dim: int, num_heads: int, *, head_ratio: int = 2, kernel_size: int = 9, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        for name, n in (("dim", dim), ("num_heads", num_heads), ("head_ratio", head_ratio)):
-            check_int("MixedAttention", name, n)
+        whole(self, dim=dim, num_heads=num_heads, head_ratio=head_ratio)
+        number(self, least=0, most=1, dropout=dropout)
         H = max(1, num_heads // head_ratio)
-        if dim % (2 * H):
-            raise ValueError(f"MixedAttention: {H} heads of each of two kinds do not divide the width {dim}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"MixedAttention: dropout must be in [0, 1], got {dropout}")
+        divides(self, **{"heads of both kinds": 2 * H}, dim=dim)
         self.dim, self.num_heads, self.head_dim, self.dropout = dim, H, dim // (2 * H), dropout
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim // 2) for _ in range(3))
         self.heads = SpanHeads(dim, H, self.head_dim, kernel_size)
@@ -70,6 +62,7 @@ class MixedAttention(nn.Module):
         """Everything, through the heads that attend."""
         return full()
 
+    @checked(M="dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -77,8 +70,7 @@ class MixedAttention(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens: `regard.masks.padding`, or True = a real token."""
-        check_tokens(self.name, "x", x, self.dim)
-        keep = key_padding(self.name, mask, x)
+        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         q = self.q_proj(x)
         out = torch.cat([self.attend(x, q, keep), self.heads(x, q, keep)], -1)
@@ -92,41 +84,3 @@ class MixedAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out = attention(q, k, v, mask=None if keep is None else padding(keep), dropout=dropout)
         return out.transpose(1, 2).flatten(2)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    head_ratio: int = 2,
-    kernel_size: int = 9,
-    dropout: float = 0.0,
-) -> MixedAttention:
-    if causal:
-        raise ValueError("convbert: its convolutions look to both sides (got causal=True); expected causal=False")
-    if shape.head_dim * shape.num_heads != shape.dim:
-        raise ValueError(
-            f"convbert: head_dim follows from dim and num_heads (got head_dim {shape.head_dim} for {shape.num_heads} "
-            f"heads and dim {shape.dim}); leave it out"
-        )
-    options: dict[str, Any] = {"kernel_size": kernel_size, "dropout": dropout}
-    return MixedAttention(shape.dim, shape.num_heads, head_ratio=head_ratio, **options)
-
-
-CARD = register(
-    Card(
-        name="convbert",
-        family="mixers",
-        gist="Half of the heads attend, the other half convolve with kernels made for each token.",
-        equation="[softmax(q k / sqrt(D)) v ; sum_j f_tj u_{t+j-r}],  f_t = softmax(W_f (span key_t * q_t))",
-        paper=PAPER,
-        build=_build,
-        supports=MixedAttention.supports,
-        traits=frozenset({"shift_invariant"}),
-        cost=Cost("B*H*T*S*D/2 + B*T*kernel_size*2*M", ""),
-        claim="Fewer parameters than plain attention of the same width: tests/mixers/test_span_conv.py.",
-        differs=(HIDDEN,),
-        verified="third-party",
-        example={"kernel_size": 5},
-    )
-)

@@ -1,25 +1,42 @@
-"""Span-based dynamic convolution: each token mixes its neighbours by a kernel made from its query and its surroundings.
-
-    q = W_q x,   u = W_u x,   s = W_p (depthwise convolution of x, K taps)
-    f_t = softmax over the K taps of ( W_f (s_t * q_t) )_h       for each head h
-    c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2, zeros outside
-
-Jiang et al. 2020, https://arxiv.org/abs/2008.02496: abstract read; equations as the authors' released code and the
-transformers library have them. Differs from them: hidden tokens count as outside, where theirs leak into their
-neighbours; and all heads convolve (ConvBERT's mixture with attention is in `convbert.py`).
-"""
+"""Span-based dynamic convolution: each token mixes its neighbours by a kernel that it makes from them."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard._former import Card, Cost, Paper, register
-from regard.checks import tokens as check_tokens
+from regard.cards import Card, Cost, Paper
+from regard.checks import called, checked, refuse, whole
 from regard.masks import Mask, padding, window
 from regard.pipeline.tokens import key_padding, quarantine, spoil
-from regard.positions._shared import check_int
-from regard.shapes import HeadShape
+from regard.shapes import head_shape
+
+PAPER = Paper(
+    "ConvBERT: Improving BERT with Span-based Dynamic Convolution",
+    "Jiang et al.",
+    2020,
+    "2008.02496",
+    "abstract; the authors' and the transformers library's code",
+)
+HIDDEN = (
+    "Hidden tokens count as outside the sequence for the convolutions too; in the released code they leak into their "
+    "neighbours."
+)
+
+CARD = Card(
+    "span_conv",
+    equation="""q = W_q x,   u = W_u x,   s = W_p (depthwise convolution of x, K taps)
+f_t = softmax over the K taps of ( W_f (s_t * q_t) )_h      for each head h
+c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2,   zeros outside""",
+    papers=(PAPER,),
+    supports={"bidirectional", "padding", "compile"},
+    traits={"shift_invariant"},
+    cost=Cost("B*T*(kernel_size*(M + H*D) + H*D*H*kernel_size)", ""),
+    claim="Linear in T; sees (K - 1) / 2 tokens on each side and nothing else: tests/mixers/test_span_conv.py.",
+    differs=(HIDDEN, "All heads convolve, not half of them, and an output projection of its own follows."),
+    verified="third-party",
+    example={"kernel_size": 5},
+)
 
 
 def dynamic_convolution(u: Float[Tensor, "B T H D"], taps: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H D"]:
@@ -37,10 +54,9 @@ class SpanHeads(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, kernel_size: int) -> None:
         super().__init__()
-        for name, n in (("dim", dim), ("num_heads", num_heads), ("head_dim", head_dim), ("kernel_size", kernel_size)):
-            check_int("SpanHeads", name, n)
+        whole(self, dim=dim, num_heads=num_heads, head_dim=head_dim, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
-            raise ValueError(f"SpanHeads: kernel_size is even (got {kernel_size}); expected an odd one, with a middle")
+            refuse(self, "kernel_size", "is even", kernel_size, "an odd int, which has a middle")
         self.num_heads, self.kernel_size, inner = num_heads, kernel_size, num_heads * head_dim
         self.u_proj = nn.Linear(dim, inner)
         self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
@@ -73,6 +89,7 @@ def initialise(*projections: nn.Linear) -> None:
         nn.init.zeros_(proj.bias)
 
 
+@CARD.module
 class SpanConvolution(nn.Module):
     """All heads convolve: time linear in T.
 
@@ -82,21 +99,9 @@ class SpanConvolution(nn.Module):
         kernel_size: K, odd; a token sees (K - 1) / 2 neighbours on each side.
     """
 
-    supports: frozenset[str] = frozenset({"bidirectional", "padding", "compile"})
-    name = "span_conv"
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        head_dim: int | None = None,
-        kernel_size: int = 9,
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, *, head_dim: int | None = None, kernel_size: int = 9) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"SpanConvolution: {num_heads} heads do not divide the width {dim}; give head_dim")
-        head_dim = dim // num_heads if head_dim is None else head_dim
+        head_dim = head_shape(dim, num_heads, head_dim=head_dim, who=called(self)).head_dim
         self.dim = dim
         self.heads = SpanHeads(dim, num_heads, head_dim, kernel_size)
         self.q_proj = nn.Linear(dim, num_heads * head_dim)
@@ -110,6 +115,7 @@ class SpanConvolution(nn.Module):
         """(K - 1) / 2 tokens on each side."""
         return window(self.heads.kernel_size // 2 + 1)
 
+    @checked(M="dim")
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -117,48 +123,8 @@ class SpanConvolution(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens: `regard.masks.padding`, or True = a real token."""
-        check_tokens(self.name, "x", x, self.dim)
-        keep = key_padding(self.name, mask, x)
+        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         out = self.o_proj(self.heads(x, self.q_proj(x), keep))
         field = self.receptive_field()
         return spoil(out, bad, bad, field if keep is None else field & padding(keep))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    kernel_size: int = 9,
-) -> SpanConvolution:
-    if causal:
-        raise ValueError("span_conv: the kernel looks to both sides (got causal=True); expected causal=False")
-    return SpanConvolution(shape.dim, shape.num_heads, head_dim=shape.head_dim, kernel_size=kernel_size)
-
-
-PAPER = Paper(
-    "ConvBERT: Improving BERT with Span-based Dynamic Convolution",
-    "Jiang et al.",
-    2020,
-    "2008.02496",
-    "abstract; official code",
-)
-HIDDEN = "Hidden tokens count as outside the sequence for the convolutions too; in the released code they leak."
-
-CARD = register(
-    Card(
-        name="span_conv",
-        family="mixers",
-        gist="A convolution whose kernel each token makes from its query and its neighbourhood.",
-        equation="c_t = sum_j f_tj u_{t+j-r};  f_t = softmax(W_f (span key_t * q_t))",
-        paper=PAPER,
-        build=_build,
-        supports=SpanConvolution.supports,
-        traits=frozenset({"shift_invariant"}),
-        cost=Cost("B*T*(kernel_size*(M + H*D) + H*D*H*kernel_size)", ""),
-        claim="Linear in T; sees (K - 1) / 2 tokens on each side and nothing else: tests/mixers/test_span_conv.py.",
-        differs=(HIDDEN, "All heads convolve, and an output projection of its own follows."),
-        verified="third-party",
-        example={"kernel_size": 5},
-    )
-)
