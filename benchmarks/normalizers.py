@@ -27,7 +27,7 @@ def by_topk(x: Tensor) -> Tensor:
 SPARSE = (
     ("entmax 1.5", Entmax(), "the package", partial(package, "entmax15"), goal("entmax")),
     ("sparsemax", Sparsemax(), "the package", partial(package, "sparsemax"), {"better": "higher"}),
-    ("top-k, k = 8", TopK(8), "torch.topk and softmax", by_topk, {"better": "higher"}),
+    ("top-k, k = 8", TopK(k=8), "torch.topk and softmax", by_topk, {"better": "higher"}),
 )
 """What, ours, the peer's name, the peer, and what the figure is told."""
 
@@ -36,7 +36,7 @@ def measure(*, repeats: int, rows: int = 4096, keys: int = 1024) -> Benchmark:
     shape = {"rows": rows, "keys": keys, "dtype": "fp32"}
     result = Benchmark("normalizers", f"Normalising {rows} rows of {keys} scores", shape=shape)
     torch.manual_seed(0)
-    scores = (2 * torch.randn(rows, keys)).requires_grad_()
+    scores = (2 * torch.randn(1, 1, rows, keys)).requires_grad_()
     for what, ours, name, peer, limit in SPARSE:
         contenders = {
             "regard": forward_backward(partial(ours, scores, None), scores),

@@ -35,3 +35,15 @@ def test_equals_the_formula(seed: int) -> None:
                 want[row][d] = z[row][d] / size * weight[d]
         assert (result - want).abs().max() < 1e-12
         assert (result - torch.nn.functional.rms_norm(z, (D,), weight, eps)).abs().max() < 1e-12
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"QKNorm: head_dim is too small \(got 0\); expected an int >= 1"):
+        QKNorm(0)
+    with pytest.raises(ValueError, match=r"QKNorm: eps is out of range \(got -1.0\); expected a finite number >= 0"):
+        QKNorm(4, eps=-1.0)
+    q, k = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 6)
+    with pytest.raises(
+        ValueError, match=r"QKNorm: k has the wrong shape \(got \(2, 3, 5, 6\)\); expected \(B = 2, G, S, D = 4"
+    ):
+        QKNorm(4)(q, k, q)

@@ -218,7 +218,7 @@ def test_entmax_rows(alpha: float, keys: int) -> None:
 def test_entmax_keeps_nan() -> None:
     x = torch.zeros(2, 20)
     x[1, 3] = torch.nan
-    p = Entmax()(x, None)
+    p = Entmax()(x[None, None], None)[0, 0]
     assert p[0].isfinite().all()
     assert p[1].isnan().all()
 

@@ -113,7 +113,7 @@ def test_oracle_gives_the_authors_numbers() -> None:
 def test_equals_the_definition(seed: int) -> None:
     scores, allowed = random_case(seed)
     alpha = (1.5, 2.0, 1.05, 1.3, 1.8)[seed % 5]
-    close(Entmax(alpha)(scores, allowed), oracle(scores, alpha, allowed))
+    close(Entmax(alpha=alpha)(scores, allowed), oracle(scores, alpha, allowed))
     close(Sparsemax()(scores, allowed), oracle(scores, 2.0, allowed))
     adaptive = AdaptiveEntmax(scores.shape[1]).double()
     alphas = (1 + torch.sigmoid(adaptive.pre_alpha.detach())).clamp(1.01, 2.0)
@@ -186,7 +186,7 @@ def test_alpha_near_one_is_softmax_and_two_is_sparsemax() -> None:
     close(entmax(x, 2.0), sparsemax(x))
     close(entmax(x, 1.5), entmax15(x))
     assert (entmax(x, 1.001) - x.softmax(-1)).abs().max() < 1e-3
-    close(Entmax(1.0)(x[None, None], None), x.softmax(-1)[None, None])
+    close(Entmax(alpha=1.0)(x[None, None], None), x.softmax(-1)[None, None])
 
 
 # --- the claim: exact zeros, and a head chooses how many
@@ -195,7 +195,7 @@ def test_alpha_near_one_is_softmax_and_two_is_sparsemax() -> None:
 def test_weights_are_exactly_zero_where_softmax_has_none() -> None:
     scores = torch.tensor([2.0, 1.0, 0.0, -2.0], dtype=torch.float64)[None, None, None]
     assert (Softmax()(scores, None) > 0).all()
-    assert (Entmax(1.5)(scores, None) > 0).flatten().tolist() == [True, True, False, False]
+    assert (Entmax(alpha=1.5)(scores, None) > 0).flatten().tolist() == [True, True, False, False]
     assert Sparsemax()(scores, None).flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
@@ -211,7 +211,7 @@ def test_a_larger_alpha_leaves_fewer_keys() -> None:
 
 # --- masks
 
-EVERY = [Softmax(), Sparsemax(), Entmax(1.5), Entmax(1.3), AdaptiveEntmax(2).double()]
+EVERY = [Softmax(), Sparsemax(), Entmax(alpha=1.5), Entmax(alpha=1.3), AdaptiveEntmax(2).double()]
 
 
 @pytest.mark.parametrize("normalizer", EVERY, ids=lambda n: repr(n)[:24])
@@ -253,10 +253,45 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(weights, (scores.requires_grad_(), a))
 
 
-@pytest.mark.parametrize("alpha", [0.5, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0.5, -1.0, float("nan"), float("inf"), 2.1])
 def test_refuses_alpha_outside_its_range(alpha: float) -> None:
-    with pytest.raises(ValueError, match="alpha"):
-        Entmax(alpha)
+    for who, make in (("Entmax", lambda: Entmax(alpha=alpha)), ("entmax", lambda: entmax(torch.zeros(1, 2), alpha))):
+        words = rf"^{who}: alpha is out of range \(got {alpha}\); expected a finite number >= 1 and <= 2$"
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_refuses_what_is_no_number_and_no_scores() -> None:
+    with pytest.raises(TypeError, match=r"Entmax: alpha has the wrong type \(got '1.5'\); expected a finite number"):
+        Entmax(alpha="1.5")
+    with pytest.raises(TypeError, match=r"entmax: alpha has the wrong type \(got str\); expected a Tensor .* or float"):
+        entmax(torch.zeros(1, 2), "1.5")
+    with pytest.raises(TypeError, match=r"entmax: scores has the wrong dtype \(got torch.int64\); expected floating"):
+        entmax(torch.zeros(1, 2, dtype=torch.int64), 1.5)
+    with pytest.raises(ValueError, match=r"entmax: alpha varies along the normalised axis \(got \(1, 2\)\); expected"):
+        entmax(torch.zeros(1, 2), torch.full((1, 2), 1.5))
+    for heads in (0, -1):
+        with pytest.raises(
+            ValueError, match=rf"AdaptiveEntmax: num_heads is too small \(got {heads}\); expected an int"
+        ):
+            AdaptiveEntmax(heads)
+    words = r"AdaptiveEntmax: scores has the wrong shape \(got \(2, 3, 4, 5\)\); expected \(B, H = 2, t, S\)"
+    with pytest.raises(ValueError, match=words):
+        AdaptiveEntmax(2)(torch.zeros(2, 3, 4, 5))
+    words = (
+        r"Entmax: allowed has the wrong shape \(got \(2, 2, 4, 4\)\); expected \(1 or B = 2, 1 or H = 3, t = 4, S = 5\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        Entmax()(torch.zeros(2, 3, 4, 5), torch.ones(2, 2, 4, 4, dtype=torch.bool))
+
+
+def test_starts_close_to_softmax_in_a_trained_model() -> None:
+    adaptive = AdaptiveEntmax(3).double()
+    assert adaptive.start_neutral()
+    z = torch.randn(1, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert (adaptive(z) - z.softmax(-1)).abs().max() < 0.02
+    adaptive(z).square().sum().backward()
+    assert (adaptive.pre_alpha.grad != 0).all(), "it can still learn"
 
 
 @pytest.mark.parametrize("name", ["entmax", "sparsemax", "adaptive_entmax"])

@@ -32,7 +32,7 @@ def random_case(seed: int) -> tuple[Tensor, Tensor | None]:
 def test_equals_the_definition(seed: int, k: int) -> None:
     scores, allowed = random_case(seed)
     z = scores.clone().requires_grad_()
-    p = TopK(k)(z, allowed)
+    p = TopK(k=k)(z, allowed)
     close(p.detach(), naive_topk(scores, k, allowed))
     dp = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed))
     (got,) = torch.autograd.grad(p, z, dp)
@@ -64,7 +64,7 @@ def test_masked_keys_are_exact_zeros_and_cannot_poison(dtype: torch.dtype) -> No
     p = {}
     for poison in (0.0, 1e30, INF, -INF, NAN):
         z = scores.masked_fill(~allowed, poison).requires_grad_()
-        p[poison] = TopK(2)(z, allowed)
+        p[poison] = TopK(k=2)(z, allowed)
         (p[poison] * scores).sum().backward()
         assert torch.equal(p[poison], p[0.0])
         assert z.grad.isfinite().all()
@@ -101,10 +101,13 @@ def test_no_keys() -> None:
 
 @pytest.mark.parametrize("k", [0, -2, 2.0, True, None])
 def test_refuses_bad_k(k: object) -> None:
-    for make in (TopK, lambda k: topk(torch.zeros(1, 2), k)):
-        with pytest.raises(ValueError, match="k must be a whole number"):
+    error, wrong = (ValueError, "is too small") if type(k) is int else (TypeError, "has the wrong type")
+    for who, make in (("TopK", lambda k: TopK(k=k)), ("topk", lambda k: topk(torch.zeros(1, 2), k))):
+        with pytest.raises(error, match=rf"^{who}: k {wrong} \(got {k!r}\); expected an int >= 1$"):
             make(k)
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(
+        TypeError, match=r"topk: scores has the wrong dtype \(got torch.int64\); expected floating point"
+    ):
         topk(torch.zeros(1, 2, dtype=torch.int64), 1)
 
 
@@ -115,7 +118,7 @@ def test_more_keys_take_nothing_from_the_best() -> None:
     noise[..., :3] = 5.0
     held = {
         type(n).__name__: [float(n(noise[..., :S], None)[..., :3].sum(-1).mean()) for S in (16, 256, 4096)]
-        for n in (Softmax(), TopK(4))
+        for n in (Softmax(), TopK(k=4))
     }
     assert held["Softmax"][0] > 0.9 > 0.6 > held["Softmax"][1] > 0.1 > held["Softmax"][2]
     assert min(held["TopK"]) > 0.9

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import regard
-from regard.positions import Learned, Sinusoidal, sinusoidal
+from regard.positions import Learned, Sinusoidal
+from regard.positions.sinusoidal import sinusoidal
 
 
 def wave(p: int, c: int, dim: int, base: float = 10000.0) -> float:
@@ -64,10 +65,28 @@ def test_learned_matches_the_definition(seed):
 
 def test_learned_refuses_what_the_table_lacks():
     part = Learned(4, max_positions=3)
-    with pytest.raises(ValueError, match="3"):
+    with pytest.raises(ValueError, match=r"Learned: positions reach .* \(got 0 to 3\); expected 0 to 2; build it with"):
         part.embed(torch.zeros(1, 4, 4), torch.arange(4))
-    with pytest.raises(ValueError, match="-1"):
+    with pytest.raises(ValueError, match=r"got -1 to -1\); expected 0 to 2"):
         part.embed(torch.zeros(1, 1, 4), torch.tensor([-1]))
+
+
+@pytest.mark.parametrize("cls", [Learned, Sinusoidal])
+def test_refuses_other_widths(cls):
+    name = cls.__name__
+    with pytest.raises(ValueError, match=rf"{name}: dim is too small \(got 0\); expected an int >= 1"):
+        cls(0)
+    with pytest.raises(
+        ValueError, match=rf"{name}: x has the wrong shape \(got \(1, 3, 6\)\); expected \(B, T, M = 4\)"
+    ):
+        cls(4).embed(torch.zeros(1, 3, 6), torch.arange(3))
+
+
+def test_sinusoidal_refuses_odd_widths_and_small_bases():
+    with pytest.raises(ValueError, match=r"Sinusoidal: dim is no multiple of pair = 2 \(got 7\)"):
+        Sinusoidal(7)
+    with pytest.raises(ValueError, match=r"Sinusoidal: base is out of range \(got 1.0\); expected a finite number > 1"):
+        Sinusoidal(4, base=1.0)
 
 
 @pytest.mark.parametrize("name", ["sinusoidal", "learned"])

@@ -72,3 +72,14 @@ def test_half_precision_keeps_neighbours_apart_far_out():
     q, k = torch.randn(1, 8, 1, 2).bfloat16(), torch.randn(1, 8, 3, 2).bfloat16()
     bias = Alibi(8).bias(rows(q, k, i=torch.tensor([60000]), j=torch.arange(59998, 60001))).double()
     close(bias[0, :, 0], -torch.tensor([[2.0, 1, 0]]) * torch.tensor([[slope(h, 8)] for h in range(8)]))
+
+
+def test_refuses_other_heads():
+    """A bias of one head would broadcast in silence."""
+    z = torch.zeros(1, 1, 3, 2)
+    with pytest.raises(
+        ValueError, match=r"Alibi: q has the wrong shape \(got \(1, 1, 3, 2\)\); expected \(B, H = 4, t, D\)"
+    ):
+        Alibi(4).bias(rows(z, z))
+    with pytest.raises(TypeError, match=r"Alibi: num_heads has the wrong type \(got True\); expected an int >= 1"):
+        Alibi(True)

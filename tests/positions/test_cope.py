@@ -79,3 +79,13 @@ def test_gradient():
     part = build(2, 3)
     check = lambda q, k, v, _: regard.attention(q, k, v, mask=masks.causal(), position=part)  # noqa: E731
     assert torch.autograd.gradcheck(check, (q, k, v, part.table))
+
+
+def test_refusals():
+    z = torch.zeros(1, 1, 3, 2)
+    with pytest.raises(
+        ValueError, match=r"CoPE: q has the wrong shape \(got \(1, 1, 3, 2\)\); expected \(B, H, t, D = 4\)"
+    ):
+        CoPE(4).bias(rows(z, z))
+    with pytest.raises(ValueError, match=r"CoPE: max_positions is too small \(got 1\); expected an int >= 2"):
+        CoPE(4, max_positions=1)

@@ -198,13 +198,42 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="7"):
+    with pytest.raises(ValueError, match=r"Rotary: head_dim is no multiple of pair = 2 \(got 7\); expected"):
         Rotary(7)
-    with pytest.raises(ValueError, match="factor"):
+    with pytest.raises(ValueError, match=r"Rotary: base is out of range \(got 1\); expected a finite number > 1"):
+        Rotary(8, base=1)
+    with pytest.raises(ValueError, match=r"YaRN: factor is out of range \(got 0.0\); expected a finite number >= 1"):
         YaRN(0.0, 64)
+    with pytest.raises(TypeError, match=r"YaRN: original_max has the wrong type \(got 64.0\); expected an int >= 1"):
+        YaRN(2.0, 64.0)
+    with pytest.raises(ValueError, match=r"NTK: head_dim is too small \(got 2\); expected an int >= 4"):
+        Rotary(2, scaling=NTK(2.0))
+    with pytest.raises(
+        ValueError, match=r"LongRoPE: long_factor has the wrong length \(got 3\); expected .* = 4 numbers"
+    ):
+        Rotary(8, scaling=LongRoPE(2.0, 64, (1.0,) * 4, (1.0,) * 3))
     z = torch.randn(1, 1, 3, 6)
-    with pytest.raises(ValueError, match=r"6|8"):
+    with pytest.raises(ValueError, match=r"Rotary: z has the wrong shape \(got \(1, 1, 3, 6\)\); expected .*, D = 8\)"):
         Rotary(8).rotate(z, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scaling"),
+    [
+        ("rotary_linear", {"factor": 3.0}, Linear(3.0)),
+        ("rotary_ntk", {"factor": 3.0}, NTK(3.0)),
+        (
+            "rotary_yarn",
+            {"factor": 3.0, "original_max": 64, "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False},
+            YaRN(3.0, 64, mscale=2.0, mscale_all_dim=0.5, truncate=False),
+        ),
+    ],
+)
+def test_cards_build_a_rotary_with_their_scaling(name, options, scaling):
+    part = regard.create(name, dim=16, num_heads=2, base=500.0, interleaved=True, **options).position
+    assert (part.head_dim, part.base, part.interleaved, part.scaling) == (8, 500.0, True, scaling)
+    with pytest.raises(ValueError, match="unknown option of 'rotary' 'scaling'"):
+        regard.create("rotary", dim=16, num_heads=2, scaling=scaling)
 
 
 def test_attention_uses_absolute_key_positions_when_streaming():

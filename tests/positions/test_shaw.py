@@ -12,7 +12,8 @@ from regard.positions import Shaw
 
 
 def build(D, K, *, num_heads=None, value_dim=None):
-    part = Shaw(D, max_distance=K, num_heads=num_heads, value_dim=value_dim).double()
+    per_head = num_heads is not None
+    part = Shaw(D, num_heads, max_distance=K, per_head=per_head, value_dim=value_dim).double()
     for p in part.parameters():
         torch.nn.init.normal_(p)
     return part
@@ -57,8 +58,9 @@ def test_tensor2tensor(name):
 def test_zero_tables_are_plain_attention():
     c = case(4)
     part = Shaw(c.q.shape[-1], max_distance=3, value_dim=c.v.shape[-1]).double()
-    for p in part.parameters():
-        torch.nn.init.zeros_(p)
+    assert (run(c, part) - regard.attention(c.q, c.k, c.v, mask=c.allowed)).abs().max() > 1e-3
+    assert part.start_neutral()
+    assert not any(p.any() for p in part.parameters())
     close(run(c, part), regard.attention(c.q, c.k, c.v, mask=c.allowed))
 
 
@@ -82,3 +84,19 @@ def test_causal_layers_never_train_the_future():
     for table in (part.key_table, part.value_table):
         assert table.grad[4:].abs().max() == 0
         assert table.grad[:4].abs().min() > 0
+
+
+def test_one_table_for_all_heads_or_one_each():
+    shared, each = (regard.create("shaw", dim=12, num_heads=3, per_head=p).position for p in (False, True))
+    assert shared.key_table.shape == shared.value_table.shape == (33, 4)
+    assert each.key_table.shape == each.value_table.shape == (3, 33, 4)
+    z = torch.zeros(1, 2, 5, 4)
+    shared.bias(rows(z, z))
+    with pytest.raises(
+        ValueError, match=r"Shaw: q has the wrong shape \(got \(1, 2, 5, 4\)\); expected \(B, H = 3, t, D = 4"
+    ):
+        each.bias(rows(z, z))
+    with pytest.raises(ValueError, match=r"Shaw: num_heads is missing \(got None\); expected"):
+        Shaw(4, per_head=True)
+    with pytest.raises(ValueError, match=r"Shaw: max_distance is too small \(got -1\); expected an int >= 0"):
+        Shaw(4, max_distance=-1)

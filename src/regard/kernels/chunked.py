@@ -1,25 +1,37 @@
-"""Exact attention in memory linear in T: queries in chunks, scores recomputed in backward.
-
-    for each query chunk:   m, n, d = -inf, 0, 0                                (maximum, numerator, denominator)
-        for each key chunk:  s = q k^T + bias;   m' = max(m, max_j s);   c = exp(m - m')
-                             n = c n + exp(s - m') v;   d = c d + sum_j exp(s - m')
-        out = n / d
-
-Rabe, Staats 2021, "Self-attention Does Not Need O(n^2) Memory", https://arxiv.org/abs/2112.05682, sections 2-4 and
-figure 1.
-Differs from the paper: backward recomputes each tile from the kept log-sum-exp instead of checkpointing the forward;
-key chunks that no query of a chunk may see are skipped; stages that need whole rows (entmax, CoPE, convolutions over
-scores) or see the weights run too, checkpointed by query chunks and without key chunks.
-"""
+"""Memory-efficient attention: exact, in memory linear in T, by chunks with a running softmax."""
 
 import torch
 from torch import Tensor
 
-from regard._former import PLAIN, Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Paper
 from regard.kernels import cost as costs
 from regard.kernels.online import KEYS, QUERIES, online
 from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range
-from regard.shapes import HeadShape
+
+CARD = Card(
+    "memory_efficient",
+    equation="""for each query chunk:    m, n, d = -inf, 0, 0                  (maximum, numerator, denominator)
+    for each key chunk:  s = q k^T + bias;   m' = max(m, max_j s);   c = exp(m - m')
+                         n = c n + exp(s - m') v;   d = c d + sum_j exp(s - m');   m = m'
+    out = n / d""",
+    papers=(
+        Paper(
+            "Self-attention Does Not Need O(n^2) Memory",
+            "Rabe, Staats",
+            2021,
+            "2112.05682",
+            "sections 2-4, figure 1",
+        ),
+    ),
+    traits=PLAIN,
+    claim="At T = 16384 many times less memory than the full score matrix: `python -m benchmarks.memory`.",
+    differs=(
+        "Backward recomputes each tile from the kept log-sum-exp instead of checkpointing the forward.",
+        "Key chunks that no query of a chunk may see are skipped.",
+        "Stages that need whole rows (entmax, CoPE, convolutions over scores) or see the weights run too, checkpointed "
+        "by query chunks and without key chunks.",
+    ),
+)
 
 TILE_BYTES = 16 * 2**20
 """Scores formed at once stay within this: in or near the cache, far below a T x S array."""
@@ -73,28 +85,7 @@ def _tiles_alone(p: Problem) -> bool:
     return only_adds and not reads and p.dropout == 0
 
 
-def _slots(shape: HeadShape) -> dict[str, object]:
-    return {"kernel": "chunked"}
-
-
-CARD = register(
-    Card(
-        name="memory_efficient",
-        family="kernels",
-        gist="exact softmax attention in memory linear in T, by chunks with a running softmax",
-        equation="out = n / d;  n = sum_j exp(s_j - m) v_j,  d = sum_j exp(s_j - m),  m = max_j s_j,  chunk by chunk",
-        paper=Paper(
-            "Self-attention Does Not Need O(n^2) Memory",
-            "Rabe, Staats",
-            2021,
-            "2112.05682",
-            "sections 2-4, figure 1",
-        ),
-        slots=_slots,
-        traits=PLAIN,
-        cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
-        claim="at T = 16384 many times less memory than the full score matrix: `python -m benchmarks.memory`",
-        differs=("backward recomputes tiles from the log-sum-exp; key chunks that nobody may see are skipped",),
-        verified="equation",
-    )
-)
+@CARD.fills("kernel")
+def memory_efficient() -> str:
+    """This file's name among the kernels; every slot stays empty."""
+    return "chunked"

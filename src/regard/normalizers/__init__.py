@@ -1,12 +1,5 @@
-"""Normalisers: what turns scores into weights, row by row. The pure functions are in the modules of the same
-names.
-"""
+"""Normalisers: what turns scores into weights, row by row."""
 
-from regard.normalizers.adaptive_entmax import AdaptiveEntmax
-from regard.normalizers.cog import Cog
-from regard.normalizers.entmax import Entmax
-from regard.normalizers.softmax import Softmax
-from regard.normalizers.sparsemax import Sparsemax
-from regard.normalizers.topk import TopK
+from regard.rooms import opened
 
-__all__ = ["AdaptiveEntmax", "Cog", "Entmax", "Softmax", "Sparsemax", "TopK"]
+__getattr__, __dir__ = opened(__name__)

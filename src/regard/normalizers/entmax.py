@@ -1,14 +1,9 @@
-"""alpha-entmax: a normaliser between softmax (alpha = 1) and sparsemax (alpha = 2) that gives exact zeros.
+"""Sparse softmax: alpha-entmax gives keys that do not matter a weight of exactly 0.
 
-    p   = argmax over the simplex of p.z + sum_s (p_s - p_s^alpha) / (alpha (alpha - 1))
-    p_s = max((alpha - 1) z_s - tau, 0)^(1 / (alpha - 1)),   tau the one number for which sum_s p_s = 1
-    dz  = g * (dp - sum(g dp) / sum(g)),   g_s = p_s^(2 - alpha) on the support, else 0
-
-Correia, Niculae, Martins 2019, https://arxiv.org/abs/1909.00015 (introduction read; the authors' code
-followed). Differs from the paper: tau is found by Newton steps instead of bisection or sorting. With n = 1 /
-(alpha - 1) the n-norm h(tau) = (sum_s max((alpha - 1) z_s - tau, 0)^n)^(1/n) is convex and falling, so from
-any tau with h >= 1 the steps tau += (h - 1) / |h'| climb to the root and never pass it. For alpha = 2 they
-end exactly; else a handful reaches rounding.
+alpha = 1 is softmax, alpha = 2 sparsemax. With n = 1 / (alpha - 1) the n-norm
+h(tau) = (sum_s max((alpha - 1) z_s - tau, 0)^n)^(1/n) is convex and falling, so from any tau with h >= 1 the Newton
+steps tau += (h - 1) / |h'| climb to the root and never pass it. For alpha = 2 they end exactly; else a handful reaches
+rounding.
 """
 
 from collections.abc import Iterator
@@ -17,11 +12,32 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import checked, number, refuse
 from regard.kernels.native import rows as native
 from regard.normalizers.softmax import softmax
-from regard.shapes import HeadShape
 from regard.stages import Normalizer
+
+CARD = Card(
+    "entmax",
+    equation="""p   = argmax over the simplex of p.z + sum_s (p_s - p_s^alpha) / (alpha (alpha - 1))
+p_s = max((alpha - 1) z_s - tau, 0)^(1 / (alpha - 1)),   tau the one number for which sum_s p_s = 1
+dz  = g * (dp - sum(g dp) / sum(g)),   g_s = p_s^(2 - alpha) on the support, else 0""",
+    papers=(
+        Paper(
+            "Adaptively Sparse Transformers",
+            "Correia, Niculae, Martins",
+            2019,
+            "1909.00015",
+            "official code; introduction read",
+        ),
+    ),
+    traits=PLAIN | {"sparse"},
+    cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
+    claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
+    differs=("tau is found by Newton steps instead of bisection or sorting.",),
+    verified="third-party",
+)
 
 _STEPS = 16
 """Newton steps at most; eager CPU code stops as soon as no tau moves any more."""
@@ -150,9 +166,10 @@ class _Entmax(torch.autograd.Function):
         return dz, da, None
 
 
+@checked()
 def entmax(
     scores: Float[Tensor, "... S"],
-    alpha: float | Float[Tensor, "..."],
+    alpha: int | float | Float[Tensor, "..."],
     dim: int = -1,
     *,
     allowed: Bool[Tensor, "..."] | None = None,
@@ -163,18 +180,16 @@ def entmax(
         alpha = alpha if not isinstance(alpha, Tensor) or alpha.ndim == 0 else alpha.movedim(dim, -1)
         inner = None if allowed is None else allowed.movedim(dim, -1)
         return entmax(scores.movedim(dim, -1), alpha, allowed=inner).movedim(-1, dim)
-    if not scores.is_floating_point():
-        raise TypeError(f"entmax: scores must be floating point (got {scores.dtype})")
     if scores.shape[-1] == 0:
         return scores
     if isinstance(alpha, Tensor):
         if alpha.ndim and alpha.shape[-1] != 1:
-            raise ValueError(f"entmax: alpha has size {alpha.shape[-1]} along the normalised axis; expected 1")
+            refuse("entmax", "alpha", "varies along the normalised axis", tuple(alpha.shape), "size 1 there")
         alpha = alpha.reshape((1,) * (scores.ndim - alpha.ndim) + alpha.shape)
-    elif not 1 <= alpha <= 2:
-        raise ValueError(f"entmax: alpha must lie in [1, 2] (got {alpha}); 1 is softmax, 2 is sparsemax")
-    elif alpha == 1:
-        return softmax(scores, allowed)
+    else:
+        number("entmax", least=1, most=2, alpha=alpha)
+        if alpha == 1:
+            return softmax(scores, allowed)
     z = scores.to(torch.promote_types(scores.dtype, torch.float32))
     alpha = alpha.to(z.dtype) if isinstance(alpha, Tensor) else float(alpha)
     return _Entmax.apply(z.contiguous(), alpha, allowed).to(scores.dtype)
@@ -190,15 +205,16 @@ def sparsemax(scores: Float[Tensor, "... S"], dim: int = -1) -> Float[Tensor, ".
     return entmax(scores, 2.0, dim)
 
 
+@CARD.fills("normalizer")
 class Entmax(Normalizer):
     """alpha-entmax with one fixed alpha for all heads."""
 
-    def __init__(self, alpha: float = 1.5) -> None:
+    def __init__(self, *, alpha: float = 1.5) -> None:
         super().__init__()
-        if not 1 <= alpha <= 2:
-            raise ValueError(f"Entmax: alpha must lie in [1, 2] (got {alpha}); 1 is softmax, 2 is sparsemax")
+        number(self, least=1, most=2, alpha=alpha)
         self.alpha = float(alpha)
 
+    @checked()
     def forward(
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:
@@ -206,31 +222,3 @@ class Entmax(Normalizer):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
-
-
-def _slots(shape: HeadShape, *, alpha: float = 1.5) -> dict[str, object]:
-    return {"normalizer": Entmax(alpha)}
-
-
-CARD = register(
-    Card(
-        name="entmax",
-        family="normalizers",
-        gist="Sparse softmax: alpha-entmax gives keys that do not matter a weight of exactly 0.",
-        equation="p_s = max((alpha - 1) z_s - tau, 0)^(1 / (alpha - 1)),  sum_s p_s = 1",
-        paper=Paper(
-            "Adaptively Sparse Transformers",
-            "Correia, Niculae, Martins",
-            2019,
-            "1909.00015",
-            "official code; introduction read",
-        ),
-        slots=_slots,
-        supports=FEATURES,
-        traits=PLAIN | {"sparse"},
-        cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
-        claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
-        differs=("tau is found by monotone Newton steps on a convex form of sum p = 1.",),
-        verified="third-party",
-    )
-)

@@ -2,7 +2,6 @@
 
     a_ij = exp(s_ij - m_i) / sum_j' exp(s_ij' - m_i),   m_i = max_j s_ij,   over the allowed j only
 
-Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
 A row without any allowed key (or whose allowed scores are all -inf) gets weights 0 and gradient 0.
 """
 
@@ -10,12 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from regard.checks import checked
 from regard.stages import Normalizer
 
 
-def softmax(
-    scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
-) -> Float[Tensor, "B H t S"]:
+def softmax(scores: Float[Tensor, "... S"], allowed: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "... S"]:
     """Normalise the allowed entries of each row; the rest gets weight 0. Computes in at least fp32."""
     if scores.shape[-1] == 0:
         return scores
@@ -37,6 +35,7 @@ class Softmax(Normalizer):
     sees = "tile"  # type: ignore[assignment]
     is_softmax = True
 
+    @checked()
     def forward(
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:

@@ -1,23 +1,37 @@
-"""Top-k softmax: each query gives weight to its k best keys only, chosen by their scores.
-
-    M_ts = P_ts if P_ts >= t_t, the k-th greatest allowed score of row t, else -inf     A = softmax(M)
-    dP_ts = A_ts (dA_ts - sum_s' A_ts' dA_ts'),   so 0 for keys that are not kept
-
-Zhao et al. 2019, https://arxiv.org/abs/1912.11637: equations 5-7 and 9-12 of the authors' later text ("Extremely
-Sparse Transformer with Top-k Selective Attention", 2023, beside their code), and the code itself. Scores equal to the
-k-th stay, as there, so a row can keep more than k. Differs from the paper: k is one number; the authors' code can also
-make it a share of the keys.
-"""
+"""Top-k softmax: each query keeps its k best keys; softmax over those, exactly 0 elsewhere."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import FEATURES, PLAIN, Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import checked, whole
 from regard.kernels.native import rows as native
 from regard.normalizers.softmax import softmax
-from regard.shapes import HeadShape
 from regard.stages import Normalizer
+
+CARD = Card(
+    "topk",
+    equation="""M_ts = P_ts if P_ts >= t_t, the k-th greatest allowed score of row t, else -inf     A = softmax(M)
+dP_ts = A_ts (dA_ts - sum_s' A_ts' dA_ts'),   so 0 for keys that are not kept
+Scores equal to the k-th stay, so a row can keep more than k.""",
+    papers=(
+        Paper(
+            "Explicit Sparse Transformer: Concentrated Attention Through Explicit Selection",
+            "Zhao, Lin, Zhang, Ren, Su, Sun",
+            2019,
+            "1912.11637",
+            "eqs. 5-7 and 9-12 of the authors' later text, 'Extremely Sparse Transformer with Top-k Selective "
+            "Attention' (2023), and the official repository that it stands in",
+        ),
+    ),
+    traits=PLAIN | {"sparse"},
+    cost=Cost("2*B*H*T*S*D + 4*B*H*T*S", "2*S*G*D"),
+    claim="Weights stay on the k best keys however many there are, where softmax spreads them: "
+    "tests/normalizers/test_topk.py.",
+    differs=("k is one number; the authors' code can also make it a share of the keys.",),
+    example={"k": 3},
+)
 
 
 class _TopK(torch.autograd.Function):
@@ -41,16 +55,15 @@ class _TopK(torch.autograd.Function):
         return dz.view(p.shape), None, None
 
 
+@checked()
 def topk(
     scores: Float[Tensor, "... S"], k: int, *, allowed: Bool[Tensor, "..."] | None = None
 ) -> Float[Tensor, "... S"]:
     """Softmax over the k greatest allowed scores of each row and whatever equals the k-th; the rest gets 0.
 
-    Rows with fewer than k allowed keys keep all of them, rows with none are 0. Raises ValueError for k < 1.
+    Rows with fewer than k allowed keys keep all of them, rows with none are 0.
     """
-    check_k("topk", k)
-    if not scores.is_floating_point():
-        raise TypeError(f"topk: scores must be floating point (got {scores.dtype})")
+    whole("topk", k=k)
     if scores.shape[-1] == 0:
         return scores
     z = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -62,19 +75,16 @@ def topk(
     return softmax(z.masked_fill(z < kth, -torch.inf)).to(scores.dtype)
 
 
-def check_k(who: str, k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"{who}: k must be a whole number of at least 1 (got {k!r}); it counts the keys to keep")
-
-
+@CARD.fills("normalizer")
 class TopK(Normalizer):
     """Softmax over the k greatest scores of each row."""
 
-    def __init__(self, k: int = 8) -> None:
+    def __init__(self, *, k: int = 8) -> None:
         super().__init__()
-        check_k("TopK", k)
+        whole(self, k=k)
         self.k = k
 
+    @checked()
     def forward(
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:
@@ -82,35 +92,3 @@ class TopK(Normalizer):
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
-
-
-def _slots(shape: HeadShape, *, k: int = 8) -> dict[str, object]:
-    return {"normalizer": TopK(k)}
-
-
-CARD = register(
-    Card(
-        name="topk",
-        family="normalizers",
-        gist="Each query keeps its k best keys; softmax over those, exactly 0 elsewhere.",
-        equation="A = softmax(M),  M_ts = P_ts if P_ts >= k-th greatest of row t, else -inf",
-        paper=Paper(
-            "Explicit Sparse Transformer: Concentrated Attention Through Explicit Selection",
-            "Zhao, Lin, Zhang, Ren, Su, Sun",
-            2019,
-            "1912.11637",
-            "eqs. 5-7 and 9-12 of the authors' 2023 version",
-        ),
-        slots=_slots,
-        supports=FEATURES,
-        traits=PLAIN | {"sparse"},
-        cost=Cost("2*B*H*T*S*D + 4*B*H*T*S", "2*S*G*D"),
-        claim=(
-            "Weights stay on the k best keys however many there are, where softmax spreads them: "
-            "tests/normalizers/test_topk.py."
-        ),
-        differs=("k is one number; the authors' code can also make it a share of the keys.",),
-        verified="equation",
-        example={"k": 3},
-    )
-)

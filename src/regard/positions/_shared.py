@@ -1,9 +1,10 @@
-"""What several position schemes need: phases in full precision, distances, and checks of sizes."""
+"""What several position schemes need: phases in full precision, and distances."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from regard.checks import divides, whole
 from regard.stages import Rows
 
 
@@ -32,37 +33,11 @@ def distances(rows: Rows) -> Float[Tensor, "t s"]:
 
 
 def check_int(owner: str, name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no int >= least (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} has the wrong type (got {value!r}); expected an int >= {least}")
-    if value < least:
-        raise ValueError(f"{owner}: {name} is too small (got {value}); expected an int >= {least}")
+    """Bridge for files in the former form: `regard.checks.whole`."""
+    whole(owner, least, **{name: value})
 
 
-def check_even(owner: str, name: str, value: object) -> None:
-    """Refuse what is no even int >= 2: channels are used in pairs."""
-    check_int(owner, name, value, least=2)
-    if value % 2:  # type: ignore[operator]
-        raise ValueError(f"{owner}: {name} is odd (got {value}); expected an even int, channels are used in pairs")
-
-
-def check_above(owner: str, name: str, value: float, bound: float, *, inclusive: bool = False) -> None:
-    """Refuse what is not a finite number > bound (>= bound where inclusive); NaN is refused too."""
-    ok = (value >= bound if inclusive else value > bound) and value != float("inf")
-    if not ok:
-        sign = ">=" if inclusive else ">"
-        raise ValueError(f"{owner}: {name} is out of range (got {value}); expected a finite number {sign} {bound:g}")
-
-
-def check_width(owner: str, name: str, tensor: Tensor, width: int) -> None:
-    """Refuse a tensor whose last axis isn't the width that the part was built for."""
-    if tensor.shape[-1] != width:
-        raise ValueError(
-            f"{owner}: {name} has the wrong width (got shape {tuple(tensor.shape)}); expected width {width}"
-        )
-
-
-def check_heads(owner: str, q: Float[Tensor, "B H t D"], num_heads: int) -> None:
-    """Refuse queries of another number of heads: a bias of one head would broadcast in silence."""
-    if q.shape[1] != num_heads:
-        raise ValueError(f"{owner}: q has the wrong number of heads (got {q.shape[1]}); expected {num_heads}")
+def check_even(owner: str, name: str, value: int) -> None:
+    """Bridge for files in the former form: `whole` and `divides`."""
+    whole(owner, **{name: value})
+    divides(owner, **{"pair": 2, name: value})

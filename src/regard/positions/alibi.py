@@ -1,29 +1,44 @@
-"""ALiBi: each head's scores fall linearly with distance, at a fixed slope of its own.
-
-    score[h,i,j] = q_i . k_j / sqrt(D) - m_h |i - j|,   m_h = 2^(-8h/H), h = 1 .. H
-
-For H no power of two: the slopes of the largest power of two P <= H, then every other slope of 2P heads, from
-its first. Press, Smith, Lewis 2021, "Train Short, Test Long: Attention with Linear Biases Enables Input
-Length Extrapolation" (arXiv 2108.12409), section 3, read in quotations and in the authors' code.
-Differs from the paper: |i - j| also for j > i, so that it serves bidirectional attention (the authors' answer
-for encoders; the paper itself is causal). Padded keys keep their place: distances count tokens, masked or
-not.
-"""
+"""ALiBi: each head's scores fall linearly with distance, at a fixed slope of its own."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard._former import PLAIN, Card, Cost, Paper, register
-from regard.positions._shared import check_heads, check_int, distances, work_dtype
-from regard.shapes import HeadShape
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import fits, whole
+from regard.positions._shared import distances, work_dtype
 from regard.stages import Position, Rows
+
+CARD = Card(
+    "alibi",
+    equation="""score[h,i,j] = q_i . k_j / sqrt(D) - m[h] |i - j|,   m[h] = 2^(-8h/H), h = 1 .. H
+H no power of two: the slopes of the largest power of two P <= H, then of 2P heads' those of h = 1, 3, 5 ..""",
+    papers=(
+        Paper(
+            "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
+            "Press, Smith, Lewis",
+            2021,
+            "2108.12409",
+            "section 3, in quotations; the authors' code",
+        ),
+    ),
+    traits=PLAIN - {"position_free"},
+    cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
+    claim="Positions matter through distance only, so it extrapolates; with q = k = 0 weights are geometric in m.",
+    differs=(
+        "Bidirectional attention uses |i - j|, the authors' answer for encoders; the paper itself defines the causal "
+        "case only.",
+        "Padded keys keep their place: distances count tokens, masked or not.",
+    ),
+    verified="third-party",
+    exceptions={"L11": "slopes belong to the heads' order by definition, so heads can't be permuted"},
+)
 
 
 def alibi_slopes(
     num_heads: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "H"]:
-    """m_h for every head; not sorted where H is no power of two."""
+    """m[h] for every head; not sorted where H is no power of two."""
     power = 1 << (num_heads.bit_length() - 1)
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64
     regular = torch.arange(1, power + 1, device=device, dtype=wide) * (-8 / power)
@@ -31,18 +46,19 @@ def alibi_slopes(
     return torch.exp2(torch.cat((regular, between))).to(dtype)
 
 
+@CARD.fills("position")
 class Alibi(Position):
-    """Adds -m_h |i - j| to the scaled scores of `num_heads` heads. No parameters."""
+    """Adds -m[h] |i - j| to the scaled scores of `num_heads` heads. No parameters."""
 
     by_distance = True
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        check_int("Alibi", "num_heads", num_heads)
+        whole(self, num_heads=num_heads)
         self.num_heads = num_heads
 
     def bias(self, rows: Rows) -> Float[Tensor, "1 H t s"]:
-        check_heads("Alibi", rows.q, self.num_heads)
+        fits(self, "B H t D", {"H": self.num_heads}, q=rows.q)
         slopes = alibi_slopes(self.num_heads, device=rows.q.device, dtype=work_dtype(rows.q))
         # Not the shifted form +m j: that is equal under causal softmax, but large, and loses digits in half
         # precision.
@@ -50,33 +66,3 @@ class Alibi(Position):
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}"
-
-
-def _slots(shape: HeadShape) -> dict[str, object]:
-    return {"position": Alibi(shape.num_heads)}
-
-
-CARD = register(
-    Card(
-        name="alibi",
-        family="positions",
-        gist="Scores fall linearly with distance, at a fixed slope for each head.",
-        equation="score[h,i,j] = q.k/sqrt(D) - m[h] |i-j|; m[h] = 2^(-8h/H), h = 1..H",
-        paper=Paper(
-            "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
-            "Press, Smith, Lewis",
-            2021,
-            "2108.12409",
-            "section 3",
-        ),
-        slots=_slots,
-        traits=PLAIN - {"position_free"},
-        exceptions={"L11": "slopes belong to the heads' order by definition, so heads can't be permuted"},
-        cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
-        claim=(
-            "Positions matter through distance only, so it extrapolates; with q = k = 0 weights are geometric in m."
-        ),
-        differs=("Bidirectional attention uses |i-j|; the paper defines the causal case only.",),
-        verified="third-party",
-    )
-)

@@ -1,24 +1,39 @@
-"""CoPE: positions are counted by content; each query decides which keys count.
-
-    g[i,j] = sigmoid(q_i . k_j / sqrt(D)) for allowed pairs, else 0
-    p[i,j] = min(sum_{l >= j} g[i,l], N - 1)                          (causally l runs from j to i)
-    c[i,j] = q_i . E[p[i,j]], between the two nearest rows of E (N, D) by linear interpolation
-    score  = q_i . k_j / sqrt(D) + c[i,j]
-
-Golovneva, Wang, Weston, Sukhbaatar 2024, "Contextual Position Encoding: Learning to Count What's Important"
-(arXiv 2405.18719), read in its printed listing (as copied by others) and in the authors' code.
-Differs from the paper: nothing known. The authors' repository divides c by sqrt(D) by default; the listing
-does not, and the listing is followed. Bidirectionally all allowed keys from j to the end are counted.
-"""
+"""CoPE: positions are counted by content; each query decides which keys count."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import PLAIN, Card, Cost, Paper, register
-from regard.positions._shared import check_int, check_width, work_dtype
-from regard.shapes import HeadShape
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import fits, whole
+from regard.positions._shared import work_dtype
 from regard.stages import Position, Rows
+
+CARD = Card(
+    "cope",
+    equation="""g[i,j] = sigmoid(q_i . k_j / sqrt(D)) for allowed pairs, else 0
+p[i,j] = min(sum_{l >= j} g[i,l], N - 1)                          (causally l runs from j to i)
+score[i,j] = q_i . k_j / sqrt(D) + q_i . E[p[i,j]],   linear between the two nearest rows of E (N, D)""",
+    papers=(
+        Paper(
+            "Contextual Position Encoding: Learning to Count What's Important",
+            "Golovneva, Wang, Weston, Sukhbaatar",
+            2024,
+            "2405.18719",
+            "the printed listing, as copied by others; official code",
+        ),
+    ),
+    traits=PLAIN - {"position_free"},
+    cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
+    claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions.",
+    differs=(
+        "The position's term isn't divided by sqrt(D), as in the paper's listing; the authors' repository divides it "
+        "by default.",
+        "Bidirectionally all allowed keys from j to the end are counted.",
+    ),
+    verified="reconstructed",
+    example={"max_positions": 6},
+)
 
 
 def contextual_positions(
@@ -40,6 +55,7 @@ def interpolated_lookup(by_position: Float[Tensor, "B H t N"], p: Float[Tensor, 
     return torch.lerp(by_position.gather(-1, low.long()), by_position.gather(-1, high.long()), part)
 
 
+@CARD.fills("position")
 class CoPE(Position):
     """Contextual positions 0 .. max_positions - 1, one table for all heads, which starts at zero."""
 
@@ -48,8 +64,8 @@ class CoPE(Position):
 
     def __init__(self, head_dim: int, *, max_positions: int = 64) -> None:
         super().__init__()
-        check_int("CoPE", "head_dim", head_dim)
-        check_int("CoPE", "max_positions", max_positions, least=2)
+        whole(self, head_dim=head_dim)
+        whole(self, 2, max_positions=max_positions)
         self.head_dim = head_dim
         self.max_positions = max_positions
         self.table = nn.Parameter(torch.empty(max_positions, head_dim))
@@ -59,7 +75,7 @@ class CoPE(Position):
         nn.init.zeros_(self.table)
 
     def bias(self, rows: Rows) -> Float[Tensor, "B H t S"]:
-        check_width("CoPE", "q", rows.q, self.head_dim)
+        fits(self, "B H t D", {"D": self.head_dim}, q=rows.q)
         work = work_dtype(rows.q)
         positions = contextual_positions(rows.scores.to(work), rows.allowed)
         by_position = rows.q.to(work) @ self.table.to(work).T
@@ -67,32 +83,3 @@ class CoPE(Position):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, max_positions={self.max_positions}"
-
-
-def _slots(shape: HeadShape, *, max_positions: int = 64) -> dict[str, object]:
-    return {"position": CoPE(shape.head_dim, max_positions=max_positions)}
-
-
-CARD = register(
-    Card(
-        name="cope",
-        family="positions",
-        gist="Positions count the keys that a query's own gates let through.",
-        equation=("p[i,j] = sum_{l=j..i} sigmoid(q[i].k[l]/sqrt(D)); score = q.k/sqrt(D) + q[i].E[min(p, N-1)]"),
-        paper=Paper(
-            "Contextual Position Encoding: Learning to Count What's Important",
-            "Golovneva, Wang, Weston, Sukhbaatar",
-            2024,
-            "2405.18719",
-        ),
-        slots=_slots,
-        traits=PLAIN - {"position_free"},
-        cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
-        claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions.",
-        differs=(
-            ("The term c isn't divided by sqrt(D), as in the paper's listing; the authors' repository divides it."),
-        ),
-        verified="equation",
-        example={"max_positions": 6},
-    )
-)

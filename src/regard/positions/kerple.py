@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.cards import PLAIN, Card, Cost, Paper
-from regard.checks import whole
-from regard.positions._shared import check_heads, distances, work_dtype
+from regard.checks import fits, whole
+from regard.positions._shared import distances, work_dtype
 from regard.stages import Position, Rows
 
 PAPERS = (
@@ -101,7 +101,7 @@ class Kerple(Position):
         return kerple_log(distance, r1, r2)
 
     def bias(self, rows: Rows) -> Float[Tensor, "1 H t s"]:
-        check_heads(type(self).__name__, rows.q, self.num_heads)
+        fits(self, "B H t D", {"H": self.num_heads}, q=rows.q)
         work = work_dtype(rows.q)
         r1 = clip_straight_through(self.r1, LEAST).to(work)
         r2 = clip_straight_through(self.r2, LEAST, self.most).to(work)

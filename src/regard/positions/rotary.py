@@ -1,15 +1,8 @@
-"""Rotary positions (RoPE): pairs of query and key channels are turned by angles proportional to the position.
+"""Rotary positions (RoPE): pairs of query and key channels turn by angles proportional to position.
 
-    w_a = base^(-2a/D),  a = 0 .. D/2 - 1
-    (z_a, z_b)' = m (z_a cos(p w_a) - z_b sin(p w_a),  z_a sin(p w_a) + z_b cos(p w_a))
-
-so that q'_i . k'_j depends on positions through i - j only. (a, b) is the a-th pair of channels: (2a, 2a+1)
-as the paper prints it (`interleaved=True`), or (a, a + D/2) as GPT-NeoX and Llama store it (the default);
-`to_half_split` and `to_interleaved` convert between them. m = 1 unless a scaling (see rotary_scaling.py) sets
-another; it multiplies queries and keys, so scores by m^2.
-
-Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv 2104.09864), section 3.
-Differs from the paper: the default pairing of channels, a fixed permutation of D.
+A pair is (a, a + D/2), as GPT-NeoX and Llama store it, or (2a, 2a+1), as the paper prints it (`interleaved=True`);
+`to_half_split` and `to_interleaved` convert between them. A scaling (see rotary_scaling.py) changes the w_a, and may
+multiply queries and keys by some m, so scores by m^2.
 """
 
 from typing import Protocol
@@ -18,10 +11,33 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard._former import PLAIN, Card, Cost, Paper, register
-from regard.positions._shared import angles, check_above, check_even, check_width, frequencies, work_dtype
-from regard.shapes import HeadShape
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import checked, divides, number, whole
+from regard.positions._shared import angles, frequencies, work_dtype
 from regard.stages import Position
+
+CARD = Card(
+    "rotary",
+    equation="""q'_i = R(i) q_i,   k'_j = R(j) k_j,   so that q'_i . k'_j depends on positions through i - j only
+R(p) turns the a-th pair of channels:   (z, y)' = (z cos(p w_a) - y sin(p w_a),  z sin(p w_a) + y cos(p w_a))
+w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
+    papers=(
+        Paper(
+            "RoFormer: Enhanced Transformer with Rotary Position Embedding",
+            "Su et al.",
+            2021,
+            "2104.09864",
+            "section 3",
+        ),
+    ),
+    traits=PLAIN - {"position_free"},
+    cost=Cost("2*B*H*T*S*D + 3*(B*H*T*D + B*G*S*D)", "2*S*G*D"),
+    claim="Scores depend on positions through i - j only, and norms are kept: tests/positions.",
+    differs=(
+        "Pairs channels (a, a + D/2) by default, a fixed permutation of D; the paper's (2a, 2a+1) is interleaved=True.",
+    ),
+    verified="third-party",
+)
 
 
 class Scaling(Protocol):
@@ -80,6 +96,7 @@ def to_interleaved(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
     return z.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
+@CARD.fills("position", closed=("scaling",))
 class Rotary(Position):
     """Turns queries and keys of width `head_dim`. No parameters; angles come from the integer positions."""
 
@@ -92,8 +109,9 @@ class Rotary(Position):
         interleaved: bool = False,
     ) -> None:
         super().__init__()
-        check_even("Rotary", "head_dim", head_dim)
-        check_above("Rotary", "base", base, 1.0)
+        whole(self, head_dim=head_dim)
+        divides(self, pair=2, head_dim=head_dim)
+        number(self, above=1, base=base)
         if scaling is not None:
             scaling.check(head_dim)
         self.head_dim = head_dim
@@ -102,8 +120,8 @@ class Rotary(Position):
         self.interleaved = interleaved
         self.streams = scaling is None or not scaling.follows_length
 
+    @checked(D="head_dim")
     def rotate(self, z: Float[Tensor, "B H T D"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B H T D"]:
-        check_width("Rotary", "z", z, self.head_dim)
         if positions.numel() == 0:
             return z
         w = frequencies(self.head_dim, self.base, z.device)
@@ -115,33 +133,3 @@ class Rotary(Position):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base:g}, scaling={self.scaling}, interleaved={self.interleaved}"
-
-
-def _slots(shape: HeadShape, *, base: float = 10000.0, interleaved: bool = False) -> dict[str, object]:
-    return {"position": Rotary(shape.head_dim, base=base, interleaved=interleaved)}
-
-
-TRAITS = PLAIN - {"position_free"}
-COST = Cost("2*B*H*T*S*D + 3*(B*H*T*D + B*G*S*D)", "2*S*G*D")
-
-CARD = register(
-    Card(
-        name="rotary",
-        family="positions",
-        gist="Pairs of query and key channels are turned by angles proportional to position.",
-        equation="q'[i] = R(i) q[i], k'[j] = R(j) k[j]; R(p) turns pair a by p base^(-2a/D)",
-        paper=Paper(
-            "RoFormer: Enhanced Transformer with Rotary Position Embedding",
-            "Su et al.",
-            2021,
-            "2104.09864",
-            "section 3",
-        ),
-        slots=_slots,
-        traits=TRAITS,
-        cost=COST,
-        claim="Scores depend on positions through i - j only, and norms are kept: tests/positions.",
-        differs=("Pairs channels (a, a + D/2) by default; the paper's (2a, 2a+1) is interleaved=True.",),
-        verified="third-party",
-    )
-)

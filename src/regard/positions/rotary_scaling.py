@@ -1,17 +1,9 @@
-"""Rotary scalings: how a rotary model trained at length L is stretched to s L, by changing its frequencies.
-
-    Linear      w_a / s, as if every position were divided by s           Chen et al. 2023 (arXiv 2306.15595)
-    NTK         base' = base s^(D/(D-2)): the first w is kept, the last divided by s
-                                                                          Peng et al. 2023 (arXiv 2309.00071)
-    DynamicNTK  the same with s n/L - (s-1) for s, n the length at hand, n > L      (likewise)
-    YaRN        in yarn.py                                                          (likewise)
-    Llama3      interpolates long waves, keeps short ones, a ramp between           Llama 3.1's code
-    LongRoPE    w_a / e_a with searched e, another set of them beyond L   Ding et al. 2024 (arXiv 2402.13753)
+"""Rotary scalings: how a rotary model trained at length L is stretched to s L, by other frequencies.
 
 The formulas are those of the methods' released code, which "A Controlled Study on Long Context Extension and
-Generalization in LLMs" (Lu et al. 2024, arXiv 2409.12181) compares. DynamicNTK and LongRoPE depend on the
-length of the whole input, so they are not causal to the letter: a prefix run alone gets other angles, and
-keys that were turned and cached at a shorter length no longer match. They have no card.
+Generalization in LLMs" (Lu et al. 2024, arXiv 2409.12181) compares. DynamicNTK and LongRoPE depend on the length of
+the whole input, so they are not causal to the letter: a prefix run alone gets other angles, and keys that were turned
+and cached at a shorter length no longer match. They have no card.
 """
 
 import math
@@ -21,10 +13,50 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from regard._former import Card, Paper, register
-from regard.positions._shared import check_above, check_int
-from regard.positions.rotary import COST, TRAITS, Rotary
-from regard.shapes import HeadShape
+from regard.cards import Card, Paper
+from regard.checks import number, refuse, whole
+from regard.positions.rotary import CARD as ROTARY
+from regard.positions.rotary import Rotary
+
+LINEAR = Card(
+    "rotary_linear",
+    equation="rotary with w_a / factor, as if every position were divided by it",
+    papers=(
+        Paper(
+            "Extending Context Window of Large Language Models via Positional Interpolation",
+            "Chen, Wong, Chen, Tian",
+            2023,
+            "2306.15595",
+            "released code",
+        ),
+    ),
+    gist="Position interpolation: rotary with every position divided by a factor.",
+    traits=ROTARY.traits,
+    cost=ROTARY.cost,
+    claim="Scores at distance d equal plain rotary scores at d / factor: tests/positions.",
+    verified="third-party",
+    example={"factor": 2.0},
+)
+
+NTK_AWARE = Card(
+    "rotary_ntk",
+    equation="rotary with base' = base factor^(D/(D-2)): the first w_a is kept, the last divided by factor",
+    papers=(
+        Paper(
+            "YaRN: Efficient Context Window Extension of Large Language Models",
+            "Peng, Quesnelle, Fan, Shippole",
+            2023,
+            "2309.00071",
+            "section 3.1",
+        ),
+    ),
+    gist="NTK-aware rotary: a larger base, so that only slow pairs are interpolated.",
+    traits=ROTARY.traits,
+    cost=ROTARY.cost,
+    claim="The first frequency is kept and the last divided by the factor: tests/positions.",
+    verified="third-party",
+    example={"factor": 2.0},
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +69,7 @@ class Linear:
     """Whether frequencies depend on the length at hand."""
 
     def __post_init__(self) -> None:
-        check_above(type(self).__name__, "factor", self.factor, 1.0, inclusive=True)
+        number(self, least=1, factor=self.factor)
 
     def check(self, head_dim: int) -> None:
         """Serves every width."""
@@ -54,8 +86,7 @@ class NTK(Linear):
     """A larger base: fast pairs keep their frequency, the slowest is divided by `factor`."""
 
     def check(self, head_dim: int) -> None:
-        if head_dim < 4:
-            raise ValueError(f"{type(self).__name__}: head_dim is too small (got {head_dim}); expected at least 4")
+        whole(self, 4, head_dim=head_dim)
 
     def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
         return w * _spread(w, self.factor)
@@ -63,7 +94,7 @@ class NTK(Linear):
 
 @dataclass(frozen=True)
 class DynamicNTK(NTK):
-    """NTK whose factor grows with the input, from 1 at `original_max` on."""
+    """NTK with the factor s n/L - (s-1), which grows with the length n from 1 at `original_max` on; same paper."""
 
     original_max: int
 
@@ -71,7 +102,7 @@ class DynamicNTK(NTK):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("DynamicNTK", "original_max", self.original_max)
+        whole(self, original_max=self.original_max)
 
     def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
         stretch = length.clamp(min=self.original_max).to(w.dtype) / self.original_max
@@ -80,7 +111,8 @@ class DynamicNTK(NTK):
 
 @dataclass(frozen=True)
 class Llama3(Linear):
-    """Keeps waves shorter than L / high_freq_factor, interpolates those longer than L / low_freq_factor."""
+    """Llama 3.1's code: keeps waves shorter than L / high_freq_factor, interpolates those longer than L /
+    low_freq_factor, with a ramp between."""
 
     original_max: int
     low_freq_factor: float = 1.0
@@ -88,9 +120,9 @@ class Llama3(Linear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("Llama3", "original_max", self.original_max)
-        check_above("Llama3", "low_freq_factor", self.low_freq_factor, 0.0)
-        check_above("Llama3", "high_freq_factor", self.high_freq_factor, self.low_freq_factor)
+        whole(self, original_max=self.original_max)
+        number(self, above=0, low_freq_factor=self.low_freq_factor)
+        number(self, above=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
 
     def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
         turns = self.original_max * w / (2 * math.pi)
@@ -100,7 +132,10 @@ class Llama3(Linear):
 
 @dataclass(frozen=True)
 class LongRoPE(Linear):
-    """Every pair has a divisor of its own: `short_factor` up to `original_max`, `long_factor` beyond."""
+    """Every pair has a searched divisor of its own: `short_factor` up to `original_max`, `long_factor` beyond.
+
+    Ding et al. 2024 (arXiv 2402.13753).
+    """
 
     original_max: int
     short_factor: tuple[float, ...]
@@ -110,19 +145,16 @@ class LongRoPE(Linear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("LongRoPE", "original_max", self.original_max, least=2)
+        whole(self, 2, original_max=self.original_max)
         for name in ("short_factor", "long_factor"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             for e in getattr(self, name):
-                check_above("LongRoPE", name, e, 0.0)
+                number(self, above=0, **{name: e})
 
     def check(self, head_dim: int) -> None:
         for name in ("short_factor", "long_factor"):
-            if len(getattr(self, name)) != head_dim // 2:
-                raise ValueError(
-                    f"LongRoPE: {name} has the wrong length (got {len(getattr(self, name))}); "
-                    f"expected head_dim / 2 = {head_dim // 2} numbers"
-                )
+            if (n := len(getattr(self, name))) != head_dim // 2:
+                refuse(self, name, "has the wrong length", n, f"head_dim / 2 = {head_dim // 2} numbers")
 
     def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
         short, long = w.new_tensor(self.short_factor), w.new_tensor(self.long_factor)
@@ -138,50 +170,13 @@ def _spread(w: Tensor, growth: float | Tensor) -> Tensor:
     return growth ** (-pairs / (w.numel() - 1))
 
 
-def _linear(shape: HeadShape, *, factor: float = 4.0, base: float = 10000.0) -> dict[str, object]:
-    return {"position": Rotary(shape.head_dim, base=base, scaling=Linear(factor))}
+@LINEAR.fills("position")
+def rotary_linear(head_dim: int, *, factor: float = 4.0, base: float = 10000.0, interleaved: bool = False) -> Rotary:
+    """A rotary part with the scaling `Linear`."""
+    return Rotary(head_dim, base=base, interleaved=interleaved, scaling=Linear(factor))
 
 
-def _ntk(shape: HeadShape, *, factor: float = 4.0, base: float = 10000.0) -> dict[str, object]:
-    return {"position": Rotary(shape.head_dim, base=base, scaling=NTK(factor))}
-
-
-YARN_PAPER = "YaRN: Efficient Context Window Extension of Large Language Models"
-YARN_AUTHORS = "Peng, Quesnelle, Fan, Shippole"
-
-LINEAR = register(
-    Card(
-        name="rotary_linear",
-        family="positions",
-        gist="Position interpolation: rotary with every position divided by a factor.",
-        equation="rotary with w[a] / factor",
-        paper=Paper(
-            "Extending Context Window of Large Language Models via Positional Interpolation",
-            "Chen, Wong, Chen, Tian",
-            2023,
-            "2306.15595",
-        ),
-        slots=_linear,
-        traits=TRAITS,
-        cost=COST,
-        claim="Scores at distance d equal plain rotary scores at d / factor: tests/positions.",
-        verified="third-party",
-        example={"factor": 2.0},
-    )
-)
-
-NTK_AWARE = register(
-    Card(
-        name="rotary_ntk",
-        family="positions",
-        gist="NTK-aware rotary: a larger base, so that only slow pairs are interpolated.",
-        equation="rotary with base' = base factor^(D/(D-2))",
-        paper=Paper(YARN_PAPER, YARN_AUTHORS, 2023, "2309.00071", "section 3.1"),
-        slots=_ntk,
-        traits=TRAITS,
-        cost=COST,
-        claim="The first frequency is kept and the last divided by the factor: tests/positions.",
-        verified="third-party",
-        example={"factor": 2.0},
-    )
-)
+@NTK_AWARE.fills("position")
+def rotary_ntk(head_dim: int, *, factor: float = 4.0, base: float = 10000.0, interleaved: bool = False) -> Rotary:
+    """A rotary part with the scaling `NTK`."""
+    return Rotary(head_dim, base=base, interleaved=interleaved, scaling=NTK(factor))

@@ -1,25 +1,43 @@
-"""Relative position representations (Shaw): trained vectors for clipped offsets, added to keys and to values.
+"""Relative positions (Shaw): trained vectors for clipped offsets, added to keys and to values.
 
-    r = clip(j - i, -K, K)
-    score[i,j] = q_i . (k_j + AK[r]) / sqrt(D)
-    out_i      = sum_j a[i,j] (v_j + AV[r])
-
-Shaw, Uszkoreit, Vaswani 2018, "Self-Attention with Relative Position Representations" (arXiv 1803.02155),
-section 3. Row r + K of a table holds offset r: keys of the past come first. No (T, S, D) tensor is formed:
-q_i . AK is computed for the 2K + 1 offsets and then looked up, and weights are summed by offset before they
-meet AV.
-Differs from the paper: the term of the scores is scaled by 1/sqrt(D) even where the attention is given
-another scale (a position part isn't told of it). Tables start Glorot uniform, as in the authors' code.
+Row r + K of a table holds offset r: keys of the past come first. No (T, S, D) tensor is formed: q_i . AK is computed
+for the 2K + 1 offsets and then looked up, and weights are summed by offset before they meet AV.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.positions._shared import check_heads, check_int, check_width, work_dtype
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import fits, refuse, whole
+from regard.positions._shared import work_dtype
 from regard.stages import Position, Rows
+
+CARD = Card(
+    "shaw",
+    equation="""score[i,j] = q_i . (k_j + AK[r]) / sqrt(D),   out_i = sum_j a[i,j] (v_j + AV[r])
+r = clip(j - i, -K, K)""",
+    papers=(
+        Paper(
+            "Self-Attention with Relative Position Representations",
+            "Shaw, Uszkoreit, Vaswani",
+            2018,
+            "1803.02155",
+            "section 3",
+        ),
+    ),
+    traits={"shift_invariant", "head_independent"},
+    cost=Cost("2*B*H*T*S*D + 2*B*H*T*(2*max_distance+1)*D", "2*S*G*D"),
+    claim="Shifting all positions changes nothing; beyond max_distance equal keys score equally: tests/positions.",
+    differs=(
+        "One table for all heads by default, as in the authors' code; per_head=True is the paper's base model.",
+        "The scores' term keeps the scale 1/sqrt(D) even where the attention is given another: a position part isn't "
+        "told of it.",
+        "Tables start Glorot uniform, as in the authors' code.",
+    ),
+    verified="third-party",
+    example={"max_distance": 3},
+)
 
 
 def relative_scores(
@@ -38,28 +56,39 @@ def relative_values(
     return by_offset.scatter_add(-1, index.expand_as(weights), weights) @ table
 
 
+@CARD.fills("position", closed=("value_dim",))
 class Shaw(Position):
-    """Offsets clipped to `max_distance`; one table for all heads, or one each where `num_heads` is given."""
+    """Offsets clipped to `max_distance`.
+
+    Args:
+        head_dim: D.
+        num_heads: H; only needed with `per_head`.
+        max_distance: K.
+        per_head: a table for each head, instead of one for all.
+        value_dim: V; default D.
+    """
 
     def __init__(
         self,
         head_dim: int,
+        num_heads: int | None = None,
         *,
         max_distance: int = 16,
-        num_heads: int | None = None,
+        per_head: bool = False,
         value_dim: int | None = None,
     ) -> None:
         super().__init__()
         value_dim = head_dim if value_dim is None else value_dim
-        check_int("Shaw", "head_dim", head_dim)
-        check_int("Shaw", "max_distance", max_distance, least=0)
-        check_int("Shaw", "value_dim", value_dim)
+        whole(self, head_dim=head_dim, value_dim=value_dim)
+        whole(self, 0, max_distance=max_distance)
         if num_heads is not None:
-            check_int("Shaw", "num_heads", num_heads)
+            whole(self, num_heads=num_heads)
+        elif per_head:
+            refuse(self, "num_heads", "is missing", None, "the number of heads, for a table each")
         self.head_dim, self.value_dim = head_dim, value_dim
         self.max_distance = max_distance
-        self.num_heads = num_heads
-        heads = () if num_heads is None else (num_heads,)
+        self.num_heads = num_heads if per_head else None
+        heads = () if self.num_heads is None else (self.num_heads,)
         self.key_table = nn.Parameter(torch.empty(*heads, 2 * max_distance + 1, head_dim))
         self.value_table = nn.Parameter(torch.empty(*heads, 2 * max_distance + 1, value_dim))
         self.reset_parameters()
@@ -69,15 +98,20 @@ class Shaw(Position):
             bound = (6 / (table.shape[-2] + table.shape[-1])) ** 0.5  # Glorot, each head's table by itself
             nn.init.uniform_(table, -bound, bound)
 
+    def start_neutral(self) -> bool:
+        """All vectors 0, which is plain attention."""
+        nn.init.zeros_(self.key_table)
+        nn.init.zeros_(self.value_table)
+        return True
+
     def index(self, rows: Rows) -> Int[Tensor, "t s"]:
         """Which row of the tables each pair uses."""
         offset = rows.j - rows.i.unsqueeze(-1)
         return offset.clamp(-self.max_distance, self.max_distance) + self.max_distance
 
     def bias(self, rows: Rows) -> Float[Tensor, "B H t s"]:
-        check_width("Shaw", "q", rows.q, self.head_dim)
-        if self.num_heads is not None:
-            check_heads("Shaw", rows.q, self.num_heads)
+        heads = {} if self.num_heads is None else {"H": self.num_heads}
+        fits(self, "B H t D", {"D": self.head_dim, **heads}, q=rows.q)
         q = rows.q.to(work_dtype(rows.q)) * self.head_dim**-0.5
         return relative_scores(q, self.key_table.to(q.dtype), self.index(rows)).to(rows.q.dtype)
 
@@ -87,37 +121,3 @@ class Shaw(Position):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, max_distance={self.max_distance}, num_heads={self.num_heads}"
-
-
-def _slots(shape: HeadShape, *, max_distance: int = 16, per_head: bool = False) -> dict[str, object]:
-    heads = shape.num_heads if per_head else None
-    return {"position": Shaw(shape.head_dim, max_distance=max_distance, num_heads=heads)}
-
-
-CARD = register(
-    Card(
-        name="shaw",
-        family="positions",
-        gist="Trained vectors for clipped relative offsets are added to keys and to values.",
-        equation=("score = q[i].(k[j] + AK[r])/sqrt(D), out[i] = sum_j a[i,j] (v[j] + AV[r]); r = clip(j-i, -K, K)"),
-        paper=Paper(
-            "Self-Attention with Relative Position Representations",
-            "Shaw, Uszkoreit, Vaswani",
-            2018,
-            "1803.02155",
-            "section 3",
-        ),
-        slots=_slots,
-        traits=frozenset({"shift_invariant", "head_independent"}),
-        cost=Cost("2*B*H*T*S*D + 2*B*H*T*(2*max_distance+1)*D", "2*S*G*D"),
-        claim=(
-            "Shifting all positions changes nothing; beyond max_distance equal keys score equally: tests/positions."
-        ),
-        differs=(
-            ("One table for all heads by default, as in the authors' code; per_head=True is the paper's base model."),
-            "The scores' term keeps the scale 1/sqrt(D) whatever scale the attention is given.",
-        ),
-        verified="third-party",
-        example={"max_distance": 3},
-    )
-)

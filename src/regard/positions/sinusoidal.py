@@ -1,21 +1,25 @@
-"""Sinusoidal absolute positions: sines and cosines of geometrically spaced wavelengths, added to the tokens.
-
-    x'_p = x_p + PE_p,   PE[p, 2a] = sin(p * 10000^(-2a/M)),   PE[p, 2a+1] = cos(p * 10000^(-2a/M))
-
-Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.5.
-Differs from the paper: the paper adds PE once, at the bottom of the stack; as a part of one layer it is added
-to that layer's input. The paper's scaling of the token embeddings by sqrt(M) belongs to the embedding and
-isn't done here.
-"""
+"""Sinusoidal absolute positions: sines and cosines of geometric wavelengths, added to the tokens."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
-from regard.positions._shared import angles, check_above, check_even, check_width, frequencies
-from regard.shapes import HeadShape
+from regard.cards import Card, Paper
+from regard.checks import checked, divides, number, whole
+from regard.positions._shared import angles, frequencies
 from regard.stages import Position
+
+CARD = Card(
+    "sinusoidal",
+    equation="x'_p = x_p + PE_p,   PE[p, 2a] = sin(p base^(-2a/M)),   PE[p, 2a+1] = cos(p base^(-2a/M))",
+    papers=(Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "section 3.5"),),
+    traits={"normalised", "nonnegative", "head_independent"},
+    claim="PE at p + k is a linear function of PE at p (section 3.5): tests/positions.",
+    differs=(
+        "Added to the input of this layer; the paper adds it once, at the bottom of the stack.",
+        "The paper's scaling of the token embeddings by sqrt(M) belongs to the embedding and isn't done here.",
+    ),
+)
 
 
 def sinusoidal(
@@ -27,40 +31,21 @@ def sinusoidal(
     return table.to(dtype or torch.get_default_dtype())
 
 
+@CARD.fills("position")
 class Sinusoidal(Position):
     """Adds `sinusoidal(positions)` to tokens of width `dim`. No parameters, no longest position."""
 
     def __init__(self, dim: int, *, base: float = 10000.0) -> None:
         super().__init__()
-        check_even("Sinusoidal", "dim", dim)
-        check_above("Sinusoidal", "base", base, 1.0)
+        whole(self, dim=dim)
+        divides(self, pair=2, dim=dim)
+        number(self, above=1, base=base)
         self.dim = dim
         self.base = base
 
+    @checked(M="dim")
     def embed(self, x: Float[Tensor, "B T M"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B T M"]:
-        check_width("Sinusoidal", "x", x, self.dim)
         return x + sinusoidal(positions, self.dim, base=self.base, dtype=x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}"
-
-
-def _slots(shape: HeadShape, *, base: float = 10000.0) -> dict[str, object]:
-    return {"position": Sinusoidal(shape.dim, base=base)}
-
-
-CARD = register(
-    Card(
-        name="sinusoidal",
-        family="positions",
-        gist="Fixed sines and cosines of the position are added to the tokens.",
-        equation="x'[p] = x[p] + PE[p]; PE[p,2a] = sin(p base^(-2a/M)), PE[p,2a+1] = cos(p base^(-2a/M))",
-        paper=Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "section 3.5"),
-        slots=_slots,
-        traits=frozenset({"normalised", "nonnegative", "head_independent"}),
-        cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
-        claim="PE at p + k is a linear function of PE at p (section 3.5): tests/positions.",
-        differs=("Added to the input of this layer; the paper adds it once, at the bottom of the stack.",),
-        verified="equation",
-    )
-)

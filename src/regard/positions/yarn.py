@@ -1,26 +1,33 @@
-"""YaRN: a rotary scaling that keeps fast pairs, interpolates slow ones, and sharpens the scores.
-
-    w'_a = (1 - r_a) w_a + r_a w_a / s,   r_a = clip((a - low) / (high - low), 0, 1)
-    pair(n) = D ln(L / (2 pi n)) / (2 ln base): the pair that makes n turns within the trained length L
-    low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys times m = 0.1 ln s + 1
-
-Peng, Quesnelle, Fan, Shippole 2023, "YaRN: Efficient Context Window Extension of Large Language Models"
-(arXiv 2309.00071), NTK-by-parts and temperature, read in the authors' code and in transformers (which agree).
-Differs from the paper: the ramp runs over pair indices with rounded ends, as the authors' code does it
-(`truncate=False` doesn't round).
-"""
+"""YaRN: a rotary scaling that keeps fast pairs, interpolates slow ones, and sharpens the scores."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from regard._former import Card, Paper, register
-from regard.positions._shared import check_above, check_int
-from regard.positions.rotary import COST, TRAITS, Rotary
-from regard.positions.rotary_scaling import YARN_AUTHORS, YARN_PAPER, Linear
-from regard.shapes import HeadShape
+from regard.cards import Card
+from regard.checks import number, whole
+from regard.positions.rotary import Rotary
+from regard.positions.rotary_scaling import NTK_AWARE, Linear
+
+CARD = Card(
+    "rotary_yarn",
+    equation="""rotary with w'_a = (1 - r_a) w_a + r_a w_a / s,   r_a = clip((a - low) / (high - low), 0, 1)
+pair(n) = D ln(L / (2 pi n)) / (2 ln base): the pair that makes n turns within the trained length L
+low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys times m = 0.1 ln s + 1,   s = factor""",
+    papers=(
+        replace(NTK_AWARE.paper, read="sections 3.2 and 3.4, in the authors' code and in transformers, which agree"),
+    ),
+    traits=NTK_AWARE.traits,
+    cost=NTK_AWARE.cost,
+    claim="Equals plain rotary on pairs before the ramp and interpolation after it: tests/positions.",
+    differs=(
+        "The ramp runs over pair indices with rounded ends, as in the authors' code; truncate=False doesn't round.",
+    ),
+    verified="third-party",
+    example={"factor": 2.0, "original_max": 8, "beta_fast": 2.0, "beta_slow": 0.5},
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,11 @@ class YaRN(Linear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("YaRN", "original_max", self.original_max)
-        check_above("YaRN", "beta_slow", self.beta_slow, 0.0)
-        check_above("YaRN", "beta_fast", self.beta_fast, self.beta_slow)
+        whole(self, original_max=self.original_max)
+        number(self, above=0, beta_slow=self.beta_slow)
+        number(self, above=self.beta_slow, beta_fast=self.beta_fast)
         if self.attention_factor is not None:
-            check_above("YaRN", "attention_factor", self.attention_factor, 0.0)
+            number(self, above=0, attention_factor=self.attention_factor)
 
     def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
         width = 2 * w.numel()
@@ -71,33 +78,21 @@ class YaRN(Linear):
         return log + 1
 
 
-def _yarn(
-    shape: HeadShape,
+@CARD.fills("position")
+def rotary_yarn(
+    head_dim: int,
     *,
     factor: float = 4.0,
     original_max: int = 2048,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
     base: float = 10000.0,
-) -> dict[str, object]:
-    scaling = YaRN(factor, original_max, beta_fast, beta_slow, attention_factor)
-    return {"position": Rotary(shape.head_dim, base=base, scaling=scaling)}
-
-
-CARD = register(
-    Card(
-        name="rotary_yarn",
-        family="positions",
-        gist="YaRN: rotary that interpolates slow pairs only and sharpens the scores.",
-        equation="rotary with (1 - r[a]) w[a] + r[a] w[a] / s, r a ramp in a; q', k' times m = 0.1 ln(s) + 1",
-        paper=Paper(YARN_PAPER, YARN_AUTHORS, 2023, "2309.00071", "sections 3.2 and 3.4"),
-        slots=_yarn,
-        traits=TRAITS,
-        cost=COST,
-        claim="Equals plain rotary on pairs before the ramp and interpolation after it: tests/positions.",
-        differs=("The ramp runs over pair indices with rounded ends, as in the authors' code.",),
-        verified="third-party",
-        example={"factor": 2.0, "original_max": 8, "beta_fast": 2.0, "beta_slow": 0.5},
-    )
-)
+    interleaved: bool = False,
+) -> Rotary:
+    """A rotary part with the scaling `YaRN`."""
+    scaling = YaRN(factor, original_max, beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate)
+    return Rotary(head_dim, base=base, interleaved=interleaved, scaling=scaling)

@@ -1,5 +1,5 @@
 """Scores: what else happens to scores before, and to weights after, they are normalised."""
 
-from regard.scores.mta import HeadMix, HeadNormGate, KeyQueryConv, MixSequence
+from regard.rooms import opened
 
-__all__ = ["HeadMix", "HeadNormGate", "KeyQueryConv", "MixSequence"]
+__getattr__, __dir__ = opened(__name__)
