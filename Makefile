@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: compare test test-all lint docs bench clean
+.PHONY: compare test test-all lint bare docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,12 @@ lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bare:  ## what a plain `pip install .` gives, without any extra: list, show, create, plan and a short compare
+	rm -rf $(VENV)-bare
+	$(PYTHON) -m venv $(VENV)-bare
+	$(VENV)-bare/bin/python -m pip install --quiet --constraint constraints.txt .
+	cd $(VENV)-bare && bin/python ../tools/bare.py
+
 bench: $(VENV)/.bench  ## measure every speed goal against its peers and write docs/benchmarks.md; ARGS="window bias" for some
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -42,4 +48,4 @@ docs: $(VENV)/.installed  ## refill the command outputs and tables in README.md
 	$(BIN)/python tools/readme.py
 
 clean:  ## remove the environment and all runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-bare runs

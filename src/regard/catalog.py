@@ -37,7 +37,8 @@ def cards() -> dict[str, Card]:
                     raise
                 continue  # a room that nobody has built yet
             for module in pkgutil.walk_packages(package.__path__, f"regard.{room}."):
-                importlib.import_module(module.name)
+                if not module.name.rpartition(".")[2].startswith("_"):  # private files hold no cards, but need more
+                    importlib.import_module(module.name)
         _walked.append("done")
     order = {room: n for n, room in enumerate(FAMILIES)}
     return dict(sorted(_registry.items(), key=lambda item: (order.get(item[1].family, 99), item[0])))
@@ -136,7 +137,9 @@ def create(
             for slot in filled.keys() & extra.keys():
                 raise ValueError(f"create: {name!r} fills the slot {slot!r} itself; leave that option out")
             filled = {"num_kv_heads": num_kv_heads, **filled}
-            module = Attention(given["dim"], given["num_heads"], head_dim=head_dim, causal=causal, dropout=dropout, **filled, **extra)
+            module = Attention(
+                given["dim"], given["num_heads"], head_dim=head_dim, causal=causal, dropout=dropout, **filled, **extra
+            )
     if not isinstance(module, nn.Module):
         if parts[0].protocol in NO_LAYERS:
             return module
