@@ -37,7 +37,9 @@ def named(names: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def tree(chunk: int = 3) -> PrefixTree:
-    return PrefixTree(HEADS, WIDTH, value_dim=VALUES, chunk=chunk, dtype=torch.float64)
+    t = PrefixTree(HEADS, WIDTH, value_dim=VALUES, chunk=chunk)
+    t.k, t.v = t.k.double(), t.v.double()
+    return t
 
 
 def check(t: PrefixTree, histories: dict[int, list[int]], seed: int = 0) -> None:
@@ -257,7 +259,7 @@ def test_refuses(call, words: str) -> None:
 
 def layer(**options) -> ChunkAttention:
     torch.manual_seed(0)
-    return ChunkAttention(24, 6, causal=True, chunk=4, dtype=torch.float64, **options)
+    return ChunkAttention(24, 6, causal=True, chunk=4, **options).double()
 
 
 @torch.no_grad()
@@ -308,11 +310,11 @@ def test_no_row_loses_its_gradient_to_another() -> None:
 def test_layer_refuses() -> None:
     module, x = layer(), tokens(2, 3)
     state = module.init_state(2, 4)
-    with pytest.raises(ValueError, match=r"2 new tokens exceed capacity 4 \(3 are held.*capacity >= 5"):
+    with pytest.raises(ValueError, match=r"2 new tokens exceeds capacity 4 \(got 3 held before\); .* capacity >= 5"):
         module.step(x[:, :2], module.step(x, state)[1])
-    with pytest.raises(ValueError, match="x has batch 2 and the state 3"):
+    with pytest.raises(ValueError, match=r"x has another batch than the state \(got 2\); expected 3 sequences"):
         module.step(x, module.init_state(3, 4))
-    with pytest.raises(TypeError, match="state must be what init_state gives, got KVCache"):
+    with pytest.raises(TypeError, match=r"state has the wrong type \(got KVCache\); expected what init_state gives"):
         module.step(x, regard.Attention(24, 6, causal=True).init_state(2, 4))
-    with pytest.raises(ValueError, match="chunk must be an int >= 1"):
+    with pytest.raises(ValueError, match=r"chunk is too small \(got 0\); expected an int >= 1"):
         ChunkAttention(24, 6, chunk=0)

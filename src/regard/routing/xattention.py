@@ -24,7 +24,8 @@ TOGETHER = "a block of queries chooses its keys together, so later queries of th
 
 CARD = Card(
     "xattention",
-    equation="""L[m, n] = sum_u q[m s + s-1-u] . k[n s + u] / (sqrt(D) s),   u = 0 .. s-1, groups of s = stride queries and keys
+    equation="""L[m, n] = sum_u q[m s + s-1-u] . k[n s + u] / (sqrt(D) s),   groups of s = stride queries
+    and s keys, u = 0 .. s-1
 A = softmax over n of L;   R[I, J] = sum of A over the groups of query block I and key block J
 kept: key block 0, the diagonal block, then by falling R until their sum is at least tau = threshold of row I's""",
     papers=(
