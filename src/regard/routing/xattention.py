@@ -1,4 +1,4 @@
-"""XAttention: sums along antidiagonals of the scores judge its blocks, and the fewest that suffice stay.
+"""XAttention: sums along antidiagonals of the scores judge blocks; the fewest that suffice stay.
 
 Every query and every key enters once per s x s tile, for 1/s of the price of the scores. Training-free: put it into a
 layer that was trained with full attention, for prefill. A block of queries chooses together, so that it does not

@@ -1,4 +1,4 @@
-"""Subsampled self-attention: training leaves most sources out, anew at every step; evaluation is dense.
+"""Subsampled self-attention: training leaves most sources out, anew each step; evaluation is dense.
 
 Several passes with subsampling="always" make the paper's self-ensemble.
 """
