@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from regard.cards import Card, _registry
+from regard.checks import number
 from regard.pipeline.layer import Attention
 from regard.rooms import FAMILIES
 from regard.shapes import head_shape
@@ -114,6 +115,7 @@ def create(
     known = own | (set() if alone else layer)
     for key in settings.keys() - known:
         raise ValueError(unknown(f"option of {name!r}", key, sorted(known)))
+    number(f"create: {name}", least=0, most=1, dropout=dropout)
     shape = head_shape(dim, num_heads, num_kv_heads, head_dim, who=f"create: {name}")
     given = {**vars(shape), "causal": causal, "dropout": dropout}
     with placed(device):

@@ -21,8 +21,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Problem:
-    names = ("mask", "bias", "position", "score_mix", "normalizer", "weight_mix", "selector", "scale")
-    return _problem(q, k, v, *(options.get(name) for name in names), options.get("dropout", 0.0))
+    return _problem(q, k, v, **{name: value for name, value in options.items() if name != "kernel"})
 
 
 def qkv(T: int = 29, S: int = 37, *, D: int = 8, V: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:

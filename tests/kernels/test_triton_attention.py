@@ -32,8 +32,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, **options: object) -> Problem:
-    stages = ("bias", "position", "score_mix", "normalizer", "weight_mix", "selector", "scale")
-    return _problem(q, k, v, mask, *(options.get(name) for name in stages), options.get("dropout", 0.0))
+    return _problem(q, k, v, mask=mask, **options)
 
 
 def qkv(

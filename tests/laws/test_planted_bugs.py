@@ -19,10 +19,10 @@ from laws import test_reference as reference
 from laws import test_streaming as streaming
 from laws import test_structure as structure
 from laws import test_symmetry as symmetry
-from regard import layer
 from regard.kernels import block_sparse, chunked, eager, online, plan, problem, sdpa, window
 from regard.linear import _shared as linear_shared
 from regard.masks import patterns, tensors
+from regard.pipeline import head_mixer
 from regard.pipeline.kv_cache import KVCache
 
 # By name: some packages export functions of the same names as their modules.
@@ -265,7 +265,9 @@ def crop_forgets_nothing(patch):
 @bug((modules.test_dropout, "softmax"))
 def dropout_in_eval(patch):
     real = regard.Attention._problem
-    patch.setattr(regard.Attention, "_problem", lambda self, *a: replace(real(self, *a), dropout=self.dropout))
+    patch.setattr(
+        regard.Attention, "_problem", lambda self, *a, **o: replace(real(self, *a, **o), dropout=self.dropout)
+    )
 
 
 @bug((modules.test_no_randomness_unasked, "softmax"))
@@ -336,12 +338,12 @@ def stabiliser_looks_ahead(patch):
 
 @bug((masking.test_padding_changes_nothing, "linear"))
 def padding_is_read(patch):
-    patch.setattr(layer, "key_padding", lambda who, mask, x: None)
+    patch.setattr(head_mixer, "key_padding", lambda who, mask, x: None)
 
 
 @bug((masking.test_nan_tokens, "linear"))
 def nan_is_hidden(patch):
-    patch.setattr(layer, "spoil", lambda out, *rest: out)
+    patch.setattr(head_mixer, "spoil", lambda out, *rest: out)
 
 
 @bug((streaming.test_token_by_token, "moba"))

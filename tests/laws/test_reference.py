@@ -26,7 +26,7 @@ from laws.subject import (
 )
 from regard import masks
 from regard.kernels import KERNELS
-from regard.pipeline.function import problem as _problem
+from regard.pipeline.function import problem
 
 LONG = 37  # three query chunks of 16, the last one ragged
 
@@ -152,7 +152,7 @@ def test_named_kernels_run_or_refuse(name: str) -> None:
         assert {plan.kernel, *plan.why_not} == set(KERNELS)
         assert all(reasons for reasons in plan.why_not.values())
         assert plan.kernel in str(plan)
-        p = _problem(q, k, v, *(arguments[n] for n in ("mask", "bias")), *stages(arguments), None, None, 0.0)
+        p = problem(q, k, v, **{n: value for n, value in arguments.items() if n != "kernel"})
         for kernel, module in KERNELS.items():
             launched = []
             with pytest.MonkeyPatch.context() as patch:
@@ -167,10 +167,6 @@ def test_named_kernels_run_or_refuse(name: str) -> None:
                 else:
                     f(q, k, v, causal=causal, kernel=kernel)
                 assert bool(launched) != bool(reasons)
-
-
-def stages(arguments: dict) -> list:
-    return [arguments.get(n) for n in ("position", "score_mix", "normalizer", "weight_mix")]
 
 
 def test_lengths_are_what_the_tests_assume() -> None:

@@ -81,7 +81,7 @@ def test_order_of_keys_and_mask_is_free(name: str) -> None:
 @law("L13", needs="gqa")
 def test_grouped_keys_are_repeated(name: str) -> None:
     """G key heads = H key heads of which each group is one, side by side; gradients add up over the group."""
-    grouped = build(name, num_kv_heads=2) if regard.card(name).slots is None or "gqa" not in name else build(name)
+    grouped = build(name, num_kv_heads=2) if not regard.card(name).is_part or "gqa" not in name else build(name)
     if grouped.num_kv_heads == HEADS:
         return
     G = grouped.num_kv_heads

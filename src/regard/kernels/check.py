@@ -13,40 +13,41 @@ from regard.kernels.problem import Problem
 from regard.masks import Mask, dense
 from regard.stages import SLOTS
 
+WHO = "attention"
+
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Ranks, sizes, dtypes and devices of queries, keys and values."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"attention: {name} must be a Tensor, got {type(t).__name__}")
+            refuse(WHO, name, "has the wrong type", type(t).__name__, "a Tensor (B, heads, tokens, D)", error=TypeError)
         if t.dim() != 4:
-            raise ValueError(
-                f"attention: {name} must be (batch, heads, tokens, width), got shape {tuple(t.shape)}; "
-                "use x[:, None] for one head"
-            )
+            wanted = "(batch, heads, tokens, width); use x[:, None] for one head"
+            refuse(WHO, name, "has the wrong shape", tuple(t.shape), wanted)
     (B, H, _, D), (Bk, G, S, Dk), (Bv, Gv, Sv, _) = q.shape, k.shape, v.shape
     if not B == Bk == Bv:
-        raise ValueError(
-            f"attention: batch sizes differ (q {B}, k {Bk}, v {Bv}); expand them, sizes of 1 are not repeated"
-        )
+        got = f"q {B}, k {Bk}, v {Bv}"
+        refuse(WHO, "q, k and v", "have different batch sizes", got, "one; expand them, sizes of 1 are not repeated")
     if Dk != D:
-        raise ValueError(f"attention: head widths of q ({D}) and k ({Dk}) differ; they must match")
+        refuse(WHO, "k", "has another head width than q", Dk, str(D))
     if D == 0:
-        raise ValueError("attention: head width is 0; it must be at least 1")
+        refuse(WHO, "q", "has heads of no width", 0, "at least 1")
     if Sv != S:
-        raise ValueError(f"attention: k length {S} and v length {Sv} differ; they must match")
+        refuse(WHO, "v", "has another length than k", Sv, str(S))
     if Gv != G:
-        raise ValueError(f"attention: k has {G} heads and v has {Gv}; they must match")
+        refuse(WHO, "v", "has another number of heads than k", Gv, str(G))
     if G == 0 or H % G:
-        raise ValueError(f"attention: {H} query heads are not a multiple of {G} key heads")
+        refuse(WHO, "q", f"has heads that are no multiple of the {G} key heads", H, "key heads that divide query heads")
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"attention: dtypes differ (q {q.dtype}, k {k.dtype}, v {v.dtype}); cast them, they are never promoted"
+        got = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        refuse(
+            WHO, "q, k and v", "have different dtypes", got, "one; cast them, they are never promoted", error=TypeError
         )
     if not q.dtype.is_floating_point:
-        raise TypeError(f"attention: q, k and v must be floating point, got {q.dtype}")
+        refuse(WHO, "q, k and v", "have the wrong dtype", q.dtype, "floating point", error=TypeError)
     if not q.device == k.device == v.device:
-        raise ValueError(f"attention: devices differ (q {q.device}, k {k.device}, v {v.device}); move them together")
+        got = f"q {q.device}, k {k.device}, v {v.device}"
+        refuse(WHO, "q, k and v", "are on different devices", got, "one; move them together")
 
 
 def check_mask(mask: object, B: int, H: int, T: int, S: int, device: torch.device) -> Mask | None:
@@ -56,31 +57,26 @@ def check_mask(mask: object, B: int, H: int, T: int, S: int, device: torch.devic
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             hint = "additive terms go into bias=" if mask.dtype.is_floating_point else "pass mask.bool()"
-            raise TypeError(f"attention: mask must be bool with True = may attend, got {mask.dtype}; {hint}")
+            wanted = f"torch.bool with True = may attend; {hint}"
+            refuse(WHO, "mask", "has the wrong dtype", mask.dtype, wanted, error=TypeError)
         if mask.dim() != 4:
-            raise ValueError(
-                f"attention: mask of shape {tuple(mask.shape)} is ambiguous; pair masks are (B or 1, H or 1, T, S), "
-                "keys are masked by regard.masks.padding(keep)"
-            )
+            wanted = "(B or 1, H or 1, T, S) for pairs; keys are masked by regard.masks.padding(keep)"
+            refuse(WHO, "mask", "has an ambiguous shape", tuple(mask.shape), wanted)
         wrong = [
-            f"{n}={got}"
-            for n, got, ok in zip("BHTS", mask.shape, (B, H, T, S))
-            if got != ok and not (n in "BH" and got == 1)
+            n for n, got, ok in zip("BHTS", mask.shape, (B, H, T, S)) if got != ok and not (n in "BH" and got == 1)
         ]
         if wrong:
-            raise ValueError(
-                f"attention: mask of shape {tuple(mask.shape)} does not fit B={B}, H={H}, T={T}, S={S} "
-                f"({', '.join(wrong)}); only B and H may be 1"
-            )
+            wanted = f"B={B}, H={H}, T={T}, S={S}; only B and H may be 1"
+            refuse(WHO, "mask", f"does not fit in {', '.join(wrong)}", tuple(mask.shape), wanted)
         if mask.device != device:
-            raise ValueError(f"attention: mask is on {mask.device}, q on {device}; move them together")
+            refuse(WHO, "mask", "is on another device than q", mask.device, str(device))
         return dense(mask)
     if not isinstance(mask, Mask):
-        raise TypeError(f"attention: mask must be a regard.masks.Mask or a bool Tensor, got {type(mask).__name__}")
+        wanted = "a regard.masks.Mask or a bool Tensor"
+        refuse(WHO, "mask", "has the wrong type", type(mask).__name__, wanted, error=TypeError)
     if mask.batch not in (1, B) or mask.heads not in (1, H):
-        raise ValueError(
-            f"attention: mask {mask!r} is for batch {mask.batch} and {mask.heads} heads, the inputs have {B} and {H}"
-        )
+        got = f"{mask!r}, for batch {mask.batch} and {mask.heads} heads"
+        refuse(WHO, "mask", "does not fit the inputs", got, f"batch {B} and {H} heads, or 1")
     return mask
 
 
@@ -91,23 +87,22 @@ def check_bias(p: Problem) -> Problem:
         return p
     if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-        raise TypeError(f"attention: bias must be a floating point Tensor, got {got}; boolean masks go into mask=")
+        wanted = "a floating point Tensor; boolean masks go into mask="
+        refuse(WHO, "bias", "has the wrong type", got, wanted, error=TypeError)
     if bias.dim() != 4 or any(got not in (1, ok) for got, ok in zip(bias.shape, (B, H, T, S))):
-        raise ValueError(
-            f"attention: bias of shape {tuple(bias.shape)} does not broadcast to (B, H, T, S) = {(B, H, T, S)}"
-        )
+        wanted = f"what broadcasts to (B, H, T, S) = {(B, H, T, S)}"
+        refuse(WHO, "bias", "does not broadcast to the scores", tuple(bias.shape), wanted)
     if bias.device != p.q.device:
-        raise ValueError(f"attention: bias is on {bias.device}, q on {p.q.device}; move them together")
+        refuse(WHO, "bias", "is on another device than q", bias.device, str(p.q.device))
     if torch.compiler.is_compiling() or bias.is_meta or bias.numel() == 0:
         return p
     values = bias.detach()
     low, high = (float(x) for x in values.aminmax())
     if math.isnan(low) or high == math.inf:
-        raise ValueError("attention: bias holds NaN or +inf; terms must be finite, or -inf to mask a pair")
+        refuse(WHO, "bias", "holds NaN or +inf", f"{low} to {high}", "finite terms, or -inf to mask a pair")
     if low == 0 and high == 1 and bool(((values == 0) | (values == 1)).all()):
-        raise ValueError(
-            'attention: bias looks boolean (only 0 and 1); pass mask=bias.bool() if True means "may attend"'
-        )
+        wanted = 'additive terms; pass mask=bias.bool() if True means "may attend"'
+        refuse(WHO, "bias", "looks boolean", "only 0 and 1", wanted)
     # Half of the dtype's most negative number is nobody's bias: it is the finfo.min idiom, which averages a fully
     # masked row over all its values instead of giving 0.
     masked = values <= torch.finfo(values.dtype).min / 2
@@ -135,6 +130,6 @@ def check_options(scale: float | None, dropout: float, *, who: str = "attention"
                 name,
                 "has the wrong type",
                 type(stage).__name__,
-                f"a {kind.__module__}.{kind.__name__}",
+                f"a {kind.__name__} of regard.{'masks' if kind is Mask else 'stages'}",
                 error=TypeError,
             )

@@ -68,7 +68,7 @@ def _tile(p: Problem) -> tuple[int, int]:
 def _tiles_alone(p: Problem) -> bool:
     """Whether this is softmax with additive terms only, so that any tile can be computed by itself."""
     bias = p.position_bias
-    reads = bias is not None and (bias.sees == "rows" or "scores" in bias.needs or bias.prepares())
+    reads = bias is not None and (bias.sees == "rows" or bool(bias.needs) or bias.prepares())
     only_adds = all(stage is bias for stage in p.stages) and p.position_values is None
     return only_adds and not reads and p.dropout == 0
 

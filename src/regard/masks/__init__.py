@@ -1,9 +1,8 @@
 """Masks: which keys a query may attend to, as values that combine with `&`, `|` and `~`."""
 
 from regard.masks.algebra import Mask
-from regard.masks.chosen import chosen
+from regard.masks.grids import neighborhood
 from regard.masks.layout import BlockLayout
-from regard.masks.neighborhood import neighborhood
 from regard.masks.patterns import (
     blocks,
     causal,
@@ -14,6 +13,7 @@ from regard.masks.patterns import (
     strided,
     window,
 )
+from regard.masks.selection import chosen
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
 
 __all__ = [

@@ -96,8 +96,8 @@ def problem(
 ) -> Problem:
     """The arguments of `attention`, checked, as what kernels work on."""
     check_inputs(q, k, v)
+    check_options(scale, dropout, selector=selector, **stages)
     filled = {name: stage for name, stage in stages.items() if stage is not None}
-    check_options(scale, dropout, **filled, **({} if selector is None else {"selector": selector}))
     for name, stage in filled.items():
         if "tokens" in stage.needs or stage.prepares():
             raise ValueError(

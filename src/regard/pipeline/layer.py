@@ -172,11 +172,11 @@ class Attention(nn.Module):
         if context is None:
             source = x
         else:
-            self._needs("cross", "context", "attends only to its own tokens; call it without context")
+            self._needs("cross", "attends only to its own tokens; call it without context")
             tokens(self, "context", context, self.k_proj.in_features)
             source = context
         if mask is not None and not (isinstance(mask, Kept | Lengths) and "padding" in self.supports):
-            self._needs("mask", "mask", "takes no mask")
+            self._needs("mask", "takes no mask")
         B, T, S = x.shape[0], x.shape[1], source.shape[1]
         if source.shape[0] != B:
             refuse(self, "context", "has another batch than x", source.shape[0], f"{B} sequences")
@@ -284,7 +284,7 @@ class Attention(nn.Module):
             refuse(self, "positions", "don't fit x", got, f"integers of shape ({T},) or ({B}, {T})")
         return positions
 
-    def _needs(self, feature: str, argument: str, what: str) -> None:
+    def _needs(self, feature: str, what: str) -> None:
         if feature not in self.supports:
             raise ValueError(f"{called(self)}: this mechanism {what} (no {feature!r} on its card)")
 

@@ -20,7 +20,7 @@ MADE = "made."
 
 def check_streams(layer: "Attention") -> None:
     """Refuse a layer that can't go token by token."""
-    layer._needs("streaming", "state", "has no streaming form")
+    layer._needs("streaming", "has no streaming form")
     if not layer.causal:
         refuse(layer, "causal", "is off, and this layer sees later tokens", False, "a layer built with causal=True")
     for part in (layer.position, layer.selector):
@@ -66,9 +66,12 @@ def step(layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None) -> tu
     """See `Attention.step`."""
     check_streams(layer)
     tokens(layer, "x", x, layer.dim)
-    for name, given, kind in (("state", state, KVCache), ("mask", mask, Mask)):
-        if given is not None and not isinstance(given, kind):
-            refuse("step", name, "has the wrong type", type(given).__name__, f"a {kind.__name__}", error=TypeError)
+    if not isinstance(state, KVCache):
+        refuse(
+            "step", "state", "has the wrong type", type(state).__name__, "the KVCache of init_state", error=TypeError
+        )
+    if not (mask is None or isinstance(mask, Mask)):
+        refuse("step", "mask", "has the wrong type", type(mask).__name__, "a Mask of regard.masks", error=TypeError)
     t = x.shape[1]
     where = torch.arange(state.length, state.length + t, device=x.device)
     q, k, v, x, _ = layer._project(x, x, where, where, where)

@@ -32,65 +32,85 @@ BAD = {
     "rank": (
         {"q": torch.zeros(2, 5, 6)},
         ValueError,
-        r"q must be \(batch, heads, tokens, width\), got shape \(2, 5, 6\)",
+        r"q has the wrong shape \(got \(2, 5, 6\)\); expected \(batch, heads, tokens, width\)",
     ),
-    "not a tensor": ({"k": [1.0]}, TypeError, "k must be a Tensor, got list"),
-    "head width": ({"k": torch.zeros(2, 4, 5, 8)}, ValueError, r"head widths of q \(6\) and k \(8\) differ"),
-    "no width": ({"q": torch.zeros(2, 4, 5, 0), "k": torch.zeros(2, 4, 5, 0)}, ValueError, "head width is 0"),
-    "lengths": ({"v": torch.zeros(2, 4, 3, 6)}, ValueError, "k length 5 and v length 3 differ"),
+    "not a tensor": ({"k": [1.0]}, TypeError, r"k has the wrong type \(got list\); expected a Tensor"),
+    "head width": (
+        {"k": torch.zeros(2, 4, 5, 8)},
+        ValueError,
+        r"k has another head width than q \(got 8\); expected 6",
+    ),
+    "no width": (
+        {"q": torch.zeros(2, 4, 5, 0), "k": torch.zeros(2, 4, 5, 0)},
+        ValueError,
+        r"q has heads of no width \(got 0\)",
+    ),
+    "lengths": ({"v": torch.zeros(2, 4, 3, 6)}, ValueError, r"v has another length than k \(got 3\); expected 5"),
     "batch": (
         {"k": torch.zeros(1, 4, 5, 6)},
         ValueError,
-        "batch sizes differ .*sizes of 1 are not repeated",
+        r"different batch sizes \(got q 2, k 1, v 2\); .*sizes of 1 are not repeated",
     ),
     "groups": (
         {"k": torch.zeros(2, 3, 5, 6), "v": torch.zeros(2, 3, 5, 6)},
         ValueError,
-        "4 query heads are not a multiple of 3",
+        r"q has heads that are no multiple of the 3 key heads \(got 4\)",
     ),
     "more key heads": (
         {"k": torch.zeros(2, 8, 5, 6), "v": torch.zeros(2, 8, 5, 6)},
         ValueError,
-        "4 query heads are not a multiple of 8",
+        r"q has heads that are no multiple of the 8 key heads \(got 4\)",
     ),
-    "one value head": ({"v": torch.zeros(2, 1, 5, 6)}, ValueError, "k has 4 heads and v has 1"),
-    "mixed dtypes": ({"k": Q.half()}, TypeError, r"dtypes differ .*float16.*never promoted"),
-    "integers": ({"q": Q.int(), "k": Q.int(), "v": Q.int()}, TypeError, "floating point, got torch.int32"),
-    "bool": ({"q": Q.bool(), "k": Q.bool(), "v": Q.bool()}, TypeError, "floating point, got torch.bool"),
+    "one value head": (
+        {"v": torch.zeros(2, 1, 5, 6)},
+        ValueError,
+        r"v has another number of heads than k \(got 1\); expected 4",
+    ),
+    "mixed dtypes": ({"k": Q.half()}, TypeError, r"different dtypes .*float16.*never promoted"),
+    "integers": (
+        {"q": Q.int(), "k": Q.int(), "v": Q.int()},
+        TypeError,
+        r"wrong dtype \(got torch.int32\); expected floating point",
+    ),
+    "bool": (
+        {"q": Q.bool(), "k": Q.bool(), "v": Q.bool()},
+        TypeError,
+        r"wrong dtype \(got torch.bool\); expected floating point",
+    ),
     "complex": (
         {"q": Q.cfloat(), "k": Q.cfloat(), "v": Q.cfloat()},
         TypeError,
-        "floating point, got torch.complex64",
+        r"wrong dtype \(got torch.complex64\); expected floating point",
     ),
-    "devices": ({"k": Q.to("meta")}, ValueError, "devices differ .*meta.*move them together"),
+    "devices": ({"k": Q.to("meta")}, ValueError, "different devices .*meta.*move them together"),
     "integer mask": (
         {"mask": torch.ones(1, 1, 5, 5, dtype=torch.int64)},
         TypeError,
-        r"mask must be bool.*mask\.bool\(\)",
+        r"mask has the wrong dtype .*torch.int64.*mask\.bool\(\)",
     ),
-    "float mask": ({"mask": torch.ones(1, 1, 5, 5)}, TypeError, "mask must be bool.*bias="),
+    "float mask": ({"mask": torch.ones(1, 1, 5, 5)}, TypeError, "mask has the wrong dtype .*torch.float32.*bias="),
     "flat mask": (
         {"mask": torch.ones(5, 5, dtype=torch.bool)},
         ValueError,
-        r"\(5, 5\) is ambiguous.*padding",
+        r"ambiguous shape \(got \(5, 5\)\).*padding",
     ),
     "wrong mask": (
         {"mask": torch.ones(2, 1, 5, 4, dtype=torch.bool)},
         ValueError,
-        r"does not fit.*S=4.*only B and H may be 1",
+        r"does not fit in S \(got \(2, 1, 5, 4\)\); .*S=5; only B and H may be 1",
     ),
-    "row mask": ({"mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)}, ValueError, r"does not fit.*T=1"),
+    "row mask": ({"mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)}, ValueError, r"does not fit in T "),
     "not a mask": (
         {"mask": "causal"},
         TypeError,
-        "mask must be a regard.masks.Mask or a bool Tensor, got str",
+        r"mask has the wrong type \(got str\); expected a regard.masks.Mask or a bool Tensor",
     ),
     "mask of another batch": (
         {"mask": masks.padding(lengths=torch.tensor([1, 2, 3]))},
         ValueError,
-        "batch 3 .*inputs have 2",
+        "batch 3 .*expected batch 2",
     ),
-    "bias rank": ({"bias": torch.zeros(5, 5) + 0.5}, ValueError, r"\(5, 5\) does not broadcast"),
+    "bias rank": ({"bias": torch.zeros(5, 5) + 0.5}, ValueError, r"does not broadcast to the scores \(got \(5, 5\)\)"),
     "bias shape": ({"bias": torch.zeros(1, 3, 5, 5) + 0.5}, ValueError, "does not broadcast"),
     "bool bias": (
         {"bias": torch.ones(1, 1, 5, 5, dtype=torch.bool)},
@@ -100,17 +120,21 @@ BAD = {
     "boolean bias": ({"bias": torch.eye(5)[None, None]}, ValueError, "looks boolean.*may attend"),
     "NaN in bias": ({"bias": torch.full((1, 1, 5, 5), float("nan"))}, ValueError, r"NaN or \+inf"),
     "inf in bias": ({"bias": torch.full((1, 1, 5, 5), float("inf"))}, ValueError, r"NaN or \+inf"),
-    "scale 0": ({"scale": 0.0}, ValueError, "scale must be finite and > 0, got 0.0"),
-    "negative scale": ({"scale": -1.0}, ValueError, "scale must be finite and > 0, got -1.0"),
-    "NaN scale": ({"scale": float("nan")}, ValueError, "scale must be finite and > 0, got nan"),
-    "dropout": ({"dropout": 2.0}, ValueError, r"dropout must be in \[0, 1\], got 2.0"),
+    "scale 0": ({"scale": 0.0}, ValueError, r"scale is out of range \(got 0.0\); expected a finite number > 0"),
+    "negative scale": ({"scale": -1.0}, ValueError, r"scale is out of range \(got -1.0\)"),
+    "NaN scale": ({"scale": float("nan")}, ValueError, r"scale is out of range \(got nan\)"),
+    "dropout": ({"dropout": 2.0}, ValueError, r"dropout is out of range \(got 2.0\)"),
     "kernel": ({"kernel": "flsh"}, ValueError, "unknown kernel 'flsh'; known: auto, sdpa"),
     "stage in the wrong slot": (
         {"position": Entmax()},
         TypeError,
-        r"position must be a regard.stages.Position, got Entmax",
+        r"position has the wrong type \(got Entmax\); expected a Position of regard.stages",
     ),
-    "a class": ({"normalizer": Entmax}, TypeError, "normalizer must be a regard.stages.Normalizer, got"),
+    "a class": (
+        {"normalizer": Entmax},
+        TypeError,
+        "normalizer has the wrong type .*expected a Normalizer of regard.stages",
+    ),
 }
 
 
@@ -131,43 +155,43 @@ def test_bad_inputs_are_refused_before_any_work(case: str, monkeypatch: pytest.M
 
 
 LAYERS = {
-    "heads": ({"dim": 10, "num_heads": 4}, "4 heads do not divide the width 10"),
+    "heads": ({"dim": 10, "num_heads": 4}, r"dim is no multiple of num_heads = 4 \(got 10\)"),
     "groups": (
         {"dim": 12, "num_heads": 4, "num_kv_heads": 3},
-        "4 query heads are not a multiple of 3 key heads",
+        r"num_heads is no multiple of num_kv_heads = 3 \(got 4\)",
     ),
-    "no heads": ({"dim": 12, "num_heads": 0}, "num_heads must be an int >= 1, got 0"),
-    "bool": ({"dim": 12, "num_heads": True}, "num_heads must be an int >= 1, got True"),
-    "float": ({"dim": 12.0, "num_heads": 4}, "dim must be an int >= 1, got 12.0"),
-    "dropout": ({"dim": 12, "num_heads": 4, "dropout": -0.1}, r"dropout must be in \[0, 1\], got -0.1"),
-    "scale": ({"dim": 12, "num_heads": 4, "scale": float("inf")}, "scale must be finite and > 0, got inf"),
+    "no heads": ({"dim": 12, "num_heads": 0}, r"num_heads is too small \(got 0\); expected an int >= 1"),
+    "bool": ({"dim": 12, "num_heads": True}, r"num_heads has the wrong type \(got True\); expected an int >= 1"),
+    "float": ({"dim": 12.0, "num_heads": 4}, r"dim has the wrong type \(got 12.0\); expected an int >= 1"),
+    "dropout": ({"dim": 12, "num_heads": 4, "dropout": -0.1}, r"dropout is out of range \(got -0.1\)"),
+    "scale": ({"dim": 12, "num_heads": 4, "scale": float("inf")}, r"scale is out of range \(got inf\)"),
 }
 
 
 @pytest.mark.parametrize("case", list(LAYERS))
 def test_bad_layers(case: str) -> None:
     options, message = LAYERS[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         regard.Attention(**options)
 
 
 def test_bad_calls_of_a_layer() -> None:
     layer = regard.Attention(12, 4)
     x = torch.randn(2, 5, 12)
-    with pytest.raises(ValueError, match=re.escape("x must be (batch, tokens, 12), got shape (2, 5, 8)")):
+    with pytest.raises(ValueError, match=re.escape("x has the wrong shape (got (2, 5, 8)); expected (B, T, M = 12)")):
         layer(x[..., :8])
-    with pytest.raises(ValueError, match="x must be"):
+    with pytest.raises(ValueError, match="x has the wrong shape"):
         layer(x[0])
-    with pytest.raises(ValueError, match="x has batch 2 and context 1"):
+    with pytest.raises(ValueError, match=r"context has another batch than x \(got 1\); expected 2 sequences"):
         layer(x, x[:1])
-    with pytest.raises(ValueError, match=re.escape("positions must be integers of shape (5,) or (2, 5)")):
+    with pytest.raises(ValueError, match="positions don't fit x .*integers of shape .5,. or .2, 5."):
         layer(x, positions=torch.arange(4))
-    with pytest.raises(ValueError, match="positions must be integers"):
+    with pytest.raises(ValueError, match="positions don't fit x .*float32"):
         layer(x, positions=torch.arange(5.0))
-    with pytest.raises(TypeError, match=r"mask must be a regard.masks.Mask"):
+    with pytest.raises(TypeError, match="mask has the wrong type .*Tensor.*expected a Mask of regard.masks"):
         regard.Attention(12, 4, mask=torch.ones(5, 5, dtype=torch.bool))
     causal = regard.Attention(12, 4, causal=True)
-    with pytest.raises(TypeError, match=r"mask must be a regard.masks.Mask, got Tensor"):
+    with pytest.raises(TypeError, match="mask has the wrong type .*Tensor.*expected a Mask"):
         causal.step(x, causal.init_state(2, 8), mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
 
 
