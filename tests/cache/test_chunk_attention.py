@@ -37,9 +37,7 @@ def named(names: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def tree(chunk: int = 3) -> PrefixTree:
-    t = PrefixTree(HEADS, WIDTH, value_dim=VALUES, chunk=chunk)
-    t.k, t.v = t.k.double(), t.v.double()
-    return t
+    return PrefixTree(HEADS, WIDTH, value_dim=VALUES, chunk=chunk, dtype=torch.float64)
 
 
 def check(t: PrefixTree, histories: dict[int, list[int]], seed: int = 0) -> None:
@@ -235,15 +233,16 @@ TestHistories.settings = settings(
     [
         (lambda t: t.attend(normal(0, 1, 2, WIDTH), [9]), "there is no sequence 9"),
         (lambda t: t.free(1), "there is no sequence 1"),
-        (lambda t: t.attend(normal(0, 1, 3, WIDTH), [0]), r"q must be \(1, a multiple of 2, 3\).*\(1, 3, 3\)"),
+        (lambda t: t.attend(normal(0, 1, 3, WIDTH), [0]), r"heads_of_q is no multiple of num_kv_heads = 2 \(got 3\)"),
+        (lambda t: t.attend(normal(0, 1, 2, WIDTH + 1), [0]), r"q has the wrong shape \(got \(1, 2, 4\)\)"),
         (lambda t: t.append([0, 0], *(z.expand(2, -1, -1, -1) for z in named([1]))), "once a call"),
         (
             lambda t: t.append([0], *(z[None, :, :, :2] for z in named([1]))),
-            r"k must be .*\(1, 2, 1, 3\).*\(1, 2, 1, 2\)",
+            r"k does not fit .*\(got .* \(1, 2, 1, 2\).*\); expected .* \(1, 2, 1, 3\)",
         ),
         (lambda t: t.append([0], *(z[None].float() for z in named([1]))), "float32"),
         (lambda t: t.append([0], *(z[None] for z in named([1])), tokens=[[1, 2]]), "tokens must name 1 tokens"),
-        (lambda t: PrefixTree(2, 0), "head_dim must be an int >= 1"),
+        (lambda t: PrefixTree(2, 0), r"head_dim is too small \(got 0\); expected an int >= 1"),
     ],
 )
 def test_refuses(call, words: str) -> None:
