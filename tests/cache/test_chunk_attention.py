@@ -233,15 +233,16 @@ TestHistories.settings = settings(
     [
         (lambda t: t.attend(normal(0, 1, 2, WIDTH), [9]), "there is no sequence 9"),
         (lambda t: t.free(1), "there is no sequence 1"),
-        (lambda t: t.attend(normal(0, 1, 3, WIDTH), [0]), r"q must be \(1, a multiple of 2, 3\).*\(1, 3, 3\)"),
+        (lambda t: t.attend(normal(0, 1, 3, WIDTH), [0]), r"heads_of_q is no multiple of num_kv_heads = 2 \(got 3\)"),
+        (lambda t: t.attend(normal(0, 1, 2, WIDTH + 1), [0]), r"q has the wrong shape \(got \(1, 2, 4\)\)"),
         (lambda t: t.append([0, 0], *(z.expand(2, -1, -1, -1) for z in named([1]))), "once a call"),
         (
             lambda t: t.append([0], *(z[None, :, :, :2] for z in named([1]))),
-            r"k must be .*\(1, 2, 1, 3\).*\(1, 2, 1, 2\)",
+            r"k does not fit .*\(got .* \(1, 2, 1, 2\).*\); expected .* \(1, 2, 1, 3\)",
         ),
         (lambda t: t.append([0], *(z[None].float() for z in named([1]))), "float32"),
         (lambda t: t.append([0], *(z[None] for z in named([1])), tokens=[[1, 2]]), "tokens must name 1 tokens"),
-        (lambda t: PrefixTree(2, 0), "head_dim must be an int >= 1"),
+        (lambda t: PrefixTree(2, 0), r"head_dim is too small \(got 0\); expected an int >= 1"),
     ],
 )
 def test_refuses(call, words: str) -> None:
@@ -257,7 +258,7 @@ def test_refuses(call, words: str) -> None:
 
 def layer(**options) -> ChunkAttention:
     torch.manual_seed(0)
-    return ChunkAttention(24, 6, causal=True, chunk=4, dtype=torch.float64, **options)
+    return ChunkAttention(24, 6, causal=True, chunk=4, **options).double()
 
 
 @torch.no_grad()
@@ -308,11 +309,11 @@ def test_no_row_loses_its_gradient_to_another() -> None:
 def test_layer_refuses() -> None:
     module, x = layer(), tokens(2, 3)
     state = module.init_state(2, 4)
-    with pytest.raises(ValueError, match=r"2 new tokens exceed capacity 4 \(3 are held.*capacity >= 5"):
+    with pytest.raises(ValueError, match=r"2 new tokens exceeds capacity 4 \(got 3 held before\); .* capacity >= 5"):
         module.step(x[:, :2], module.step(x, state)[1])
-    with pytest.raises(ValueError, match="x has batch 2 and the state 3"):
+    with pytest.raises(ValueError, match=r"x has another batch than the state \(got 2\); expected 3 sequences"):
         module.step(x, module.init_state(3, 4))
-    with pytest.raises(TypeError, match="state must be what init_state gives, got KVCache"):
+    with pytest.raises(TypeError, match=r"state has the wrong type \(got KVCache\); expected what init_state gives"):
         module.step(x, regard.Attention(24, 6, causal=True).init_state(2, 4))
-    with pytest.raises(ValueError, match="chunk must be an int >= 1"):
+    with pytest.raises(ValueError, match=r"chunk is too small \(got 0\); expected an int >= 1"):
         ChunkAttention(24, 6, chunk=0)

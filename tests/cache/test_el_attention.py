@@ -21,7 +21,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def filled(dim: int, heads: int, seed: int = 0, **options) -> ELAttention:
-    layer = ELAttention(dim, heads, dtype=torch.float64, **options)
+    layer = ELAttention(dim, heads, **options).double()
     with torch.no_grad():
         for n, p in enumerate(layer.parameters()):
             p.copy_(0.6 * normal(100 * seed + n, *p.shape))
@@ -59,7 +59,7 @@ def test_gives_the_authors_numbers(case: str) -> None:
     with np.load(VECTORS) as file:
         z = {k.removeprefix(case + "_"): torch.from_numpy(file[k]) for k in file if k.startswith(case + "_")}
     B, _, M = z["X"].shape
-    layer = ELAttention(M, int({"a": 3, "b": 2}[case]), bias=True, folded=99, dtype=torch.float64)
+    layer = ELAttention(M, int({"a": 3, "b": 2}[case]), bias=True, folded=99).double()
     with torch.no_grad():
         for name in "qkvo":
             for kind in ("weight", "bias"):
@@ -173,19 +173,22 @@ def test_folding_moves_the_projections() -> None:
     close(unfold_values(r, weight, bias), weights @ (keys + bias[:, None]).repeat_interleave(2, 1))
 
 
-@pytest.mark.parametrize("bad", [-1, True, 1.5])
-def test_refuses_options(bad: object) -> None:
-    with pytest.raises(ValueError, match="folded must be an int >= 0"):
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [(-1, ValueError, "is too small"), (True, TypeError, "has the wrong type"), (1.5, TypeError, "has the wrong type")],
+)
+def test_refuses_options(bad: object, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=rf"folded {words} \(got {bad}\); expected an int >= 0"):
         ELAttention(8, 2, folded=bad)
 
 
 def test_refuses_states() -> None:
     layer, x = filled(8, 2, causal=True), normal(0, 1, 1, 8)
-    with pytest.raises(TypeError, match="state must be the KVCache of init_state, got NoneType"):
+    with pytest.raises(TypeError, match=r"state has the wrong type \(got NoneType\); expected the KVCache of init_"):
         layer.step(x, None)
     with pytest.raises(ValueError, match=r"holds \['k', 'v'\]"):
         layer.step(x, KVCache({n: torch.zeros(1, 2, 4, 4).double() for n in "kv"}))
-    with pytest.raises(TypeError, match=r"mask must be a regard\.masks\.Mask"):
+    with pytest.raises(TypeError, match=r"mask has the wrong type \(got Tensor\); expected a regard\.masks\.Mask"):
         layer.step(x, layer.init_state(1, 4), mask=torch.ones(1, 1, dtype=torch.bool))
     for call in (lambda m: m.init_state(1, 4), lambda m: m.step(x, layer.init_state(1, 4))):
         with pytest.raises(ValueError, match="causal=True"):

@@ -14,7 +14,7 @@ from routing.naive_biformer import naive_biformer
 
 
 def filled(seed: int, dim: int, heads: int, **options) -> BiLevelRouting:
-    layer = BiLevelRouting(dim, heads, dtype=torch.float64, **options)
+    layer = BiLevelRouting(dim, heads, **options).double()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in layer.parameters():
@@ -94,23 +94,24 @@ def test_regions_are_chosen_by_their_means() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "error", "words"),
     [
-        ({"topk": 50}, r"topk must be at most regions\^2 = 49, got 50"),
-        ({"kernel": 4}, "kernel must be odd or 0, got 4"),
-        ({"regions": 0}, "regions must be an int >= 1"),
-        ({"topk": True}, "topk must be an int >= 1"),
+        ({"topk": 50}, ValueError, r"topk is too large \(got 50\); expected an int from 1 to 49"),
+        ({"kernel": 4}, ValueError, r"kernel is even \(got 4\); expected an odd width, or 0"),
+        ({"regions": 0}, ValueError, r"regions is too small \(got 0\); expected an int >= 1"),
+        ({"topk": True}, TypeError, r"topk has the wrong type \(got True\); expected an int from 1 to 49"),
+        ({"num_heads": 3}, ValueError, r"dim is no multiple of num_heads = 3 \(got 8\)"),
     ],
 )
-def test_refuses_options(options: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        BiLevelRouting(8, 2, **options)
+def test_refuses_options(options: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"BiLevelRouting: {words}"):
+        BiLevelRouting(**{"dim": 8, "num_heads": 2, **options})
 
 
 def test_refuses_other_shapes() -> None:
     layer = filled(0, 8, 2, regions=2, topk=1)
     for bad in ((2, 8, 5), (2, 7, 4, 4)):
-        with pytest.raises(ValueError, match=r"x must be \(batch, 8, Y, X\)"):
+        with pytest.raises(ValueError, match=r"x has the wrong shape \(got .*\); expected \(B, M = 8, Y, X\)"):
             layer(image(0, *bad))
     with pytest.raises(ValueError, match="causal"):
         regard.create("biformer", dim=8, num_heads=2, causal=True)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from regard import masks
-from regard.routing import kept, moba, report, xattention
+from regard.routing import kept, report
+from regard.routing.moba import moba
+from regard.routing.xattention import xattention
 
 
 def heads(T: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +73,7 @@ def test_says_more_for_a_better_choice() -> None:
 
 def test_refuses() -> None:
     q, k = heads(4, 4)
-    with pytest.raises(TypeError, match=r"selected must be a regard\.masks\.Mask, got Tensor"):
+    with pytest.raises(TypeError, match=r"selected has the wrong type \(got Tensor\); expected a regard\.masks\.Mask"):
         kept(q, k, torch.ones(4, 4))
-    with pytest.raises(TypeError, match=r"mask must be a regard\.masks\.Mask, got bool"):
+    with pytest.raises(TypeError, match=r"mask has the wrong type \(got bool\); expected a regard\.masks\.Mask"):
         kept(q, k, masks.full(), mask=True)

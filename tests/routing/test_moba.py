@@ -10,7 +10,8 @@ from torch import Tensor
 import regard
 from laws.subject import close
 from regard import masks
-from regard.routing import MoBA, kept, moba
+from regard.routing import kept
+from regard.routing.moba import MoBA, moba
 from routing.naive_moba import naive_moba, naive_moba_blocks
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A191.npz"
@@ -136,10 +137,15 @@ def test_runs_on_the_block_sparse_kernel_and_says_what_it_keeps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"block": 0}, "block"), ({"topk": 0}, "topk"), ({"block": 2.0}, "block")]
+    ("options", "error", "words"),
+    [
+        ({"block": 0}, ValueError, r"block is too small \(got 0\)"),
+        ({"topk": 0}, ValueError, r"topk is too small \(got 0\)"),
+        ({"block": 2.0}, TypeError, r"block has the wrong type \(got 2\.0\)"),
+    ],
 )
-def test_refuses(options: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=f"MoBA: {words} must be an int >= 1"):
+def test_refuses(options: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"MoBA: {words}; expected an int >= 1"):
         MoBA(**options)
 
 

@@ -119,7 +119,7 @@ def test_pairs_grow_as_the_length_to_one_and_a_half() -> None:
 
 def layer(causal: bool, **options) -> RoutingAttention:
     torch.manual_seed(3)
-    return RoutingAttention(24, 6, causal=causal, clusters=3, size=5, window=3, dtype=torch.float64, **options)
+    return RoutingAttention(24, 6, causal=causal, clusters=3, size=5, window=3, **options).double()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -192,7 +192,7 @@ def test_padding_moves_no_centroid() -> None:
 def test_centroids_find_the_groups_of_tokens() -> None:
     """Tokens around four directions: after some batches every centroid points at one of them."""
     g = torch.Generator().manual_seed(0)
-    module = RoutingAttention(8, 2, causal=True, clusters=4, size=4, num_local_heads=1, decay=0.8, dtype=torch.float64)
+    module = RoutingAttention(8, 2, causal=True, clusters=4, size=4, num_local_heads=1, decay=0.8).double()
     ways = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64))[0][:4] * 3
     found = []
     for _ in range(60):
@@ -210,10 +210,10 @@ def test_centroids_find_the_groups_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clusters": 0}, "clusters must be an int >= 1"),
-        ({"num_local_heads": 6}, "num_local_heads must be below num_heads 6, got 6"),
-        ({"num_local_heads": -1}, "num_local_heads must be an int >= 0"),
-        ({"decay": 1.5}, r"decay must lie in \[0, 1\]"),
+        ({"clusters": 0}, r"clusters is too small \(got 0\); expected an int >= 1"),
+        ({"num_local_heads": 6}, r"num_local_heads is too large \(got 6\); expected an int from 0 to 5"),
+        ({"num_local_heads": -1}, r"num_local_heads is too small \(got -1\); expected an int from 0 to 5"),
+        ({"decay": 1.5}, r"decay is out of range \(got 1\.5\); expected a finite number >= 0 and <= 1"),
     ],
 )
 def test_refuses(options: dict, words: str) -> None:

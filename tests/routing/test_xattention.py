@@ -10,8 +10,8 @@ from torch import Tensor
 import regard
 from laws.subject import close
 from regard import masks
-from regard.routing import XAttention, kept, xattention
-from regard.routing.xattention import antidiagonal_mass
+from regard.routing import kept
+from regard.routing.xattention import XAttention, antidiagonal_mass, xattention
 from routing.naive_xattention import naive_xattention, naive_xattention_blocks, naive_xattention_sums
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B117.npz"
@@ -152,9 +152,9 @@ def test_block_rule_of_the_loops() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"block": 6, "stride": 4}, "stride must divide the block"),
-        ({"threshold": 0.0}, "threshold must be > 0"),
-        ({"stride": 0}, "stride must be an int >= 1"),
+        ({"block": 6, "stride": 4}, r"block is no multiple of stride = 4 \(got 6\)"),
+        ({"threshold": 0.0}, r"threshold is out of range \(got 0\.0\); expected a finite number > 0"),
+        ({"stride": 0}, r"stride is too small \(got 0\); expected an int >= 1"),
     ],
 )
 def test_refuses_options(options: dict, words: str) -> None:
@@ -169,5 +169,5 @@ def test_refuses_masks_and_streams() -> None:
     layer = regard.create("xattention", dim=8, num_heads=2, causal=True)
     with pytest.raises(ValueError, match="stream"):
         layer.init_state(1, 8)
-    with pytest.raises(ValueError, match="threshold has 3 entries"):
+    with pytest.raises(ValueError, match=r"threshold fits another number of heads \(got 3 entries\); expected 1, or 2"):
         regard.create("xattention", dim=8, num_heads=2, causal=True, threshold=(0.5, 0.6, 0.7))

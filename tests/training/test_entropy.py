@@ -28,7 +28,7 @@ def test_gives_the_authors_numbers(case: str) -> None:
         z = {k[2:]: torch.from_numpy(file[k]) for k in file if k.startswith(f"{case}.")}
     L, _, H, _, _ = z["attention"].shape
     options = {"context_size": int(z["context_size"]), "margin": float(z["margin"]), "weight": float(z["coeff"])}
-    loss = EntropyRegularizer(L, H, **options).double()  # type: ignore[arg-type]
+    loss = EntropyRegularizer(H, num_layers=L, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
         loss.threshold.copy_(z["threshold"])
     logits = z["logits"].requires_grad_()
@@ -59,7 +59,8 @@ class Naive(nn.Module):
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 2, 3, 4, 5)])
 def test_equals_the_loops(per: str, context_size: int | None, sizes: tuple[int, ...]) -> None:
     L, _, H, _, _ = sizes
-    layer = EntropyRegularizer(L, H, per=per, context_size=context_size, margin=0.02, weight=0.7).double()  # type: ignore
+    options = {"num_layers": L, "per": per, "context_size": context_size, "margin": 0.02, "weight": 0.7}
+    layer = EntropyRegularizer(H, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
         layer.threshold.copy_(torch.linspace(0.2, 0.9, L * H).view(L, H))
     attention = maps(1, *sizes, sharpness=2.0)
@@ -69,7 +70,7 @@ def test_equals_the_loops(per: str, context_size: int | None, sizes: tuple[int, 
 
 @pytest.mark.parametrize("per", ["row", "head"])
 def test_hidden_rows_count_nothing(per: str) -> None:
-    layer = EntropyRegularizer(2, 3, per=per, weight=1.0, margin=0.05, context_size=7).double()  # type: ignore
+    layer = EntropyRegularizer(3, num_layers=2, per=per, weight=1.0, margin=0.05, context_size=7).double()  # type: ignore
     attention = maps(2, 2, 2, 3, 4, 7)
     keep = torch.tensor([[True, True, True, False]] * 2)
     poisoned = attention.clone()
@@ -87,7 +88,7 @@ def test_nothing_within_the_margin_and_a_jump_at_it() -> None:
     def loss(n: int) -> float:
         row = torch.zeros(8, dtype=torch.float64)
         row[:n] = 1 / n
-        layer = EntropyRegularizer(1, 1, threshold=0.5, margin=0.2, weight=1.0).double()
+        layer = EntropyRegularizer(1, threshold=0.5, margin=0.2, weight=1.0).double()
         return float(layer(row.expand(1, 1, 1, 1, 8)))
 
     half = math.log(8) / 2
@@ -102,7 +103,7 @@ def test_brings_entropies_within_the_margin(start: str, sharpness: float) -> Non
     """The paper's claim in small: rows that are too flat, or too sharp, come to the threshold by this loss alone."""
     torch.manual_seed(0)
     logits = (sharpness * torch.randn(1, 1, 2, 16, 16)).requires_grad_()
-    layer = EntropyRegularizer(1, 2, threshold=0.4, margin=0.05, weight=1.0)
+    layer = EntropyRegularizer(2, threshold=0.4, margin=0.05, weight=1.0)
     optimizer = torch.optim.Adam([logits], lr=0.1)
     most = math.log(16)
     first = row_entropy(logits.softmax(-1)).mean() / most
@@ -121,14 +122,22 @@ def test_brings_entropies_within_the_margin(start: str, sharpness: float) -> Non
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match="at least 1, 1 and 2"):
-        EntropyRegularizer(0, 2)
-    with pytest.raises(ValueError, match="margin must not be negative"):
-        EntropyRegularizer(1, 2, margin=-1.0)
-    with pytest.raises(ValueError, match="attention has shape"):
-        EntropyRegularizer(1, 2)(maps(0, 1, 2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"expected bool \(2, 4\)"):
-        EntropyRegularizer(1, 3)(maps(0, 1, 2, 3, 4, 4), mask=torch.ones(4, 2, dtype=torch.bool))
+    for name, options in (("num_heads", {"num_heads": 0}), ("num_layers", {"num_heads": 2, "num_layers": 0})):
+        with pytest.raises(ValueError, match=rf"{name} is too small \(got 0\); expected an int >= 1"):
+            EntropyRegularizer(**options)
+    with pytest.raises(ValueError, match=r"context_size is too small \(got 1\); expected an int >= 2"):
+        EntropyRegularizer(2, context_size=1)
+    with pytest.raises(ValueError, match=r"margin is out of range \(got -1\.0\); expected a finite number >= 0"):
+        EntropyRegularizer(2, margin=-1.0)
+    with pytest.raises(ValueError, match=r"per is unknown \(got 'rows'\); expected one of 'row', 'head'"):
+        EntropyRegularizer(2, per="rows")  # type: ignore[arg-type]
+    attention = maps(0, 1, 2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"attention has the wrong shape \(got \(1, 2, 3, 4, 4\)\); .* H = 2"):
+        EntropyRegularizer(2)(attention)
+    with pytest.raises(ValueError, match=r"mask has the wrong shape \(got \(4, 2\)\); expected \(B = 2, T = 4\)"):
+        EntropyRegularizer(3)(attention, mask=torch.ones(4, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"mask has the wrong dtype \(got torch\.float32\); expected torch\.bool"):
+        EntropyRegularizer(3)(attention, mask=torch.ones(2, 4))
 
 
 # Temperatures
@@ -138,7 +147,7 @@ def test_bad_input_raises() -> None:
 @pytest.mark.parametrize("kernel", ["eager", "chunked"])
 def test_temperatures_equal_the_loops(causal: bool, kernel: str) -> None:
     torch.manual_seed(1)
-    part = HeadTemperature(3, 7).double()
+    part = HeadTemperature(3, max_length=7).double()
     nn.init.uniform_(part.temperature, 0.2, 3.0)
     q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = regard.masks.causal() if causal else None
@@ -156,16 +165,16 @@ def test_a_temperature_of_one_changes_nothing_and_a_greater_one_flattens() -> No
     v = torch.eye(5, dtype=torch.float64).expand(1, 2, 5, 5)
 
     def entropy(start: float) -> Tensor:
-        return row_entropy(regard.attention(q, k, v, score_mix=HeadTemperature(2, 3, start=start).double()))
+        return row_entropy(regard.attention(q, k, v, score_mix=HeadTemperature(2, max_length=3, start=start).double()))
 
-    close(regard.attention(q, k, v, score_mix=HeadTemperature(2, 3).double()), regard.attention(q, k, v))
+    close(regard.attention(q, k, v, score_mix=HeadTemperature(2, max_length=3).double()), regard.attention(q, k, v))
     assert (entropy(0.3) < entropy(1.0)).all()
     assert (entropy(1.0) < entropy(3.0)).all()
 
 
 def test_bad_temperatures_raise() -> None:
-    for sizes in ((0, 3), (2, 0)):
-        with pytest.raises(ValueError, match="at least 1"):
-            HeadTemperature(*sizes)
-    with pytest.raises(ValueError, match="start positive"):
-        HeadTemperature(2, 3, start=0.0)
+    for name, sizes in (("num_heads", (0, 3)), ("max_length", (2, 0))):
+        with pytest.raises(ValueError, match=rf"{name} is too small \(got 0\); expected an int >= 1"):
+            HeadTemperature(sizes[0], max_length=sizes[1])
+    with pytest.raises(ValueError, match=r"start is out of range \(got 0\.0\); expected a finite number > 0"):
+        HeadTemperature(2, start=0.0)

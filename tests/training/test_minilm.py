@@ -118,10 +118,14 @@ def test_a_narrower_student_approaches_the_teacher() -> None:
 
 def test_bad_input_raises() -> None:
     given = six(2, 3, 5, 4, 2)
-    with pytest.raises(ValueError, match="student_q has shape"):
+    with pytest.raises(
+        ValueError, match=r"student_q has the wrong shape \(got \(2, 2, 5, 2\)\); expected \(B = 2, H = 3"
+    ):
         MiniLMLoss()(*given[:3], given[3][:, :2], *given[4:])
-    with pytest.raises(ValueError, match="student_q has width 2, student_k 1"):
+    with pytest.raises(ValueError, match=r"student_k has the wrong shape \(got \(2, 3, 5, 1\)\); .* E = 2"):
         MiniLMLoss()(*given[:4], given[4][..., :1], given[5])
-    with pytest.raises(ValueError, match=r"expected bool \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"mask has the wrong shape \(got \(2, 4\)\); expected \(B = 2, T = 5\)"):
         MiniLMLoss()(*given, mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"mask has the wrong dtype \(got torch\.float32\); expected torch\.bool"):
+        MiniLMLoss()(*given, mask=torch.ones(2, 5))
     assert regard.create("minilm", dim=8, num_heads=2, causal=True).causal

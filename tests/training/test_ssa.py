@@ -164,11 +164,13 @@ def test_a_model_trained_on_subsamples_is_as_good_dense() -> None:
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match="ratio must be at least 1"):
+    with pytest.raises(ValueError, match=r"ratio is too small \(got 0\); expected an int >= 1"):
         build(ratio=0)
-    with pytest.raises(ValueError, match="unknown kind 'global'"):
+    with pytest.raises(ValueError, match=r"spread is out of range \(got -1\); expected a finite number >= 0"):
+        build(spread=-1)
+    with pytest.raises(ValueError, match=r"kind is unknown \(got 'global'\); expected one of 'local', 'unbiased'"):
         build(kind="global")
-    with pytest.raises(ValueError, match="unknown subsampling 'often'"):
+    with pytest.raises(ValueError, match=r"subsampling is unknown \(got 'often'\); expected one of 'training'"):
         build(subsampling="often")
     with pytest.raises(ValueError, match="mask can only hide keys"):
         build()(tokens(2, 12, dim=8), mask=regard.masks.window(3))

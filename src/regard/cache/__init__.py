@@ -1,6 +1,7 @@
 """What streaming keeps of the past."""
 
-from regard.cache.prefix_tree import PrefixTree
 from regard.pipeline.kv_cache import KVCache
+from regard.rooms import opened
 
-__all__ = ["KVCache", "PrefixTree"]
+__all__ = ["KVCache"]
+__getattr__, __dir__ = opened(__name__)

@@ -1,33 +1,55 @@
-"""EL-attention: decoding attends over the hidden states themselves, so that no key and no value is ever stored.
+"""EL-attention: decoding attends over hidden states, so that keys and values are never stored.
 
-    e_h = Wk_h^T (Wq_h x + bq_h)                 one query of width M for each head
-    a_h = softmax over s of e_h . x_s / sqrt(D)  (q_h . bk_h is the same for every s and drops out)
-    out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)
-
-The same function as multi-head attention, with the key and value projections moved from the S tokens of the past to the
-few queries. Yan et al. 2021, "EL-Attention: Memory Efficient Lossless Attention for Generation" (ICML 2021): the
-abstract read and the authors' released code followed.
-
-One state of S M numbers serves keys and values of all heads, against 2 S G D of a key/value cache: half for G D = M,
-but more once G D < M / 2 (grouped keys). Scores and mixing cost H / G times M / D as much arithmetic a query; a call
-with at most G D / H queries still does no more than building keys and values would, and so goes over the hidden
-states; a longer one (a prompt, training) builds them, uses them and lets them go. Both give the same numbers.
-
-What changes keys after their projection (rotary positions, key norms) cannot be folded, so there are no such slots.
-Differs from the paper: also grouped keys and causal self-attention, several queries at a time.
+The same function as multi-head attention, with the key and value projections moved from the S tokens of the past to
+the few queries. One state of S M numbers serves keys and values of all heads, against 2 S G D of a key/value cache:
+half for G D = M, but more once G D < M / 2 (grouped keys). Scores and mixing cost H / G times M / D as much arithmetic
+a query; a call with at most G D / H queries still does no more than building keys and values would, and so goes over
+the hidden states. What changes keys after their projection (rotary positions, key norms) cannot be folded, so there are
+no such slots.
 """
+
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard._former import PLAIN, Card, Cost, Paper, register
-from regard.checks import tokens as check_tokens
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import refuse, tokens, whole
 from regard.kernels import execute
 from regard.masks import Mask
+from regard.pipeline.head_mixer import Projections
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.layer import Attention
-from regard.shapes import HeadShape
+from regard.pipeline.streaming import check_streams
+
+CARD = Card(
+    "el_attention",
+    equation="""e_h = Wk_h^T (Wq_h x + bq_h)                 one query of width M for each head
+a_h = softmax over s of e_h . x_s / sqrt(D)  (q_h . bk_h is the same for every s and drops out)
+out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
+    papers=(
+        Paper(
+            "EL-Attention: Memory Efficient Lossless Attention for Generation",
+            "Yan et al.",
+            2021,
+            "ICML 2021",
+            "abstract; the authors' code",
+        ),
+    ),
+    supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
+    traits=PLAIN,
+    cost=Cost("2*B*H*T*S*M", "S*M"),
+    claim="The same result as multi-head attention from a smaller state: tests/cache/test_el_attention.py compares "
+    "with torch's own layer and counts half of the bytes of a key/value cache.",
+    differs=(
+        "Grouped keys, causal self-attention and several queries at a time are served too.",
+        "Calls with many queries (a prompt, training) build keys and values, use them and let them go: cheaper, and "
+        "the same numbers.",
+    ),
+    verified="third-party",
+    example={"folded": 64},
+)
 
 
 def fold_keys(q: Float[Tensor, "B H t D"], weight: Float[Tensor, "G D C"]) -> Float[Tensor, "B H t C"]:
@@ -50,11 +72,12 @@ def unfold_values(
     return (r.reshape(B, G, H // G * t, C) @ weight.mT).view(B, H, t, D)
 
 
+@CARD.module
 class ELAttention(Attention):
     """Multi-head attention whose streaming state is the hidden states that went in.
 
     Args:
-        dim, num_heads, num_kv_heads, head_dim, causal, bias, context_dim, kernel: as in `regard.Attention`.
+        dim, num_heads, kernel, rest: as in `regard.Attention`.
         folded: calls with at most so many queries go over the hidden states, longer ones build keys and values;
             default G D / H, up to which that costs no more arithmetic.
 
@@ -66,27 +89,13 @@ class ELAttention(Attention):
         dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        causal: bool = False,
         folded: int | None = None,
-        bias: bool = False,
-        context_dim: int | None = None,
         kernel: str = "auto",
+        **rest: Unpack[Projections],
     ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            causal=causal,
-            bias=bias,
-            context_dim=context_dim,
-            kernel=kernel,
-        )
+        super().__init__(dim, num_heads, kernel=kernel, **rest)
         self.folded = self.num_kv_heads * self.head_dim // num_heads if folded is None else folded
-        if isinstance(self.folded, bool) or not isinstance(self.folded, int) or self.folded < 0:
-            raise ValueError(f"ELAttention: folded must be an int >= 0, got {folded!r}")
+        whole(self, 0, folded=self.folded)
 
     def init_state(
         self,
@@ -105,13 +114,13 @@ class ELAttention(Attention):
         self, x: Float[Tensor, "B t M"], state: KVCache, *, mask: Mask | None = None
     ) -> tuple[Float[Tensor, "B t M"], KVCache]:
         """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
-        if not self.causal:
-            raise ValueError("ELAttention: streaming needs causal=True, this layer sees later tokens; build it causal")
-        check_tokens(self._who, "x", x, self.dim)
+        check_streams(self)
+        tokens(self, "x", x, self.dim)
         if not isinstance(state, KVCache):
-            raise TypeError(f"step: state must be the KVCache of init_state, got {type(state).__name__}")
+            given = type(state).__name__
+            refuse(self, "state", "has the wrong type", given, "the KVCache of init_state", error=TypeError)
         if mask is not None and not isinstance(mask, Mask):
-            raise TypeError(f"step: mask must be a regard.masks.Mask, got {type(mask).__name__}")
+            refuse(self, "mask", "has the wrong type", type(mask).__name__, "a regard.masks.Mask", error=TypeError)
         held, state = state.append(x=x)
         where = torch.arange(state.length, device=x.device)
         q, k, v, _, _ = self._project(x, held["x"], where, where, where)
@@ -136,50 +145,3 @@ class ELAttention(Attention):
 
     def _per_group(self, weight: Tensor) -> Tensor:
         return weight.unflatten(0, (self.num_kv_heads, self.head_dim))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    folded: int | None = None,
-) -> ELAttention:
-    return ELAttention(
-        shape.dim,
-        shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        causal=causal,
-        folded=folded,
-    )
-
-
-CARD = register(
-    Card(
-        name="el_attention",
-        family="cache",
-        gist="Decoding attends over hidden states; keys and values are never stored.",
-        equation="out = sum_h Wo_h Wv_h sum_s a[h,s] x[s];  a[h] = softmax((Wk_h^T Wq_h x[t]) . x[s] / sqrt(D))",
-        paper=Paper(
-            "EL-Attention: Memory Efficient Lossless Attention for Generation",
-            "Yan et al.",
-            2021,
-            "ICML 2021",
-            "abstract; the authors' code",
-        ),
-        build=_build,
-        supports=frozenset({"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"}),
-        traits=PLAIN,
-        cost=Cost("2*B*H*T*S*M", "S*M"),
-        claim=(
-            "The same result as multi-head attention from a smaller state: tests/cache/test_el_attention.py compares "
-            "with torch's own layer and counts half of the bytes of a key/value cache."
-        ),
-        differs=(
-            "Grouped keys, causal self-attention and several queries at a time are served too.",
-            "Calls with many queries build keys and values for the moment: cheaper, and the same numbers.",
-        ),
-        verified="third-party",
-        example={"folded": 64},
-    )
-)

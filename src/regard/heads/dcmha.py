@@ -1,17 +1,4 @@
-"""Dynamically composable multi-head attention: heads exchange scores and weights, in a way each token
-decides.
-
-    Compose(S)[h,t,s] = S[h,t,s] (1 + g_q[t,h] + g_k[s,h])
-        + sum_i w2_q[t,i,h] sum_m w1_q[t,i,m] S[m,t,s] + sum_i w2_k[s,i,h] sum_m w1_k[s,i,m] S[m,t,s]
-    for each side c of q (tokens of the queries) and k (tokens of the keys):
-        [w1_c ; w2_c] = gelu(x dw1_c) qkw_c,   w1_c <- w1_c / rms over heads,   g_c = tanh(x dd_c)
-    y = Compose_post(softmax(Compose_pre(q k^T / sqrt(D)))) v
-
-Xiao et al. 2024, https://arxiv.org/abs/2405.08553: the abstract was read and the authors' PyTorch code
-followed. Differs from the paper: no static base projection (off in the authors' PyTorch code too); the part
-before and the part after the softmax own their weights separately instead of sharing tensors with four
-slices.
-"""
+"""DCMHA: heads exchange scores and weights, by low-rank maps and gates that each token makes."""
 
 import math
 
@@ -20,9 +7,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard._former import FEATURES, Card, Cost, Paper, register
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import refuse, tokens, whole
 from regard.stages import Mix, Rows
+
+CARD = Card(
+    "dcmha",
+    equation="""Compose(S)[h,t,s] = S[h,t,s] (1 + g_q[t,h] + g_k[s,h])
+    + sum_i w2_q[t,i,h] sum_m w1_q[t,i,m] S[m,t,s] + sum_i w2_k[s,i,h] sum_m w1_k[s,i,m] S[m,t,s]
+for each side c of q (tokens of the queries) and k (tokens of the keys):
+    [w1_c ; w2_c] = gelu(x dw1_c) qkw_c,   w1_c <- w1_c / rms over heads,   g_c = tanh(x dd_c)
+y = Compose_post(softmax(Compose_pre(q k^T / sqrt(D)))) v""",
+    papers=(
+        Paper(
+            "Improving Transformers with Dynamically Composable Multi-Head Attention",
+            "Xiao, Meng, Li, Yuan",
+            2024,
+            "2405.08553",
+            "abstract; the authors' PyTorch code",
+        ),
+    ),
+    traits={"linear_in_values", "position_free", "shift_invariant"},
+    cost=Cost("2*B*H*T*S*D + 16*B*H*T*S*rank + 8*B*(T+S)*H*(M + 2*rank*H)", "S*(2*G*D + M)"),
+    claim="Matches models of 1.7 to 2 times the compute; in small: tests/heads/test_dcmha.py.",
+    differs=(
+        "No static base projection; it is off in the authors' PyTorch code as well.",
+        "The part before and the part after the softmax own their weights separately instead of sharing tensors with "
+        "four slices.",
+    ),
+    verified="reconstructed",
+    tries={"hidden": 5},
+)
 
 
 def dynamic_weights(
@@ -47,7 +62,12 @@ def compose(z: Float[Tensor, "B H t s"], of_queries: tuple, of_keys: tuple) -> F
 
 
 class ComposeHeads(Mix):
-    """One Compose, for scores or for weights. Slice 0 of each parameter belongs to queries, 1 to keys."""
+    """One Compose, for scores or for weights. Slice 0 of each parameter belongs to queries, 1 to keys.
+
+    Args:
+        rank: of each token's map between heads.
+        hidden: width of the layer that makes the maps; default 4 H.
+    """
 
     needs = frozenset({"tokens"})
 
@@ -60,9 +80,8 @@ class ComposeHeads(Mix):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"ComposeHeads: rank must be at least 1 (got {rank})")
         hidden = 4 * num_heads if hidden is None else hidden
+        whole(self, dim=dim, num_heads=num_heads, rank=rank, hidden=hidden)
         self.dim, self.num_heads = dim, num_heads
         self.dw1 = nn.Parameter(torch.empty(dim, 2, hidden))
         self.qkw = nn.Parameter(torch.empty(2, hidden, 2 * rank, num_heads))
@@ -78,13 +97,9 @@ class ComposeHeads(Mix):
 
     def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
         if rows.x is None or rows.context is None:
-            raise ValueError(
-                "ComposeHeads: the tokens behind queries and keys are missing; expected to run in "
-                "regard.Attention, which knows them"
-            )
-        for side, x in (("query", rows.x), ("key", rows.context)):
-            if x.shape[-1] != self.dim:
-                raise ValueError(f"ComposeHeads: {side} tokens have width {x.shape[-1]}; expected {self.dim}")
+            refuse(self, "rows", "holds no tokens", None, "those behind queries and keys, which regard.Attention knows")
+        tokens(self, "rows.x", rows.x, self.dim)
+        tokens(self, "rows.context", rows.context, self.dim)
         context, hidden = rows.context, None
         if rows.allowed is not None:  # what stands where no head may look must not reach the rest, not even as 0 * NaN
             hidden = ~rows.allowed.any(1, keepdim=True)
@@ -97,32 +112,8 @@ class ComposeHeads(Mix):
         return mixed if hidden is None else mixed.masked_fill(hidden, 0)
 
 
-def _slots(shape: HeadShape, *, rank: int = 2) -> dict[str, object]:
-    return {
-        "score_mix": ComposeHeads(shape.dim, shape.num_heads, rank=rank),
-        "weight_mix": ComposeHeads(shape.dim, shape.num_heads, rank=rank),
-    }
-
-
-CARD = register(
-    Card(
-        name="dcmha",
-        family="heads",
-        gist="Heads mix their scores and weights by low-rank maps and gates made from each token.",
-        equation="A = Compose(softmax(Compose(q k^T / sqrt(D)))),  Compose = 1 + gates + low-rank maps",
-        paper=Paper(
-            "Improving Transformers with Dynamically Composable Multi-Head Attention",
-            "Xiao, Meng, Li, Yuan",
-            2024,
-            "2405.08553",
-            "abstract; official code",
-        ),
-        slots=_slots,
-        supports=FEATURES,
-        traits=frozenset({"linear_in_values", "position_free", "shift_invariant"}),
-        cost=Cost("2*B*H*T*S*D + 16*B*H*T*S*rank + 8*B*(T+S)*H*(M + 2*rank*H)", "S*(2*G*D + M)"),
-        claim="Matches models of 1.7 to 2 times the compute; in small: tests/heads/test_dcmha.py.",
-        differs=("No static base projection; it is off in the authors' PyTorch code as well.",),
-        verified="reconstructed",
-    )
-)
+@CARD.fills()
+def dcmha(dim: int, num_heads: int, *, rank: int = 2, hidden: int | None = None) -> dict[str, Mix]:
+    """One Compose before the softmax and one after it."""
+    slots = ("score_mix", "weight_mix")
+    return {slot: ComposeHeads(dim, num_heads, rank=rank, hidden=hidden) for slot in slots}

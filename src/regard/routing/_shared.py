@@ -1,4 +1,4 @@
-"""What selectors share: option checks, and which keys a mask hides from everybody."""
+"""What selectors share: which keys a mask hides from everybody."""
 
 import torch
 from jaxtyping import Bool
@@ -7,12 +7,6 @@ from torch import Tensor
 from regard.masks import Mask, causal
 from regard.masks.algebra import And
 from regard.masks.tensors import Kept, Lengths
-
-
-def check_int(who: str, name: str, n: object, least: int = 1) -> None:
-    """Raises ValueError unless n is an int >= least."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < least:
-        raise ValueError(f"{who}: {name} must be an int >= {least}, got {n!r}")
 
 
 def hides_keys_only(mask: Mask | None) -> bool:

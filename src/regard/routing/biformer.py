@@ -1,17 +1,9 @@
-"""Bi-level routing: every region of a feature map picks a few regions by their mean features, and its tokens attend
-to all tokens of those.
+"""Bi-level routing: each region of a map attends to the few regions whose mean features fit it best.
 
-    q, k, v = x Wq, x Wk, x Wv;   qbar_r, kbar_r = means of q, k over region r (all heads together)
-    I_r = the K largest of qbar_r . kbar_s over s;   keys of r's tokens = all tokens of the regions in I_r
-    out = (softmax(q k^T / sqrt(C)) v + depthwise(v)) Wo          C: the width of all heads together, not of one
-
-The choice has no gradient, is one for all heads, and may leave a region's own tokens out. Zhu et al. 2023, "BiFormer:
-Vision Transformer with Bi-Level Routing Attention" (CVPR 2023, arXiv 2303.08810): the abstract read and the authors'
-released code followed, with its zero padding of x (at the bottom and right, to a multiple of the regions), so that
-padded places hold the projections' biases and take part as keys.
-
-The chosen regions are gathered, and one batched attention runs over all regions: K Y X / S^2 keys a token for S x S
-regions, where K regions are chosen.
+The choice has no gradient, is one for all heads, and may leave a region's own tokens out. x is padded with zeros (at
+the bottom and right, to a multiple of the regions), so that padded places hold the projections' biases and take part
+as keys. The chosen regions are gathered, and one batched attention runs over all regions: K Y X / S^2 keys a token for
+S x S regions, where K regions are chosen.
 """
 
 import math
@@ -21,10 +13,34 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, refuse, whole
 from regard.pipeline.function import attention
-from regard.routing._shared import check_int
-from regard.shapes import HeadShape, head_counts
+from regard.shapes import head_shape
+
+CARD = Card(
+    "biformer",
+    equation="""q, k, v = x Wq, x Wk, x Wv;   qbar_r, kbar_r = means of q, k over region r (all heads together)
+I_r = the K largest of qbar_r . kbar_s over s;   keys of r's tokens = all tokens of the regions in I_r
+out = (softmax(q k^T / sqrt(M)) v + depthwise(v)) Wo          M: the width of all heads together, not of one""",
+    papers=(
+        Paper(
+            "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+            "Zhu et al.",
+            2023,
+            "2303.08810",
+            "abstract; the authors' code",
+        ),
+    ),
+    protocol="FeatureMixer",
+    supports={"bidirectional", "compile"},
+    traits={"routed"},
+    cost=Cost("2*B*M*topk*(Y*X/regions**2)*Y*X + B*M*regions**4", ""),
+    claim="Sparsity that depends on the query with dense products alone: tests/routing/test_biformer.py counts the "
+    "keys of a query (16 of 196 for a 14 x 14 map, 7 x 7 regions, 4 chosen); all regions are full attention.",
+    verified="reconstructed",
+    example={"regions": 3, "topk": 2, "kernel": 3},
+)
 
 
 def route_regions(
@@ -57,18 +73,17 @@ def region_attention(
     return out.unflatten(0, (B, R)).transpose(1, 2)
 
 
+@CARD.module
 class BiLevelRouting(nn.Module):
     """Bi-level routing attention over feature maps (B, dim, Y, X).
 
     Args:
         dim, num_heads: M and H; the head width is dim / num_heads.
         regions: S; the map is cut into S x S regions of equal size.
-        topk: K, how many regions each region attends to.
+        topk: K, how many regions each region attends to; at most S^2.
         kernel: width of the depthwise convolution over the values, odd; 0 leaves it out.
         bias: whether the four projections have one.
     """
-
-    supports: frozenset[str] = frozenset({"bidirectional", "compile"})
 
     def __init__(
         self,
@@ -81,14 +96,12 @@ class BiLevelRouting(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        _, self.head_dim = head_counts(dim, num_heads, None, None)
-        check_int("BiLevelRouting", "regions", regions)
-        check_int("BiLevelRouting", "topk", topk)
-        check_int("BiLevelRouting", "kernel", kernel, 0)
-        if topk > regions**2:
-            raise ValueError(f"BiLevelRouting: topk must be at most regions^2 = {regions**2}, got {topk}")
+        self.head_dim = head_shape(dim, num_heads, who="BiLevelRouting").head_dim
+        whole(self, regions=regions)
+        whole(self, most=regions**2, topk=topk)
+        whole(self, 0, kernel=kernel)
         if kernel and kernel % 2 == 0:
-            raise ValueError(f"BiLevelRouting: kernel must be odd or 0, got {kernel}")
+            refuse(self, "kernel", "is even", kernel, "an odd width, or 0")
         self.dim, self.num_heads, self.regions, self.topk, self.kernel = dim, num_heads, regions, topk, kernel
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in "qkvo")
         self.local = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim) if kernel else None
@@ -96,10 +109,9 @@ class BiLevelRouting(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, regions={self.regions}, topk={self.topk}"
 
+    @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
         """Any Y and X: the map is padded with zeros to a multiple of the regions, and the result cut back."""
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"BiLevelRouting: x must be (batch, {self.dim}, Y, X), got shape {tuple(x.shape)}")
         Y, X, S = x.shape[2], x.shape[3], self.regions
         x = F.pad(x, (0, -X % S, 0, -Y % S)).permute(0, 2, 3, 1)
         v_map = self.v_proj(x)
@@ -121,46 +133,3 @@ class BiLevelRouting(nn.Module):
         S = self.regions
         z = z.unflatten(3, (y, -1)).unflatten(2, (S, S))  # (B, H, S, S, y, x, D)
         return z.permute(0, 2, 4, 3, 5, 1, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    regions: int = 7,
-    topk: int = 4,
-    kernel: int = 5,
-) -> BiLevelRouting:
-    if causal:
-        raise ValueError("biformer: regions of a map have no order; build it causal=False")
-    if shape.head_dim * shape.num_heads != shape.dim:
-        raise ValueError(f"biformer: head_dim must be dim / num_heads, got {shape.head_dim}")
-    return BiLevelRouting(shape.dim, shape.num_heads, regions=regions, topk=topk, kernel=kernel)
-
-
-CARD = register(
-    Card(
-        name="biformer",
-        family="routing",
-        gist="Each region of a map attends to the few regions whose mean features fit it best.",
-        equation="I[r] = top K of mean(q in r) . mean(k in s); out = softmax(q k^T/sqrt(M)) v over I[r] + depthwise(v)",
-        paper=Paper(
-            "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-            "Zhu et al.",
-            2023,
-            "2303.08810",
-            "abstract; the authors' code",
-        ),
-        build=_build,
-        protocol="FeatureMixer",
-        supports=frozenset({"bidirectional", "compile"}),
-        traits=frozenset({"routed"}),
-        cost=Cost("2*B*M*topk*(Y*X/regions**2)*Y*X + B*M*regions**4", ""),
-        claim=(
-            "Sparsity that depends on the query with dense products alone: tests/routing/test_biformer.py counts the "
-            "keys of a query (16 of 196 for a 14 x 14 map, 7 x 7 regions, 4 chosen); all regions are full attention."
-        ),
-        verified="reconstructed",
-        example={"regions": 3, "topk": 2, "kernel": 3},
-    )
-)

@@ -1,20 +1,11 @@
-"""MoBA: every query picks, by the mean of their keys, a few blocks of the past; it attends to those and to its own.
+"""MoBA: each query attends to its own block and to the past blocks whose mean key fits it best.
 
-    block i = keys i P .. (i + 1) P - 1,   own block c(t) = floor(t / P),   kbar_i = mean of k_j over block i
-    s[t, i] = q_t . kbar_i  for i < c(t),   +inf for i = c(t),   -inf for i > c(t)
-    A_t = the K largest of s[t, :];   out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)
-
-Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs" (arXiv 2502.13189), section 2.2, eqs. 2 to 6,
-and the authors' code: a query's own block is always taken and counts among the K; the choice has no gradient. Blocks
-are absolute and only whole past ones compete, so a token streams to exactly what the full pass gives.
+Blocks are absolute and only whole past ones compete, so a token streams to exactly what the full pass gives. The own
+block is always taken and counts among the K; the choice has no gradient.
 
 Each query chooses alone, so the layout has blocks of 1 query x P keys. The block-sparse kernel works on 128 queries at
 a time and visits the union of their blocks: what neighbours agree on is what it saves. `regard.routing.kept` reports
 both the pairs kept and the blocks visited. Scoring costs T S / P dot products.
-
-Differs from the paper: S need not be a multiple of P (the last block may be short, as in the authors' code); keys that
-a mask hides from a query count in no mean, and a block of hidden keys alone is never chosen. Where the mask hides more
-than the future and padding, means differ from query to query, and scoring costs as much as plain attention's scores.
 """
 
 import math
@@ -24,12 +15,45 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import whole
 from regard.kernels.problem import dots
 from regard.masks import Mask, causal, chosen
-from regard.routing._shared import check_int, hides_keys_only, real_keys
-from regard.shapes import HeadShape
+from regard.routing._shared import hides_keys_only, real_keys
 from regard.stages import Selector
+
+CARD = Card(
+    "moba",
+    equation="""block i = keys i P .. (i + 1) P - 1,   own block c(t) = floor(t / P),   P = block
+kbar_i = mean of k_j over block i
+s[t, i] = q_t . kbar_i  for i < c(t),   +inf for i = c(t),   -inf for i > c(t)
+A_t = the K largest of s[t, :],   K = topk
+out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
+    papers=(
+        Paper(
+            "MoBA: Mixture of Block Attention for Long-Context LLMs",
+            "Lu et al.",
+            2025,
+            "2502.13189",
+            "section 2.2, eqs. 2-6; the authors' code",
+        ),
+    ),
+    supports={"causal", "padding", "mask", "gqa", "streaming", "dropout", "compile"},
+    traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
+    cost=Cost("B*H*T*(S/block + 2*topk*block)*D", "2*S*G*D"),
+    claim="Equals full causal attention when every block is chosen, so a model can switch between the two: "
+    "tests/routing/test_moba.py shows both, and that no later token changes an output.",
+    differs=(
+        "S need not be a multiple of P: the last block may be short, as in the authors' code.",
+        "Keys that a mask hides from a query count in no mean, and a block of hidden keys alone is never chosen. Where "
+        "the mask hides more than the future and padding, means differ from query to query, and scoring costs as much "
+        "as plain attention's scores.",
+        "Decoding is routed like the full pass; the released code decodes with full attention.",
+    ),
+    verified="third-party",
+    example={"block": 3, "topk": 2},
+)
+
 
 PAIRS = 2**24
 """Scores formed together where the mask makes means differ from query to query."""
@@ -84,13 +108,13 @@ def block_scores(
     return torch.cat(scores, 2)
 
 
+@CARD.fills("selector")
 class MoBA(Selector):
     """Blocks of `block` keys, of which each query sees `topk`, its own among them. No parameters."""
 
     def __init__(self, *, block: int = 512, topk: int = 3) -> None:
         super().__init__()
-        check_int("MoBA", "block", block)
-        check_int("MoBA", "topk", topk)
+        whole(self, block=block, topk=topk)
         self.block, self.topk = block, topk
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
@@ -98,39 +122,3 @@ class MoBA(Selector):
 
     def extra_repr(self) -> str:
         return f"block={self.block}, topk={self.topk}"
-
-
-def _slots(shape: HeadShape, *, block: int = 512, topk: int = 3) -> dict[str, object]:
-    return {"selector": MoBA(block=block, topk=topk)}
-
-
-CARD = register(
-    Card(
-        name="moba",
-        family="routing",
-        gist="Each query attends to its own block and the past blocks whose mean key fits it best.",
-        equation="A[t] = top K of q[t].mean(k of block i), i < t//P, and the own block; softmax over j <= t in A[t]",
-        paper=Paper(
-            "MoBA: Mixture of Block Attention for Long-Context LLMs",
-            "Lu et al.",
-            2025,
-            "2502.13189",
-            "section 2.2, eqs. 2-6",
-        ),
-        slots=_slots,
-        supports=frozenset({"causal", "padding", "mask", "gqa", "streaming", "dropout", "compile"}),
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"}),
-        cost=Cost("B*H*T*(S/block + 2*topk*block)*D", "2*S*G*D"),
-        claim=(
-            "Equals full causal attention when every block is chosen, so a model can switch between the two: "
-            "tests/routing/test_moba.py shows both, and that no later token changes an output."
-        ),
-        differs=(
-            "The last block may be short.",
-            "Hidden keys count in no mean, and blocks of hidden keys alone are never chosen.",
-            "Decoding is routed like the full pass; the released code decodes with full attention.",
-        ),
-        verified="third-party",
-        example={"block": 3, "topk": 2},
-    )
-)

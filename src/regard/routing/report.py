@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regard.checks import refuse
 from regard.kernels.block_sparse import block_of
 from regard.kernels.check import check_inputs
 from regard.kernels.problem import dots
@@ -52,7 +53,7 @@ def kept(
     check_inputs(q, k, k)
     for name, value in (("selected", selected), ("mask", mask)):
         if not isinstance(value, Mask) and not (name == "mask" and value is None):
-            raise TypeError(f"kept: {name} must be a regard.masks.Mask, got {type(value).__name__}")
+            refuse("kept", name, "has the wrong type", type(value).__name__, "a regard.masks.Mask", error=TypeError)
     (B, H, T, D), S = q.shape, k.shape[2]
     if 0 in (B, H, T, S):
         return Kept(1.0, 1.0, *(q.new_ones(B, H, dtype=torch.float64) for _ in range(2)))

@@ -1,25 +1,12 @@
-"""Routing Transformer: online k-means puts the tokens nearest to a centroid together, and attention runs inside.
+"""Routing Transformer: online k-means gathers tokens into equal clusters, and attention runs inside.
 
-    x = LN(q), y = LN(k)  (no scale, no bias);   y = x when causal: queries and keys share one projection and one route
-    I_c = the w tokens with the largest x . mu_c,   J_c likewise of y        for each of C centroids of a head
-    o[c, i] = softmax over j in J_c (j <= i when causal) of x_i . y_j, times v_j
-    out_i = mean of o[c, i] over the clusters c with i in I_c
-    training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens nearest to mu_c,  mu_c = S_c / N_c
-
-Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transformers" (arXiv 2003.05997): the abstract
-read and the authors' released code followed. Half of the heads route; the others see a local window.
-
-All clusters are of equal size, so after the gather one batched attention runs them: C w^2 pairs a head instead of T^2,
-T^1.5 for C = w = sqrt(T). A token may be in several clusters, or in none (then the head gives 0).
+Half of the heads route; the others see a local window. All clusters are of equal size, so after the gather one batched
+attention runs them: C w^2 pairs a head instead of T^2, T^1.5 for C = w = sqrt(T). A token may be in several clusters,
+or in none (then the head gives 0). Clusters and the attention inside them stand in `clusters.py`.
 
 What it promises about causality: no value, and no gradient, of a later token reaches an earlier output. But tokens of
 the whole sequence compete for the w places of a cluster, so a later token can change which earlier ones a token sees;
 a prefix alone can therefore give other outputs, and it does not stream.
-
-Differs from the authors' code: the mean over clusters is exact (the code divides by the count + 0.01); causality goes
-by position (their order within a cluster, which is the same where queries and keys share a route); no commitment
-loss, so centroids follow the tokens and not the reverse; padded tokens get no place and move no centroid.
-Clusters and the attention inside them stand in `clusters.py`.
 """
 
 import torch
@@ -27,32 +14,69 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import number, whole
 from regard.masks import Mask, padding
 from regard.masks import causal as past
 from regard.masks import window as near
 from regard.pipeline.function import attention
 from regard.pipeline.head_mixer import HeadMixer
-from regard.routing._shared import check_int
 from regard.routing.clusters import clustered_attention, gathered_tokens, nearest
-from regard.shapes import HeadShape
+
+COMPETE = "tokens of the whole sequence compete for places in a cluster, so later ones can change an earlier one's keys"
+
+CARD = Card(
+    "routing_transformer",
+    equation="""x = LN(q), y = LN(k)  (no scale, no bias)
+y = x when causal: queries and keys share one projection and one route
+I_c = the w tokens with the largest x . mu_c,   J_c likewise of y        for each of C centroids of a head
+o[c, i] = softmax over j in J_c (j <= i when causal) of x_i . y_j, times v_j
+out_i = mean of o[c, i] over the clusters c with i in I_c
+training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens nearest to mu_c,  mu_c = S_c / N_c""",
+    papers=(
+        Paper(
+            "Efficient Content-Based Sparse Attention with Routing Transformers",
+            "Roy et al.",
+            2020,
+            "2003.05997",
+            "abstract; the authors' code",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "compile"},
+    traits={"routed", "sparse", "linear_in_values"},
+    cost=Cost("B*H*(T*clusters*D + 2*clusters*size*size*D) + 2*B*H*T*window*D", ""),
+    claim="O(T^1.5) in place of O(T^2): tests/routing/test_routing_transformer.py counts the pairs (4096 of 65536 for "
+    "256 tokens) and shows that one cluster of all tokens is full attention.",
+    differs=(
+        "The mean over clusters is exact; the authors' code divides by the count + 0.01.",
+        "Causality goes by position; the authors' by the order within a cluster, which is the same where queries and "
+        "keys share a route.",
+        "No commitment loss, so centroids follow the tokens and not the reverse.",
+        "Padded tokens get no place in a cluster and move no centroid.",
+    ),
+    verified="third-party",
+    example={"clusters": 3, "size": 5, "window": 3},
+    tries={"num_local_heads": 1},
+    exceptions={"L4": COMPETE, "L6": COMPETE},
+)
+
 
 SMOOTHING = 1e-5
 """What every cluster's count is raised by, relative to all, so that an empty one divides by something."""
 
 
+@CARD.module
 class RoutingAttention(HeadMixer):
     """Self-attention whose last heads route by k-means and whose first `num_local_heads` see a window.
 
     Args:
         clusters: C, centroids of each routing head.
         size: w, tokens in a cluster.
-        num_local_heads: default half of the heads.
+        num_local_heads: below H; default half of the heads.
         window: keys that a local head sees to each side, its own included; when causal, back alone.
         decay: d, of the centroids' moving average, which is taken in training alone.
     """
 
-    supports = frozenset({"causal", "bidirectional", "padding", "compile"})
     counts: Tensor
     sums: Tensor
 
@@ -72,17 +96,9 @@ class RoutingAttention(HeadMixer):
     ) -> None:
         super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, bias=bias)
         local = num_heads // 2 if num_local_heads is None else num_local_heads
-        for name, n, least in (
-            ("clusters", clusters, 1),
-            ("size", size, 1),
-            ("window", window, 1),
-            ("local", local, 0),
-        ):
-            check_int("RoutingAttention", name.replace("local", "num_local_heads"), n, least)
-        if local >= num_heads:
-            raise ValueError(f"RoutingAttention: num_local_heads must be below num_heads {num_heads}, got {local}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"RoutingAttention: decay must lie in [0, 1], got {decay}")
+        whole(self, clusters=clusters, size=size, window=window)
+        whole(self, 0, most=num_heads - 1, num_local_heads=local)
+        number(self, least=0, most=1, decay=decay)
         self.clusters, self.size, self.num_local_heads, self.window, self.decay = clusters, size, local, window, decay
         if causal and local:  # routing heads take their queries for keys
             self.k_proj = nn.Linear(dim, local * self.head_dim, bias=bias)
@@ -152,63 +168,3 @@ def _normed(z: Tensor) -> Tensor:
     """Layer norm over the head width, statistics in at least fp32."""
     wide = torch.promote_types(z.dtype, torch.float32)
     return F.layer_norm(z.to(wide), z.shape[-1:], eps=1e-6).to(z.dtype)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    clusters: int = 16,
-    size: int = 128,
-    num_local_heads: int | None = None,
-    window: int = 128,
-    decay: float = 0.999,
-) -> RoutingAttention:
-    return RoutingAttention(
-        shape.dim,
-        shape.num_heads,
-        head_dim=shape.head_dim,
-        causal=causal,
-        clusters=clusters,
-        size=size,
-        num_local_heads=num_local_heads,
-        window=window,
-        decay=decay,
-    )
-
-
-_COMPETE = (
-    "tokens of the whole sequence compete for places in a cluster, so later ones can change an earlier one's keys"
-)
-
-CARD = register(
-    Card(
-        name="routing_transformer",
-        family="routing",
-        gist="Online k-means gathers tokens into equal clusters, and attention runs inside each.",
-        equation="out[i] = mean over clusters c with i in I[c] of softmax(LN(q[i]).LN(k[j])) v[j], j in J[c], j <= i",
-        paper=Paper(
-            "Efficient Content-Based Sparse Attention with Routing Transformers",
-            "Roy et al.",
-            2020,
-            "2003.05997",
-            "abstract; the authors' code",
-        ),
-        build=_build,
-        supports=frozenset({"causal", "bidirectional", "padding", "compile"}),
-        traits=frozenset({"routed", "sparse", "linear_in_values"}),
-        exceptions={"L4": _COMPETE, "L6": _COMPETE},
-        cost=Cost("B*H*(T*clusters*D + 2*clusters*size*size*D) + 2*B*H*T*window*D", ""),
-        claim=(
-            "O(T^1.5) in place of O(T^2): tests/routing/test_routing_transformer.py counts the pairs (4096 of 65536 "
-            "for 256 tokens) and shows that one cluster of all tokens is full attention."
-        ),
-        differs=(
-            "The mean over clusters is exact; the authors' code divides by the count + 0.01.",
-            "No commitment loss.",
-            "Padded tokens get no place in a cluster and move no centroid.",
-        ),
-        verified="third-party",
-        example={"clusters": 3, "size": 5, "window": 3},
-    )
-)

@@ -1,20 +1,8 @@
-"""XAttention: blocks of the score matrix are judged by the sums along their antidiagonals, and the best are kept.
+"""XAttention: sums along antidiagonals of the scores judge blocks; the fewest that suffice stay.
 
-    L[m, n] = sum_u q[m s + s-1-u] . k[n s + u] / (sqrt(D) s)    over u = 0 .. s-1, groups of s queries and s keys
-    A = softmax over n of L;   R[I, J] = sum of A over the groups of query block I and key block J
-    kept: key block 0, the diagonal block, then by falling R until their sum is at least tau of row I's
-
-Every query and every key enters once per s x s tile, for 1/s of the price of the scores. Xu et al. 2025, "XAttention:
-Block Sparse Attention with Antidiagonal Scoring" (arXiv 2503.16428): the abstract read and the authors' released code
-followed. Training-free: put it into a layer that was trained with full attention, for prefill.
-
-Differs from the paper's code: query blocks stand on key blocks also where T and S differ by no multiple of the block;
-the rule above also holds for the first chunk of queries (the code keeps one rank more there) and for every batch row
-by itself; without causality no block is forced (the code always keeps key block 0); keys that padding hides do not
-count, nor do their own queries.
-
-A block of queries chooses together, so what an early query of it sees can depend on later queries of the same block,
-though no value of theirs reaches it: it does not stream, and it is for prefill.
+Every query and every key enters once per s x s tile, for 1/s of the price of the scores. Training-free: put it into a
+layer that was trained with full attention, for prefill. A block of queries chooses together, so that it does not
+stream; but no value of a later query of the block reaches an earlier one.
 """
 
 import math
@@ -25,12 +13,47 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import divides, number, refuse, whole
 from regard.kernels.problem import dots
 from regard.masks import Mask, chosen, full
-from regard.routing._shared import check_int, hides_keys_only, real_keys
-from regard.shapes import HeadShape
+from regard.routing._shared import hides_keys_only, real_keys
 from regard.stages import Selector
+
+TOGETHER = "a block of queries chooses its keys together, so later queries of the block can change the choice"
+
+CARD = Card(
+    "xattention",
+    equation="""L[m, n] = sum_u q[m s + s-1-u] . k[n s + u] / (sqrt(D) s),   groups of s = stride queries
+    and s keys, u = 0 .. s-1
+A = softmax over n of L;   R[I, J] = sum of A over the groups of query block I and key block J
+kept: key block 0, the diagonal block, then by falling R until their sum is at least tau = threshold of row I's""",
+    papers=(
+        Paper(
+            "XAttention: Block Sparse Attention with Antidiagonal Scoring",
+            "Xu et al.",
+            2025,
+            "2503.16428",
+            "abstract; the authors' code",
+        ),
+    ),
+    supports={"causal", "bidirectional", "padding", "gqa", "dropout", "compile"},
+    traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
+    cost=Cost("B*H*T*S*D*(1/stride + 2)", ""),
+    claim="Keeps most of the attention in few blocks, without training: tests/routing/test_xattention.py keeps every "
+    "block that holds a strong key at under half of the density; with stride 1 the scores are the exact shares.",
+    differs=(
+        "Query blocks stand on key blocks also where T and S differ by no multiple of the block.",
+        "The rule above also holds for the first chunk of queries, where the code keeps one rank more, and for every "
+        "batch row by itself.",
+        "Without causality no block is forced, where the code always keeps key block 0.",
+        "Keys that padding hides do not count, nor do their own queries.",
+    ),
+    verified="third-party",
+    example={"block": 4, "stride": 2, "threshold": 0.6},
+    exceptions={"L4": TOGETHER, "L6": TOGETHER},
+)
+
 
 PAIRS = 2**24
 """Pairs of groups scored together."""
@@ -98,7 +121,7 @@ def xattention(
 ) -> Mask:
     """The blocks that XAttention keeps; `threshold` is tau, for all heads or for each."""
     if not hides_keys_only(mask):
-        raise ValueError(f"xattention: mask may hold causality and padding alone (got {mask!r})")
+        refuse("xattention", "mask", "hides more than keys", repr(mask), "causality and padding alone")
     T, S, causal = q.shape[2], k.shape[2], mask is not None and mask.is_causal
     if q.numel() == 0 or k.numel() == 0:
         return full()
@@ -119,10 +142,12 @@ def xattention(
     return chosen(tiles & past if causal else tiles, T + front, S, block)
 
 
+@CARD.fills("selector")
 class XAttention(Selector):
     """Keeps the fewest blocks that hold `threshold` of the estimated attention. No parameters.
 
     Args:
+        num_heads: H, where it is known, which a threshold for each head must fit.
         block: queries and keys in a block.
         stride: s, dividing the block; scoring costs 1 / s of the scores.
         threshold: tau; one number for each head, or one for all.
@@ -130,15 +155,22 @@ class XAttention(Selector):
 
     streams = False
 
-    def __init__(self, *, block: int = 128, stride: int = 16, threshold: float | tuple[float, ...] = 0.9) -> None:
+    def __init__(
+        self,
+        *,
+        num_heads: int | None = None,
+        block: int = 128,
+        stride: int = 16,
+        threshold: float | tuple[float, ...] = 0.9,
+    ) -> None:
         super().__init__()
-        check_int("XAttention", "block", block)
-        check_int("XAttention", "stride", stride)
-        if block % stride:
-            raise ValueError(f"XAttention: stride must divide the block (got stride {stride}, block {block})")
-        for tau in threshold if isinstance(threshold, tuple) else (threshold,):
-            if not tau > 0:
-                raise ValueError(f"XAttention: threshold must be > 0, got {threshold!r}")
+        whole(self, block=block, stride=stride)
+        divides(self, stride=stride, block=block)
+        each = threshold if isinstance(threshold, tuple) else (threshold,)
+        for tau in each:
+            number(self, above=0, threshold=tau)
+        if isinstance(threshold, tuple) and num_heads not in (None, len(each)):
+            refuse(self, "threshold", "fits another number of heads", f"{len(each)} entries", f"1, or {num_heads}")
         self.block, self.stride, self.threshold = block, stride, threshold
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
@@ -146,46 +178,3 @@ class XAttention(Selector):
 
     def extra_repr(self) -> str:
         return f"block={self.block}, stride={self.stride}, threshold={self.threshold}"
-
-
-def _slots(
-    shape: HeadShape, *, block: int = 128, stride: int = 16, threshold: float | tuple[float, ...] = 0.9
-) -> dict[str, object]:
-    if isinstance(threshold, tuple) and len(threshold) != shape.num_heads:
-        raise ValueError(f"xattention: threshold has {len(threshold)} entries; expected 1 or {shape.num_heads}")
-    return {"selector": XAttention(block=block, stride=stride, threshold=threshold)}
-
-
-_TOGETHER = "a block of queries chooses its keys together, so later queries of the block can change the choice"
-
-CARD = register(
-    Card(
-        name="xattention",
-        family="routing",
-        gist="Keeps the fewest blocks whose antidiagonal sums hold a given share of the attention.",
-        equation="R = block sums of softmax(antidiagonal sums of q.k / (sqrt(D) s)); keep by falling R up to tau",
-        paper=Paper(
-            "XAttention: Block Sparse Attention with Antidiagonal Scoring",
-            "Xu et al.",
-            2025,
-            "2503.16428",
-            "abstract; the authors' code",
-        ),
-        slots=_slots,
-        supports=frozenset({"causal", "bidirectional", "padding", "gqa", "dropout", "compile"}),
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"}),
-        exceptions={"L4": _TOGETHER, "L6": _TOGETHER},
-        cost=Cost("B*H*T*S*D*(1/stride + 2)", ""),
-        claim=(
-            "Keeps most of the attention in few blocks, without training: tests/routing/test_xattention.py keeps every "
-            "block that holds a strong key at under half of the density; with stride 1 the scores are the exact shares."
-        ),
-        differs=(
-            "Query blocks stand on key blocks for any T and S.",
-            "Every batch row chooses for itself; the first chunk of queries follows the same rule as the others.",
-            "Without causality no key block is forced.",
-        ),
-        verified="third-party",
-        example={"block": 4, "stride": 2, "threshold": 0.6},
-    )
-)

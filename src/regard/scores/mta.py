@@ -1,16 +1,7 @@
-"""Multi-token attention: scores and weights are convolved over neighbouring queries and keys, and mixed
-across heads.
+"""Multi-token attention: convolves scores and weights over neighbouring tokens, and mixes heads.
 
-    P'[h,t,s] = sum_{i<cq, j<ck} K[h,i,j] Z[h, t - (cq-1) + i, s - (ck-1)/2 + j],
-    Z = q k^T / sqrt(D), masked entries 0
-    A = softmax(mask(sum_h W[g,h] P'[h])),   A' = heads mixed in groups( conv(A), masked entries 0 )
-    y = concat_h( N(A' v) * sigmoid(N(A' v) w + b) ) W_o,   N = RMS norm of a head (times 1 - lambda_l)
-
-Golovneva et al. 2025, https://arxiv.org/abs/2504.00927: abstract read, the authors' released code followed.
-The kernel reaches back over queries and to both sides over keys, out of range counts as 0, and neither form
-looks at later queries: without causality the formula stays as it is. Differs from the paper: the depth
-scaling 1 - lambda_l is off unless a layer index is given and a gate follows the norm, both as in the released
-configurations.
+The kernel reaches back over queries and to both sides over keys, and what is out of range counts as 0. Neither form
+looks at later queries, so that without causality the formula stays as it is.
 """
 
 import math
@@ -22,9 +13,36 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard._former import FEATURES, Card, Cost, Paper, register
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import choice, divides, number, refuse, whole
 from regard.stages import Gate, GateSite, Mix, Rows
+
+CARD = Card(
+    "mta",
+    equation="""P'[h,t,s] = sum_{i<cq, j<ck} K[h,i,j] Z[h, t - (cq-1) + i, s - (ck-1)/2 + j]
+    Z = q k^T / sqrt(D), masked entries 0;   cq = query_size, ck = key_size
+A = softmax(mask(sum_h W[g,h] P'[h])),   A' = heads mixed in groups( conv(A), masked entries 0 )
+y = concat_h( N(A' v) * sigmoid(N(A' v) w + b) ) W_o,   N = RMS norm of a head (times 1 - lambda_l)""",
+    papers=(
+        Paper(
+            "Multi-Token Attention",
+            "Golovneva, Wang, Weston, Sukhbaatar",
+            2025,
+            "2504.00927",
+            "abstract; official code",
+        ),
+    ),
+    cost=Cost("2*B*H*T*S*D + 2*B*H*T*S*query_size*key_size + B*H*T*S*(H + head_group)", "S*(2*G*D + H*D)"),
+    claim="Two taps find a key only where two neighbours match together: tests/scores/test_mta.py.",
+    differs=(
+        "The depth scaling 1 - lambda_l is off unless `layer` is given, and a gate follows the norm, both as in the "
+        "released configurations.",
+        "Streaming keeps queries too, since earlier rows of scores are needed again.",
+    ),
+    verified="third-party",
+    example={"query_size": 3, "key_size": 3, "head_group": 2},
+    tries={"layer": 3},
+)
 
 
 def key_query_conv(
@@ -41,9 +59,7 @@ def key_query_conv(
 
 
 class KeyQueryConv(Mix):
-    """The convolution before (`on="scores"`) or after (`on="weights"`) the softmax; there, masked entries end
-    as 0.
-    """
+    """The convolution before (`on="scores"`) or after (`on="weights"`) the softmax; there, masked entries end as 0."""
 
     sees = "rows"
 
@@ -56,13 +72,10 @@ class KeyQueryConv(Mix):
         on: Literal["scores", "weights"] = "scores",
     ) -> None:
         super().__init__()
-        if query_size < 1 or key_size < 1 or key_size % 2 == 0:
-            raise ValueError(
-                f"KeyQueryConv: bad kernel (got query_size {query_size}, key_size {key_size}); expected "
-                "sizes of at least 1 and an odd key_size"
-            )
-        if on not in ("scores", "weights"):
-            raise ValueError(f"KeyQueryConv: unknown on {on!r}; expected 'scores' or 'weights'")
+        whole(self, num_heads=num_heads, query_size=query_size, key_size=key_size)
+        if key_size % 2 == 0:
+            refuse(self, "key_size", "is even", key_size, "an odd one, so that a key stands in the middle")
+        choice(self, ("scores", "weights"), on=on)
         self.halo, self.on = query_size - 1, on
         self.kernel = nn.Parameter(torch.empty(num_heads, query_size, key_size))
         self.reset_parameters()
@@ -81,20 +94,13 @@ class KeyQueryConv(Mix):
 
 
 class HeadMix(Mix):
-    """Mixes groups of neighbouring heads: out[r, g] = sum_h weight[r, g, h] in[r, h]. Without `group`, all
-    heads.
-    """
+    """Mixes groups of neighbouring heads: out[r, g] = sum_h weight[r, g, h] in[r, h]. Without `group`, all heads."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        *,
-        group: int | None = None,
-    ) -> None:
+    def __init__(self, num_heads: int, *, group: int | None = None) -> None:
         super().__init__()
         group = num_heads if group is None else group
-        if group < 1 or num_heads % group:
-            raise ValueError(f"HeadMix: group must divide num_heads {num_heads} (got {group})")
+        whole(self, num_heads=num_heads, group=group)
+        divides(self, group=group, num_heads=num_heads)
         self.weight = nn.Parameter(torch.empty(num_heads // group, group, group))
         self.reset_parameters()
 
@@ -128,14 +134,12 @@ class MixSequence(Mix):
 class HeadNormGate(Gate):
     """RMS norm of each head's output, and one sigmoid gate per head read from the normalised output."""
 
-    def __init__(
-        self,
-        head_dim: int,
-        *,
-        layer: int | None = None,
-        eps: float = 1e-5,
-    ) -> None:
+    def __init__(self, head_dim: int, *, layer: int | None = None, eps: float = 1e-5) -> None:
         super().__init__()
+        whole(self, head_dim=head_dim)
+        if layer is not None:
+            whole(self, 0, layer=layer)
+        number(self, least=0, eps=eps)
         self.eps = eps
         self.depth_scale = 1.0 if layer is None else 0.2 + 0.6 * math.exp(-0.3 * layer)
         self.norm_weight = nn.Parameter(torch.empty(head_dim))
@@ -155,50 +159,28 @@ class HeadNormGate(Gate):
         return normed * torch.sigmoid(self.proj(normed))
 
 
-def _slots(
-    shape: HeadShape,
+@CARD.fills()
+def mta(
+    num_heads: int,
+    head_dim: int,
     *,
     query_size: int = 6,
     key_size: int = 11,
     head_group: int = 16,
     layer: int | None = None,
-) -> dict[str, object]:
-    """The released configuration; weights are mixed in equal groups of at most `head_group` heads."""
-    heads = shape.num_heads
+    eps: float = 1e-5,
+) -> dict[str, Mix | Gate]:
+    """The released configuration; weights are mixed in equal groups of at most `head_group` heads.
+
+    Args:
+        layer: the layer's number from 0, for the depth scaling.
+        eps: of the norm.
+    """
+    whole("mta", head_group=head_group)
     kernel: dict[str, Any] = {"query_size": query_size, "key_size": key_size}
-    if head_group < 1:
-        raise ValueError(f"mta: head_group must be at least 1 (got {head_group})")
-    group = max(g for g in range(1, min(head_group, heads) + 1) if heads % g == 0)
+    group = max(g for g in range(1, min(head_group, num_heads) + 1) if num_heads % g == 0)
     return {
-        "score_mix": MixSequence([KeyQueryConv(heads, **kernel), HeadMix(heads)]),
-        "weight_mix": MixSequence([KeyQueryConv(heads, on="weights", **kernel), HeadMix(heads, group=group)]),
-        "gate": HeadNormGate(shape.head_dim, layer=layer),
+        "score_mix": MixSequence([KeyQueryConv(num_heads, **kernel), HeadMix(num_heads)]),
+        "weight_mix": MixSequence([KeyQueryConv(num_heads, on="weights", **kernel), HeadMix(num_heads, group=group)]),
+        "gate": HeadNormGate(head_dim, layer=layer, eps=eps),
     }
-
-
-CARD = register(
-    Card(
-        name="mta",
-        family="scores",
-        gist="Convolves scores and weights over neighbouring queries and keys and mixes heads.",
-        equation="A' = mix_heads(conv(softmax(mix_heads(conv(q k^T / sqrt(D)))))),  y = gate(norm(A' v)) W_o",
-        paper=Paper(
-            "Multi-Token Attention",
-            "Golovneva, Wang, Weston, Sukhbaatar",
-            2025,
-            "2504.00927",
-            "abstract; official code",
-        ),
-        slots=_slots,
-        supports=FEATURES,
-        traits=frozenset(),
-        cost=Cost("2*B*H*T*S*D + 2*B*H*T*S*query_size*key_size + B*H*T*S*(H + head_group)", "S*(2*G*D + H*D)"),
-        claim="Two taps find a key only where two neighbours match together: tests/scores/test_mta.py.",
-        differs=(
-            "No depth scaling unless `layer` is given, and a gate after the norm, as in the released models.",
-            "Streaming keeps queries too, since earlier rows of scores are needed again.",
-        ),
-        verified="third-party",
-        example={"query_size": 3, "key_size": 3, "head_group": 2},
-    )
-)

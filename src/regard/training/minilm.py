@@ -1,21 +1,48 @@
-"""MiniLM distillation: a student learns the teacher's last attention maps and how its values relate to each other.
+"""MiniLM distillation: a student learns the teacher's last attention maps and value relations.
 
-    A = softmax(q k^T / sqrt(D))        R = softmax(v v^T / sqrt(D))        each model with its own head width D
-    loss = 1 / (H T) sum over heads and rows of KL(A_teacher || A_student) + KL(R_teacher || R_student)
-
-Wang et al. 2020, "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers"
-(https://arxiv.org/abs/2002.10957): abstract read, and the formulas in three independent restatements; the paper's
-own text not. The relations are T x T, so that widths may differ; numbers of heads may not. Last layers are compared.
-With a teacher assistant, apply it twice: teacher to assistant, assistant to student.
-Differs from the paper: padded tokens count neither as rows nor as keys, and batches take the mean over their sequences.
+The relations are T x T, so that widths may differ; numbers of heads may not. Last layers are compared. With a teacher
+assistant, apply it twice: teacher to assistant, assistant to student.
 """
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked
 from regard.shapes import HeadShape
+
+
+def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
+    """q, k, v of a teacher, and of a student with narrower heads."""
+    generator = torch.Generator().manual_seed(0)
+    widths = 3 * [shape.head_dim] + 3 * [max(1, shape.head_dim - 1)]
+    return tuple(torch.randn(2, shape.num_heads, 12, w, generator=generator, dtype=torch.float64) for w in widths)
+
+
+CARD = Card(
+    "minilm",
+    equation="""A = softmax(q k^T / sqrt(D)),   R = softmax(v v^T / sqrt(D)),   each model with its own head width D
+loss = 1 / (H T) sum over heads and rows of KL(A_teacher || A_student) + KL(R_teacher || R_student)""",
+    papers=(
+        Paper(
+            "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers",
+            "Wang et al.",
+            2020,
+            "2002.10957",
+            "abstract; the formulas in three independent restatements, third-party code among them",
+        ),
+    ),
+    protocol="Loss",
+    inputs=_inputs,
+    supports={"causal", "bidirectional", "padding", "compile"},
+    cost=Cost("4*B*H*T*T*D", ""),
+    claim="A narrower student trained by this loss alone takes on the teacher's attention: "
+    "tests/training/test_minilm.py.",
+    differs=("Padded tokens count neither as rows nor as keys, and batches take the mean over their sequences.",),
+    verified="third-party",
+    exceptions={"L23": "no gradient reaches the teacher, by design"},
+)
 
 
 def relation(
@@ -67,6 +94,7 @@ def minilm_loss(
     return losses[0], losses[1]
 
 
+@CARD.module
 class MiniLMLoss(nn.Module):
     """Attention plus value-relation loss between the last layers of a teacher and a student.
 
@@ -78,6 +106,7 @@ class MiniLMLoss(nn.Module):
         super().__init__()
         self.causal = causal
 
+    @checked()
     def forward(
         self,
         teacher_q: Float[Tensor, "B H T D"],
@@ -91,62 +120,5 @@ class MiniLMLoss(nn.Module):
     ) -> Float[Tensor, ""]:
         """The loss; `mask` is True at real tokens. No gradient reaches the teacher."""
         teacher, student = (teacher_q, teacher_k, teacher_v), (student_q, student_k, student_v)
-        want = teacher_q.shape[:3]
-        for name, z in zip(("teacher_k", "teacher_v", "student_q", "student_k", "student_v"), teacher[1:] + student):
-            if z.dim() != 4 or z.shape[:3] != want:
-                raise ValueError(
-                    f"MiniLMLoss: {name} has shape {tuple(z.shape)}; expected {tuple(want)} as of teacher_q, "
-                    "and any width"
-                )
-        for side, (q, k, _) in (("teacher", teacher), ("student", student)):
-            if q.shape[-1] != k.shape[-1]:
-                raise ValueError(f"MiniLMLoss: {side}_q has width {q.shape[-1]}, {side}_k {k.shape[-1]}; expected one")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (want[0], want[2])):
-            raise ValueError(
-                f"MiniLMLoss: mask is {mask.dtype} {tuple(mask.shape)}; expected bool ({want[0]}, {want[2]})"
-            )
         attention, values = minilm_loss(teacher, student, keep=mask, causal=self.causal)
         return (attention + values).to(student_q.dtype)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-) -> MiniLMLoss:
-    """Nothing is learned, so widths, device and dtype don't matter."""
-    return MiniLMLoss(causal=causal)
-
-
-def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
-    """q, k, v of a teacher, and of a student with narrower heads."""
-    generator = torch.Generator().manual_seed(0)
-    widths = 3 * [shape.head_dim] + 3 * [max(1, shape.head_dim - 1)]
-    return tuple(torch.randn(2, shape.num_heads, 12, w, generator=generator, dtype=torch.float64) for w in widths)
-
-
-CARD = register(
-    Card(
-        name="minilm",
-        family="training",
-        gist="Distils last-layer attention maps and value relations; widths may differ.",
-        equation="KL(softmax(q k^T/sqrt D)_teacher || ..._student) + KL(softmax(v v^T/sqrt D)_teacher || ..._student)",
-        paper=Paper(
-            "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers",
-            "Wang et al.",
-            2020,
-            "2002.10957",
-            "abstract; third-party code",
-        ),
-        build=_build,
-        protocol="Loss",
-        inputs=_inputs,
-        supports=frozenset({"causal", "bidirectional", "padding", "compile"}),
-        cost=Cost("4*B*H*T*T*D", ""),
-        claim="A narrower student trained by this loss alone takes on the teacher's attention: "
-        "tests/training/test_minilm.py.",
-        differs=("Padded tokens count neither as rows nor as keys; batches take the mean over sequences.",),
-        verified="third-party",
-        exceptions={"L23": "no gradient reaches the teacher, by design"},
-    )
-)

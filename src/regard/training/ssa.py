@@ -1,28 +1,50 @@
-"""Stochastically subsampled self-attention: in training every layer leaves most sources out, anew at every step.
+"""Subsampled self-attention: training leaves most sources out, anew each step; evaluation is dense.
 
-    unbiased   all targets attend to the same S / r sources, drawn at random
-    local      target i attends to {pi(m): floor(m / w) = floor(i / w)}, w = S / r, pi a shuffle that moves little
-    else       (in eval, and for the last training steps) dense attention
-
-Hussain, Zaki, Subramanian 2023, "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles"
-(https://arxiv.org/abs/2306.01705): abstract, introduction and figure 3 read; no code is public. Inferred: the local
-shuffle sorts m + spread * w * noise; one draw serves batch and heads; causally, a target attends to those of its
-sources that are not later, and gives 0 if none is. Several passes with subsampling="always" make the self-ensemble.
+Several passes with subsampling="always" make the paper's self-ensemble.
 """
 
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import choice, number, whole
 from regard.masks import causal as causal_mask
 from regard.masks import padding
 from regard.pipeline.function import attention
-from regard.pipeline.head_mixer import HeadMixer
-from regard.shapes import HeadShape
+from regard.pipeline.head_mixer import HeadMixer, Projections
+
+CARD = Card(
+    "ssa",
+    equation="""unbiased   all targets attend to the same S / r sources, drawn at random
+local      target i attends to {pi(m): floor(m / w) = floor(i / w)}, w = S / r, pi a shuffle that moves little
+else       (in eval, and for the last training steps) dense attention""",
+    papers=(
+        Paper(
+            "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
+            "Hussain, Zaki, Subramanian",
+            2023,
+            "2306.01705",
+            "abstract; introduction; figure 3; no code is public",
+        ),
+    ),
+    supports={"causal", "bidirectional", "cross", "padding", "gqa", "compile"},
+    traits=PLAIN - {"shift_invariant"},
+    cost=Cost("2*B*H*T*S*D", ""),
+    claim="A training step computes exactly 1/r of the scores, and a model so trained is as good dense: "
+    "tests/training/test_ssa.py.",
+    differs=(
+        "Inferred: the local shuffle sorts m + spread * w * noise.",
+        "Inferred: one draw serves batch and heads.",
+        "Inferred: causally, a target attends to those of its sources that are not later, and gives 0 if none is.",
+    ),
+    verified="reconstructed",
+    exceptions={"L29": "training draws the sources from torch's generator, as dropout does"},
+)
+
 
 Keep = Bool[Tensor, "B S"] | None
 
@@ -85,15 +107,16 @@ def attend_in_windows(
     return out.unflatten(0, (B, count)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
+@CARD.module
 class SubsampledAttention(HeadMixer):
     """Dense attention whose sources are subsampled in training.
 
     Args:
+        dim, num_heads, rest: as of `HeadMixer`.
         ratio: r; a layer computes 1 / r of the scores.
         kind: "local" windows of sources shuffled a little, or "unbiased": the same random sources for all.
         spread: how far local shuffling moves a source, in windows.
         subsampling: "training" or "always"; set the attribute to "never" for the dense steps at the end of training.
-        others: as in `regard.pipeline.HeadMixer`.
     """
 
     def __init__(
@@ -105,20 +128,13 @@ class SubsampledAttention(HeadMixer):
         kind: Literal["local", "unbiased"] = "local",
         spread: float = 0.5,
         subsampling: Literal["training", "always", "never"] = "training",
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        causal: bool = False,
-        bias: bool = False,
+        **rest: Unpack[Projections],
     ) -> None:
-        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, bias=bias)
-        if ratio < 1 or spread < 0:
-            raise ValueError(f"SubsampledAttention: ratio must be at least 1 and spread 0 (got {ratio}, {spread})")
-        if kind not in ("local", "unbiased"):
-            raise ValueError(f"SubsampledAttention: unknown kind {kind!r}; expected local or unbiased")
-        if subsampling not in ("training", "always", "never"):
-            raise ValueError(
-                f"SubsampledAttention: unknown subsampling {subsampling!r}; expected training, always or never"
-            )
+        super().__init__(dim, num_heads, **rest)
+        whole(self, ratio=ratio)
+        number(self, least=0, spread=spread)
+        choice(self, ("local", "unbiased"), kind=kind)
+        choice(self, ("training", "always", "never"), subsampling=subsampling)
         self.ratio, self.kind, self.spread, self.subsampling = ratio, kind, spread, subsampling
 
     def mix(
@@ -127,51 +143,10 @@ class SubsampledAttention(HeadMixer):
         S, device = k.shape[2], k.device
         if self.subsampling == "never" or (self.subsampling == "training" and not self.training):
             masks = ([causal_mask()] if self.causal else []) + ([] if keep is None else [padding(keep)])
-            whole = masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
-            return attention(q, k, v, mask=whole)
+            seen = masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
+            return attention(q, k, v, mask=seen)
         if self.kind == "unbiased":
             kept = torch.randperm(S, device=device)[: -(-S // self.ratio)]
             return attend_to_some(q, k, v, kept, causal=self.causal, keep=keep)
         order = local_shuffle(S, self.spread * S / self.ratio, device=device)
         return attend_in_windows(q, k, v, order, self.ratio, causal=self.causal, keep=keep)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    ratio: int = 4,
-    kind: Literal["local", "unbiased"] = "local",
-    spread: float = 0.5,
-    subsampling: Literal["training", "always", "never"] = "training",
-    bias: bool = False,
-) -> SubsampledAttention:
-    sizes: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "causal": causal}
-    options: dict[str, Any] = {"ratio": ratio, "kind": kind, "spread": spread, "subsampling": subsampling, "bias": bias}
-    return SubsampledAttention(shape.dim, shape.num_heads, **sizes, **options)
-
-
-CARD = register(
-    Card(
-        name="ssa",
-        family="training",
-        gist="Training leaves out most sources, anew each step; evaluation is dense.",
-        equation="target i attends to {pi(m): floor(m/w) = floor(i/w)}, w = S/r, pi a random local shuffle",
-        paper=Paper(
-            "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
-            "Hussain, Zaki, Subramanian",
-            2023,
-            "2306.01705",
-            "abstract; introduction; figure 3",
-        ),
-        build=_build,
-        supports=frozenset({"causal", "bidirectional", "cross", "padding", "gqa", "compile"}),
-        traits=frozenset({"normalised", "nonnegative", "linear_in_values", "position_free", "head_independent"}),
-        cost=Cost("2*B*H*T*S*D", ""),
-        claim="A training step computes exactly 1/r of the scores, and a model so trained is as good dense: "
-        "tests/training/test_ssa.py.",
-        differs=("How far the local shuffle moves, causality and the sharing of a draw are inferred.",),
-        verified="reconstructed",
-        exceptions={"L29": "training draws the sources from torch's generator, as dropout does"},
-    )
-)
