@@ -1,4 +1,4 @@
-"""Conditional cross-attention: a decoder query looks for content, and for places near its reference point."""
+"""Conditional cross-attention: content and place side by side in every head; the place is learnt."""
 
 import torch
 from jaxtyping import Bool, Float

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: a query looks at a few points, which it chooses itself, of several feature maps."""
+"""Deformable attention: each query samples a few points of its own choice from several feature maps."""
 
 import math
 from collections.abc import Sequence

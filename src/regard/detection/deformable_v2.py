@@ -1,4 +1,4 @@
-"""RT-DETRv2's deformable attention: as many points as each level needs, and sampling without interpolation."""
+"""RT-DETRv2's deformable attention: points by level, and sampling of single pixels."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Exphormer: sparse graph attention over a graph's edges, a random expander and virtual nodes that see everything.
+"""Exphormer: sparse graph attention over edges, a random expander and virtual nodes.
 
 All its edges are linear in N, and their spectral gap stays open, so that a few layers mix the whole graph.
 """

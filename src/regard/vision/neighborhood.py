@@ -1,4 +1,4 @@
-"""Neighborhood attention: each token sees a window around it, shifted inward at borders, on 1 to 3 axes."""
+"""Neighborhood attention: each token sees a window around it, shifted inward at borders."""
 
 import math
 from collections.abc import Sequence

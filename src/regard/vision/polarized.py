@@ -1,4 +1,4 @@
-"""Polarized self-attention: a gate for each channel and a gate for each position, added or one after the other."""
+"""Polarized self-attention: a gate for each channel and one for each position, added or in turn."""
 
 from typing import Literal
 
