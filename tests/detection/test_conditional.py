@@ -7,8 +7,8 @@ from torch import Tensor
 import regard
 from detection.naive_conditional import naive_conditional_cross, naive_scaled_sine, naive_sine
 from laws.subject import close, perturb
-from regard.detection.conditional import ConditionalCrossAttention, conditional_attention, sine_embedding
-from regard.detection.sampling import pixel_centres
+from regard.detection.conditional import ConditionalCrossAttention, conditional_attention
+from regard.detection.places import pixel_centres, sine_embedding
 
 ROLES = {
     "qcontent": "q_proj",
@@ -237,20 +237,36 @@ def test_bad_input() -> None:
     }
     made(**good)
     for change, words in (
-        ({"x": good["x"][..., :4]}, "x must be"),
-        ({"context": good["context"][:1]}, "batch 2 and context 1"),
-        ({"reference": uniform(3, 2, 4, 4)}, "reference has shape"),
-        ({"context_pos": good["context_pos"][:, :5]}, "context_pos has shape"),
-        ({"query_pos": good["x"]}, "belongs to the first layer"),
-        ({"state": good["x"][:, :2]}, "state has shape"),
-        ({"mask": torch.ones(2, 4, 7, dtype=torch.bool)}, "mask can only hide keys"),
+        ({"x": good["x"][..., :4]}, r"x has the wrong shape \(got \(2, 4, 4\)\); expected \(B, T, M = 12\)"),
+        (
+            {"context": good["context"][:1]},
+            r"context has the wrong shape \(got \(1, 7, 12\)\); .*\(B = 2, S",
+        ),
+        (
+            {"reference": uniform(3, 2, 4, 4)},
+            r"reference has the wrong shape \(got \(2, 4, 4\)\); .*T = 4, 2\)",
+        ),
+        (
+            {"context_pos": good["context_pos"][:, :5]},
+            r"context_pos has the wrong shape .*S = 7, M = 12\)",
+        ),
+        ({"query_pos": good["x"]}, r"query_pos belongs to the first layer.* \(got \(2, 4, 12\)\); expected none"),
+        (
+            {"state": good["x"][:, :2]},
+            r"state has the wrong shape \(got \(2, 2, 12\)\); .*T = 4, M = 12\)",
+        ),
+        (
+            {"mask": torch.ones(2, 4, 7, dtype=torch.bool)},
+            r"mask has the wrong shape .* expected \(B = 2, S = 7\) or",
+        ),
+        ({"mask": regard.masks.causal()}, "mask can only hide keys"),
     ):
         with pytest.raises(ValueError, match=words):
             made(**{**good, **change})
-    with pytest.raises(ValueError, match="belongs to the first layer"):
+    with pytest.raises(ValueError, match=r"query_pos belongs to the first layer.* \(got none\); expected some"):
         first(**good)
-    with pytest.raises(ValueError, match="no use for state"):
+    with pytest.raises(ValueError, match=r"state is of no use to the first layer \(got \(2, 4, 12\)\); expected none"):
         first(**good, query_pos=good["x"], state=good["x"])
-    for dim, heads in ((10, 4), (9, 3)):
-        with pytest.raises(ValueError, match="must be even and a multiple"):
+    for dim, heads, words in ((10, 4, r"no multiple of num_heads = 4 \(got 10\)"), (9, 3, r"is odd \(got 9\)")):
+        with pytest.raises(ValueError, match=f"dim {words}" if "odd" in words else f"dim is {words}"):
             ConditionalCrossAttention(dim, heads)

@@ -10,11 +10,9 @@ from torch import Tensor
 import regard
 from detection.naive_deformable import naive_deformable
 from laws.subject import close, perturb
-from regard.detection.deformable import CARD as v1
 from regard.detection.deformable import DeformableAttention
-from regard.detection.deformable_v2 import CARD as v2
-from regard.detection.sampling import deformable_attention, pixel_centres, sampling_locations
-from regard.shapes import HeadShape
+from regard.detection.places import pixel_centres
+from regard.detection.sampling import deformable_attention, sampling_locations
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B083.npz"
 PARTS = {"off": "offset_proj", "a": "weight_proj", "v": "v_proj", "o": "o_proj"}
@@ -326,17 +324,26 @@ def test_discrete_freezes_the_offsets() -> None:
 
 def test_cards() -> None:
     """One number of points is for every level; a list must have one for each."""
-    shape = HeadShape(24, 6, 6, 4)
-    assert v2.build(shape, causal=False, num_levels=2, points=3).points == (3, 3)
-    assert v2.build(shape, causal=False, points=(4, 2, 1)).points == (4, 2, 1)
-    assert v1.build(shape, causal=False, num_levels=2, num_points=3).points == (3, 3)
-    with pytest.raises(ValueError, match="expected 2"):
-        v2.build(shape, causal=False, num_levels=2, points=(4, 2, 1))
-    for card in (v1, v2):
+
+    def points(name: str, **options) -> tuple[int, ...]:
+        return regard.create(name, dim=24, num_heads=6, **options).points
+
+    assert points("deformable_v2", num_levels=2, points=3) == (3, 3)
+    assert points("deformable_v2", points=(4, 2, 1)) == (4, 2, 1)
+    assert points("deformable_v2") == (4, 4, 4)
+    assert points("deformable", num_levels=2, num_points=3) == (3, 3)
+    assert points("deformable") == DeformableAttention(24, 6).points == (4, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"points has another number of levels .*\(4, 2, 1\)\); expected 2"):
+        points("deformable_v2", num_levels=2, points=(4, 2, 1))
+    with pytest.raises(ValueError, match="unknown option of 'deformable' 'sampling'"):
+        points("deformable", sampling="discrete")
+    for name in ("deformable", "deformable_v2"):
         with pytest.raises(ValueError, match="causal"):
-            card.build(shape, causal=True)
+            points(name, causal=True)
         with pytest.raises(ValueError, match="gqa"):
-            card.build(HeadShape(24, 6, 2, 4), causal=False)
+            points(name, num_kv_heads=2)
+        with pytest.raises(ValueError, match="head_dim"):
+            points(name, head_dim=8)
 
 
 def test_bad_input() -> None:
@@ -345,25 +352,32 @@ def test_bad_input() -> None:
     shapes = [(2, 4), (1, 2)]
     made(x, context, reference, shapes)
     for change, words in (
-        ({"x": x[..., :5]}, "x must be"),
-        ({"context": context[0]}, "context must be"),
-        ({"context": context[:1]}, "batch 2 and context 1"),
-        ({"reference": reference[..., :1]}, "reference has shape"),
-        ({"reference": reference[:, :3]}, "reference has shape"),
-        ({"shapes": [(2, 4)]}, "of 2 levels"),
-        ({"shapes": torch.tensor([(2.0, 4), (1, 2)])}, "expected integers"),
-        ({"shapes": [(2, 4), (1, 3)]}, "make up the 10 tokens"),
-        ({"shapes": [(-2, -4), (1, 2)]}, "make up the 10 tokens"),
+        ({"x": x[..., :5]}, r"x has the wrong shape \(got \(2, 4, 5\)\); expected \(B, T, M = 6\)"),
+        ({"context": context[0]}, r"context has the wrong shape \(got \(10, 6\)\); expected \(B = 2, S, M = 6\)"),
+        ({"context": context[:1]}, r"context has the wrong shape \(got \(1, 10, 6\)\); expected \(B = 2, S"),
+        ({"reference": reference[..., :1]}, r"reference has the wrong shape .* 2\) or \(B = 2, T = 4, 1 or L = 2, 4\)"),
+        (
+            {"reference": reference[:, :3]},
+            r"reference has the wrong shape \(got \(2, 3, 2, 2\)\); .*T = 4",
+        ),
+        ({"reference": normal(1, 2, 4, 3, 2)}, r"reference has the wrong shape .* expected .* 1 or L = 2, 2\)"),
+        ({"shapes": [(2, 4)]}, r"shapes has the wrong shape \(got \(1, 2\)\); expected \(L = 2, 2\)"),
+        ({"shapes": [(2, 4), (1, 3)]}, r"shapes don't make up the context \(got .*\); expected maps of 10 tokens"),
+        ({"shapes": [(-2, -4), (1, 2)]}, r"shapes don't make up the context \(got .*\); expected maps of 10 tokens"),
         ({"mask": regard.masks.causal()}, "mask can only hide keys"),
     ):
         with pytest.raises(ValueError, match=words):
             made(**{"x": x, "context": context, "reference": reference, "shapes": shapes, **change})
+    for floats in (torch.tensor([(2.0, 4), (1, 2)]), [(2.0, 4), (1, 2)]):
+        with pytest.raises(TypeError, match=r"shapes has the wrong dtype \(got torch.float32\); expected integers"):
+            made(x, context, reference, floats)
     for options, words in (
-        ({"points": ()}, "at least 1 point"),
-        ({"points": (2, 0)}, "at least 1 point"),
-        ({"sampling": "nearest"}, "unknown sampling"),
+        ({"points": ()}, r"points has no level \(got \(\)\)"),
+        ({"points": (2, 0)}, r"points is too small \(got 0\); expected an int >= 1"),
+        ({"num_levels": 0}, r"num_levels is too small \(got 0\)"),
+        ({"sampling": "nearest"}, r"sampling is unknown \(got 'nearest'\); expected one of 'bilinear', 'discrete'"),
     ):
         with pytest.raises(ValueError, match=words):
             DeformableAttention(6, 2, **options)
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 2 \(got 7\)"):
         DeformableAttention(7, 2)

@@ -66,11 +66,12 @@ def test_empty() -> None:
 
 def test_bad_edges() -> None:
     for edges, error, words in (
-        ([[0], [1]], TypeError, "integer tensor"),
-        (torch.zeros(2, 3), TypeError, "integer tensor"),
-        (torch.zeros(3, 2, dtype=torch.int64), ValueError, r"shape \(3, 2\)"),
-        (torch.tensor([[0], [3]]), ValueError, "targets 3 to 3"),
-        (torch.tensor([[-1], [0]]), ValueError, "sources -1 to -1"),
+        ([[0], [1]], TypeError, r"edge_index has the wrong type \(got list\); expected a Tensor \(2, E\)"),
+        (torch.zeros(2, 3), TypeError, r"edge_index has the wrong dtype \(got torch.float32\); expected torch.int32"),
+        (torch.zeros(2, 3, dtype=torch.uint8), TypeError, r"edge_index has the wrong dtype \(got torch.uint8\)"),
+        (torch.zeros(3, 2, dtype=torch.int64), ValueError, r"edge_index has the wrong shape \(got \(3, 2\)\)"),
+        (torch.tensor([[0], [3]]), ValueError, r"names unknown nodes \(got .*targets 3 to 3\); expected 0 to 2"),
+        (torch.tensor([[-1], [0]]), ValueError, r"names unknown nodes \(got sources -1 to -1"),
     ):
         with pytest.raises(error, match=words):
             check_edges("here", edges, 3, 3)

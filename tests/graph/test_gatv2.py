@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import regard
 from graph.naive_gatv2 import naive_gatv2, with_loops
 from laws.subject import close, perturb
 from regard.graph._edges import edge_softmax, edge_sum
-from regard.graph.gatv2 import CARD, GATv2, gatv2
-from regard.shapes import HeadShape
+from regard.graph.gatv2 import GATv2, gatv2
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A176.npz"
 EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 0, 0, 2], [1, 0, 1, 3, 0, 2, 1, 4, 4]])  # a loop, a double edge
@@ -245,22 +245,34 @@ def test_gradcheck() -> None:
 def test_bad_input() -> None:
     made = layer(1, 6, 2)
     for given, words in (
-        ((normal(1, 5, 4), EDGES), "nodes has shape"),
-        ((normal(1, 3, 6), EDGES), "edge_index names"),
-        ((normal(1, 6, 6), EDGES, normal(1, 9, 2)), "edge_dim=None"),
+        ((normal(1, 5, 4), EDGES), r"nodes has the wrong shape \(got \(5, 4\)\); expected \(N, M = 6\)"),
+        ((normal(1, 3, 6), EDGES), r"edge_index names unknown nodes \(got .* expected 0 to 2"),
+        (
+            (normal(1, 6, 6), EDGES, normal(1, 9, 2)),
+            r"edge_features don't go with the layer .*\(9, 2\)\); .* edge_dim=None",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             made(*given)
-    with pytest.raises(ValueError, match="edge_dim=2"):
+    with pytest.raises(ValueError, match=r"edge_features don't go with the layer \(got none\); .* edge_dim=2"):
         layer(1, 6, 2, edge_dim=2)(normal(1, 6, 6), EDGES)
-    with pytest.raises(ValueError, match=r"expected \(9, 2\)"):
-        layer(1, 6, 2, edge_dim=2)(normal(1, 6, 6), EDGES, normal(1, 9, 3))
-    for options, words in (({"merge": "sum"}, "unknown merge"), ({"dropout": 2.0}, "dropout must lie")):
+    for shape, words in (((9, 3), r"expected \(E, W = 2\)"), ((8, 2), r"expected \(E = 9, W\)")):
+        with pytest.raises(ValueError, match=f"edge_features has the wrong shape .* {words}"):
+            layer(1, 6, 2, edge_dim=2)(normal(1, 6, 6), EDGES, normal(1, *shape))
+    for options, words in (
+        ({"merge": "sum"}, r"merge is unknown \(got 'sum'\); expected one of 'concat', 'mean'"),
+        ({"dropout": 2.0}, r"dropout is out of range \(got 2.0\)"),
+        ({"edge_dim": 0}, r"edge_dim is too small \(got 0\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             GATv2(6, 2, **options)
-    with pytest.raises(ValueError, match="not a multiple"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 2 \(got 7\)"):
         GATv2(7, 2)
-    with pytest.raises(ValueError, match="causal"):
-        CARD.build(HeadShape(24, 6, 6, 4), causal=True)
-    with pytest.raises(ValueError, match="gqa"):
-        CARD.build(HeadShape(24, 6, 2, 4), causal=False)
+    for words, options in (
+        ("causal", {"causal": True}),
+        ("gqa", {"num_kv_heads": 2}),
+        ("head_dim", {"head_dim": 8}),
+        ("unknown option of 'gatv2' 'merge'", {"merge": "mean"}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            regard.create("gatv2", dim=24, num_heads=6, **options)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import regard
 from graph.naive_gatv2 import with_loops
 from graph.naive_supergat import naive_edge_loss, naive_supergat
 from laws.subject import close, perturb
+from regard.graph import supergat as module
 from regard.graph.supergat import SuperGAT, edge_scores, sample_non_edges
 
 EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 0, 0, 2], [1, 0, 1, 3, 0, 2, 1, 4, 4]])
@@ -129,6 +131,66 @@ def test_edge_loss_teaches_to_tell_edges(form: str) -> None:
     assert auc() > max(0.9, before)
 
 
+# The loss that training adds
+
+
+@pytest.mark.parametrize("self_loops", [True, False])
+def test_auxiliary_loss_is_the_edge_loss_of_a_draw(self_loops: bool) -> None:
+    """As many non-edges as the code draws, by the global seed; unweighted; the gradients are those of the loss."""
+    made, x = layer(1, 6, 2, self_loops=self_loops, auxiliary_weight=7.0), normal(2, 6, 6).requires_grad_()
+    torch.manual_seed(3)
+    loss = made.auxiliary_loss(x, EDGES)
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    edges = with_loops([tuple(e) for e in EDGES.T.tolist()], 6)[0] if self_loops else EDGES.T.tolist()
+    torch.randperm(len(edges), generator=generator)  # the order of the edges
+    non_edges = sample_non_edges(EDGES, 6, len(edges) // 2, generator=generator)
+    assert non_edges.shape[1] == (7 if self_loops else 4)
+    want = made.edge_loss(x, EDGES, non_edges)
+    close(loss, want)
+    wanted = [x, made.proj.weight]
+    for got, right in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(want, wanted)):
+        close(got, right)
+
+
+def test_auxiliary_loss_draws_anew_and_by_its_ratios(monkeypatch) -> None:
+    seen = []
+
+    def spy(z, a, edges, non_edges, *, form):
+        seen.append((edges, non_edges))
+        return z.sum()
+
+    monkeypatch.setattr(module, "edge_loss", spy)
+    x, pairs = normal(2, 30, 6), torch.randint(30, (2, 80), generator=torch.Generator().manual_seed(1))
+    made = layer(1, 6, 2, edge_sample_ratio=0.5, neg_sample_ratio=2.0, self_loops=False)
+    torch.manual_seed(0)
+    for _ in range(2):
+        made.auxiliary_loss(x, pairs)
+    torch.manual_seed(0)
+    made.auxiliary_loss(x, pairs)
+    (edges, non_edges), other, again = seen
+    assert (edges.shape[1], non_edges.shape[1]) == (40, 80)
+    drawn, none, there = ({tuple(p) for p in z.T.tolist()} for z in (edges, non_edges, pairs))
+    assert drawn <= there
+    assert not none & (there | {(i, j) for j, i in there})
+    assert all(torch.equal(a, b) for a, b in zip(again, (edges, non_edges)))
+    assert not any(torch.equal(a, b) for a, b in zip(other, (edges, non_edges)))
+
+
+def test_auxiliary_loss_through_create() -> None:
+    card = regard.card("supergat")
+    made = regard.create("supergat", dim=6, num_heads=2, auxiliary_weight=0.1, neg_sample_ratio=1.0).double()
+    assert made.auxiliary_weight == 0.1
+    assert regard.create("supergat", dim=6, num_heads=2).auxiliary_weight == card.options["auxiliary_weight"] == 4.0
+    loss = getattr(made, card.auxiliary)(normal(2, 6, 6), EDGES)
+    assert loss.shape == ()
+    assert loss > 0
+    alone = SuperGAT(6, 2, self_loops=False).auxiliary_loss(normal(2, 3, 6).float(), EDGES[:, :0])
+    assert alone == 0
+    with pytest.raises(ValueError, match="unknown option of 'supergat' 'merge'"):
+        regard.create("supergat", dim=6, num_heads=2, merge="mean")
+
+
 def test_bad_nodes_reach_their_targets_only() -> None:
     x = normal(2, 6, 6)
     x[3] = float("nan")
@@ -155,16 +217,19 @@ def test_gradcheck(form: str) -> None:
 
 def test_bad_input() -> None:
     made = layer(1, 6, 2)
-    with pytest.raises(ValueError, match="nodes has shape"):
+    with pytest.raises(ValueError, match=r"nodes has the wrong shape \(got \(6, 5\)\); expected \(N, M = 6\)"):
         made(normal(1, 6, 5), EDGES)
-    with pytest.raises(ValueError, match="edge_index names"):
+    with pytest.raises(ValueError, match=r"edge_index names unknown nodes \(got .* expected 0 to 5"):
         made.edge_loss(normal(1, 6, 6), EDGES, torch.tensor([[0], [9]]))
     for options, words in (
-        ({"form": "XX"}, "form must be"),
-        ({"merge": "sum"}, "merge 'concat'"),
-        ({"dropout": -1.0}, "lie in"),
+        ({"form": "XX"}, r"form is unknown \(got 'XX'\); expected one of 'MX', 'SD', 'GO', 'DP'"),
+        ({"merge": "sum"}, r"merge is unknown \(got 'sum'\); expected one of 'concat', 'mean'"),
+        ({"dropout": -1.0}, r"dropout is out of range \(got -1.0\)"),
+        ({"auxiliary_weight": -1.0}, r"auxiliary_weight is out of range \(got -1.0\)"),
+        ({"edge_sample_ratio": 0.0}, r"edge_sample_ratio is out of range \(got 0.0\); expected .* > 0 and <= 1"),
+        ({"neg_sample_ratio": -0.5}, r"neg_sample_ratio is out of range \(got -0.5\)"),
     ):
         with pytest.raises(ValueError, match=words):
             SuperGAT(6, 2, **options)
-    with pytest.raises(ValueError, match="not a multiple"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 2 \(got 7\)"):
         SuperGAT(7, 2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import regard
 from laws.subject import close
 from regard.models.detector import (
     NOTHING,
@@ -14,6 +15,7 @@ from regard.models.detector import (
     box_quality,
     corners,
     detection_loss,
+    look,
     match,
     overlap,
 )
@@ -191,7 +193,47 @@ def test_every_mechanism_fits(mechanism: str) -> None:
     assert len(model.mixers) == 2
 
 
-@pytest.mark.parametrize("mechanism", ["softmax", "linear", "deformable"])
+class Recorder(torch.nn.Module):
+    """Reads what it is asked to, and keeps what it was called with."""
+
+    def __init__(self, *reads: str) -> None:
+        super().__init__()
+        self.reads, self.given = reads, ()
+
+    def forward(self, *given: Tensor) -> Tensor:
+        self.given = given
+        return given[0]
+
+
+def test_mechanisms_are_told_what_they_read() -> None:
+    """In the order of `reads`, and with places added where the mechanism knows none itself."""
+    x, own, context, place = (normal(n, 2, length, 8) for n, length in enumerate((3, 3, 5, 5)))
+    told = {"reference": normal(4, 2, 3, 1, 4), "point": normal(5, 2, 3, 2), "shapes": [(5, 1)], "place": place}
+    for reads, want in (
+        ((), (x + own, context + place)),
+        (("reference", "shapes"), (x + own, context, told["reference"], told["shapes"])),
+        (("point", "place"), (x, context, told["point"], place)),
+    ):
+        mixer = Recorder(*reads)
+        look(mixer, x, own, context, told)
+        assert len(mixer.given) == len(want)
+        assert all(g is w or torch.equal(g, w) for g, w in zip(mixer.given, want))
+        look(mixer, x, own, None, told)  # x among its own tokens
+        own_context = (x,) if reads else ()
+        want = (want[0], *own_context, *want[2:])
+        assert len(mixer.given) == len(want)
+        assert all(g is w or torch.equal(g, w) for g, w in zip(mixer.given, want))
+
+
+def test_a_mechanism_that_asks_for_more_does_not_fit(monkeypatch) -> None:
+    task, card = make("boxes"), regard.card("deformable")
+    assert task.fits(card) == []
+    for reads in (("reference", "depth"), ()):
+        monkeypatch.setattr(card.builder, "reads", reads)
+        assert "needs more than queries, their places and an image" in task.fits(card)[0]
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "linear", "deformable", "conditional_cross"])
 def test_any_encoder(mechanism: str) -> None:
     from regard import create
 

@@ -92,16 +92,22 @@ def test_a_signal_that_says_nothing_gates_evenly() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="subsample"):
+    with pytest.raises(
+        ValueError, match=r"subsample has another number of axes \(got \(2, 2, 2\)\); expected one int, or 2"
+    ):
         AttentionGate(4, subsample=(2, 2, 2))
-    with pytest.raises(ValueError, match="axes"):
+    with pytest.raises(ValueError, match=r"subsample is too small \(got 0\)"):
+        AttentionGate(4, subsample=(2, 0))
+    with pytest.raises(ValueError, match=r"axes is unknown \(got 1\); expected one of 2, 3"):
         AttentionGate(4, axes=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="normalize"):
+    with pytest.raises(ValueError, match=r"normalize is unknown \(got 'max'\); expected one of 'sigmoid', 'softmax'"):
         AttentionGate(4, normalize="max")  # type: ignore[arg-type]
     layer = AttentionGate(4, gating_dim=3).double()
-    with pytest.raises(ValueError, match=r"g has shape .* expected \(batch, 3, Y, X\)"):
+    with pytest.raises(ValueError, match=r"g has the wrong shape .* expected \(B = 2, C = 3, Y, X\)"):
         layer(normal(0, 2, 4, 4, 4), normal(0, 2, 4, 2, 2))
-    with pytest.raises(ValueError, match="same batch"):
+    with pytest.raises(ValueError, match=r"g has the wrong shape \(got \(1, 3, 2, 2\)\); expected \(B = 2,"):
         layer(normal(0, 2, 4, 4, 4), normal(0, 1, 3, 2, 2))
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(
+        ValueError, match=r"x is smaller than a step \(got \(2, 4, 1, 4\)\); expected axes of at least \(2, 2\)"
+    ):
         layer(normal(0, 2, 4, 1, 4), normal(0, 2, 3, 2, 2))

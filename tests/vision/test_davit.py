@@ -89,11 +89,14 @@ def test_channels_know_no_order_of_pixels_and_one_channel_alone_is_its_value() -
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 2 \(got 7\)"):
         ChannelAttention(7, 2)
-    with pytest.raises(ValueError, match="window"):
+    with pytest.raises(ValueError, match=r"window is too small \(got 0\)"):
         WindowAttention(6, 2, window=0)
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(ValueError, match=r"scale is unknown \(got 'none'\); expected one of 'channels', 'tokens'"):
         ChannelAttention(6, 2, scale="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"expected \(batch, 6, Y, X\)"):
+    with pytest.raises(ValueError, match=r"x has the wrong shape \(got \(2, 6, 5\)\); expected \(B, M = 6, Y, X\)"):
         WindowAttention(6, 2)(normal(0, 2, 6, 5))
+    for shape in ((2, 6), (2, 5, 4)):
+        with pytest.raises(ValueError, match=r"x has the wrong shape .* expected \(B, M = 6, X, \*sizes\)"):
+            ChannelAttention(6, 2)(normal(0, *shape))

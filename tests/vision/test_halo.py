@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import regard
 from laws.subject import close
 from regard.vision import HaloAttention, halo_attention
 from vision.naive_halo import naive_halo
@@ -146,13 +147,18 @@ def test_equivariant_to_moving_by_whole_blocks_only() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="stride"):
+    with pytest.raises(ValueError, match=r"block is no multiple of stride = 2 \(got 3\)"):
         HaloAttention(4, 2, block=3, stride=2)
-    with pytest.raises(ValueError, match="multiple of num_heads"):
+    with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 2 \(got 5\)"):
         HaloAttention(5, 2)
-    with pytest.raises(ValueError, match="padding"):
+    with pytest.raises(ValueError, match=r"padding is unknown \(got 'none'\); expected one of 'zeros', 'masked'"):
         HaloAttention(4, 2, padding="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="distances"):
+    with pytest.raises(ValueError, match=r"distances is unknown \(got 'miles'\); expected one of 'pixels', 'steps'"):
         HaloAttention(4, 2, distances="miles")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="do not divide a map"):
+    with pytest.raises(ValueError, match=r"Y is no multiple of block = 4 \(got 6\)"):
         HaloAttention(4, 2, block=4)(normal(0, 1, 4, 6, 8))
+    with pytest.raises(ValueError, match=r"halo is too small \(got -1\)"):
+        HaloAttention(4, 2, halo=-1)
+    for option in ("stride", "distances"):
+        with pytest.raises(ValueError, match=f"unknown option of 'halo' '{option}'"):
+            regard.create("halo", dim=4, num_heads=2, **{option: 1})

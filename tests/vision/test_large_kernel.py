@@ -70,9 +70,13 @@ def test_map_is_neither_softmax_nor_sigmoid() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(
+        ValueError, match=r"kernel gives an even far convolution \(got 6, .* of 2\); expected an odd one"
+    ):
         LargeKernelAttention(4, kernel=6, dilation=3)
-    with pytest.raises(ValueError, match="dilation"):
+    with pytest.raises(ValueError, match=r"dilation is too small \(got 0\)"):
         LargeKernelAttention(4, kernel=3, dilation=0)
-    with pytest.raises(ValueError, match=r"expected \(batch, 4, Y, X\)"):
+    with pytest.raises(ValueError, match=r"kernel is too small \(got 2\); expected an int >= 3"):
+        LargeKernelAttention(4, kernel=2)
+    with pytest.raises(ValueError, match=r"x has the wrong shape .* expected \(B, C = 4, Y, X\)"):
         LargeKernelAttention(4)(normal(0, 2, 3, 5, 5))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from laws.subject import close, same
-from regard.vision import Shift, shift
+from regard.vision.shift import Shift, shift
 from vision.naive_shift import naive_shift, naive_shift_block
 from vision.shared import gradients, leaves, normal, vectors
 
@@ -66,5 +66,5 @@ def test_bad_input() -> None:
     for n_div in (3, 13):
         with pytest.raises(ValueError, match="n_div"):
             Shift(12, n_div=n_div)
-    with pytest.raises(ValueError, match=r"expected \(batch, 12, Y, X\)"):
+    with pytest.raises(ValueError, match=r"x has the wrong shape .* expected \(B, C = 12, Y, X\)"):
         Shift(12)(normal(0, 2, 12, 5))

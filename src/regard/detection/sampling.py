@@ -1,10 +1,7 @@
-"""Sums of samples of feature maps: where the points of deformable attention lie, and what is found there.
-
-The equations are in `deformable.py` and `deformable_v2.py`.
-"""
+"""Sums of samples of feature maps: where the points of deformable attention lie, and what is found there."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,12 +99,3 @@ def nearest(
     size = sizes.flip(-1)
     z = torch.minimum((locations.detach() * size + 0.5).clamp(min=0), size - 1).long()[..., None, :]
     return z[..., 1], z[..., 0], torch.ones_like(z[..., 0], dtype=locations.dtype)
-
-
-def pixel_centres(shapes: Sequence[tuple[int, int]], **at: Any) -> Float[Tensor, "S 2"]:
-    """(x, y) of every pixel of every level in [0, 1]: the references of an encoder, whose queries are the pixels."""
-    maps = []
-    for Y, X in shapes:
-        y, x = ((torch.arange(n, **at) + 0.5) / n for n in (Y, X))
-        maps.append(torch.stack([x.expand(Y, X), y[:, None].expand(Y, X)], -1).flatten(0, 1))
-    return torch.cat(maps)

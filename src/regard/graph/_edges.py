@@ -8,64 +8,42 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard.shapes import HeadShape
+from regard.checks import fits, refuse
 
 
-def check_edges(who: str, edge_index: Tensor, sources: int, targets: int) -> None:
+def check_edges(who: object, edge_index: Int[Tensor, "2 E"], sources: int, targets: int) -> None:
     """Raises unless edge_index is an integer tensor (2, E) that names nodes which exist."""
-    if not isinstance(edge_index, Tensor) or edge_index.dtype not in (torch.int32, torch.int64):
-        got = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
-        raise TypeError(f"{who}: edge_index must be an integer tensor (got {got})")
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"{who}: edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
+    fits(who, "2 E", edge_index=edge_index)
+    if edge_index.dtype not in (torch.int32, torch.int64):
+        refuse(
+            who, "edge_index", "has the wrong dtype", edge_index.dtype, "torch.int32 or torch.int64", error=TypeError
+        )
     # Reading values would break a compiled graph in two; a wrong index then fails in the gather instead.
     if torch.compiler.is_compiling() or edge_index.is_meta or not edge_index.shape[1]:
         return
     (low_source, low_target), (high_source, high_target) = (z.tolist() for z in edge_index.aminmax(dim=1))
     if low_source < 0 or high_source >= sources or low_target < 0 or high_target >= targets:
-        raise ValueError(
-            f"{who}: edge_index names sources {low_source} to {high_source} and targets {low_target} to {high_target}; "
-            f"expected 0 to {sources - 1} and 0 to {targets - 1}"
-        )
+        got = f"sources {low_source} to {high_source} and targets {low_target} to {high_target}"
+        refuse(who, "edge_index", "names unknown nodes", got, f"0 to {sources - 1} and 0 to {targets - 1}")
 
 
-def check_nodes(who: str, nodes: Tensor, dim: int) -> None:
-    """Raises unless nodes is (N, dim)."""
-    if nodes.ndim != 2 or nodes.shape[1] != dim:
-        raise ValueError(f"{who}: nodes has shape {tuple(nodes.shape)}; expected (nodes, {dim})")
-
-
-def check_features(who: str, features: Tensor | None, edges: int, width: int | None) -> None:
-    """Raises unless there are as many edge features, of that width, as the layer was built for."""
+def check_features(who: object, features: Float[Tensor, "E W"] | None, width: int | None) -> None:
+    """Raises unless there are edge features of that width where the layer was built for some, and only there."""
     if (features is None) != (width is None):
         got = "none" if features is None else f"some of shape {tuple(features.shape)}"
-        raise ValueError(f"{who}: edge_features: got {got}; the layer was built with edge_dim={width}")
-    if features is not None and features.shape != (edges, width):
-        raise ValueError(f"{who}: edge_features has shape {tuple(features.shape)}; expected ({edges}, {width})")
+        refuse(who, "edge_features", "don't go with the layer", got, f"what edge_dim={width} takes")
+    if features is not None and width is not None:
+        fits(who, "E W", {"W": width}, edge_features=features)
 
 
-def refuse(name: str, shape: HeadShape, causal: bool) -> None:
-    """Raises for what no mechanism on graphs can do."""
-    if causal:
-        raise ValueError(f"{name}: a graph has no order of time, direct the edges instead (got causal=True)")
-    if shape.num_kv_heads != shape.num_heads or shape.head_dim * shape.num_heads != shape.dim:
-        raise ValueError(
-            f"{name}: needs num_kv_heads == num_heads and head_dim == dim / num_heads (got {shape.num_kv_heads} key "
-            f"heads of width {shape.head_dim} for {shape.num_heads} heads, dim {shape.dim}), no gqa"
-        )
-
-
-def check_graph(who: str, graph: Tensor | None, num_graphs: int, nodes: Tensor) -> None:
-    """Raises unless graph tells for each node which of the graphs it is in; None will do for one graph."""
+def check_graph(who: object, graph: Int[Tensor, "N"] | None, num_graphs: int) -> None:
+    """Raises unless graph tells which of the graphs nodes are in; None will do for one graph."""
     if graph is None:
         if num_graphs != 1:
-            raise ValueError(f"{who}: graph must tell which of {num_graphs} graphs each node is in (got None)")
+            refuse(who, "graph", "must tell which graph each node is in", None, f"a number for each, of {num_graphs}")
         return
-    if graph.shape != (len(nodes),) or graph.is_floating_point():
-        got = f"{graph.dtype} {tuple(graph.shape)}"
-        raise ValueError(f"{who}: graph must hold a number for each of {len(nodes)} nodes (got {got})")
     if not torch.compiler.is_compiling() and bool(((graph < 0) | (graph >= num_graphs)).any()):
-        raise ValueError(f"{who}: graph must lie in 0 .. {num_graphs - 1} (got {graph.unique().tolist()})")
+        refuse(who, "graph", "names unknown graphs", graph.unique().tolist(), f"0 to {num_graphs - 1}")
 
 
 def with_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> tuple[Int[Tensor, "2 E+N"], Bool[Tensor, "E+N"]]:

@@ -1,9 +1,7 @@
 """Sparse random graphs that are well connected: the edges that Exphormer adds to a graph's own.
 
-    d random permutations pi_1 .. pi_d of the nodes give the edges u -> pi_t(u) and back: every node has 2 d of them
-    gap = second smallest eigenvalue of degree - adjacency; at best about 2 d - 2 sqrt(2 d - 1)
-
-Shirzad et al. 2023, https://arxiv.org/abs/2303.06147: the authors' generator "Random-d" followed.
+d random permutations pi_1 .. pi_d of the nodes give the edges u -> pi_t(u) and back: every node has 2 d of them
+gap = second smallest eigenvalue of degree - adjacency; at best about 2 d - 2 sqrt(2 d - 1)
 """
 
 import functools
@@ -12,6 +10,8 @@ import math
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from regard.checks import whole
 
 
 def spectral_gap(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> float:
@@ -29,8 +29,8 @@ def expander(num_nodes: int, degree: int = 5, *, seed: int = 0, tries: int = 100
     Drawn again until the spectral gap is within 0.1 of the best possible for that degree (the best of `tries` draws, if
     none is), for graphs small enough to check; larger ones have such a gap almost surely. Up to 10 nodes: all pairs.
     """
-    if num_nodes < 0 or degree < 1 or tries < 1:
-        raise ValueError(f"expander: degree and tries must be at least 1 (got {degree}, {tries} for {num_nodes} nodes)")
+    whole("expander", 0, num_nodes=num_nodes)
+    whole("expander", degree=degree, tries=tries)
     node = torch.arange(num_nodes)
     if num_nodes <= 10:
         pairs = torch.cartesian_prod(node, node).mT if num_nodes else node.new_zeros(2, 0)

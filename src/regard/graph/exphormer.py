@@ -1,12 +1,6 @@
-"""Exphormer: sparse attention over a graph's edges, the edges of an expander, and virtual nodes that see everything.
+"""Exphormer: sparse graph attention over edges, a random expander and virtual nodes.
 
-    s_e = sum_d q_i k_j eps_e / sqrt(D)   for an edge e = (j -> i) with feature f_e, eps_e = W_E f_e      per head
-    y_i = sum_e p_e v_j / (sum_e p_e + 1e-6),    p_e = exp(clamp(s_e, -5, 5))
-    edges: the graph's own; `degree` random permutations u -> pi(u) and back; all nodes <-> each virtual node
-    time O((E + 2 degree N + 2 virtual N) M)
-
-Shirzad et al. 2023, https://arxiv.org/abs/2303.06147: abstract read; follows the authors' code. Its edges are linear in
-N, and their spectral gap stays open, so that a few layers mix the whole graph.
+All its edges are linear in N, and their spectral gap stays open, so that a few layers mix the whole graph.
 """
 
 import math
@@ -15,10 +9,50 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.graph._edges import check_edges, check_features, check_graph, check_nodes, edge_sum, refuse
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, divides, refuse, whole
+from regard.graph._edges import check_edges, check_features, check_graph, edge_sum
 from regard.graph.expander import expander, expander_of_graphs
 from regard.shapes import HeadShape
+
+
+def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
+    nodes = torch.randn(12, shape.dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    node = torch.arange(12)
+    ring = torch.stack([node, (node + 1) % 12])
+    return nodes, torch.cat([ring, ring.flip(0)], 1), expander(12, 2)
+
+
+CARD = Card(
+    "exphormer",
+    equation="""s_e = sum_d q_i k_j eps_e / sqrt(D)   for an edge e = (j -> i) with feature f_e, eps_e = W_E f_e
+y_i = sum_e p_e v_j / (sum_e p_e + 1e-6),    p_e = exp(clamp(s_e, -5, 5))      per head
+edges: the graph's own; `degree` random permutations u -> pi(u) and back; all nodes <-> each virtual node""",
+    papers=(
+        Paper(
+            "Exphormer: Sparse Transformers for Graphs",
+            "Shirzad et al.",
+            2023,
+            "2303.06147",
+            'abstract; official code, its generator "Random-d" for expanders',
+        ),
+    ),
+    protocol="GraphMixer",
+    inputs=_inputs,
+    supports={"bidirectional", "compile"},
+    traits={"nonnegative"},
+    cost=Cost("3*N*M*M + 3*(E + 2*degree*N + 2*virtual*N)*M", ""),
+    claim="Edges grow linearly with N while the spectral gap stays open: tests/graph/test_exphormer.py.",
+    differs=(
+        "The attention alone: message passing beside it, norms and the feed-forward are the host's.",
+        "In `forward` virtual nodes read the nodes before these read them, there being no next layer; `mix` is the "
+        "paper's layer.",
+        "Graphs of more than 1024 nodes take the first expander drawn, without computing its spectrum.",
+        "A graph whose edges have no features shares one learnt vector among them.",
+    ),
+    verified="third-party",
+    example={"degree": 2},
+)
 
 
 def edge_attention(
@@ -37,6 +71,7 @@ def edge_attention(
     return (edge_sum(p[..., None] * v[j], i, len(q)) / total[..., None]).to(q.dtype)
 
 
+@CARD.module
 class Exphormer(nn.Module):
     """Attention over graph edges, an expander and virtual nodes.
 
@@ -61,10 +96,11 @@ class Exphormer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"Exphormer: dim {dim} is not a multiple of num_heads {num_heads}")
-        if degree < 0 or virtual < 0:
-            raise ValueError(f"Exphormer: degree and virtual must be at least 0 (got {degree} and {virtual})")
+        whole(self, dim=dim, num_heads=num_heads)
+        divides(self, num_heads=num_heads, dim=dim)
+        whole(self, 0, degree=degree, virtual=virtual)
+        if edge_dim is not None:
+            whole(self, edge_dim=edge_dim)
         self.dim, self.num_heads, self.degree, self.virtual, self.seed = dim, num_heads, degree, virtual, seed
         self.edge_dim = dim if edge_dim is None else edge_dim
         self.q_proj = nn.Linear(dim, dim, bias)
@@ -90,6 +126,7 @@ class Exphormer(nn.Module):
         for vector in self.parameters(recurse=False):
             nn.init.normal_(vector)
 
+    @checked(M="dim")
     def forward(
         self,
         nodes: Float[Tensor, "N M"],
@@ -117,6 +154,7 @@ class Exphormer(nn.Module):
             return self.q_proj.weight.new_zeros(0, self.dim)
         return self.virtual_nodes.repeat_interleave(num_graphs, 0)
 
+    @checked(M="dim")
     def mix(
         self,
         nodes: Float[Tensor, "N M"],
@@ -145,16 +183,12 @@ class Exphormer(nn.Module):
         ahead: bool,
     ) -> tuple[Tensor, Tensor]:
         N = len(nodes)
-        check_nodes("Exphormer", nodes, self.dim)
-        check_edges("Exphormer", edge_index, N, N)
-        width = self.edge_dim if self.real_edge is None else None
-        check_features("Exphormer", edge_features, edge_index.shape[1], width)
-        if virtual.shape != (self.virtual * num_graphs, self.dim):
-            raise ValueError(
-                f"Exphormer: virtual has shape {tuple(virtual.shape)}; expected {self.virtual} nodes for each of "
-                f"{num_graphs} graphs, ({self.virtual * num_graphs}, {self.dim})"
-            )
-        check_graph("Exphormer", graph, num_graphs, nodes)
+        check_edges(self, edge_index, N, N)
+        check_features(self, edge_features, self.edge_dim if self.real_edge is None else None)
+        if len(virtual) != self.virtual * num_graphs:
+            expected = f"{self.virtual} nodes for each of {num_graphs} graphs"
+            refuse(self, "virtual", "has the wrong shape", tuple(virtual.shape), expected)
+        check_graph(self, graph, num_graphs)
         if expander_edges is None and self.degree:
             drawn = expander_of_graphs(N, graph, num_graphs, degree=self.degree, seed=self.seed)
             expander_edges = drawn.to(edge_index)
@@ -165,7 +199,7 @@ class Exphormer(nn.Module):
         eps[0] = eps[0].expand(edge_index.shape[1], -1)
         edges = [edge_index]
         if self.expander_edge is not None and expander_edges is not None:
-            check_edges("Exphormer", expander_edges, N, N)
+            check_edges(self, expander_edges, N, N)
             edges.append(expander_edges.to(edge_index))
             eps.append(self.edge_proj(self.expander_edge).expand(expander_edges.shape[1], -1))
         if self.virtual:
@@ -183,65 +217,3 @@ class Exphormer(nn.Module):
             virtual = read
         out = edge_attention(q, k, v, torch.cat(eps).unflatten(-1, heads), torch.cat(edges, 1))
         return out.flatten(1), virtual
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    edge_dim: int | None = None,
-    degree: int = 5,
-    virtual: int = 1,
-    bias: bool = False,
-    seed: int = 0,
-) -> Exphormer:
-    refuse("exphormer", shape, causal)
-    return Exphormer(
-        shape.dim,
-        shape.num_heads,
-        edge_dim=edge_dim,
-        degree=degree,
-        virtual=virtual,
-        bias=bias,
-        seed=seed,
-    )
-
-
-def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
-    nodes = torch.randn(12, shape.dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    node = torch.arange(12)
-    ring = torch.stack([node, (node + 1) % 12])
-    return nodes, torch.cat([ring, ring.flip(0)], 1), expander(12, 2)
-
-
-CARD = register(
-    Card(
-        name="exphormer",
-        family="graph",
-        gist="Sparse graph attention over edges, a random expander and virtual nodes.",
-        equation="y_i = sum_e p_e v_j / sum_e p_e;  p_e = exp(clamp(sum_d q_i k_j eps_e / sqrt(D), -5, 5))",
-        paper=Paper(
-            "Exphormer: Sparse Transformers for Graphs",
-            "Shirzad et al.",
-            2023,
-            "2303.06147",
-            "abstract; official code",
-        ),
-        build=_build,
-        protocol="GraphMixer",
-        inputs=_inputs,
-        supports=frozenset({"bidirectional", "compile"}),
-        traits=frozenset({"nonnegative"}),
-        cost=Cost("3*N*M*M + 3*(E + 2*degree*N + 2*virtual*N)*M", ""),
-        claim="Edges grow linearly with N while the spectral gap stays open: tests/graph/test_exphormer.py.",
-        differs=(
-            "The attention alone: message passing beside it, norms and the feed-forward are the host's.",
-            "In `forward` virtual nodes read the nodes before these read them, there being no next layer; `mix` is the "
-            "paper's layer.",
-            "Graphs of more than 1024 nodes take the first expander drawn, without computing its spectrum.",
-            "A graph whose edges have no features shares one learnt vector among them.",
-        ),
-        verified="third-party",
-        example={"degree": 2},
-    )
-)

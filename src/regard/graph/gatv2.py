@@ -1,32 +1,44 @@
-"""GATv2: graph attention whose ranking of the neighbours depends on the node that asks.
+"""GATv2: additive graph attention whose ranking of neighbours depends on the asking node.
 
-    e_ij = a . LeakyReLU(W_dst h_i + W_src h_j [+ W_edge f_ij])       per head; slope 0.2, no 1/sqrt(D)
-    alpha_ij = softmax over the edges j -> i of e_ij
-    y_i = sum_j alpha_ij W_src h_j                                    time O(E H D); no N x N matrix
-
-Brody, Alon, Yahav 2021, https://arxiv.org/abs/2105.14491: abstract read; the layer follows the authors' code. The first
-GAT has LeakyReLU(a . [W h_i ; W h_j]) instead, monotone in a term of j alone: every node ranks its neighbours alike.
+The first GAT has LeakyReLU(a . [W h_i ; W h_j]) instead, monotone in a term of j alone: every node ranks its neighbours
+alike.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.graph._edges import (
-    check_edges,
-    check_features,
-    check_nodes,
-    edge_mean,
-    edge_softmax,
-    edge_sum,
-    refuse,
-    with_loops,
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, number, whole
+from regard.graph._edges import check_edges, check_features, edge_mean, edge_softmax, edge_sum, with_loops
+from regard.shapes import head_shape
+
+CARD = Card(
+    "gatv2",
+    equation="""e_ij = a . LeakyReLU(W_dst h_i + W_src h_j [+ W_edge f_ij])       per head; no 1/sqrt(D)
+alpha_ij = softmax over the edges j -> i of e_ij
+y_i = sum_j alpha_ij W_src h_j""",
+    papers=(
+        Paper(
+            "How Attentive are Graph Attention Networks?",
+            "Brody, Alon, Yahav",
+            2021,
+            "2105.14491",
+            "abstract; official code",
+        ),
+    ),
+    protocol="GraphMixer",
+    supports={"bidirectional", "dropout", "compile"},
+    traits={"position_free"},
+    cost=Cost("N*M*H*D*2 + 3*E*H*D", ""),
+    claim="Solves the dictionary lookup that GAT, whose nodes all rank alike, cannot: tests/graph/test_gatv2.py.",
+    differs=("The optional residual projection of libraries is left to the caller.",),
+    verified="third-party",
 )
-from regard.shapes import HeadShape
 
 
 def gatv2(
@@ -61,6 +73,7 @@ def gatv2(
     return edge_sum(weights[..., None] * value, i, len(target)).to(source.dtype)
 
 
+@CARD.module(closed=("head_dim", "merge"))  # outputs then have another width
 class GATv2(nn.Module):
     """A graph attention layer with dynamic scores.
 
@@ -71,6 +84,7 @@ class GATv2(nn.Module):
         merge: "concat" puts the heads side by side, "mean" averages them (outputs then have D features).
         share_weights: W_src = W_dst.
         self_loops: replace the loops in edge_index by one per node (its edge feature is the mean of the others').
+        negative_slope: of the LeakyReLU.
         dropout: of the weights, in training.
     """
 
@@ -81,20 +95,19 @@ class GATv2(nn.Module):
         *,
         head_dim: int | None = None,
         edge_dim: int | None = None,
-        merge: str = "concat",
+        merge: Literal["concat", "mean"] = "concat",
         share_weights: bool = False,
         self_loops: bool = True,
         negative_slope: float = 0.2,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"GATv2: dim {dim} is not a multiple of num_heads {num_heads}; give head_dim")
-        if merge not in ("concat", "mean"):
-            raise ValueError(f"GATv2: unknown merge {merge!r}; expected 'concat' or 'mean'")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"GATv2: dropout must lie in [0, 1] (got {dropout})")
-        head_dim = dim // num_heads if head_dim is None else head_dim
+        head_dim = head_shape(dim, num_heads, None, head_dim, who=type(self).__name__).head_dim
+        choice(self, ("concat", "mean"), merge=merge)
+        number(self, least=0, most=1, dropout=dropout)
+        number(self, negative_slope=negative_slope)
+        if edge_dim is not None:
+            whole(self, edge_dim=edge_dim)
         self.dim, self.num_heads, self.head_dim, self.edge_dim = dim, num_heads, head_dim, edge_dim
         self.merge, self.self_loops, self.negative_slope, self.dropout = merge, self_loops, negative_slope, dropout
         width = num_heads * head_dim
@@ -116,16 +129,16 @@ class GATv2(nn.Module):
         nn.init.uniform_(self.a, -bound, bound)
         nn.init.zeros_(self.bias)
 
+    @checked(M="dim")
     def forward(
         self,
         nodes: Float[Tensor, "N M"],
         edge_index: Int[Tensor, "2 E"],
-        edge_features: Float[Tensor, "E F"] | None = None,
+        edge_features: Float[Tensor, "E W"] | None = None,
     ) -> Float[Tensor, "N O"]:
         N = len(nodes)
-        check_nodes("GATv2", nodes, self.dim)
-        check_edges("GATv2", edge_index, N, N)
-        check_features("GATv2", edge_features, edge_index.shape[1], self.edge_dim)
+        check_edges(self, edge_index, N, N)
+        check_features(self, edge_features, self.edge_dim)
         keep = None
         if self.self_loops:
             edge_index, keep = with_loops(edge_index, N)
@@ -146,48 +159,3 @@ class GATv2(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
         return (out.flatten(1) if self.merge == "concat" else out.mean(1)) + self.bias
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    edge_dim: int | None = None,
-    share_weights: bool = False,
-    self_loops: bool = True,
-    dropout: float = 0.0,
-) -> GATv2:
-    refuse("gatv2", shape, causal)
-    return GATv2(
-        shape.dim,
-        shape.num_heads,
-        edge_dim=edge_dim,
-        share_weights=share_weights,
-        self_loops=self_loops,
-        dropout=dropout,
-    )
-
-
-CARD = register(
-    Card(
-        name="gatv2",
-        family="graph",
-        gist="Additive graph attention whose ranking of neighbours depends on the asking node.",
-        equation="e_ij = a . LeakyReLU(W_dst h_i + W_src h_j);  y_i = sum_j softmax_j(e_ij) W_src h_j",
-        paper=Paper(
-            "How Attentive are Graph Attention Networks?",
-            "Brody, Alon, Yahav",
-            2021,
-            "2105.14491",
-            "abstract; official code",
-        ),
-        build=_build,
-        protocol="GraphMixer",
-        supports=frozenset({"bidirectional", "dropout", "compile"}),
-        traits=frozenset({"position_free"}),
-        cost=Cost("N*M*H*D*2 + 3*E*H*D", ""),
-        claim="Solves the dictionary lookup that GAT, whose nodes all rank alike, cannot: tests/graph/test_gatv2.py.",
-        differs=("The optional residual projection of libraries is left to the caller.",),
-        verified="third-party",
-    )
-)

@@ -1,20 +1,73 @@
-"""Point Transformer: attention over the neighbours of a point with a weight for every channel.
-
-    delta_ij = theta(p_i - p_j)                        theta, gamma: Linear, ReLU, Linear
-    r_ij = gamma(W_q x_i - W_k x_j + delta_ij)
-    y_i = sum over j of softmax_j(r_ij) * (W_v x_j + delta_ij)      elementwise: each channel has its own softmax
-
-Zhao et al. 2020, https://arxiv.org/abs/2012.09164: abstract read; follows the first author's code base and
-torch_geometric. With `share` = s, gamma gives C / s numbers, and channels c, c + C / s, ... have one weight.
-"""
+"""Point Transformer: vector attention over near points, in which every channel has weights of its own."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.graph._edges import check_edges, check_nodes, edge_softmax, edge_sum, refuse, with_loops
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, divides, refuse, whole
+from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
 from regard.shapes import HeadShape
+
+
+def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    nodes = torch.randn(12, shape.dim, generator=generator, dtype=torch.float64)
+    pos = torch.rand(12, 3, generator=generator, dtype=torch.float64)
+    return nodes, nearest(pos, 4), pos
+
+
+CARD = Card(
+    "point_transformer",
+    equation="""delta_ij = theta(p_i - p_j)                        theta, gamma: Linear, ReLU, Linear
+r_ij = gamma(W_q x_i - W_k x_j + delta_ij)
+y_i = sum over j of softmax_j(r_ij) * (W_v x_j + delta_ij)      elementwise: each channel has its own softmax
+share = s: gamma gives C / s numbers, and channels c, c + C / s, ... have one weight""",
+    papers=(
+        Paper(
+            "Point Transformer",
+            "Zhao et al.",
+            2020,
+            "2012.09164",
+            "abstract; code of the first author and of torch_geometric",
+        ),
+    ),
+    protocol="GraphMixer",
+    inputs=_inputs,
+    supports={"bidirectional", "compile"},
+    traits={"position_free", "shift_invariant"},
+    cost=Cost("3*N*M*M + E*M*(M + 2*M/share + pos_dim)", ""),
+    claim="70.4% mIoU on S3DIS Area 5, at full size only. In small: channels of one point may look at different "
+    "neighbours, which one weight for all cannot: tests/graph/test_point_transformer.py.",
+    differs=(
+        "Neighbours come as edges (`nearest` makes them), so clouds may have any sizes.",
+        "The segmentation network's transitions are the host's; its batch norms go in through theta= and gamma=.",
+    ),
+    verified="third-party",
+)
+
+
+@checked()
+def nearest(
+    pos: Float[Tensor, "N P"], k: int, *, cloud: Int[Tensor, "N"] | None = None, rows: int = 1024
+) -> Int[Tensor, "2 N*k"]:
+    """Edges from the k nearest points of its own cloud, itself among them, to every point.
+
+    Raises ValueError where a cloud has fewer than k points. Distances are taken `rows` points at a time.
+    """
+    whole("nearest", most=len(pos), k=k)
+    whole("nearest", rows=rows)
+    found = []
+    for start in range(0, len(pos), rows):
+        distance = torch.cdist(pos[start : start + rows], pos, compute_mode="donot_use_mm_for_euclid_dist")
+        if cloud is not None:
+            distance = distance.masked_fill(cloud[start : start + rows, None] != cloud, torch.inf)
+        near = distance.topk(k, largest=False)
+        if near.values.isinf().any():
+            refuse("nearest", "k", "exceeds the points of a cloud", k, "as many in every cloud, or a lower k")
+        found.append(near.indices)
+    source = torch.cat(found)
+    return torch.stack([source, torch.arange(len(pos), device=pos.device)[:, None].expand_as(source)]).flatten(1)
 
 
 def vector_attention(
@@ -40,28 +93,7 @@ def vector_attention(
     return edge_sum(weights * value, i, len(q)).to(q.dtype)
 
 
-def nearest(
-    pos: Float[Tensor, "N P"], k: int, *, cloud: Int[Tensor, "N"] | None = None, rows: int = 1024
-) -> Int[Tensor, "2 N*k"]:
-    """Edges from the k nearest points of its own cloud, itself among them, to every point.
-
-    Raises ValueError where a cloud has fewer than k points. Distances are taken `rows` points at a time.
-    """
-    if k < 1 or k > len(pos):
-        raise ValueError(f"nearest: k must lie in 1 .. {len(pos)}, the number of points (got {k})")
-    found = []
-    for start in range(0, len(pos), rows):
-        distance = torch.cdist(pos[start : start + rows], pos, compute_mode="donot_use_mm_for_euclid_dist")
-        if cloud is not None:
-            distance = distance.masked_fill(cloud[start : start + rows, None] != cloud, torch.inf)
-        near = distance.topk(k, largest=False)
-        if near.values.isinf().any():
-            raise ValueError(f"nearest: a cloud has fewer than {k} points; lower k")
-        found.append(near.indices)
-    source = torch.cat(found)
-    return torch.stack([source, torch.arange(len(pos), device=pos.device)[:, None].expand_as(source)]).flatten(1)
-
-
+@CARD.module(closed=("theta", "gamma"))
 class PointTransformer(nn.Module):
     """A vector attention layer over points.
 
@@ -71,6 +103,7 @@ class PointTransformer(nn.Module):
         share: s, how many channels share a weight; divides dim.
         self_loops: replace the loops in edge_index by one per point. Leave it off for edges from `nearest`, which
             hold every point itself.
+        bias: of the three projections.
         theta, gamma: modules to use instead of the two MLPs (pos_dim -> dim and dim -> dim / share).
     """
 
@@ -86,8 +119,8 @@ class PointTransformer(nn.Module):
         gamma: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if share < 1 or dim % share:
-            raise ValueError(f"PointTransformer: share must divide dim {dim} (got {share})")
+        whole(self, dim=dim, pos_dim=pos_dim, share=share)
+        divides(self, share=share, dim=dim)
         self.dim, self.pos_dim, self.share, self.self_loops = dim, pos_dim, share, self_loops
         self.q_proj = nn.Linear(dim, dim, bias)
         self.k_proj = nn.Linear(dim, dim, bias)
@@ -100,68 +133,15 @@ class PointTransformer(nn.Module):
         self.theta = mlp(pos_dim, dim) if theta is None else theta
         self.gamma = mlp(dim, dim // share) if gamma is None else gamma
 
+    @checked(M="dim", P="pos_dim")
     def forward(
         self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"], pos: Float[Tensor, "N P"]
     ) -> Float[Tensor, "N M"]:
         """edge_index: which points j (row 0) each point i (row 1) attends to; pos: where they are."""
         N = len(nodes)
-        check_nodes("PointTransformer", nodes, self.dim)
-        check_edges("PointTransformer", edge_index, N, N)
-        if pos.shape != (N, self.pos_dim):
-            raise ValueError(f"PointTransformer: pos has shape {tuple(pos.shape)}; expected ({N}, {self.pos_dim})")
+        check_edges(self, edge_index, N, N)
         edges, keep = with_loops(edge_index, N) if self.self_loops else (edge_index, None)
         j, i = edges
         delta = self.theta(pos[i] - pos[j])
         q, k, v = self.q_proj(nodes), self.k_proj(nodes), self.v_proj(nodes)
         return vector_attention(q, k, v, delta, self.gamma, edges, keep=keep)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    pos_dim: int = 3,
-    share: int = 1,
-    self_loops: bool = False,
-) -> PointTransformer:
-    refuse("point_transformer", shape, causal)
-    return PointTransformer(shape.dim, pos_dim=pos_dim, share=share, self_loops=self_loops)
-
-
-def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(5)
-    nodes = torch.randn(12, shape.dim, generator=generator, dtype=torch.float64)
-    pos = torch.rand(12, 3, generator=generator, dtype=torch.float64)
-    return nodes, nearest(pos, 4), pos
-
-
-CARD = register(
-    Card(
-        name="point_transformer",
-        family="graph",
-        gist="Vector attention over near points: every channel has weights of its own.",
-        equation="y_i = sum_j softmax_j(gamma(q_i - k_j + delta_ij)) * (v_j + delta_ij);  delta_ij = theta(p_i - p_j)",
-        paper=Paper(
-            "Point Transformer",
-            "Zhao et al.",
-            2020,
-            "2012.09164",
-            "abstract; code of the first author and of torch_geometric",
-        ),
-        build=_build,
-        protocol="GraphMixer",
-        inputs=_inputs,
-        supports=frozenset({"bidirectional", "compile"}),
-        traits=frozenset({"position_free", "shift_invariant"}),
-        cost=Cost("3*N*M*M + E*M*(M + 2*M/share + pos_dim)", ""),
-        claim=(
-            "70.4% mIoU on S3DIS Area 5, at full size only. In small: channels of one point may look at different "
-            "neighbours, which one weight for all cannot: tests/graph/test_point_transformer.py."
-        ),
-        differs=(
-            "Neighbours come as edges (`nearest` makes them), so clouds may have any sizes.",
-            "The segmentation network's transitions are the host's; its batch norms go in through theta= and gamma=.",
-        ),
-        verified="third-party",
-    )
-)

@@ -1,14 +1,4 @@
-"""SuperGAT: graph attention whose scores also learn to tell which nodes are linked.
-
-    z = W h;   g_ij = z_i . z_j                                             per head
-    MX: e_ij = (a_dst . z_i + a_src . z_j) sigmoid(g_ij)                    SD: e_ij = g_ij / sqrt(D)
-    alpha_ij = softmax over the edges j -> i of LeakyReLU(e_ij);            y_i = sum_j alpha_ij z_j
-    edge loss: mean over edges and sampled non-edges of BCE(sigmoid(mean over heads of phi_ij), is an edge)
-               with phi = g (MX), g / sqrt(D) (SD);                         added to the task's loss, times lambda
-
-Kim and Oh 2021, https://arxiv.org/abs/2204.04879: abstract read; the layer follows the authors' code, which also has
-the forms GO (plain GAT) and DP (the dot product) to compare with.
-"""
+"""SuperGAT: graph attention whose scores also learn to predict which nodes are linked."""
 
 import math
 from typing import Literal, get_args
@@ -18,9 +8,43 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.graph._edges import check_edges, check_nodes, edge_softmax, edge_sum, refuse, with_loops
-from regard.shapes import HeadShape
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, number
+from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
+from regard.shapes import head_shape
+
+CARD = Card(
+    "supergat",
+    equation="""z = W h;   g_ij = z_i . z_j                                             per head
+MX: e_ij = (a_dst . z_i + a_src . z_j) sigmoid(g_ij)                    SD: e_ij = g_ij / sqrt(D)
+alpha_ij = softmax over the edges j -> i of LeakyReLU(e_ij);            y_i = sum_j alpha_ij z_j
+edge loss: mean over edges and sampled non-edges of BCE(sigmoid(mean over heads of phi_ij), is an edge)
+           with phi = g (MX), g / sqrt(D) (SD);             added to the task's loss, times auxiliary_weight""",
+    papers=(
+        Paper(
+            "How to Find Your Friendly Neighborhood: Graph Attention Design with Self-Supervision",
+            "Kim, Oh",
+            2021,
+            "2204.04879",
+            "abstract; official code, its command line and settings; torch_geometric's layer and example",
+        ),
+    ),
+    protocol="GraphMixer",
+    supports={"bidirectional", "dropout", "compile"},
+    traits={"position_free"},
+    cost=Cost("N*M*H*D + 4*E*H*D", ""),
+    claim="The edge loss teaches the scores to tell links from non-links: tests/graph/test_supergat.py.",
+    differs=(
+        "The paper tunes the weight of the edge loss on each set of data, and the authors' settings reach from 7e-8 to "
+        "140 (their command line starts at 0); the default of auxiliary_weight is that of torch_geometric's example.",
+        "Edges and non-edges are drawn by `auxiliary_loss`, anew at every call, and not inside forward; `edge_loss` is "
+        "handed the non-edges.",
+        "Non-edges are drawn without replacement and lack an edge in both directions; in a batch of graphs they may "
+        "lie between two of them.",
+    ),
+    verified="third-party",
+    auxiliary="auxiliary_loss",
+)
 
 Form = Literal["MX", "SD", "GO", "DP"]
 
@@ -71,6 +95,8 @@ def edge_loss(
     j, i = torch.cat([edges, non_edges], 1)
     label = torch.cat([z.new_ones(edges.shape[1]), z.new_zeros(non_edges.shape[1])])
     logits = edge_scores(z[j], z[i], a, form)[1].mean(-1)
+    if not len(label):  # nothing to tell apart: no loss, where a mean would be NaN
+        return logits.sum()
     return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype))
 
 
@@ -96,16 +122,21 @@ def sample_non_edges(
     return torch.stack([found // num_nodes, found % num_nodes])
 
 
+@CARD.module(closed=("head_dim", "merge"))  # outputs then have another width
 class SuperGAT(nn.Module):
-    """A graph attention layer with self-supervised scores: add `weight * layer.edge_loss(...)` to the task's loss.
+    """A graph attention layer with self-supervised scores: add `auxiliary_weight * auxiliary_loss(...)` to the task's.
 
     Args:
         dim, num_heads: M and H.
-        form: "MX" or "SD" (or "GO", "DP", for comparison).
+        form: "MX" or "SD"; the authors also have "GO" (plain GAT) and "DP" (the dot product) to compare with.
         head_dim: D; dim / num_heads if not given.
         merge: "concat" puts the heads side by side, "mean" averages them (outputs then have D features).
         self_loops: replace the loops in edge_index by one per node. They then are edges of the loss, too.
+        negative_slope: of the LeakyReLU.
         dropout: of the weights, in training.
+        auxiliary_weight: what training multiplies `auxiliary_loss` by.
+        edge_sample_ratio: the share of the edges that this loss draws, at each call anew.
+        neg_sample_ratio: how many non-edges it draws for each of those.
     """
 
     def __init__(
@@ -119,20 +150,22 @@ class SuperGAT(nn.Module):
         self_loops: bool = True,
         negative_slope: float = 0.2,
         dropout: float = 0.0,
+        auxiliary_weight: float = 4.0,
+        edge_sample_ratio: float = 1.0,
+        neg_sample_ratio: float = 0.5,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"SuperGAT: dim {dim} is not a multiple of num_heads {num_heads}; give head_dim")
-        if form not in get_args(Form) or merge not in ("concat", "mean"):
-            raise ValueError(
-                f"SuperGAT: form must be one of {', '.join(get_args(Form))} and merge 'concat' or 'mean' "
-                f"(got {form!r} and {merge!r})"
-            )
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"SuperGAT: dropout must lie in [0, 1] (got {dropout})")
-        head_dim = dim // num_heads if head_dim is None else head_dim
+        head_dim = head_shape(dim, num_heads, None, head_dim, who=type(self).__name__).head_dim
+        choice(self, get_args(Form), form=form)
+        choice(self, ("concat", "mean"), merge=merge)
+        number(self, least=0, most=1, dropout=dropout)
+        number(self, above=0, most=1, edge_sample_ratio=edge_sample_ratio)
+        number(self, least=0, auxiliary_weight=auxiliary_weight, neg_sample_ratio=neg_sample_ratio)
+        number(self, negative_slope=negative_slope)
         self.dim, self.num_heads, self.head_dim, self.form, self.merge = dim, num_heads, head_dim, form, merge
         self.self_loops, self.negative_slope, self.dropout = self_loops, negative_slope, dropout
+        self.auxiliary_weight = auxiliary_weight
+        self.edge_sample_ratio, self.neg_sample_ratio = edge_sample_ratio, neg_sample_ratio
         width = num_heads * head_dim
         self.proj = nn.Linear(dim, width, bias=False)
         a = torch.empty(2, num_heads, head_dim)
@@ -148,6 +181,7 @@ class SuperGAT(nn.Module):
             nn.init.uniform_(self.a, -bound, bound)
         nn.init.zeros_(self.bias)
 
+    @checked(M="dim")
     def forward(self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, "N O"]:
         z, edges, keep = self._prepare(nodes, edge_index)
         out = supergat(
@@ -161,57 +195,31 @@ class SuperGAT(nn.Module):
         )
         return (out.flatten(1) if self.merge == "concat" else out.mean(1)) + self.bias
 
+    @checked(M="dim")
     def edge_loss(
         self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"], non_edges: Int[Tensor, "2 F"]
     ) -> Float[Tensor, ""]:
-        """The self-supervised loss of this layer; `sample_non_edges` draws pairs for it."""
-        z, edges, keep = self._prepare(nodes, edge_index)
-        check_edges("SuperGAT", non_edges, len(nodes), len(nodes))
-        edges = edges if keep is None else edges[:, keep]
+        """The self-supervised loss of this layer, for these edges and non-edges."""
+        z, edges = self._linked(nodes, edge_index)
+        check_edges(self, non_edges, len(nodes), len(nodes))
         return edge_loss(z, self.a, edges, non_edges.to(edges.dtype), form=self.form)
 
+    @checked(M="dim")
+    def auxiliary_loss(self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, ""]:
+        """The self-supervised loss, unweighted, for edges and non-edges that are drawn by torch's global generator."""
+        z, edges = self._linked(nodes, edge_index)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        wanted = self.edge_sample_ratio * edges.shape[1]
+        drawn = torch.randperm(edges.shape[1], generator=generator)[: int(wanted)].to(edges.device)
+        count = int(self.neg_sample_ratio * wanted)
+        non_edges = sample_non_edges(edges, len(nodes), count, generator=generator).to(edges.dtype)
+        return edge_loss(z, self.a, edges[:, drawn], non_edges, form=self.form)
+
+    def _linked(self, nodes: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor]:
+        z, edges, keep = self._prepare(nodes, edge_index)
+        return z, edges if keep is None else edges[:, keep]
+
     def _prepare(self, nodes: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        check_nodes("SuperGAT", nodes, self.dim)
-        check_edges("SuperGAT", edge_index, len(nodes), len(nodes))
+        check_edges(self, edge_index, len(nodes), len(nodes))
         edges, keep = with_loops(edge_index, len(nodes)) if self.self_loops else (edge_index, None)
         return self.proj(nodes).unflatten(-1, (self.num_heads, self.head_dim)), edges, keep
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    form: Form = "MX",
-    self_loops: bool = True,
-    dropout: float = 0.0,
-) -> SuperGAT:
-    refuse("supergat", shape, causal)
-    return SuperGAT(shape.dim, shape.num_heads, form=form, self_loops=self_loops, dropout=dropout)
-
-
-CARD = register(
-    Card(
-        name="supergat",
-        family="graph",
-        gist="Graph attention whose scores also learn to predict which nodes are linked.",
-        equation="e_ij = (a_dst . z_i + a_src . z_j) sigmoid(z_i . z_j);  y_i = sum_j softmax_j(LeakyReLU(e_ij)) z_j",
-        paper=Paper(
-            "How to Find Your Friendly Neighborhood: Graph Attention Design with Self-Supervision",
-            "Kim, Oh",
-            2021,
-            "2204.04879",
-            "abstract; official code",
-        ),
-        build=_build,
-        protocol="GraphMixer",
-        supports=frozenset({"bidirectional", "dropout", "compile"}),
-        traits=frozenset({"position_free"}),
-        cost=Cost("N*M*H*D + 4*E*H*D", ""),
-        claim="The edge loss teaches the scores to tell links from non-links: tests/graph/test_supergat.py.",
-        differs=(
-            "Edges and sampled non-edges of the loss are handed in (`sample_non_edges`), not drawn inside forward.",
-            "Non-edges are drawn without replacement and lack an edge in both directions.",
-        ),
-        verified="third-party",
-    )
-)

@@ -8,7 +8,7 @@ refined from layer to layer as in Deformable DETR. Boxes are (cx, cy, w, h), in 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.detection.conditional import ConditionalCrossAttention, sine_embedding
-from regard.detection.deformable import DeformableAttention
-from regard.detection.sampling import pixel_centres
+from regard.detection.places import Reads, pixel_centres, sine_embedding
 from regard.pipeline.layer import Attention
 
 NOTHING = -1
@@ -175,20 +173,32 @@ class MLP(nn.Sequential):
         return x + super().forward(x)
 
 
+def look(
+    mixer: nn.Module,
+    x: Float[Tensor, "B T M"],
+    own_place: Float[Tensor, "*b T M"],
+    context: Float[Tensor, "B S M"] | None,
+    told: Mapping[Reads, Any],
+) -> Float[Tensor, "B T M"]:
+    """What x finds in context, or among its own tokens, through any mechanism: it is told what it `reads`."""
+    reads = getattr(mixer, "reads", ())
+    if not reads:
+        return mixer(x + own_place) if context is None else mixer(x + own_place, context + told["place"])
+    query = x if "place" in reads else x + own_place
+    return mixer(query, x if context is None else context, *(told[name] for name in reads))
+
+
 class EncoderLayer(nn.Module):
-    """Pixels of all levels look at each other, through any TokenMixer or deformable attention."""
+    """Pixels of all levels look at each other, through any TokenMixer, or a CrossMixer that `look` can serve."""
 
     def __init__(self, mixer: nn.Module, dim: int, mlp_dim: int):
         super().__init__()
         self.norm, self.mixer, self.mlp = nn.LayerNorm(dim), mixer, MLP(dim, mlp_dim)
 
     def forward(self, x: Tensor, place: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        z = self.norm(x)
-        if isinstance(self.mixer, DeformableAttention):
-            centres = pixel_centres(shapes, device=x.device, dtype=x.dtype)
-            seen = self.mixer(z + place, z, centres[:, None].expand(len(x), -1, -1, -1), shapes)
-        else:
-            seen = self.mixer(z + place)
+        centres = pixel_centres(shapes, device=x.device, dtype=x.dtype).expand(len(x), -1, -1)
+        told = {"reference": centres[:, :, None], "point": centres, "shapes": shapes, "place": place}
+        seen = look(self.mixer, self.norm(x), place, None, told)  # type: ignore[arg-type]
         return self.mlp(x + seen)
 
 
@@ -211,13 +221,8 @@ class DecoderLayer(nn.Module):
     ) -> Float[Tensor, "B Q M"]:
         """`box` is what each query believes so far: where to look, for mechanisms that ask."""
         x = x + self.attention(self.norms[0](x) + own_place)
-        z = self.norms[1](x)
-        if isinstance(self.cross, DeformableAttention):
-            seen = self.cross(z + own_place, memory, box[:, :, None], shapes)
-        elif isinstance(self.cross, ConditionalCrossAttention):
-            seen = self.cross(z, memory, box[..., :2], place)
-        else:
-            seen = self.cross(z + own_place, memory + place)
+        told = {"reference": box[:, :, None], "point": box[..., :2], "shapes": shapes, "place": place}
+        seen = look(self.cross, self.norms[1](x), own_place, memory, told)  # type: ignore[arg-type]
         return self.mlp(x + seen)
 
 
@@ -225,9 +230,10 @@ class Detector(nn.Module):
     """Finds boxes in images.
 
     Args:
-        decoder: the cross-attention of each decoder layer: `DeformableAttention`, `ConditionalCrossAttention`, or any
-            module called with (x, context), such as softmax attention.
-        encoder: TokenMixers or deformable attentions for the pixels; none by default.
+        decoder: the cross-attention of each decoder layer: any module called with (x, context), such as softmax
+            attention, and what it names in `reads` (see `regard.detection.places`).
+        encoder: for the pixels, which look at each other: modules called with x, or also with what they name in
+            `reads`; none by default.
         classes: how many, without "nothing".
         queries: how many boxes it can find.
         levels: how many maps, the first of a quarter of the image's size.

@@ -5,7 +5,7 @@ Images show a few squares, discs and crosses of any proportions, one to a cell o
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regard import catalog
 from regard.cards import Card
+from regard.detection.places import Reads
 from regard.models.detector import NOTHING, Detector, box_quality, detection_loss
 from regard.models.mixer import Spec, build
 from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, whole
@@ -78,7 +79,8 @@ class Boxes(Task):
 
     def fits(self, card: Card) -> list[str]:
         lacking = super().fits(card)
-        if not lacking and card.inputs is not None and card.family != "detection":
+        reads = getattr(card.builder, "reads", ())
+        if not lacking and (set(reads) - set(get_args(Reads)) or (card.inputs is not None and not reads)):
             return ["needs more than queries, their places and an image, which is all that this task has"]
         return lacking
 

@@ -1,14 +1,4 @@
-"""Attention U-Net's gate: what a coarser signal finds irrelevant is taken out of skip features.
-
-    t = theta(x)                         convolution of kernel s, stride s, no bias
-    p = up(phi(g))                       pointwise, resized to t
-    a = up(sigmoid(psi(ReLU(t + p))))    one coefficient for each place, in (0, 1), resized to x
-    y = BN(W(a x))                       pointwise
-
-Oktay et al. 2018, https://arxiv.org/abs/1804.03999: abstract read, the authors' released code followed.
-Differs from it: resizing aligns the edges of the maps by default, as their code does on today's torch;
-`align_corners=True` aligns the outermost pixels, as it did on the torch it was written for.
-"""
+"""Attention U-Net's gate: a coarser signal decides, place by place, how much of skip features passes."""
 
 from typing import Any, Literal
 
@@ -17,11 +7,48 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import choice, fits, refuse, whole
 from regard.shapes import HeadShape
-from regard.vision.maps import check_map
+from regard.vision.maps import AXES
 
-CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+
+def _inputs(shape: HeadShape) -> tuple[Tensor, Tensor]:
+    """Skip features of 8 x 8 and a gating signal of 4 x 4."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((2, shape.dim, 8, 8), (2, shape.dim, 4, 4))
+    x, g = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return x, g
+
+
+CARD = Card(
+    "attention_gate",
+    equation="""t = theta(x)                         convolution of kernel s, stride s, no bias
+p = up(phi(g))                       pointwise, resized to t
+a = up(sigmoid(psi(ReLU(t + p))))    one coefficient for each place, in (0, 1), resized to x
+y = BN(W(a x))                       pointwise""",
+    papers=(
+        Paper(
+            "Attention U-Net: Learning Where to Look for the Pancreas",
+            "Oktay et al.",
+            2018,
+            "1804.03999",
+            "abstract; official code",
+        ),
+    ),
+    protocol="FeatureMixer",
+    inputs=_inputs,
+    supports={"bidirectional", "compile"},
+    cost=Cost("B*Y*X*M*(M + M/2 + 1)", ""),
+    claim="Coefficients lie in (0, 1), at small cost in parameters: tests/vision/test_attention_gate.py.",
+    differs=(
+        "Resizing aligns the edges of the maps by default, as the authors' code does on today's torch; "
+        "align_corners=True aligns the outermost pixels, as it did on the torch that it was written for.",
+    ),
+    verified="third-party",
+)
+
+CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -49,6 +76,7 @@ def _resize(z: Tensor, sizes: tuple[int, ...], *, align_corners: bool) -> Tensor
     return z if z.shape[2:] == sizes else F.interpolate(z, size=tuple(sizes), mode=mode, align_corners=align_corners)
 
 
+@CARD.module
 class AttentionGate(nn.Module):
     """The gate with its convolutions.
 
@@ -73,15 +101,17 @@ class AttentionGate(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        if axes not in CONVOLUTIONS:
-            raise ValueError(f"AttentionGate: axes is {axes}; expected 2 or 3")
-        steps = subsample if isinstance(subsample, tuple) else (subsample,) * axes
-        if len(steps) != axes or min(steps) < 1:
-            raise ValueError(f"AttentionGate: subsample is {subsample}; expected {axes} steps of at least 1")
-        if normalize not in ("sigmoid", "softmax"):
-            raise ValueError(f"AttentionGate: normalize is {normalize!r}; expected 'sigmoid' or 'softmax'")
+        choice(self, CONVOLUTIONS, axes=axes)
+        choice(self, ("sigmoid", "softmax"), normalize=normalize)
+        steps = tuple(subsample) if isinstance(subsample, tuple | list) else (subsample,) * axes
+        if len(steps) != axes:
+            refuse(self, "subsample", "has another number of axes", subsample, f"one int, or {axes}")
+        for step in steps:
+            whole(self, subsample=step)
         conv, inner = CONVOLUTIONS[axes], max(1, dim // 2) if inner_dim is None else inner_dim
-        self.dim, self.gating_dim, self.axes = dim, dim if gating_dim is None else gating_dim, axes
+        gating_dim = dim if gating_dim is None else gating_dim
+        whole(self, dim=dim, gating_dim=gating_dim, inner_dim=inner)
+        self.dim, self.gating_dim, self.axes = dim, gating_dim, axes
         self.normalize, self.align_corners = normalize, align_corners
         self.theta = conv(dim, inner, steps, stride=steps, bias=False)
         self.phi = conv(self.gating_dim, inner, 1)
@@ -103,70 +133,13 @@ class AttentionGate(nn.Module):
         self, x: Float[Tensor, "B C *sizes"], g: Float[Tensor, "B Cg *gating"]
     ) -> Float[Tensor, "B 1 *sizes"]:
         """The map a, in (0, 1)."""
-        check_map("AttentionGate", x, self.dim, self.axes)
-        check_map("AttentionGate", g, self.gating_dim, self.axes, name="g")
-        small = [n for n, s in zip(x.shape[2:], self.theta.stride, strict=True) if n < s]
-        if small or x.shape[0] != g.shape[0]:
-            raise ValueError(
-                f"AttentionGate: x has shape {tuple(x.shape)} and g {tuple(g.shape)}; expected the same batch, "
-                f"and axes of at least {self.theta.stride}"
-            )
+        sizes = fits(self, f"B C {AXES[self.axes]}", {"C": self.dim}, x=x)
+        fits(self, f"B C {AXES[self.axes]}", {"B": sizes["B"], "C": self.gating_dim}, g=g)
+        if any(n < step for n, step in zip(x.shape[2:], self.theta.stride, strict=True)):
+            refuse(self, "x", "is smaller than a step", tuple(x.shape), f"axes of at least {self.theta.stride}")
         options: dict[str, Any] = {"normalize": self.normalize, "align_corners": self.align_corners}
         return gate_coefficients(self.theta(x), self.phi(g), self.psi, x.shape[2:], **options)
 
     def forward(self, x: Float[Tensor, "B C *sizes"], g: Float[Tensor, "B Cg *gating"]) -> Float[Tensor, "B C *sizes"]:
         """Gate skip features x by the signal g of a coarser grid."""
         return self.norm(self.out(self.coefficients(x, g) * x))
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    gating_dim: int | None = None,
-    inner_dim: int | None = None,
-    subsample: int = 2,
-    normalize: Literal["sigmoid", "softmax"] = "sigmoid",
-    align_corners: bool = False,
-) -> AttentionGate:
-    return AttentionGate(
-        shape.dim,
-        gating_dim=gating_dim,
-        inner_dim=inner_dim,
-        subsample=subsample,
-        normalize=normalize,
-        align_corners=align_corners,
-    )
-
-
-def _inputs(shape: HeadShape) -> tuple[Tensor, Tensor]:
-    """Skip features of 8 x 8 and a gating signal of 4 x 4."""
-    generator = torch.Generator().manual_seed(2)
-    sizes = ((2, shape.dim, 8, 8), (2, shape.dim, 4, 4))
-    x, g = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
-    return x, g
-
-
-CARD = register(
-    Card(
-        name="attention_gate",
-        family="vision",
-        gist="A coarser signal decides, place by place, how much of skip features passes.",
-        equation="a = up(sigmoid(psi(ReLU(theta(x) + up(phi(g))))));  y = BN(W(a x))",
-        paper=Paper(
-            "Attention U-Net: Learning Where to Look for the Pancreas",
-            "Oktay et al.",
-            2018,
-            "1804.03999",
-            "abstract; official code",
-        ),
-        build=_build,
-        protocol="FeatureMixer",
-        inputs=_inputs,
-        supports=frozenset({"bidirectional", "compile"}),
-        cost=Cost("B*Y*X*M*(M + M/2 + 1)", ""),
-        claim="Coefficients lie in (0, 1), at small cost in parameters: tests/vision/test_attention_gate.py.",
-        differs=("resizing follows today's torch; align_corners=True is what the code did when it was written",),
-        verified="third-party",
-    )
-)

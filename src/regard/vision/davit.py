@@ -1,14 +1,7 @@
-"""DaViT's two attentions: among the pixels of a window, and among the channels of a group.
+"""DaViT's spatial half: attention among the pixels of windows that do not overlap.
 
-    window:   softmax(Q K^T / sqrt(D)) V      for each head and each window of w x w pixels that do not overlap
-    channel:  softmax(Q^T K / sqrt(C)) V^T    for each group of C = M / G channels; Q, K, V (N, C), N all the pixels
-
-A channel's token is its whole map, so that channel attention sees the entire image at a cost linear in N; windows
-refine what is near. A DaViT layer is one after the other.
-
-Ding et al. 2022, https://arxiv.org/abs/2204.03645: abstract read, the authors' released code followed. Differs from
-it: their projection is cut into what we call V, Q and K, in that order, for channels. A map that windows don't divide
-is padded with zeros on the right and below before the projections; as in their code those tokens are attended to.
+Its other half attends among the channels of a group. A channel's token is its whole map, so that it sees the entire
+image at a cost linear in the pixels; windows refine what is near. A DaViT layer is one after the other.
 """
 
 from typing import Literal
@@ -17,17 +10,52 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, divides, whole
 from regard.pipeline.function import attention
-from regard.shapes import HeadShape
-from regard.vision.maps import check_map, to_map, to_tokens
+from regard.vision.maps import to_map, to_tokens
 
-PAPER = Paper(
-    "DaViT: Dual Attention Vision Transformers",
-    "Ding, Xiao, Codella, Luo, Wang, Yuan",
-    2022,
-    "2204.03645",
-    "abstract; official code",
+PAPERS = (
+    Paper(
+        "DaViT: Dual Attention Vision Transformers",
+        "Ding, Xiao, Codella, Luo, Wang, Yuan",
+        2022,
+        "2204.03645",
+        "abstract; official code",
+    ),
+)
+
+SPATIAL = Card(
+    "davit_spatial",
+    equation="softmax(Q K^T / sqrt(D)) V      for each head and each window of window x window pixels",
+    papers=PAPERS,
+    protocol="FeatureMixer",
+    supports={"bidirectional", "compile"},
+    cost=Cost("2*B*Y*X*window**2*M", ""),
+    claim="Linear in pixels: tests/vision/test_davit.py.",
+    differs=(
+        "A map that windows don't divide is padded with zeros on the right and below before the projections; as in the "
+        "authors' code those tokens are attended to.",
+    ),
+    verified="third-party",
+    example={"window": 3},
+)
+
+CHANNEL = Card(
+    "davit_channel",
+    equation="""softmax(Q^T K / sqrt(C)) V^T    for each of G groups of C = M / G channels
+Q, K, V (N, C), N all the pixels; scale="tokens" divides by sqrt(N) instead""",
+    papers=PAPERS,
+    gist="DaViT's channel half: attention among channels; a channel's token is its whole map.",
+    protocol="FeatureMixer",
+    supports={"bidirectional", "compile"},
+    cost=Cost("2*B*Y*X*M*D", ""),
+    claim="Linear in pixels while every channel token sees the entire image: tests/vision/test_davit.py.",
+    differs=(
+        "Queries, keys and values carry their usual names: the authors' projection is cut into what we call V, Q and "
+        "K, in that order.",
+    ),
+    verified="third-party",
 )
 
 
@@ -66,8 +94,8 @@ class _DualAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{type(self).__name__}: {num_heads} heads or groups do not divide {dim} channels")
+        whole(self, dim=dim, num_heads=num_heads)
+        divides(self, num_heads=num_heads, dim=dim)
         self.dim, self.num_heads = dim, num_heads
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
         self.o_proj = nn.Linear(dim, dim)
@@ -88,6 +116,7 @@ class _DualAttention(nn.Module):
         return to_map(self.o_proj(heads.transpose(1, 2).flatten(2)), sizes)
 
 
+@SPATIAL.module
 class WindowAttention(_DualAttention):
     """`window_attention` with projections.
 
@@ -105,13 +134,12 @@ class WindowAttention(_DualAttention):
         window: int = 7,
         bias: bool = True,
     ) -> None:
-        if window < 1:
-            raise ValueError(f"WindowAttention: window is {window}; expected at least 1")
         super().__init__(dim, num_heads, bias=bias)
+        whole(self, window=window)
         self.window = window
 
+    @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
-        check_map("WindowAttention", x, self.dim)
         Y, X = x.shape[2:]
         padded = F.pad(x, (0, -X % self.window, 0, -Y % self.window))
         sizes = padded.shape[2:]
@@ -123,12 +151,13 @@ class WindowAttention(_DualAttention):
         return f"{self.dim}, {self.num_heads}, window={self.window}"
 
 
+@CHANNEL.module
 class ChannelAttention(_DualAttention):
     """`channel_attention` with projections, on a map of any number of axes.
 
     Args:
         dim: M.
-        num_groups: G.
+        num_heads: G, the number of groups.
         scale: as for `channel_attention`.
         bias: of queries, keys and values.
     """
@@ -136,81 +165,19 @@ class ChannelAttention(_DualAttention):
     def __init__(
         self,
         dim: int,
-        num_groups: int,
+        num_heads: int,
         *,
         scale: Literal["channels", "tokens"] = "channels",
         bias: bool = True,
     ) -> None:
-        if scale not in ("channels", "tokens"):
-            raise ValueError(f"ChannelAttention: scale is {scale!r}; expected 'channels' or 'tokens'")
-        super().__init__(dim, num_groups, bias=bias)
+        super().__init__(dim, num_heads, bias=bias)
+        choice(self, ("channels", "tokens"), scale=scale)
         self.scale = scale
 
-    def forward(self, x: Float[Tensor, "B M *sizes"]) -> Float[Tensor, "B M *sizes"]:
-        check_map("ChannelAttention", x, self.dim, axes=None)
+    @checked(M="dim")
+    def forward(self, x: Float[Tensor, "B M X *sizes"]) -> Float[Tensor, "B M X *sizes"]:
         q, k, v = self._heads(to_tokens(x))
         return self._merged(channel_attention(q, k, v, scale=self.scale), x.shape[2:])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, scale={self.scale!r}"
-
-
-def _plain(name: str, shape: HeadShape) -> None:
-    if shape.head_dim * shape.num_heads != shape.dim:
-        raise ValueError(f"{name}: head_dim must be dim / num_heads (got {shape.head_dim} for {shape.num_heads} heads)")
-
-
-def _spatial(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    window: int = 7,
-) -> WindowAttention:
-    _plain("davit_spatial", shape)
-    return WindowAttention(shape.dim, shape.num_heads, window=window)
-
-
-def _channel(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    scale: Literal["channels", "tokens"] = "channels",
-) -> ChannelAttention:
-    _plain("davit_channel", shape)
-    return ChannelAttention(shape.dim, shape.num_heads, scale=scale)
-
-
-SPATIAL = register(
-    Card(
-        name="davit_spatial",
-        family="vision",
-        gist="Attention among the pixels of windows that do not overlap.",
-        equation="softmax(Q K^T / sqrt(D)) V inside each window of window x window pixels",
-        paper=PAPER,
-        build=_spatial,
-        protocol="FeatureMixer",
-        supports=frozenset({"bidirectional", "compile"}),
-        cost=Cost("2*B*Y*X*window**2*M", ""),
-        claim="Linear in pixels: tests/vision/test_davit.py.",
-        differs=("maps are padded with zeros to whole windows, and those tokens are attended to, as in their code",),
-        verified="third-party",
-        example={"window": 3},
-    )
-)
-
-CHANNEL = register(
-    Card(
-        name="davit_channel",
-        family="vision",
-        gist="Attention among channels: a channel's token is its whole map.",
-        equation="softmax(Q^T K / sqrt(C)) V^T for each group of C channels",
-        paper=PAPER,
-        build=_channel,
-        protocol="FeatureMixer",
-        supports=frozenset({"bidirectional", "compile"}),
-        cost=Cost("2*B*Y*X*M*D", ""),
-        claim="Linear in pixels while every channel token sees the entire image: tests/vision/test_davit.py.",
-        differs=("queries, keys and values carry their usual names; the authors' are our keys, values and queries",),
-        verified="third-party",
-    )
-)

@@ -1,15 +1,4 @@
-"""HaloNet: blocks of queries attend to their block and a halo around it.
-
-    z = <q_ij, k_uw> / sqrt(D) + <q_ij, R_y[u - i]> + <q_ij, R_x[w - j]>        y_ij = softmax_uw(z) v_uw
-
-Query (i, j) of a block of b x b meets the keys (u, w), 0 <= u, w < W = b + 2h, of the slab that the block and a halo of
-h on every side make up; R_y and R_x hold one vector for each of the 2W - 1 differences, shared by heads. Queries may be
-taken at every s-th pixel only, which makes the output coarser.
-
-Vaswani et al. 2021, https://arxiv.org/abs/2103.12731: abstract read, timm's and lucidrains' code followed.
-Differs from the paper: whether keys beyond the border count is an option (`padding`): as zeros, so that their score is
-the position term alone, as timm has it, or not at all.
-"""
+"""HaloNet: blocks of queries attend to their block and a halo around it, by content and position."""
 
 from typing import Literal
 
@@ -18,10 +7,37 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, divides, whole
 from regard.pipeline.function import attention
-from regard.shapes import HeadShape
-from regard.vision.maps import check_map
+from regard.shapes import head_shape
+
+CARD = Card(
+    "halo",
+    equation="""z = <q_ij, k_uw> / sqrt(D) + <q_ij, R_y[u - i]> + <q_ij, R_x[w - j]>        y_ij = softmax_uw(z) v_uw
+query (i, j) of a block of b x b meets the keys (u, w), 0 <= u, w < W = b + 2h, of the slab that the block and a
+halo of h on every side make up; R_y and R_x hold one vector for each of the 2W - 1 differences, shared by heads""",
+    papers=(
+        Paper(
+            "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+            "Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens",
+            2021,
+            "2103.12731",
+            "abstract; timm's and lucidrains' code",
+        ),
+    ),
+    protocol="FeatureMixer",
+    supports={"bidirectional", "compile"},
+    cost=Cost("2*B*Y*X*(block + 2*halo)**2*M", ""),
+    claim="The reach grows with the halo while parameters hardly do; with halo 0 it is attention in blocks: "
+    "tests/vision/test_halo.py.",
+    differs=(
+        "Whether keys beyond the border count is an option, `padding`: as zeros, so that their score is the position "
+        "term alone, as timm has it and by default, or not at all.",
+    ),
+    verified="third-party",
+    example={"block": 4, "halo": 1},
+)
 
 Tables = tuple[Float[Tensor, "offsets D"], Float[Tensor, "offsets D"]]
 """R_y and R_x: vectors of the differences -(W - 1) .. W - 1."""
@@ -84,6 +100,7 @@ def _inside(size: int, block: int, halo: int, device: torch.device) -> Bool[Tens
     return (at >= 0) & (at < size)
 
 
+@CARD.module(closed=("stride", "distances"))  # a stride makes the output coarser, and distances matter then alone
 class HaloAttention(nn.Module):
     """`halo_attention` with 1x1 projections. There is no output projection, as the bottleneck around it has one.
 
@@ -113,18 +130,13 @@ class HaloAttention(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"HaloAttention: dim {dim} is not a multiple of num_heads {num_heads}")
-        if block < 1 or halo < 0 or stride < 1 or block % stride:
-            raise ValueError(
-                f"HaloAttention: block is {block}, halo {halo}, stride {stride}; expected block >= 1, halo >= 0 and a "
-                "stride that divides the block"
-            )
-        if padding not in ("zeros", "masked"):
-            raise ValueError(f"HaloAttention: padding is {padding!r}; expected 'zeros' or 'masked'")
-        if distances not in ("pixels", "steps"):
-            raise ValueError(f"HaloAttention: distances is {distances!r}; expected 'pixels' or 'steps'")
-        D = dim // num_heads if head_dim is None else head_dim
+        whole(self, block=block, stride=stride)
+        whole(self, 0, halo=halo)
+        divides(self, stride=stride, block=block)
+        choice(self, ("zeros", "masked"), padding=padding)
+        choice(self, ("pixels", "steps"), distances=distances)
+        D = head_shape(dim, num_heads, None, head_dim, who=type(self).__name__).head_dim
+        divides(self, num_heads=num_heads, dim=dim)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, D
         self.block, self.halo, self.stride = block, halo, stride
         self.padding, self.distances, self.scale_positions = padding, distances, scale_positions
@@ -145,12 +157,10 @@ class HaloAttention(nn.Module):
         for table in (self.height_table, self.width_table):
             nn.init.trunc_normal_(table, std=self.head_dim**-0.5)
 
+    @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M y x"]:
-        check_map("HaloAttention", x, self.dim)
-        if x.shape[2] % self.block or x.shape[3] % self.block:
-            raise ValueError(
-                f"HaloAttention: blocks of {self.block} do not divide a map of {tuple(x.shape[2:])}; expected multiples"
-            )
+        divides(self, block=self.block, Y=x.shape[2])
+        divides(self, block=self.block, X=x.shape[3])
         coarse = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
         projected = (self.q_proj(coarse), self.k_proj(x), self.v_proj(x))
         q, k, v = (z.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2) for z in projected)
@@ -169,47 +179,3 @@ class HaloAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, block={self.block}, halo={self.halo}, stride={self.stride}"
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    block: int = 8,
-    halo: int = 3,
-    padding: Literal["zeros", "masked"] = "zeros",
-) -> HaloAttention:
-    return HaloAttention(
-        shape.dim,
-        shape.num_heads,
-        head_dim=shape.head_dim,
-        block=block,
-        halo=halo,
-        padding=padding,
-    )
-
-
-CARD = register(
-    Card(
-        name="halo",
-        family="vision",
-        gist="Blocks of queries attend to their block and a halo around it, by content and position.",
-        equation="softmax over the (block + 2 halo)^2 keys of <q, k> / sqrt(D) + <q, R_y[dy]> + <q, R_x[dx]>",
-        paper=Paper(
-            "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-            "Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens",
-            2021,
-            "2103.12731",
-            "abstract; timm's and lucidrains' code",
-        ),
-        build=_build,
-        protocol="FeatureMixer",
-        supports=frozenset({"bidirectional", "compile"}),
-        cost=Cost("2*B*Y*X*(block + 2*halo)**2*M", ""),
-        claim="The reach grows with the halo while parameters hardly do; with halo 0 it is attention in blocks: "
-        "tests/vision/test_halo.py.",
-        differs=("whether keys beyond the border count, as zeros, is an option; it does by default, as in timm",),
-        verified="third-party",
-        example={"block": 4, "halo": 1},
-    )
-)

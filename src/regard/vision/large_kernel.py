@@ -1,23 +1,32 @@
 """Large kernel attention: a map from a decomposed large convolution, multiplied onto the features.
 
-    A = Conv1x1( DW_far( DW_near(x) ) )      LKA(x) = A * x
-    DW_near: depthwise, (2d - 1) x (2d - 1);  DW_far: depthwise, ceil(K / d) x ceil(K / d) with dilation d
-
 No softmax and no sigmoid: A may be negative or large. VAN's attention layer is x + P2(LKA(GELU(P1 x))).
-
-Guo et al. 2022, https://arxiv.org/abs/2202.09741: abstract read, the authors' released code followed.
 """
 
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.shapes import HeadShape
-from regard.vision.maps import check_map
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, refuse, whole
+
+CARD = Card(
+    "large_kernel",
+    equation="""A = Conv1x1( DW_far( DW_near(x) ) )      LKA(x) = A * x
+DW_near: depthwise, (2d - 1) x (2d - 1);  DW_far: depthwise, ceil(K / d) x ceil(K / d) with dilation d""",
+    papers=(
+        Paper("Visual Attention Network", "Guo, Lu, Liu, Cheng, Hu", 2022, "2202.09741", "abstract; official code"),
+    ),
+    protocol="FeatureMixer",
+    supports={"bidirectional", "compile"},
+    cost=Cost("B*Y*X*M*((2*dilation - 1)**2 + ceil(kernel/dilation)**2 + M)", ""),
+    claim="Linear in pixels; adapts in space and in channels, with the reach of a large kernel: "
+    "tests/vision/test_large_kernel.py.",
+    verified="third-party",
+    example={"kernel": 5, "dilation": 2},
+)
 
 Weights = tuple[Tensor, Tensor]
 """Weight and bias of a convolution."""
@@ -33,6 +42,7 @@ def large_kernel_attention(
     return F.conv2d(a, *mix) * x
 
 
+@CARD.module
 class LargeKernelAttention(nn.Module):
     """`large_kernel_attention` with its three convolutions.
 
@@ -42,27 +52,18 @@ class LargeKernelAttention(nn.Module):
         dilation: d.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        kernel: int = 21,
-        dilation: int = 3,
-    ) -> None:
+    def __init__(self, dim: int, *, kernel: int = 21, dilation: int = 3) -> None:
         super().__init__()
-        if dilation < 1 or kernel < dilation:
-            raise ValueError(f"LargeKernelAttention: expected 1 <= dilation <= kernel (got {dilation}, {kernel})")
-        if -(-kernel // dilation) % 2 == 0:
-            raise ValueError(
-                f"LargeKernelAttention: kernel {kernel} over dilation {dilation} gives an even far convolution of "
-                f"{-(-kernel // dilation)}; expected an odd one, which has a centre"
-            )
-        at: dict[str, Any] = {"groups": dim}
+        whole(self, dim=dim, dilation=dilation)
+        whole(self, dilation, kernel=kernel)
         size, far = 2 * dilation - 1, -(-kernel // dilation)
+        if far % 2 == 0:
+            got = f"{kernel}, with dilation {dilation} a far convolution of {far}"
+            refuse(self, "kernel", "gives an even far convolution", got, "an odd one, which has a centre")
         self.dim, self.dilation = dim, dilation
-        self.near = nn.Conv2d(dim, dim, size, padding=size // 2, **at)
-        self.far = nn.Conv2d(dim, dim, far, padding=far // 2 * dilation, dilation=dilation, **at)
-        self.mix = nn.Conv2d(dim, dim, 1, **at | {"groups": 1})
+        self.near = nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim)
+        self.far = nn.Conv2d(dim, dim, far, padding=far // 2 * dilation, dilation=dilation, groups=dim)
+        self.mix = nn.Conv2d(dim, dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,8 +71,8 @@ class LargeKernelAttention(nn.Module):
         for conv in (self.near, self.far, self.mix):
             _reset(conv)
 
+    @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        check_map("LargeKernelAttention", x, self.dim)
         convs = ((c.weight, c.bias) for c in (self.near, self.far, self.mix))
         return large_kernel_attention(x, *convs, dilation=self.dilation)  # type: ignore[arg-type]
 
@@ -79,14 +80,9 @@ class LargeKernelAttention(nn.Module):
 class VANAttention(nn.Module):
     """VAN's layer around it: x + P2(LKA(GELU(P1 x))). Arguments as for LargeKernelAttention."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        kernel: int = 21,
-        dilation: int = 3,
-    ) -> None:
+    def __init__(self, dim: int, *, kernel: int = 21, dilation: int = 3) -> None:
         super().__init__()
+        self.dim = dim
         self.in_proj = nn.Conv2d(dim, dim, 1)
         self.attention = LargeKernelAttention(dim, kernel=kernel, dilation=dilation)
         self.out_proj = nn.Conv2d(dim, dim, 1)
@@ -96,8 +92,8 @@ class VANAttention(nn.Module):
         for conv in (self.in_proj, self.out_proj):
             _reset(conv)
 
+    @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        check_map("VANAttention", x, self.in_proj.in_channels)
         return x + self.out_proj(self.attention(F.gelu(self.in_proj(x))))
 
 
@@ -106,38 +102,3 @@ def _reset(conv: nn.Conv2d) -> None:
     nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    kernel: int = 21,
-    dilation: int = 3,
-) -> LargeKernelAttention:
-    return LargeKernelAttention(shape.dim, kernel=kernel, dilation=dilation)
-
-
-CARD = register(
-    Card(
-        name="large_kernel",
-        family="vision",
-        gist="A decomposed large convolution gives a map that is multiplied onto the features.",
-        equation="A = Conv1x1(DWdilated(DW(x)));  y = A * x",
-        paper=Paper(
-            "Visual Attention Network",
-            "Guo, Lu, Liu, Cheng, Hu",
-            2022,
-            "2202.09741",
-            "abstract; official code",
-        ),
-        build=_build,
-        protocol="FeatureMixer",
-        supports=frozenset({"bidirectional", "compile"}),
-        cost=Cost("B*Y*X*M*((2*dilation - 1)**2 + ceil(kernel/dilation)**2 + M)", ""),
-        claim="Linear in pixels; adapts in space and in channels, with the reach of a large kernel: "
-        "tests/vision/test_large_kernel.py.",
-        verified="third-party",
-        example={"kernel": 5, "dilation": 2},
-    )
-)

@@ -3,12 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-
-def check_map(who: str, x: Tensor, channels: int, axes: int | None = 2, *, name: str = "x") -> None:
-    """Raises ValueError unless x is (batch, channels, *sizes) with that many axes (None: one or more)."""
-    if x.ndim < 3 or x.shape[1] != channels or (axes is not None and x.ndim != axes + 2):
-        sizes = "*sizes" if axes is None else ", ".join(("Z", "Y", "X")[-axes:])
-        raise ValueError(f"{who}: {name} has shape {tuple(x.shape)}; expected (batch, {channels}, {sizes})")
+AXES = {1: "X", 2: "Y X", 3: "Z Y X"}
+"""The letters of lines, images and volumes, for `regard.checks.fits`."""
 
 
 def to_tokens(x: Float[Tensor, "B C *sizes"]) -> Float[Tensor, "B N C"]:

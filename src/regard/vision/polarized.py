@@ -1,16 +1,4 @@
-"""Polarized self-attention: one gate for each channel, one for each position, each a full-resolution collapse.
-
-    channel gate:  c = sum_n v_n softmax_n(q)_n               g = sigmoid(LayerNorm(W c))            y = g * x
-    spatial gate:  q = mean_n q'_n;  s_n = softmax_c(q) . v'_n   g_n = sigmoid(s_n)                   y_n = g_n x_n
-    parallel: channel(x) + spatial(x)        sequential: spatial(channel(x))
-
-q is one channel, v, q' and v' have M / 2. The first gate keeps channels and collapses space, the second the reverse.
-
-Liu et al. 2021, https://arxiv.org/abs/2107.00782: abstract, summaries of the formulas and the authors' code were read,
-not the paper's body. Text and code disagree, so there are two forms: "paper" as above, and "code" (DeLightCMU/PSA).
-In "code" the parallel layout has no LayerNorm and s = softmax_n(q . v'_n), whose sigmoid hardly leaves 1/2; the
-sequential one has W = W2 ReLU(LayerNorm(W1 c)) of inner width M / 8 and s_n = q . softmax_n(v'_n).
-"""
+"""Polarized self-attention: a gate for each channel and one for each position, added or in turn."""
 
 from typing import Literal
 
@@ -18,9 +6,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
-from regard.shapes import HeadShape
-from regard.vision.maps import check_map
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, choice, refuse
+
+CARD = Card(
+    "polarized",
+    equation="""channel gate:  c = sum_n v_n softmax_n(q)_n                  g = sigmoid(LayerNorm(W c))     y = g * x
+spatial gate:  q = mean_n q'_n;  s_n = softmax_c(q) . v'_n   g_n = sigmoid(s_n)              y_n = g_n x_n
+parallel: channel(x) + spatial(x)        sequential: spatial(channel(x))
+q is one channel, v, q' and v' have M / 2: the first gate keeps channels and collapses space, the second the reverse""",
+    papers=(
+        Paper(
+            "Polarized Self-Attention: Towards High-quality Pixel-wise Regression",
+            "Liu, Liu, Fan, Huang",
+            2021,
+            "2107.00782",
+            "abstract; summaries of the formulas; official and third-party code; not the paper's body",
+        ),
+    ),
+    protocol="FeatureMixer",
+    supports={"bidirectional", "compile"},
+    cost=Cost("B*Y*X*M*(2*M + 2)", ""),
+    claim="Both layouts perform nearly the same; cost is linear in pixels: tests/vision/test_polarized.py.",
+    differs=(
+        'Text and code disagree, so there are two forms: "paper" as above, and "code" (DeLightCMU/PSA), in which the '
+        "parallel layout has no LayerNorm and s = softmax_n(q . v'_n), whose sigmoid hardly leaves 1/2, and the "
+        "sequential one has W = W2 ReLU(LayerNorm(W1 c)) of inner width M / 8 and s_n = q . softmax_n(v'_n).",
+    ),
+    verified="third-party",
+)
 
 Score = Literal["channels", "positions", "values"]
 
@@ -49,6 +63,7 @@ def spatial_score(
     return (score.softmax(-1) if softmax == "positions" else score).to(v.dtype)
 
 
+@CARD.module
 class PolarizedAttention(nn.Module):
     """Both gates on a feature map of any number of axes.
 
@@ -66,13 +81,12 @@ class PolarizedAttention(nn.Module):
         form: Literal["paper", "code"] = "paper",
     ) -> None:
         super().__init__()
-        if layout not in ("parallel", "sequential"):
-            raise ValueError(f"PolarizedAttention: layout is {layout!r}; expected 'parallel' or 'sequential'")
-        if form not in ("paper", "code"):
-            raise ValueError(f"PolarizedAttention: form is {form!r}; expected 'paper' or 'code'")
+        choice(self, ("parallel", "sequential"), layout=layout)
+        choice(self, ("paper", "code"), form=form)
         bottleneck = form == "code" and layout == "sequential"
-        if dim % (8 if bottleneck else 2):
-            raise ValueError(f"PolarizedAttention: dim is {dim}; expected a multiple of {8 if bottleneck else 2}")
+        parts = 8 if bottleneck else 2
+        if dim % parts:
+            refuse(self, "dim", "can't be divided so", dim, f"a multiple of {parts}")
         bias = form == "paper"
         C = dim // 2
         self.dim, self.layout, self.form = dim, layout, form
@@ -104,8 +118,8 @@ class PolarizedAttention(nn.Module):
         score = spatial_score(self.spatial_query(x), self.spatial_value(x), softmax=self.softmax)
         return score.sigmoid()[:, None]
 
-    def forward(self, x: Float[Tensor, "B M *sizes"]) -> Float[Tensor, "B M *sizes"]:
-        check_map("PolarizedAttention", x, self.dim, axes=None)
+    @checked(M="dim")
+    def forward(self, x: Float[Tensor, "B M X *sizes"]) -> Float[Tensor, "B M X *sizes"]:
         z = x.flatten(2)
         channels = self.channel_gate(z) * z
         if self.layout == "parallel":
@@ -116,37 +130,3 @@ class PolarizedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, layout={self.layout!r}, form={self.form!r}"
-
-
-def _build(
-    shape: HeadShape,
-    *,
-    causal: bool,
-    layout: Literal["parallel", "sequential"] = "parallel",
-    form: Literal["paper", "code"] = "paper",
-) -> PolarizedAttention:
-    return PolarizedAttention(shape.dim, layout=layout, form=form)
-
-
-CARD = register(
-    Card(
-        name="polarized",
-        family="vision",
-        gist="A gate for each channel and a gate for each position, added or one after the other.",
-        equation="parallel: (g_channel(x) + g_spatial(x)) * x;  sequential: g_spatial(z) * z, z = g_channel(x) * x",
-        paper=Paper(
-            "Polarized Self-Attention: Towards High-quality Pixel-wise Regression",
-            "Liu, Liu, Fan, Huang",
-            2021,
-            "2107.00782",
-            "abstract; official and third-party code",
-        ),
-        build=_build,
-        protocol="FeatureMixer",
-        supports=frozenset({"bidirectional", "compile"}),
-        cost=Cost("B*Y*X*M*(2*M + 2)", ""),
-        claim="Both layouts perform nearly the same; cost is linear in pixels: tests/vision/test_polarized.py.",
-        differs=("form=\"code\" is the authors' released module, which differs from the paper's formulas",),
-        verified="third-party",
-    )
-)
