@@ -2,12 +2,16 @@
 
 import codecs
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
 _UNSAFE = re.compile(
@@ -48,6 +52,40 @@ def line(value: object) -> str:
     return " ".join(clean(value).split())
 
 
+def width() -> int:
+    """Columns of the terminal; COLUMNS is heeded."""
+    return max(shutil.get_terminal_size().columns, LEAST)
+
+
+def wrapped(text: str, by: int = 0) -> list[str]:
+    """Lines no wider than the terminal, indented by so many blanks. A no-break space holds words together."""
+    blank = " " * by
+    lines = textwrap.wrap(
+        clean(text), width(), initial_indent=blank, subsequent_indent=blank, break_on_hyphens=False
+    )
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose last column wraps, or stands on lines of its own where it would be too narrow.
+
+    It does without rich, which takes longer to import than a list takes to read.
+    """
+    every = [tuple(map(line, row)) for row in (heading, *rows)]
+    widths = [max(map(len, column)) + 2 for column in list(zip(*every))[:-1]]
+    left, lines = sum(widths), []
+    beside = width() - left >= NARROW
+    for *cells, last in every:
+        start = "".join(f"{cell:{n}}" for cell, n in zip(cells, widths))
+        first, *rest = wrapped(last, left if beside else 4) or [""]
+        lines += [start + first[left:], *rest] if beside else [start, first, *rest]
+    return [text.rstrip() for text in lines]
+
+
+NARROW = 26
+"""Columns in which text cannot be read."""
+
+
 def console(*, stderr: bool = False) -> "Console":
     """A console of rich that takes text as it is. NO_COLOR and COLUMNS are heeded."""
     from rich.console import Console
@@ -66,18 +104,27 @@ def show(*parts: "RenderableType", style: str | None = None, cut: bool = False) 
     print("\n".join(text.rstrip() for text in captured.get().split("\n")), end="")
 
 
-def indented(text: str, by: int = 2) -> "RenderableType":
-    """Text that wraps within its indentation; a list item hangs under its own first word."""
-    from rich.padding import Padding
-    from rich.text import Text
+def indented(text: str, by: int = 2, hang: int | None = None) -> "RenderableType":
+    """Text that wraps within its indentation; lines after the first go in by `hang` more, in a list item by 2."""
+    return _Indented(clean(text), by, hang if hang is not None else 2 * text.startswith("- "))
 
-    if text.startswith("- "):
-        from rich.table import Table
 
-        item = Table.grid()
-        item.add_row(" " * by + "- ", Text(clean(text[2:])))
-        return item
-    return Padding(Text(clean(text)), (0, 0, 0, by))
+@dataclass(frozen=True)
+class _Indented:
+    text: str
+    by: int
+    hang: int
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
+        from rich.text import Text
+
+        inner = self.text.lstrip(" ")
+        by = self.by + len(self.text) - len(inner)
+        text, room = Text(inner), options.max_width - by
+        lines = [text] if text.cell_len <= room else text.wrap(console, max(1, room - self.hang))
+        for n, part in enumerate(lines):
+            part.rstrip()
+            yield Text(" " * (by + self.hang * (n > 0)), end="") + part
 
 
 def grid(*columns: str | int) -> "Table":
