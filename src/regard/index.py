@@ -110,7 +110,7 @@ def literal(value: object) -> object:
     return value if isinstance(value, str | int | float | bool | None) and finite else repr(value)
 
 
-SMALL = {"dim": 24, "num_heads": 6}
+SMALL: dict[str, Any] = {"dim": 24, "num_heads": 6}
 """The instance that is built where one must be looked at, with the options of the card's example."""
 
 

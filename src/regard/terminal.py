@@ -6,12 +6,11 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 _UNSAFE = re.compile(
@@ -57,13 +56,17 @@ def width() -> int:
     return max(shutil.get_terminal_size().columns, LEAST)
 
 
-def wrapped(text: str, by: int = 0) -> list[str]:
-    """Lines no wider than the terminal, indented by so many blanks. A no-break space holds words together."""
-    blank = " " * by
+def wrapped(text: str, by: int = 0, hang: int = 0) -> list[str]:
+    """Lines no wider than the terminal, indented by so many blanks, those after the first by `hang` more.
+
+    Blanks that the text begins with are indentation too. A no-break space holds words together.
+    """
+    inner = clean(text).lstrip(" ")
+    start = " " * (by + len(text) - len(text.lstrip(" ")))
     lines = textwrap.wrap(
-        clean(text), width(), initial_indent=blank, subsequent_indent=blank, break_on_hyphens=False
+        inner, width(), initial_indent=start, subsequent_indent=start + " " * hang, break_on_hyphens=False
     )
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [""]
 
 
 def columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -77,7 +80,7 @@ def columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     beside = width() - left >= NARROW
     for *cells, last in every:
         start = "".join(f"{cell:{n}}" for cell, n in zip(cells, widths))
-        first, *rest = wrapped(last, left if beside else 4) or [""]
+        first, *rest = wrapped(last, left if beside else 4)
         lines += [start + first[left:], *rest] if beside else [start, first, *rest]
     return [text.rstrip() for text in lines]
 
@@ -104,27 +107,12 @@ def show(*parts: "RenderableType", style: str | None = None, cut: bool = False) 
     print("\n".join(text.rstrip() for text in captured.get().split("\n")), end="")
 
 
-def indented(text: str, by: int = 2, hang: int | None = None) -> "RenderableType":
-    """Text that wraps within its indentation; lines after the first go in by `hang` more, in a list item by 2."""
-    return _Indented(clean(text), by, hang if hang is not None else 2 * text.startswith("- "))
+def indented(text: str, by: int = 2, hang: int | None = None) -> str:
+    """Text that wraps within its indentation; lines after the first go in by `hang` more.
 
-
-@dataclass(frozen=True)
-class _Indented:
-    text: str
-    by: int
-    hang: int
-
-    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
-        from rich.text import Text
-
-        inner = self.text.lstrip(" ")
-        by = self.by + len(self.text) - len(inner)
-        text, room = Text(inner), options.max_width - by
-        lines = [text] if text.cell_len <= room else text.wrap(console, max(1, room - self.hang))
-        for n, part in enumerate(lines):
-            part.rstrip()
-            yield Text(" " * (by + self.hang * (n > 0)), end="") + part
+    By default that is 2 in list items, and in lines that are indented already.
+    """
+    return "\n".join(wrapped(text, by, hang if hang is not None else 2 * text.startswith(("- ", " "))))
 
 
 def grid(*columns: str | int) -> "Table":

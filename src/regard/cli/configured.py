@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +75,7 @@ def _taking(source: Source, run: Callable[[Any], None]) -> Callable[..., None]:
         option = typer.Option(
             source.flags.get(one.name) or _flag(one.name, kind),
             help=text,
+            metavar="PATH" if kind == list[Path] else None,
             show_default=source.defaults.get(one.name, True) if start is None else True,
         )
         default = _shown(start, kind)
@@ -144,7 +146,7 @@ def documented(config: type) -> dict[str, str]:
     except OSError:  # installed without its source
         return {}
     found = {}
-    for above, below in zip(body, body[1:]):
+    for above, below in pairwise(body):
         match above, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 found[name] = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())

@@ -7,7 +7,10 @@ from regard.cli.group import Command, app
 
 @app.command("doctor", cls=Command)
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine offers and lacks: devices, kernels that run, extras."""
+    """Say what this machine offers and what it lacks, and what for.
+
+    Versions, devices, kernels that really run, extras and what is missing of them, the compiler, the folder.
+    """
     from dataclasses import asdict
     from itertools import groupby
 

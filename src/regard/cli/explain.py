@@ -27,7 +27,7 @@ def explain(
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("attention.html"),
 ) -> None:
-    """Show what a model attends to, as a page with every layer and head."""
+    """Write a page of what a model attends to, every layer and head."""
     from regard.inspect.explain import explain as explained
 
     chosen = None if layers is None else integers("layers", layers)

@@ -36,9 +36,7 @@ class Section:
     """The lines as Markdown has them, where that is not the same."""
 
 
-def sections(
-    card: Card, own: Mapping[str, Any], cost: Mapping[str, Any], drawing: Sequence[str]
-) -> Iterator[Section]:
+def sections(card: Card, own: Mapping[str, Any], cost: Mapping[str, Any], drawing: Sequence[str]) -> Iterator[Section]:
     """All there is, in the order in which it is shown."""
     entry = index.data(card)
     yield Section("equation", card.equation.splitlines(), "code")
@@ -63,7 +61,7 @@ def sections(
         yield Section("supports", marked, "rows")
         yield Section("traits", [", ".join(sorted(card.traits)) or "none claimed"])
     options = [_option(card, name, default, own) for name, default in card.options.items()]
-    yield Section("options", options or ["none"], "code" if options else "text")
+    yield Section("arguments" if card.is_function else "options", options or ["none"], "code" if options else "text")
     if card.auxiliary:
         yield Section("loss", [f"{card.auxiliary}(...) gives a loss to add to the task's, times auxiliary_weight"])
     yield Section("cost", list(_cost(card, cost)), "rows")
@@ -87,14 +85,15 @@ def _read(paper: Mapping[str, Any]) -> list[str]:
 
 
 def _kind(entry: Mapping[str, Any]) -> str:
-    """'regard.positions.alibi.ALiBi, fills the slot position'."""
+    """'regard.positions.alibi.ALiBi fills the slot position'."""
     where, slots = entry["where"], entry["fills"]
     module, _, made_by = where.rpartition(".")
     where = module if made_by.startswith("_") else where
     if slots:
-        return f"{where}: fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}"
-    form = "a function of its own" if entry["form"] == "function" else "of its own"
-    return f"{where}: {entry['protocol']}, {form}: {KINDS[entry['protocol']][2]}"
+        return f"{where} fills the slot{'s' * (len(slots) > 1)} {', '.join(slots)}"
+    form = "function" if entry["form"] == "function" else entry["protocol"]
+    article = "an" if form[0] in "AEIOU" else "a"
+    return f"{where}, {article} {form}: {KINDS[entry['protocol']][2]}"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -124,8 +123,12 @@ def _cost(card: Card, cost: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name:5}  none: it does not stream"
             continue
         yield f"{name:5}  {formula}"
-        words = number if isinstance(number, str) else f"{amount(number)} {unit}"
-        yield f"       = {words} at {cost['at']}"
+        unset = [option for option, value in card.options.items() if value is None and option in str(number)]
+        if unset:
+            yield f"       a number needs {unset[0]}: regard show '{card.name}({unset[0]}=...)'"
+        else:
+            words = number if isinstance(number, str) else f"{amount(number)} {unit}"
+            yield f"       = {words} at {cost['at']}"
 
 
 def amount(number: float) -> str:
@@ -147,7 +150,7 @@ def show(card: Card, found: Sequence[Section]) -> None:
             terminal.show(*(f"  {line}" for line in section.lines), cut=True)
             continue
         bullet = "- " if section.form == "list" else ""
-        terminal.show(*(terminal.indented(bullet + line, hang=_HANG.get(section.form)) for line in section.lines))
+        print(*(terminal.indented(bullet + line, hang=_HANG.get(section.form)) for line in section.lines), sep="\n")
 
 
 _HANG = {"code": 4, "rows": 9}
@@ -156,7 +159,7 @@ _HANG = {"code": 4, "rows": 9}
 
 def markdown(card: Card, found: Sequence[Section]) -> str:
     """The sections as Markdown."""
-    parts = [f"# {card.name}", card.gist]
+    parts = [f"# {card.name}", card.gist, f"Family: {card.family}"]
     for section in found:
         lines = [*section.markdown, *([] if section.markdown else section.lines)]
         if section.form in ("code", "rows", "picture"):

@@ -1,13 +1,10 @@
 """`regard profile`: time and memory of mechanisms over lengths."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 
 from regard.cli.configured import Source, configured
-
-if TYPE_CHECKING:
-    from regard.bench.profile import Profile
 
 
 def _source() -> Source:
@@ -17,8 +14,11 @@ def _source() -> Source:
 
 
 @configured(_source)
-def profile(config: "Profile") -> None:
-    """Measure time and memory over lengths, a process for each cell, and their growth."""
+def profile(config: Any) -> None:
+    """Measure time and memory over lengths, and how they grow.
+
+    Each cell, a mechanism at a length, has a process of its own.
+    """
     from regard.bench.profile_page import command
 
     raise typer.Exit(command(config))

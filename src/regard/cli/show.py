@@ -22,7 +22,7 @@ def show(
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Show all about one mechanism: equation, papers, options, cost, picture."""
+    """Show all about one mechanism: equation, papers, cost, picture."""
     from regard.models.mixer import parse
 
     spec = parse(mechanism)

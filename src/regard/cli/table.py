@@ -61,7 +61,9 @@ def legend(entries: Sequence[Entry]) -> tuple[str, ...]:
         "k, kind": ((word, letter) for name, (letter, word, _) in KINDS.items() if name in here),
         "v, verified against": ((word, letter) for letter, word, _ in VERIFIED.values()),
     }
-    return tuple(f"{what}: " + ", ".join(f"{x}\N{NO-BREAK SPACE}{word}" for word, x in of) for what, of in meant.items())
+    return tuple(
+        f"{what}: " + ", ".join(f"{x}\N{NO-BREAK SPACE}{word}" for word, x in of) for what, of in meant.items()
+    )
 
 
 def marks(supports: Mapping[str, bool]) -> str:
