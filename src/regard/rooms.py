@@ -23,11 +23,11 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("catalog", "index"),
     ("laws",),
     ("models",),
+    ("integrations",),
     ("inspect",),
     ("steer",),
     ("tasks",),
     ("bench",),
-    ("integrations",),
     ("doctor", "cli"),
 )
 """From the ground up; what stands in one tuple is on one floor, and may use each other."""

@@ -19,7 +19,7 @@ from laws import test_reference as reference
 from laws import test_streaming as streaming
 from laws import test_structure as structure
 from laws import test_symmetry as symmetry
-from regard import layer
+from regard.pipeline import head_mixer
 from regard.kernels import block_sparse, chunked, eager, online, plan, problem, sdpa, window
 from regard.linear import _shared as linear_shared
 from regard.masks import patterns, tensors
@@ -336,12 +336,12 @@ def stabiliser_looks_ahead(patch):
 
 @bug((masking.test_padding_changes_nothing, "linear"))
 def padding_is_read(patch):
-    patch.setattr(layer, "key_padding", lambda who, mask, x: None)
+    patch.setattr(head_mixer, "key_padding", lambda who, mask, x: None)
 
 
 @bug((masking.test_nan_tokens, "linear"))
 def nan_is_hidden(patch):
-    patch.setattr(layer, "spoil", lambda out, *rest: out)
+    patch.setattr(head_mixer, "spoil", lambda out, *rest: out)
 
 
 @bug((streaming.test_token_by_token, "moba"))

@@ -7,19 +7,17 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 
 from regard import masks
 from regard.masks.sliding import DILATED, WINDOW
-from regard.shapes import HeadShape
 
-SHAPE = HeadShape(dim=24, num_heads=6, num_kv_heads=6, head_dim=4)
 
 
 def test_builders_give_the_masks():
-    assert WINDOW.slots(SHAPE) == {"mask": masks.window(128)}
-    assert WINDOW.slots(SHAPE, window=4) == {"mask": masks.window(4)}
-    assert DILATED.slots(SHAPE, window=3, dilation=2) == {"mask": masks.dilated(3, 2)}
+    assert WINDOW.parts({}, {}) == {"mask": masks.window(128)}
+    assert WINDOW.parts({}, {"window": 4}) == {"mask": masks.window(4)}
+    assert DILATED.parts({}, {"window": 3, "dilation": 2}) == {"mask": masks.dilated(3, 2)}
     with pytest.raises(ValueError, match="window: size must be an int >= 1"):
-        WINDOW.slots(SHAPE, window=0)
+        WINDOW.parts({}, {"window": 0})
     with pytest.raises(ValueError, match="dilated: dilation must be an int >= 1"):
-        DILATED.slots(SHAPE, dilation=0)
+        DILATED.parts({}, {"dilation": 0})
 
 
 @pytest.mark.parametrize("w", [4, 8])
@@ -40,7 +38,7 @@ def test_window_is_longformers(w):
         is_global_attn=False,
     )[0]
     q, k, v = (f(x).view(2, 16, 6, 4).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
-    allowed = WINDOW.slots(SHAPE, window=w // 2 + 1)["mask"].dense(16)
+    allowed = WINDOW.parts({}, {"window": w // 2 + 1})["mask"].dense(16)
     ours = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     torch.testing.assert_close(ours.transpose(1, 2).flatten(2), theirs, rtol=1e-4, atol=1e-6)
 

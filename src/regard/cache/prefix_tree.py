@@ -5,18 +5,9 @@ same chunks, so the paths form a tree. Chunks are written behind what is there a
 the last, half-filled chunk, and whoever writes there second copies it first. A chunk that no path needs goes back to
 the pool.
 
-Attention of one new query per sequence runs in two phases, and is exact for every sequence:
-
-    1. for every run of chunks that the same n > 1 sequences share: one product of their n queries with its keys
-    2. for every sequence: its own remaining chunks
-    each gives m = max s, z = sum exp(s - m), o = sum exp(s - m) v;  merged by m' = max m, z' = sum exp(m - m') z, ...
-
-Ye et al. 2024, "ChunkAttention: Efficient Self-Attention with Prefix-Aware KV Cache and Two-Phase Partition" (arXiv
-2402.15220): the abstract read and the authors' released code followed. Differs from it: a full last chunk is shared
-too; forks share half-filled chunks; order of sequences never changes; empty sequences give 0; grouped keys.
+Attention of one new query per sequence is exact, and reads what is shared once: `regard.kernels.two_phase`.
 """
 
-import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +16,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from regard.checks import choice, divides, fits, refuse, whole
+from regard.kernels.two_phase import Shares, two_phase
 
 if TYPE_CHECKING:
     from regard.kernels.triton_decode import Pieces
@@ -65,14 +59,6 @@ class _Plan(NamedTuple):
     """How many tokens of a row are shared."""
 
 
-class _Partial(NamedTuple):
-    """Softmax over some of the keys, before it is divided: largest score, sum of exponentials, sum of values."""
-
-    m: Float[Tensor, "G N R 1"]
-    z: Float[Tensor, "G N R 1"]
-    o: Float[Tensor, "G N R V"]
-
-
 class PrefixTree:
     """Keys and values of many sequences; shared prefixes once.
 
@@ -88,13 +74,13 @@ class PrefixTree:
         *,
         value_dim: int | None = None,
         chunk: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        for name, n in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("chunk", chunk)):
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise ValueError(f"PrefixTree: {name} must be an int >= 1, got {n!r}")
+        whole(self, num_kv_heads=num_kv_heads, head_dim=head_dim, chunk=chunk)
         self.chunk = chunk
-        self.k = torch.zeros(num_kv_heads, 0, head_dim)
-        self.v = torch.zeros(num_kv_heads, 0, head_dim if value_dim is None else value_dim)
+        self.k = torch.zeros(num_kv_heads, 0, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros(num_kv_heads, 0, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
         self._free = bytearray()  # a 1 for every unused slot
         self._known: dict[tuple[int, tuple[Hashable, ...]], _Chunk] = {}
         self._sequences: dict[int, _Path] = {}
@@ -206,52 +192,21 @@ class PrefixTree:
         Args:
             kernel: "triton" runs the kernels of `triton_decode`, on a CUDA device or in Triton's interpreter.
         """
-        if kernel not in ("torch", "triton"):
-            raise ValueError(f"PrefixTree: kernel must be 'torch' or 'triton', got {kernel!r}")
-        (G, _, D), V = self.k.shape, self.v.shape[2]
-        if q.dim() != 3 or q.shape[0] != len(sequences) or q.shape[1] % G or q.shape[2] != D:
-            raise ValueError(
-                f"PrefixTree: q must be ({len(sequences)}, a multiple of {G}, {D}) for these sequences, got "
-                f"{tuple(q.shape)}"
-            )
+        choice(self, ("torch", "triton"), kernel=kernel)
+        G, _, D = self.k.shape
+        fits(self, "N H D", {"N": len(sequences), "D": D}, q=q)
+        divides(self, num_kv_heads=G, heads_of_q=q.shape[1])
         plan = self._plan([self._sequences[self._check(s)] for s in sequences])
-        N, H, _ = q.shape
+        H = q.shape[1]
         scale = D**-0.5 if scale is None else scale
         if kernel == "triton":
             lengths = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=q.device)
             from regard.kernels.triton_decode import triton_decode
 
             return triton_decode(q, self.k, self.v, self._pieces(plan, H // G), lengths, scale=scale)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grouped = (q.to(wide) * scale).view(N, G, H // G, D).transpose(0, 1)
-        m = grouped.new_full((G, N, H // G, 1), -math.inf)
-        sofar = _Partial(m, torch.zeros_like(m), grouped.new_zeros(G, N, H // G, V))
-        for rows, stretches in plan.shared:
-            part = self._attend(grouped[:, rows].flatten(1, 2), stretches)
-            part = _Partial(*(z.unflatten(1, (len(rows), -1)) for z in part))
-            merged = _merge(_Partial(*(z[:, rows] for z in sofar)), part)
-            sofar = _Partial(*(z.index_copy(1, rows, new) for z, new in zip(sofar, merged, strict=True)))
-        alone = [
-            self._attend(grouped[:, row], _first(stretches, self._lengths[s] - before))
-            for row, (s, stretches, before) in enumerate(zip(sequences, plan.own, plan.before, strict=True))
-        ]
-        if alone:
-            sofar = _merge(sofar, _Partial(*(torch.stack(z, 1) for z in zip(*alone, strict=True))))
-        out = sofar.o / sofar.z.masked_fill(sofar.z == 0, 1.0)
-        return out.transpose(0, 1).reshape(N, H, V).to(q.dtype)
-
-    def _attend(self, q: Float[Tensor, "G n D"], stretches: list[slice]) -> _Partial:
-        """Scaled queries against some stretches of the pool, read where they lie."""
-        if not stretches:
-            m = q.new_full((*q.shape[:2], 1), -math.inf)
-            return _Partial(m, torch.zeros_like(m), q.new_zeros(*q.shape[:2], self.v.shape[2]))
-        s = [q @ self.k[:, at].to(q.dtype).mT for at in stretches]
-        m = torch.cat([part.amax(-1, keepdim=True) for part in s], -1).amax(-1, keepdim=True)
-        e = [(part - m).exp() for part in s]
-        z, o = e[0].sum(-1, keepdim=True), e[0] @ self.v[:, stretches[0]].to(q.dtype)
-        for part, at in zip(e[1:], stretches[1:], strict=True):
-            z, o = z + part.sum(-1, keepdim=True), o + part @ self.v[:, at].to(q.dtype)
-        return _Partial(m, z, o)
+        lengths = (self._lengths[s] - before for s, before in zip(sequences, plan.before, strict=True))
+        own = [_first(stretches, length) for stretches, length in zip(plan.own, lengths, strict=True)]
+        return two_phase(q, self.k, self.v, Shares(plan.shared, own), scale=scale)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -273,10 +228,9 @@ class PrefixTree:
         for name, new, pool in (("k", k, self.k), ("v", v, self.v)):
             want = (len(sequences), pool.shape[0], t, pool.shape[2])
             if tuple(new.shape) != want or new.dtype != pool.dtype or new.device != pool.device:
-                raise ValueError(
-                    f"PrefixTree: {name} must be {pool.dtype} {want} on {pool.device} (with a sequence dimension), got "
-                    f"{new.dtype} {tuple(new.shape)} on {new.device}"
-                )
+                got = f"{new.dtype} {tuple(new.shape)} on {new.device}"
+                wanted = f"{pool.dtype} {want} on {pool.device} (with a sequence dimension)"
+                refuse(self, name, "does not fit the pool", got, wanted)
         if tokens is not None and [len(one) for one in tokens] != [t + stored] * len(sequences):
             raise ValueError(f"PrefixTree: tokens must name {t + stored} tokens for each of {len(sequences)} sequences")
         places: list[int] = []
@@ -437,10 +391,3 @@ def _first(stretches: list[slice], tokens: int) -> list[slice]:
             used.append(slice(at.start, at.start + count))
         tokens -= count
     return used
-
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
-    m = torch.maximum(a.m, b.m)
-    finite = m.masked_fill(m == -math.inf, 0.0)
-    x, y = (a.m - finite).exp(), (b.m - finite).exp()
-    return _Partial(m, x * a.z + y * b.z, x * a.o + y * b.o)

@@ -10,31 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import FEATURES
-from regard.catalog import card
-from regard.catalog import slots as _slots
-from regard.catalog import unknown as _unknown
-from regard.heads.gated import SigmoidGate
+from regard.catalog import card, unknown
+from regard.catalog import slots as filled_by
+from regard.checks import refuse
 from regard.integrations.transformers_call import Call
 from regard.kernels import Problem
 from regard.masks import Mask
 from regard.masks.algebra import Index
-from regard.normalizers.adaptive_entmax import AdaptiveEntmax
-from regard.positions.shaw import Shaw
+from regard.pipeline.function import unless_softmax
 from regard.shapes import HeadShape
-from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Selector
-
-KINDS: dict[str, type] = {
-    "mask": Mask,
-    "position": Position,
-    "heads": HeadMap,
-    "normalizer": Normalizer,
-    "selector": Selector,
-    "gate": Gate,
-    "score_mix": Mix,
-    "weight_mix": Mix,
-}
-OPEN = 4.0
-"""The bias that gates start with: sigmoid(4) = 0.982 lets nearly all through and still learns."""
+from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Position, Selector, slot_of
 
 
 @dataclass(frozen=True)
@@ -53,17 +38,17 @@ class About:
 class Parts(nn.Module):
     """A mechanism's slots in one layer."""
 
+    mask: Mask | None
+    heads: HeadMap | None
+    position: Position | None
+    selector: Selector | None
+    gate: Gate | None
+
     def __init__(self, slots: Mapping[str, Any]) -> None:
         super().__init__()
-        self.mask: Mask | None = slots.get("mask")
+        for name in SLOTS:
+            setattr(self, name, slots.get(name))
         self.kernel: str = slots.get("kernel", "auto")
-        self.position: Position | None = slots.get("position")
-        self.heads: HeadMap | None = slots.get("heads")
-        self.score_mix: Mix | None = slots.get("score_mix")
-        self.normalizer: Normalizer | None = slots.get("normalizer")
-        self.weight_mix: Mix | None = slots.get("weight_mix")
-        self.selector: Selector | None = slots.get("selector")
-        self.gate: Gate | None = slots.get("gate")
         self.x: Tensor | None = None
 
     @property
@@ -78,16 +63,10 @@ class Parts(nn.Module):
         q, k, v = (p.q, p.k, p.v) if self.heads is None else self.heads(p.q, p.k, p.v)
         if self.position is not None and self.position.changes("rotate"):
             q, k = self.position.rotate(q, p.i), self.position.rotate(k, p.j)
-        p = replace(
-            p,
-            q=q,
-            k=k,
-            v=v,
-            position=self.position,
-            score_mix=p.score_mix if self.score_mix is None else self.score_mix,
-            normalizer=p.normalizer if self.normalizer is None or self.normalizer.is_softmax else self.normalizer,
-            weight_mix=self.weight_mix,
-        )
+        filled = {name: part for name in IN_KERNELS if (part := getattr(self, name)) is not None}
+        if unless_softmax(filled.get("normalizer")) is None:
+            filled.pop("normalizer", None)
+        p = replace(p, q=q, k=k, v=v, **filled)
         stale = self.position is not None and not self.position.streams
         if T < S and call.causal and (p.halo or stale):
             raise ValueError(
@@ -159,12 +138,12 @@ def slots_of(mechanism: Any, shape: HeadShape, options: Mapping[str, Any]) -> di
         cards = [card(name.strip()) for name in mechanism.split("+")]
         own: set[str] = set().union(*(c.options for c in cards if c.is_part))
         for key in options.keys() - own - {"kernel"}:
-            raise ValueError("swap: " + _unknown(f"option of {mechanism!r}", key, sorted(own | {"kernel"})))
-        filled = _slots(cards, vars(shape), {key: value for key, value in options.items() if key in own})
+            raise ValueError("swap: " + unknown(f"option of {mechanism!r}", key, sorted(own | {"kernel"})))
+        filled = filled_by(cards, vars(shape), {key: value for key, value in options.items() if key in own})
         return {**filled, "kernel": options["kernel"]} if "kernel" in options else filled
     if options.keys() - {"kernel"}:
         raise ValueError(f"swap: options {sorted(options)} need a mechanism's name; parts carry their own")
-    slots = mechanism if isinstance(mechanism, Mapping) else {_slot(mechanism): mechanism}
+    slots = mechanism if isinstance(mechanism, Mapping) else {only_slot(mechanism): mechanism}
     return {**{slot: _own(part) for slot, part in slots.items()}, **options}
 
 
@@ -179,12 +158,13 @@ def check_mechanism(mechanism: Any) -> frozenset[str]:
                     "keys and values, so it can't take over a trained layer's projections; train a model with it"
                 )
         return frozenset.intersection(*(c.supports for c in cards))
-    slots = mechanism if isinstance(mechanism, Mapping) else {_slot(mechanism): mechanism}
+    slots = mechanism if isinstance(mechanism, Mapping) else {only_slot(mechanism): mechanism}
     for slot, part in slots.items():
-        if slot not in KINDS:
-            raise ValueError("swap: " + _unknown("slot", str(slot), list(KINDS)))
-        if not isinstance(part, KINDS[slot]):
-            raise TypeError(f"swap: slot {slot!r} takes a {KINDS[slot].__name__}, got {type(part).__name__}")
+        if slot not in SLOTS:
+            raise ValueError("swap: " + unknown("slot", str(slot), list(SLOTS)))
+        if not isinstance(part, SLOTS[slot].kind):
+            wanted = f"a {SLOTS[slot].kind.__name__}"
+            refuse("swap", f"slot {slot!r}", "has the wrong type", type(part).__name__, wanted, error=TypeError)
     return FEATURES
 
 
@@ -192,14 +172,14 @@ def why_not(slots: Mapping[str, Any], about: About, supports: frozenset[str]) ->
     """Reasons why these slots can't serve this layer; empty if they can."""
     reasons = []
     position, gate = slots.get("position"), slots.get("gate")
-    mixes = [slots[name] for name in ("score_mix", "weight_mix") if name in slots]
+    stages = [slots[name] for name in IN_KERNELS if slots.get(name) is not None]
     if slots.get("num_kv_heads") not in (None, about.shape.num_kv_heads):
         reasons.append("it needs other key and value projections than the trained ones")
     if position is not None and position.changes("embed"):
         reasons.append("it adds positions to tokens before they are projected, and the model has done that in its way")
     if about.rotary and ("heads" in slots or (position is not None and position.changes("rotate"))):
         reasons.append("it works on queries and keys before rotation, and the model has rotated them already")
-    if any("tokens" in mix.needs for mix in mixes):
+    if any("tokens" in stage.needs or stage.prepares() for stage in stages):
         reasons.append("it reads the tokens behind the keys, which a layer with a cache no longer has")
     if gate is not None and gate.site != "output":
         reasons.append(f"its gate sits at {gate.site!r}, and only the heads' output is in reach")
@@ -218,37 +198,21 @@ def why_not(slots: Mapping[str, Any], about: About, supports: frozenset[str]) ->
 
 @torch.no_grad()
 def start_as_original(part: nn.Module) -> None:
-    """Set a new part's parameters to where the layer puts out what it did before, as nearly as the part can.
-
-    Convolutions, head mixes, knocking heads, CoPE and temperatures start so by themselves. Gates have no such point
-    without a bias (a gate of weight 0 is half open), so they get one.
-    """
-    if isinstance(part, SigmoidGate):
-        if part.proj.bias is None:
-            weight = part.proj.weight
-            part.proj = nn.Linear(*weight.shape[::-1], device=weight.device, dtype=weight.dtype)
-        silu, multiply = part.activation == "silu", part.combine == "multiply"
-        # silu(1.2785) = 1 and silu(0) = 0 leave the output exactly as it was.
-        start = (1.2784645 if silu else OPEN) if multiply else (0.0 if silu else -2 * OPEN)
-        nn.init.zeros_(part.proj.weight)
-        nn.init.constant_(part.proj.bias, start)
-    elif isinstance(part, Shaw):
-        nn.init.zeros_(part.key_table)
-        nn.init.zeros_(part.value_table)
-    elif isinstance(part, AdaptiveEntmax):
-        nn.init.constant_(part.pre_alpha, -OPEN)
+    """Set a new part's parameters to where the layer puts out what it did before, as nearly as the part can."""
+    ask = getattr(part, "start_neutral", None)
+    if ask is not None:
+        ask()
 
 
-def _slot(part: Any) -> str:
+def only_slot(part: Any) -> str:
     """The slot that a part fills, where its kind fills only one."""
-    for slot, kind in KINDS.items():
-        if isinstance(part, kind) and kind is not Mix:
-            return slot
-    hint = "; say which slot: {'score_mix': part}" if isinstance(part, Mix) else ""
-    raise TypeError(
-        f"swap: mechanism must be a name, a part ({', '.join(sorted({k.__name__ for k in KINDS.values()}))}) or a "
-        f"mapping of slots ({', '.join(KINDS)}) to parts, got {type(part).__name__}{hint}"
-    )
+    if (slot := slot_of(part)) is not None:
+        return slot
+    able = [name for name, kind in SLOTS.items() if isinstance(part, kind.kind)]
+    hint = f"; say which slot: {{{able[0]!r}: part}}" if able else ""
+    kinds = ", ".join(sorted({slot.kind.__name__ for slot in SLOTS.values()}))
+    wanted = f"a name, a part ({kinds}) or a mapping of slots ({', '.join(SLOTS)}) to parts{hint}"
+    refuse("swap", "mechanism", "has the wrong type", type(part).__name__, wanted, error=TypeError)
 
 
 def _own(part: Any) -> Any:

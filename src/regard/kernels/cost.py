@@ -10,7 +10,7 @@ from regard.kernels.problem import Problem
 from regard.kernels.size import counted, sized
 from regard.masks import Mask
 from regard.masks.algebra import Joined, Not
-from regard.masks.neighborhood import Neighborhood
+from regard.masks.grids import Neighborhood
 
 RATES = Path(__file__).with_name("rates.json")
 """Written by `python -m benchmarks.plan --fit`."""

@@ -22,7 +22,7 @@ from regard.kernels.cost import Cost, io, products
 from regard.kernels.problem import CAUSAL, Problem
 from regard.masks import blocks
 from regard.masks.algebra import And
-from regard.masks.chosen import Chosen
+from regard.masks.selection import Chosen
 
 GROUP = 64
 """Rows of gathered queries that run together; a group is filled up to whole ones."""

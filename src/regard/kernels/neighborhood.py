@@ -18,7 +18,7 @@ from torch import Tensor
 from regard.kernels.cost import MASKED, Cost, checked, products
 from regard.kernels.problem import Problem
 from regard.kernels.problem import softmax as masked_softmax
-from regard.masks.neighborhood import Axis, Neighborhood
+from regard.masks.grids import Axis, Neighborhood
 
 TILE = {1: 32, 2: 8, 3: 4}
 """Queries of a tile along each axis, by the number of axes; measured on a CPU."""

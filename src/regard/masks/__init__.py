@@ -1,9 +1,9 @@
 """Masks: which keys a query may attend to, as values that combine with `&`, `|` and `~`."""
 
 from regard.masks.algebra import Mask
-from regard.masks.chosen import chosen
+from regard.masks.selection import chosen
 from regard.masks.layout import BlockLayout
-from regard.masks.neighborhood import neighborhood
+from regard.masks.grids import neighborhood
 from regard.masks.patterns import (
     blocks,
     causal,

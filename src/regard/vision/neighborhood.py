@@ -25,7 +25,7 @@ from regard.kernels import neighborhood as kernel
 from regard.kernels.check import check_inputs
 from regard.kernels.problem import Problem, honest
 from regard.masks import neighborhood as neighborhood_mask
-from regard.masks.neighborhood import Neighborhood
+from regard.masks.grids import Neighborhood
 from regard.shapes import HeadShape, head_counts
 from regard.vision.maps import check_map, to_map, to_tokens
 

@@ -11,7 +11,7 @@ import torch
 import regard
 from laws.subject import close
 from regard import masks
-from regard.masks.neighborhood import Axis, Neighborhood
+from regard.masks.grids import Axis, Neighborhood
 from vision.naive_neighborhood import naive_window
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A055.npz"
