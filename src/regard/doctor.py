@@ -106,18 +106,14 @@ def _extras() -> list[Finding]:
     extras: dict[str, list[str]] = {}
     for requirement in wanted:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w.-]+)['\"]", requirement):
-            extras.setdefault(match[2], []).append(match[1])
+            extras.setdefault(match[2], []).append(re.sub(r"[-_.]+", "-", match[1]).lower())
     found = []
     for extra, packages in sorted(extras.items()):
         missing = [package for package in packages if not _installed(package)]
-        uses: dict[str, list[str]] = {}
-        for package in missing:
-            uses.setdefault(USES.get(package, ""), []).append(package)
-        words = "; ".join(", ".join(some) + (f" ({use})" if use else "") for use, some in uses.items())
-        text = f"without {words}; pip install 'regard[{extra}]'" if missing else "installed"
-        if extra in EXTRAS:
-            text = f"{EXTRAS[extra]}: {text}"
-        found.append(Finding("extras", extra, "no" if missing else "ok", text))
+        about = f"{EXTRAS[extra]}: " if extra in EXTRAS else ""
+        named = [p if about or p not in USES else f"{p} ({USES[p]})" for p in missing]
+        text = f"without {', '.join(named)}; pip install 'regard[{extra}]'" if missing else "installed"
+        found.append(Finding("extras", extra, "no" if missing else "ok", about + text))
     return found
 
 
@@ -131,14 +127,13 @@ EXTRAS = {
 USES = {
     "pillow": "images in explain",
     "plotext": "plots in the terminal, in profile",
-    "plotly": "report.html of compare, profile and report",
-    "scikit-learn": "the task digits, some analyses, pictures of embeddings",
+    "plotly": "report.html",
+    "scikit-learn": "the task digits, pictures of embeddings, some analyses",
     "scipy": "the task boxes, some analyses",
-    "torch_geometric": "peers of the graph layers",
     "transformers": "swap, trace and explain on its models",
     "triton": "Triton's kernels on GPUs",
 }
-"""Package -> what it is for."""
+"""Package, in the spelling of indexes -> what it is for."""
 
 _IMPORTED = {"pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}
 """What a package is imported as, where that is not its name."""

@@ -67,11 +67,12 @@ def _taking(source: Source, run: Callable[[Any], None]) -> Callable[..., None]:
     hints, words = typing.get_type_hints(source.config), documented(source.config)
     readers: dict[str, Callable[[Any], Any]] = {}
     parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    for one in fields(source.config):
+    for one in filter(lambda one: one.init, fields(source.config)):
         kind, read, note = _option(one.name, hints[one.name], source)
         readers[one.name] = read
         text = " ".join(filter(None, (words.get(one.name, ""), note, source.words.get(one.name, ""))))
         start = None if one.default is MISSING else one.default
+        start = start if one.default_factory is MISSING else one.default_factory()
         option = typer.Option(
             source.flags.get(one.name) or _flag(one.name, kind),
             help=text,
@@ -125,11 +126,11 @@ def _option(name: str, hint: Any, source: Source) -> tuple[Any, Callable[[Any], 
     if Path in members:
         return Path, Path, ""
     if inspect.isclass(origin) and issubclass(origin, Sequence):
+        make = tuple if origin is tuple else list
         if Path in (*inner, *(member for one in inner for member in typing.get_args(one))):
-            return list[Path], list, "May be repeated."
-        if int in inner:
-            return str, lambda text: integers(name, text), "With commas between."
-        return str, _names, "With commas between."
+            return list[Path], make, "May be repeated."
+        read = (lambda text: integers(name, text)) if int in inner else _names
+        return str, lambda text: make(read(text)), "With commas between."
     return members[0], lambda value: value, ""
 
 
