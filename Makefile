@@ -44,7 +44,8 @@ $(VENV)/.bench: $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
 	touch $@
 
-docs: $(VENV)/.installed  ## refill the command outputs and tables in README.md
+docs: $(VENV)/.installed  ## write what is made from the cards: the catalogue that lists read, README's outputs and tables
+	$(BIN)/python tools/catalogue.py
 	$(BIN)/python tools/readme.py
 
 clean:  ## remove the environment and all runs

@@ -1,11 +1,13 @@
 """What this machine offers: versions, devices, kernels that really run, extras, and what is missing."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +83,9 @@ def _kernels() -> list[Finding]:
             at = (t.to(device) for t in given)
             expected = attention(*given, mask=mask, kernel="eager")
             try:
-                off = float((attention(*at, mask=mask, kernel=name).cpu() - expected).abs().max())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # such as flex's, that it is not compiled here
+                    off = float((attention(*at, mask=mask, kernel=name).cpu() - expected).abs().max())
             except Exception as error:  # whatever a broken driver or build throws is the finding
                 reason = str(error).splitlines() or [type(error).__name__]
                 found.append(Finding("kernels", f"{name} on {device}", "no", reason[0]))
@@ -97,33 +101,53 @@ def _extras() -> list[Finding]:
     try:
         wanted = importlib.metadata.requires("regard") or []
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("extras", "regard", "no", "not installed as a package, so its extras are unknown")]
+        unknown = Finding("extras", "regard", "no", "not installed as a package, so its extras are unknown")
+        return [unknown, *(Finding("extras", p, "ok" if _installed(p) else "no", use) for p, use in USES.items())]
     extras: dict[str, list[str]] = {}
     for requirement in wanted:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w.-]+)['\"]", requirement):
-            extras.setdefault(match[2], []).append(match[1])
+            extras.setdefault(match[2], []).append(re.sub(r"[-_.]+", "-", match[1]).lower())
     found = []
     for extra, packages in sorted(extras.items()):
         missing = [package for package in packages if not _installed(package)]
-        if missing:
-            text = f"without {', '.join(missing)}; pip install 'regard[{extra}]'"
-            found.append(Finding("extras", extra, "no", text))
-        else:
-            found.append(Finding("extras", extra, "ok", "installed"))
+        about = f"{EXTRAS[extra]}: " if extra in EXTRAS else ""
+        named = [p if about or p not in USES else f"{p} ({USES[p]})" for p in missing]
+        text = f"without {', '.join(named)}; pip install 'regard[{extra}]'" if missing else "installed"
+        found.append(Finding("extras", extra, "no" if missing else "ok", about + text))
     return found
 
 
+EXTRAS = {
+    "bench": "the peers that `make bench` measures",
+    "dev": "what `make lint` runs",
+    "test": "what the tests need",
+}
+"""What those extras are for that no command of `regard` needs."""
+
+USES = {
+    "pillow": "images in explain",
+    "plotext": "plots in the terminal, in profile",
+    "plotly": "report.html",
+    "scikit-learn": "the task digits, pictures of embeddings, some analyses",
+    "scipy": "the task boxes, some analyses",
+    "transformers": "swap, trace and explain on its models",
+    "triton": "Triton's kernels on GPUs",
+}
+"""Package, in the spelling of indexes -> what it is for."""
+
+_IMPORTED = {"pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}
+"""What a package is imported as, where that is not its name."""
+
+
 def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    """Whether it can be found; it is not imported."""
+    return importlib.util.find_spec(_IMPORTED.get(package, package.replace("-", "_"))) is not None
 
 
 def _surroundings() -> list[Finding]:
     found = []
-    compiler = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
+    wanted = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
+    compiler = next((path for name in wanted if (path := shutil.which(name))), None)
     if compiler:
         found.append(Finding("surroundings", "compiler", "ok", compiler))
     else:
@@ -132,7 +156,7 @@ def _surroundings() -> list[Finding]:
                 "surroundings",
                 "compiler",
                 "no",
-                "no C++ compiler on PATH; torch.compile on the CPU needs one",
+                "no C++ compiler on PATH; for regard's native kernels (torch's run instead) and torch.compile on CPUs",
             )
         )
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("rooms", "checks", "terminal"),
-    ("shapes", "cards", "kinds"),
+    ("shapes", "cards", "kinds", "cost"),
     ("masks",),
     ("stages",),
     ("kernels",),

@@ -2,8 +2,11 @@
 
 import codecs
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +51,44 @@ def line(value: object) -> str:
     return " ".join(clean(value).split())
 
 
+def width() -> int:
+    """Columns of the terminal; COLUMNS is heeded."""
+    return max(shutil.get_terminal_size().columns, LEAST)
+
+
+def wrapped(text: str, by: int = 0, hang: int = 0) -> list[str]:
+    """Lines no wider than the terminal, indented by so many blanks, those after the first by `hang` more.
+
+    Blanks that the text begins with are indentation too. A no-break space holds words together.
+    """
+    inner = clean(text).lstrip(" ")
+    start = " " * (by + len(text) - len(text.lstrip(" ")))
+    lines = textwrap.wrap(
+        inner, width(), initial_indent=start, subsequent_indent=start + " " * hang, break_on_hyphens=False
+    )
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [""]
+
+
+def columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose last column wraps, or stands on lines of its own where it would be too narrow.
+
+    It does without rich, which takes longer to import than a list takes to read.
+    """
+    every = [tuple(map(line, row)) for row in (heading, *rows)]
+    widths = [max(map(len, column)) + 2 for column in list(zip(*every))[:-1]]
+    left, lines = sum(widths), []
+    beside = width() - left >= NARROW
+    for *cells, last in every:
+        start = "".join(f"{cell:{n}}" for cell, n in zip(cells, widths))
+        first, *rest = wrapped(last, left if beside else 4)
+        lines += [start + first[left:], *rest] if beside else [start, first, *rest]
+    return [text.rstrip() for text in lines]
+
+
+NARROW = 26
+"""Columns in which text cannot be read."""
+
+
 def console(*, stderr: bool = False) -> "Console":
     """A console of rich that takes text as it is. NO_COLOR and COLUMNS are heeded."""
     from rich.console import Console
@@ -66,18 +107,12 @@ def show(*parts: "RenderableType", style: str | None = None, cut: bool = False) 
     print("\n".join(text.rstrip() for text in captured.get().split("\n")), end="")
 
 
-def indented(text: str, by: int = 2) -> "RenderableType":
-    """Text that wraps within its indentation; a list item hangs under its own first word."""
-    from rich.padding import Padding
-    from rich.text import Text
+def indented(text: str, by: int = 2, hang: int | None = None) -> str:
+    """Text that wraps within its indentation; lines after the first go in by `hang` more.
 
-    if text.startswith("- "):
-        from rich.table import Table
-
-        item = Table.grid()
-        item.add_row(" " * by + "- ", Text(clean(text[2:])))
-        return item
-    return Padding(Text(clean(text)), (0, 0, 0, by))
+    By default that is 2 in list items, and in lines that are indented already.
+    """
+    return "\n".join(wrapped(text, by, hang if hang is not None else 2 * text.startswith(("- ", " "))))
 
 
 def grid(*columns: str | int) -> "Table":

@@ -171,12 +171,12 @@ def test_rows_of_other_code_and_other_text_are_not_used(config, monkeypatch):
 
 
 def test_the_code_version_covers_a_mechanism_and_not_the_page(tmp_path, monkeypatch):
-    for name in ("bench/compare.py", "bench/report/page.py", "positions/alibi.py", "cli.py"):
+    for name in ("bench/compare.py", "bench/report/page.py", "positions/alibi.py", "cli/list.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     monkeypatch.setattr(compare, "__file__", str(tmp_path / "bench" / "compare.py"))
     before = compare.code_version()
-    for name, changes in [("bench/report/page.py", False), ("cli.py", False), ("positions/alibi.py", True)]:
+    for name, changes in [("bench/report/page.py", False), ("cli/list.py", False), ("positions/alibi.py", True)]:
         (tmp_path / name).write_text("new")
         assert (compare.code_version() != before) is changes, name
 

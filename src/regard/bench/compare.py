@@ -49,23 +49,33 @@ class CompareConfig:
 
     None, here and below: what the task has by default."""
     text: Sequence[str | Path] = ()
-    """Files and folders, for the task `text`; none = the standard library's sources and docs."""
+    """A file or folder, for the task `text`; none = the standard library's sources and docs."""
     seeds: Sequence[int] = (0, 1)
+    """Each mechanism is trained once with each."""
     steps: int | None = None
+    """Training steps of a cell."""
     batch: int | None = None
+    """Sequences of a step."""
     length: int | None = None
+    """Tokens of a sequence: bytes, for text."""
     dim: int | None = None
+    """Width of the model."""
     depth: int | None = None
+    """Layers of the model."""
     heads: int | None = None
+    """Heads of a layer."""
     lr: float | None = None
+    """Highest learning rate."""
     match: Match = "params"
-    """'params' or 'flops': what is equal to the task's baseline's, by the width of the host's MLPs."""
+    """What is equal to the task's baseline's, by the width of the host's MLPs."""
     out: str | Path = Path("runs/compare")
+    """Folder of the results; the same command resumes there."""
     checkpoint: bool = False
+    """Keep the trained models."""
     device: str = "cpu"
     """'cpu', 'cuda' or 'cuda:N'."""
     threads: int | None = None
-    """CPU threads of a cell; None = all cores, at most 8."""
+    """CPU threads of a cell; none given = all cores, at most 8."""
     timeout: float = 3600
     """Seconds after which a cell counts as failed."""
     retry_failed: bool = False
@@ -284,7 +294,7 @@ def code_version() -> str:
     """regard's version and a hash of the sources that decide what a cell finds."""
     root = Path(__file__).parent.parent
     silent = re.compile(
-        r"((cli|__main__|terminal|doctor|catalog_page)\.py|(inspect|steer|integrations|distributed|bench/report)/.*"
+        r"((__main__|terminal|doctor|index|cost)\.py|(cli|inspect|steer|integrations|distributed|bench/report)/.*"
         r"|bench/(live|profile\w*|process|store|generate)\.py)"
     )
     digest = hashlib.sha256()

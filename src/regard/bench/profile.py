@@ -36,18 +36,26 @@ class ProfileError(ValueError):
 class Profile:
     """What to measure, and where to keep it."""
 
-    mechanisms: tuple[str, ...]
+    mechanisms: tuple[str, ...] = ("softmax", "window(window=512)", "linear")
+    """Names, with options in brackets: 'window(window=64)'."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Tokens: 1k..32k doubles, 500,1k,3k lists."""
     dim: int = 256
+    """M, the model width."""
     heads: int = 4
+    """H, query heads."""
     batch: int = 1
+    """B, sequences."""
     causal: bool = True
+    """Whether later tokens are hidden."""
     limit: float = 60.0
     """Seconds that one cell may take, loading included."""
     threads: int = 0
-    """0: as many as there are cores, at most 8."""
+    """CPU threads of a cell; 0 = as many as there are cores, at most 8."""
     device: str = "cpu"
+    """'cpu', 'cuda' or 'cuda:N'."""
     out: Path = Path("runs/profile")
+    """Folder of profile.json and report.html."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "batch"):
@@ -190,13 +198,11 @@ def growth(cells: Sequence[Measured], mechanism: str, quantity: str) -> float | 
 
 def formula_growth(card: Any, own: dict[str, Any], config: Profile) -> float | None:
     """The same exponent of the card's formula for time, at the lengths profiled."""
-    from regard import catalog_page
+    from regard.cost import costs
 
     points = []
     for n in sorted(config.lengths):
-        at = catalog_page.costs(
-            card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads
-        )
+        at = costs(card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads)
         if not isinstance(at["time"], float):
             return None
         points.append((n, at["time"]))

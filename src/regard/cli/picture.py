@@ -1,0 +1,75 @@
+"""Pictures for `regard show`: what a mechanism adds by distance, or which keys a query may see."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.cards import Card
+from regard.catalog import create, unknown
+from regard.index import SMALL
+from regard.masks import Mask
+from regard.stages import Position, Rows
+
+DISTANCES = 64
+LEVELS = "▁▂▃▄▅▆▇█"
+
+BUILT = ("TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer", "Loss")
+"""Protocols whose modules `show` builds, to look at them and to check the options given."""
+
+
+def small(card: Card, own: Mapping[str, Any]) -> nn.Module | None:
+    """A small instance, causal where the card can be; None for what is no layer."""
+    if card.is_function or card.protocol not in BUILT:
+        if card.is_function and own:
+            raise ValueError(f"show: {card.name} is a function; leave its options {sorted(own)} out")
+        for name in own.keys() - card.options.keys():
+            raise ValueError(unknown(f"option of {card.name!r}", name, sorted(card.options)))
+        return None
+    causal = "causal" in card.supports
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the page of trained biases should read the same every time
+        return create(card.name, **SMALL, causal=causal, **{**card.example, **own})
+
+
+def field(module: nn.Module | None) -> Mask | None:
+    """Its receptive field, where it has one that can be drawn."""
+    ask = getattr(module, "receptive_field", None)
+    found = ask() if callable(ask) else None
+    return found if isinstance(found, Mask) else None
+
+
+def picture(module: nn.Module | None, length: int = 24) -> list[str]:
+    """What the mechanism adds by distance if that is free of the data, else which keys a query may see."""
+    if lines := [] if module is None else bias_picture(module):
+        return lines
+    mask = field(module)
+    return [] if mask is None else mask.picture(length).splitlines()
+
+
+def bias_picture(module: nn.Module) -> list[str]:
+    """One line a head: the bias by distance, from 0; [] where there is none, or it reads the data."""
+    position = getattr(module, "position", None)
+    if not isinstance(position, Position) or not position.changes("bias") or position.needs:
+        return []
+    bias, other = _bias(module, position, 0), _bias(module, position, 1)
+    if bias is None or other is None or not torch.equal(bias, other) or float(bias.amin()) == float(bias.amax()):
+        return []
+    # How much of a key's weight is left, on one scale for all heads; the bias itself has no natural bounds.
+    left = (bias - bias.amax(1, keepdim=True)).exp()
+    lines = [f"share of a key's weight left at distance 0 .. {DISTANCES - 1} ({LEVELS[0]} none, {LEVELS[-1]} all)"]
+    for head, row in enumerate(left.tolist()):
+        lines.append(f"head {head}  " + "".join(LEVELS[min(7, int(8 * x))] for x in row))
+    return lines
+
+
+def _bias(module: nn.Module, position: Position, seed: int) -> torch.Tensor | None:
+    """(H, distance), for the last of DISTANCES queries and random data."""
+    H, G, D = (int(getattr(module, name)) for name in ("num_heads", "num_kv_heads", "head_dim"))
+    draw = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(1, H, 1, D, generator=draw), torch.randn(1, G, DISTANCES, D, generator=draw)
+    j = torch.arange(DISTANCES)
+    with torch.no_grad():
+        bias = position.bias(Rows(q=q, k=k, scores=q.new_empty(0), i=j[-1:], j=j))
+    return None if bias is None else bias.expand(1, H, 1, DISTANCES)[0, :, 0].flip(-1)
