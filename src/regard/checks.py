@@ -91,6 +91,7 @@ Axis = tuple[str, str]
 """The kind of an axis ("name", "broadcast", "many", "free" or "size") and its letter."""
 
 
+@functools.lru_cache(maxsize=512)
 def _axes(text: str) -> tuple[Axis, ...]:
     found: list[Axis] = []
     for word in text.split():

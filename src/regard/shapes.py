@@ -39,9 +39,3 @@ def head_shape(
             who, "num_heads", f"is no multiple of num_kv_heads = {G}", num_heads, "key heads that divide query heads"
         )
     return HeadShape(dim, num_heads, G, dim // num_heads if head_dim is None else head_dim)
-
-
-def head_counts(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
-    """Bridge for files in the former form."""
-    shape = head_shape(dim, num_heads, num_kv_heads, head_dim)
-    return shape.num_kv_heads, shape.head_dim

@@ -17,7 +17,7 @@ from regard.integrations.transformers_call import Call
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias, check_mask
 from regard.masks import causal
-from regard.shapes import HeadShape, head_counts
+from regard.shapes import HeadShape, head_shape
 
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         super().__init__()
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("Attention: qk_norm and scale_norm need a norm_layer")
-        _, D = head_counts(dim, num_heads, None, attn_head_dim)
+        D = head_shape(dim, num_heads, None, attn_head_dim, who="Attention").head_dim
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim, self.attn_dim = num_heads, D, num_heads * D
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **at)

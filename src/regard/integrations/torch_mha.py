@@ -19,7 +19,7 @@ from regard.integrations.transformers_call import Call, weights
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias
 from regard.masks import Mask, causal, dense, padding
-from regard.shapes import HeadShape, head_counts
+from regard.shapes import HeadShape, head_shape
 
 
 class MultiheadAttention(nn.Module):
@@ -52,7 +52,7 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         if add_bias_kv or add_zero_attn:
             raise ValueError("MultiheadAttention: add_bias_kv and add_zero_attn are not supported; they must be False")
-        _, D = head_counts(embed_dim, num_heads, None, None)
+        D = head_shape(embed_dim, num_heads, who="MultiheadAttention").head_dim
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, D
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first = dropout, batch_first

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.checks import divides, whole
 from regard.stages import Rows
 
 
@@ -30,14 +29,3 @@ def angles(positions: Int[Tensor, "*b T"], w: Float[Tensor, "half"]) -> Float[Te
 def distances(rows: Rows) -> Float[Tensor, "t s"]:
     """|i - j| as floats of the precision that biases are computed in."""
     return (rows.i.unsqueeze(-1) - rows.j).abs().to(work_dtype(rows.q))
-
-
-def check_int(owner: str, name: str, value: object, least: int = 1) -> None:
-    """Bridge for files in the former form: `regard.checks.whole`."""
-    whole(owner, least, **{name: value})
-
-
-def check_even(owner: str, name: str, value: int) -> None:
-    """Bridge for files in the former form: `whole` and `divides`."""
-    whole(owner, **{name: value})
-    divides(owner, **{"pair": 2, name: value})
