@@ -13,9 +13,9 @@ import torch.nn.functional as F
 import regard
 from benchmarks.goals import goal
 from benchmarks.harness import Benchmark, agree, command, compared, forward_backward, race, share
-from regard.stages import Position, Rows
 from regard.masks import causal
 from regard.positions import Alibi, Kerple
+from regard.stages import Position, Rows
 
 
 def ready_made(position: Position, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ import regard
 from benchmarks.goals import goal
 from benchmarks.harness import Benchmark, Figure, agree, command
 from regard.bench.memory import PeakMemory
-from regard.stages import Position
 from regard.masks import causal
 from regard.positions import Alibi, Kerple
+from regard.stages import Position
 
 POSITIONS: dict[str, type[Alibi] | type[Kerple]] = {"Alibi": Alibi, "Kerple": Kerple}
 

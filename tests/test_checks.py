@@ -69,10 +69,10 @@ def test_divides():
 
 def test_refuse_names_a_module_by_its_mechanism():
     module = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="^Linear: x is wrong"):
+    with pytest.raises(ValueError, match=r"^Linear: x is wrong"):
         refuse(module, "x", "is wrong", 1, "2")
     module.name = "kerple"
-    with pytest.raises(TypeError, match="^kerple: x is wrong"):
+    with pytest.raises(TypeError, match=r"^kerple: x is wrong"):
         refuse(module, "x", "is wrong", 1, "2", error=TypeError)
 
 
@@ -162,19 +162,22 @@ def test_checked_functions():
     assert function.__doc__ == "Products."
 
 
+Q, K, KEEP = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"k": torch.zeros(2, 5, 3)}, ValueError, r"k has the wrong shape \(got \(2, 5, 3\)\); expected \(B = 2, S, D = 4\)"),
+        ({"k": K[..., :3]}, ValueError, r"k has the wrong shape \(got \(2, 5, 3\)\); expected \(B = 2, S, D = 4\)"),
         ({"k": torch.zeros(1, 5, 4)}, ValueError, "k has the wrong shape"),
         ({"q": torch.zeros(3, 4)}, ValueError, r"q has the wrong shape \(got \(3, 4\)\); expected \(B, T, D\)"),
-        ({"q": torch.zeros(2, 3, 4, dtype=torch.long)}, TypeError, "q has the wrong dtype .*torch.int64.* floating point"),
+        ({"q": Q.long()}, TypeError, "q has the wrong dtype .*torch.int64.* floating point"),
         ({"q": np.zeros((2, 3, 4))}, TypeError, r"q has the wrong type \(got ndarray\); expected a Tensor \(B, T, D\)"),
         ({"q": [[1.0]]}, TypeError, "q has the wrong type .got list."),
         ({"q": None}, TypeError, "q has the wrong type .got NoneType."),
         ({"index": torch.zeros(2)}, TypeError, "index has the wrong dtype .*integers"),
         ({"index": torch.zeros(3, dtype=torch.long)}, ValueError, "index has the wrong shape"),
-        ({"keep": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"keep .*\(B = 2, S = 5\) or \(B = 2, 1, 1, S = 5\)"),
+        ({"keep": KEEP[:, :4]}, ValueError, r"keep .*\(B = 2, S = 5\) or \(B = 2, 1, 1, S = 5\)"),
         ({"keep": torch.ones(2, 5)}, TypeError, r"keep has the wrong dtype .*; expected torch.bool$"),
         ({"keep": "all"}, TypeError, "keep has the wrong type .got str.; expected a Tensor .* or Mask"),
     ],

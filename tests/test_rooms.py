@@ -100,7 +100,7 @@ def test_lazy_names_are_there() -> None:
     assert regard.positions.Kerple(4).num_heads == 4
     assert regard.normalizers.Entmax.__module__ == "regard.normalizers.entmax"
     assert "Kerple" in dir(regard.positions)
-    with pytest.raises(AttributeError, match="'regard.positions' has no attribute 'Kerpel'"):
+    with pytest.raises(AttributeError, match=r"'regard.positions' has no attribute 'Kerpel'"):
         _ = regard.positions.Kerpel
 
 

@@ -194,7 +194,7 @@ def _look(
 
 
 Plan = tuple[int, str, tuple[tuple[tuple[Axis, ...], str], ...], tuple[type, ...], bool]
-"""Of one argument: its place (none for a keyword), name, the forms a tensor may have, other types, and whether it may be None."""
+"""Of one argument: its place (none for a keyword), name, forms of a tensor, other types, whether None will do."""
 
 
 def _plan(function: Callable[..., Any]) -> tuple[Plan, ...]:

@@ -9,7 +9,7 @@ it, and what the part itself made of the tokens before the pipeline ran (`Stage.
 
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from jaxtyping import Bool, Float, Int
@@ -69,7 +69,7 @@ class Rows:
     """The tokens behind the queries, for stages that say so in `needs`."""
     context: Float[Tensor, "B s M"] | None = None
     """The tokens behind the keys, likewise."""
-    made: Made = Made()
+    made: Made = field(default_factory=Made)
     """What the stage's own `prepare` gave, cut to these rows and columns."""
 
 

@@ -173,7 +173,7 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     q = normal(0, 1, 2, 5).requires_grad_()
     with pytest.raises(NotImplementedError, match='kernel "triton" has no derivatives; expected kernel="torch"'):
         tree.attend(q, ids, kernel="triton").sum().backward()
-    with pytest.raises(ValueError, match="PrefixTree: kernel is unknown .got 'flash'"):
+    with pytest.raises(ValueError, match=r"PrefixTree: kernel is unknown .got 'flash'"):
         tree.attend(q, ids, kernel="flash")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert kernel.why_not(q.cpu()) == [

@@ -146,7 +146,7 @@ def test_cache_refusals(name: str) -> None:
         module.step(tokens(3, 1), state)
     with pytest.raises(ValueError, match=r"float32.*float64|float64.*float32"):
         module.step(x[:, :1], module.init_state(B, T, dtype=torch.float32))
-    with pytest.raises(TypeError, match="state has the wrong type .*expected the KVCache"):
+    with pytest.raises(TypeError, match=r"state has the wrong type .*expected the KVCache"):
         module.step(x[:, :1], None)
     with pytest.raises(ValueError, match=r"capacity is too small .*expected an int >= 1"):
         module.init_state(B, 0)

@@ -156,5 +156,5 @@ def test_refusals():
         spectral_filter(x, filters, torch.ones(1, 2, 4), length=6)
     with pytest.raises(ValueError, match=r"features is no multiple of heads = 3 \(got 8\)"):
         spectral_filter(x, torch.ones(1, 3, 4), torch.ones(1, 3, 4), length=6)
-    with pytest.raises(ValueError, match=r"no head_dim of its own \(got 3\)"):
+    with pytest.raises(ValueError, match=r"head_dim is none of its options \(got 3\)"):
         regard.create("fftnet", dim=8, num_heads=2, head_dim=3, causal=False)

@@ -171,5 +171,5 @@ def test_refusals():
         made.step(torch.randn(1, 1, 6), None)
     with pytest.raises(ValueError, match=r"x has another batch than the state \(got 1\); expected 2"):
         made.step(torch.randn(1, 1, 6), made.init_state(2, 8))
-    with pytest.raises(ValueError, match=r"no head_dim of its own \(got 3\)"):
+    with pytest.raises(ValueError, match=r"head_dim is none of its options \(got 3\)"):
         regard.create("masked_mixer", dim=8, num_heads=2, head_dim=3, causal=True)

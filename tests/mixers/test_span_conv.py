@@ -177,7 +177,7 @@ def test_bad_options() -> None:
     for name in ("span_conv", "convbert"):
         with pytest.raises(ValueError, match="causal"):
             regard.create(name, dim=24, num_heads=2, causal=True)
-    with pytest.raises(ValueError, match=r"no head_dim of its own \(got 3\); leave it out"):
+    with pytest.raises(ValueError, match=r"head_dim is none of its options \(got 3\)"):
         regard.create("convbert", dim=24, num_heads=2, head_dim=3)
     with pytest.raises(TypeError, match="num_heads"):
         SpanHeads(4, 2.0, 2, 3)

@@ -184,14 +184,14 @@ def test_bad_calls_of_a_layer() -> None:
         layer(x[0])
     with pytest.raises(ValueError, match=r"context has another batch than x \(got 1\); expected 2 sequences"):
         layer(x, x[:1])
-    with pytest.raises(ValueError, match="positions don't fit x .*integers of shape .5,. or .2, 5."):
+    with pytest.raises(ValueError, match=r"positions don't fit x .*integers of shape .5,. or .2, 5."):
         layer(x, positions=torch.arange(4))
-    with pytest.raises(ValueError, match="positions don't fit x .*float32"):
+    with pytest.raises(ValueError, match=r"positions don't fit x .*float32"):
         layer(x, positions=torch.arange(5.0))
-    with pytest.raises(TypeError, match="mask has the wrong type .*Tensor.*expected a Mask of regard.masks"):
+    with pytest.raises(TypeError, match=r"mask has the wrong type .*Tensor.*expected a Mask of regard.masks"):
         regard.Attention(12, 4, mask=torch.ones(5, 5, dtype=torch.bool))
     causal = regard.Attention(12, 4, causal=True)
-    with pytest.raises(TypeError, match="mask has the wrong type .*Tensor.*expected a Mask"):
+    with pytest.raises(TypeError, match=r"mask has the wrong type .*Tensor.*expected a Mask"):
         causal.step(x, causal.init_state(2, 8), mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
 
 

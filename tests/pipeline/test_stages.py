@@ -191,8 +191,7 @@ def test_every_kernel_that_can_agrees(case):
         made = layer(case, kernel=name)
         try:
             got = run(made, x)
-        except (ValueError, NotImplementedError) as error:
-            assert str(error)
+        except (ValueError, NotImplementedError):
             continue
         able.append(name)
         close_all(got, want)
@@ -226,7 +225,7 @@ def test_chunks_are_cut_right(monkeypatch):
 def test_functions_have_no_tokens():
     q = torch.randn(1, H, T, D)
     for slots in ({"position": ForgetGate()}, {"position": TokenBias()}, {"score_mix": MadeMix()}):
-        with pytest.raises(ValueError, match="reads the tokens behind q and k; use it in regard.Attention"):
+        with pytest.raises(ValueError, match=r"reads the tokens behind q and k; use it in regard.Attention"):
             regard.attention(q, q, q, **slots)
     got = regard.attention(q, q, q, score=Distance())
     weights = (-torch.cdist(q, q).square() * D**-0.5).softmax(-1)
@@ -245,7 +244,7 @@ def test_a_score_is_told_to_no_fused_kernel():
 def test_slots_agree_wherever_they_are_declared():
     assert tuple(SLOTS) == tuple(Slots.__annotations__)
     assert set(InnerSlots.__annotations__) <= set(SLOTS)
-    assert set(IN_KERNELS) == {f for f in Filled.__dataclass_fields__}
+    assert set(IN_KERNELS) == set(Filled.__dataclass_fields__)
     assert {*IN_KERNELS, "selector"} == set(InnerSlots.__annotations__)
     assert not set(BEYOND) & set(SLOTS)
     for name, hint in typing.get_type_hints(InnerSlots).items():
@@ -271,9 +270,9 @@ def test_every_slot_reaches_everything(name):
 
 def test_unknown_slots_are_named():
     q = torch.randn(1, 1, 2, 2)
-    with pytest.raises(TypeError, match="attention: there is no argument or slot 'positon'.*did you mean 'position'"):
+    with pytest.raises(TypeError, match=r"attention: there is no argument or slot 'positon'.*did you mean 'position'"):
         regard.attention(q, q, q, positon=None)
-    with pytest.raises(TypeError, match="Attention: there is no argument or slot 'gates'.*did you mean 'gate'"):
+    with pytest.raises(TypeError, match=r"Attention: there is no argument or slot 'gates'.*did you mean 'gate'"):
         Attention(M, H, gates=None)
 
 

@@ -25,9 +25,8 @@ def check_streams(layer: "Attention") -> None:
         refuse(layer, "causal", "is off, and this layer sees later tokens", False, "a layer built with causal=True")
     for part in (layer.position, layer.selector):
         if part is not None and not part.streams:
-            raise ValueError(
-                f"{called(layer)}: {type(part).__name__} reads the whole length, so cached keys go stale; it can't stream"
-            )
+            why = "reads the whole length, so cached keys go stale"
+            raise ValueError(f"{called(layer)}: {type(part).__name__} {why}; it can't stream")
 
 
 def init_state(
