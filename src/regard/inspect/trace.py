@@ -86,8 +86,8 @@ class Trace:
     def rollout(
         self, *, side: str | None = None, residual: float = 0.5, heads: Literal["mean", "max", "min"] = "mean"
     ) -> Float[Tensor, "L B T T"]:
-        """Attention rollout after each self-attention layer; see `regard.inspect.rollout`."""
-        from regard.inspect.rollout import attention_rollout
+        """Attention rollout after each self-attention layer; see `regard.inspect.analyses.rollout`."""
+        from regard.inspect.analyses.rollout import attention_rollout
 
         return attention_rollout(self._stacked(side), residual=residual, heads=heads)
 
@@ -99,16 +99,16 @@ class Trace:
         layers: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
     ) -> Float[Tensor, "L B R T"]:
-        """Attention flow after each self-attention layer; see `regard.inspect.flow`."""
-        from regard.inspect.flow import attention_flow
+        """Attention flow after each self-attention layer; see `regard.inspect.analyses.flow`."""
+        from regard.inspect.analyses.flow import attention_flow
 
         return attention_flow(self._stacked(side), residual=residual, layers=layers, rows=rows)
 
     def relevance(
         self, gradients: Sequence[Float[Tensor, "B H T T"]], *, side: str | None = None
     ) -> Float[Tensor, "B T T"]:
-        """Gradient relevancy, given the gradients of what is explained by each map; see `regard.inspect.relevance`."""
-        from regard.inspect.relevance import self_relevance
+        """Gradient relevancy, given the gradients of what is explained by each map; see `regard.inspect.analyses.relevance`."""
+        from regard.inspect.analyses.relevance import self_relevance
 
         return self_relevance(list(zip(self._stacked(side), gradients, strict=True)))
 

@@ -162,7 +162,7 @@ def _paint(
     chunks: Chunks,
 ) -> list[Facts]:
     """Packs the rollout of each stack that attends to itself, and the maps that were handed in."""
-    from regard.inspect.rollout import attention_rollout
+    from regard.inspect.analyses.rollout import attention_rollout
 
     painted: list[tuple[str, int, Float[Tensor, "B T S"]]] = []
     for side in dict.fromkeys(x.side for x in trace.layers if x.kind == "self"):

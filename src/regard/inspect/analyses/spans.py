@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect._maps import all_heads
+from regard.inspect.analyses._maps import all_heads
 
 Span = tuple[int, int | None]
 """From the first token to before the last, as in slices: (-1, None) is the last token."""
@@ -85,7 +85,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*H*T*S", ""),
         claim="Some heads' last token keeps to the instruction: a head that reads the marked span is told from all "
-        "others in tests/inspect/test_spans.py.",
+        "others in tests/inspect/analyses/test_spans.py.",
         verified="reconstructed",
     )
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.inspect.naive_head_importance import (
+from tests.inspect.analyses.naive_head_importance import (
     naive_gate_importance,
     naive_normalised,
     naive_pruned,
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from laws.subject import close
-from regard.inspect.head_importance import (
+from regard.inspect.analyses.head_importance import (
     ablate,
     gate_importance,
     head_importance,
@@ -26,7 +26,7 @@ from regard.inspect.head_importance import (
 )
 from regard.integrations.transformers import scale_heads
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "B029.npz"
+VECTORS = Path(__file__).parents[2] / "vectors" / "B029.npz"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect.rollout import passed_on
+from regard.inspect.analyses.rollout import passed_on
 
 SCALE = 2**30
 """The flow of one source is at most its capacity, about 1: it stays below 2^31, the greatest of scipy's integers."""
@@ -113,7 +113,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*T**4", ""),
         claim="Complements rollout: on a path 3 -> 1 -> 0 token 3 gets 8 times the flow of unrelated tokens, in "
-        "tests/inspect/test_flow.py.",
+        "tests/inspect/analyses/test_flow.py.",
         verified="third-party",
     )
 )

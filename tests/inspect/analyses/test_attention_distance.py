@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tests.inspect.naive_attention_distance import naive_aligned, naive_distance
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.naive_attention_distance import naive_aligned, naive_distance
+from tests.inspect.analyses.test_rollout import maps
 
 from laws.subject import close
-from regard.inspect.attention_distance import aligned_maps, attention_distance
+from regard.inspect.analyses.attention_distance import aligned_maps, attention_distance
 
 
 def test_by_hand() -> None:

@@ -178,7 +178,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*T*M", ""),
         claim="Attention concentrates on the tokens of massive activations: with a planted one it does, and without it "
-        "no more, in tests/inspect/test_massive_activations.py.",
+        "no more, in tests/inspect/analyses/test_massive_activations.py.",
         verified="reconstructed",
     )
 )

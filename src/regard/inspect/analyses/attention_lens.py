@@ -128,7 +128,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*T*H*M*V", ""),
         claim="Heads play specialised roles that a lens reveals: where one head of three copies, its lens names "
-        "the token, in tests/inspect/test_attention_lens.py.",
+        "the token, in tests/inspect/analyses/test_attention_lens.py.",
         verified="reconstructed",
     )
 )

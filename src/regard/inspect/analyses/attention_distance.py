@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect._maps import checked
+from regard.inspect.analyses._maps import checked
 
 Grid = tuple[int, int] | None
 """Height and width in patches; None for a sequence."""
@@ -108,7 +108,7 @@ CARD = register(
         protocol="Analysis",
         supports=frozenset(),
         cost=Cost("2*B*H*T**2", ""),
-        claim="Heads are local or global, and it can be measured: tests/inspect/test_attention_distance.py on heads of "
+        claim="Heads are local or global, and it can be measured: tests/inspect/analyses/test_attention_distance.py on heads of "
         "known reach.",
         differs=(
             "Distances are in patches, times the size of a patch, where the authors' are on the unit square.",

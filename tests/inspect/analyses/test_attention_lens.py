@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.inspect.naive_attention_lens import naive_kl, naive_lens
+from tests.inspect.analyses.naive_attention_lens import naive_kl, naive_lens
 from torch import Tensor, nn
 
 from laws.subject import close
-from regard.inspect.attention_lens import AttentionLens, fit_lens, head_contributions, lens_loss
+from regard.inspect.analyses.attention_lens import AttentionLens, fit_lens, head_contributions, lens_loss
 
 
 def test_by_hand() -> None:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from tests.inspect.minilm import minilm, needs_minilm
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from laws.subject import close
-from regard.inspect.attention_distance import aligned_maps
-from regard.inspect.offset_heads import offset_heads
+from regard.inspect.analyses.attention_distance import aligned_maps
+from regard.inspect.analyses.offset_heads import offset_heads
 
 
 def shifted(grid: tuple[int, int], step: tuple[int, int], extra: int = 0) -> Tensor:

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from sklearn.manifold import smacof
-from tests.inspect.naive_head_behaviour import naive_distances, naive_entropy, naive_mass, naive_offset
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.naive_head_behaviour import naive_distances, naive_entropy, naive_mass, naive_offset
+from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 
 from laws.subject import close
-from regard.inspect.head_behaviour import (
+from regard.inspect.analyses.head_behaviour import (
     attention_at_offset,
     attention_entropy,
     attention_mass,
@@ -73,7 +73,7 @@ def test_equals_the_loops(attention: list[Tensor]) -> None:
 
 def test_large_tables_are_summed_in_parts(attention: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = head_distances(attention)
-    monkeypatch.setattr("regard.inspect.head_behaviour.ELEMENTS", 100)
+    monkeypatch.setattr("regard.inspect.analyses.head_behaviour.ELEMENTS", 100)
     close(head_distances(attention), whole)
 
 

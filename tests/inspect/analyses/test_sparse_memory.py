@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.inspect.naive_sparse_memory import drawn_caps, naive_beta, naive_intersection, naive_weights
+from tests.inspect.analyses.naive_sparse_memory import drawn_caps, naive_beta, naive_intersection, naive_weights
 
 from laws.subject import close
-from regard.inspect.sparse_memory import (
+from regard.inspect.analyses.sparse_memory import (
     cap_intersection,
     circle_intersection,
     fitted_beta,

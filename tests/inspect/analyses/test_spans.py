@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.inspect.naive_spans import naive_span
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.naive_spans import naive_span
+from tests.inspect.analyses.test_rollout import maps
 
 from laws.subject import close
-from regard.inspect.spans import span_attention, spans_of
+from regard.inspect.analyses.spans import span_attention, spans_of
 
 
 def test_by_hand() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.inspect.naive_lookback import naive_lookback
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.naive_lookback import naive_lookback
+from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 
 from laws.subject import close
-from regard.inspect.lookback import (
+from regard.inspect.analyses.lookback import (
     LookbackLens,
     fit_lookback_lens,
     lookback_ratio,
@@ -19,7 +19,7 @@ from regard.inspect.lookback import (
     window_features,
 )
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "B133.npz"
+VECTORS = Path(__file__).parents[2] / "vectors" / "B133.npz"
 
 
 def vectors(case: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect.attention_distance import Grid, _by_displacement, displaced, placed
+from regard.inspect.analyses.attention_distance import Grid, _by_displacement, displaced, placed
 
 
 class OffsetHeads(NamedTuple):
@@ -91,7 +91,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*H*T**2", ""),
         claim="There are heads that attend to an adjacent token in a fixed direction; they are told from local and "
-        "from even ones in tests/inspect/test_offset_heads.py.",
+        "from even ones in tests/inspect/analyses/test_offset_heads.py.",
         differs=(
             "The share and its threshold are this library's; the authors look at the maps.",
             "Mean offsets are in patches, theirs in sides of the grid.",

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.inspect.naive_attention_probe import naive_head_accuracy, naive_loss, naive_probe
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.naive_attention_probe import naive_head_accuracy, naive_loss, naive_probe
+from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 
 from laws.subject import close
-from regard.inspect.attention_probe import (
+from regard.inspect.analyses.attention_probe import (
     NO_WORD,
     AttentionProbe,
     ProbeBatch,

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect._maps import all_heads, marks
+from regard.inspect.analyses._maps import all_heads, marks
 
 NO_WORD = -100
 """The label of a token that has no head to find: padding, delimiters, words left out."""
@@ -188,7 +188,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("2*B*H*T**2", ""),
         claim="Attention maps hold much of the syntax: planted heads are found by the probe, and words tell which of "
-        "them to trust, in tests/inspect/test_attention_probe.py.",
+        "them to trust, in tests/inspect/analyses/test_attention_probe.py.",
         differs=("The root's zero vector is in the root's column; in the authors' notebook it is in the last one.",),
         verified="reconstructed",
     )

@@ -148,7 +148,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*H*T*S*D", ""),
         claim="A softmax approximates the memory's read: within the radius its log has a correlation above 0.99 "
-        "with the cosine, in tests/inspect/test_sparse_memory.py.",
+        "with the cosine, in tests/inspect/analyses/test_sparse_memory.py.",
         differs=(
             "The slope is the plain least-squares one, without the code's factor (n + 1) / n.",
             "Caps are given as shares of the sphere.",

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.inspect.naive_attention_distance import naive_cka
+from tests.inspect.analyses.naive_attention_distance import naive_cka
 
 from laws.subject import close
-from regard.inspect.representation_similarity import representation_similarity
+from regard.inspect.analyses.representation_similarity import representation_similarity
 
 
 def test_equals_the_loops() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, number
-from regard.inspect._maps import checked
+from regard.inspect.analyses._maps import checked
 
 CARD = Card(
     "attention_rollout",
@@ -31,7 +31,7 @@ P_0 = R_0        P_l = R_l P_(l-1)""",
     supports=(),
     cost=Cost("B*T**3", ""),
     claim="Finds what raw attention misses: on a path 3 -> 1 -> 0 it lifts token 3 about 9 times over unrelated "
-    "tokens, in tests/inspect/test_rollout.py.",
+    "tokens, in tests/inspect/analyses/test_rollout.py.",
     differs=(
         "The greatest or the least head may stand for a layer, as in later uses on images; a query that sees nothing "
         "keeps itself alone.",

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.inspect.naive_relevance import NaiveStreams, naive_normalised, naive_self, naive_weighted
+from tests.inspect.analyses.naive_relevance import NaiveStreams, naive_normalised, naive_self, naive_weighted
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from laws.subject import close
-from regard.inspect.relevance import (
+from regard.inspect.analyses.relevance import (
     Relevance,
     attention_gradients,
     encoder_decoder_relevance,
@@ -19,7 +19,7 @@ from regard.inspect.relevance import (
     weighted_attention,
 )
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "B150.npz"
+VECTORS = Path(__file__).parents[2] / "vectors" / "B150.npz"
 Pair = tuple[Tensor, Tensor]
 
 

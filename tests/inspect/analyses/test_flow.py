@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from scipy.optimize import linprog
-from tests.inspect.naive_rollout import naive_flow, naive_steps
-from tests.inspect.test_rollout import maps, path, vectors
+from tests.inspect.analyses.naive_rollout import naive_flow, naive_steps
+from tests.inspect.analyses.test_rollout import maps, path, vectors
 from torch import Tensor
 
 from laws.subject import close
-from regard.inspect.flow import attention_flow
-from regard.inspect.rollout import attention_rollout
+from regard.inspect.analyses.flow import attention_flow
+from regard.inspect.analyses.rollout import attention_rollout
 
 
 def program(steps: list[list[list[float]]], source: int, sink: int) -> float:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect._maps import all_heads, marks
+from regard.inspect.analyses._maps import all_heads, marks
 
 Maps = Sequence[Float[Tensor, "B H T T"]]
 Tokens = Bool[Tensor, "B T"] | None
@@ -202,7 +202,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*H**2*T**2", ""),
         claim="Heads attend to delimiters, to fixed offsets or broadly: heads made so are told apart in "
-        "tests/inspect/test_head_behaviour.py.",
+        "tests/inspect/analyses/test_head_behaviour.py.",
         differs=(
             "Padding is left out by `valid`.",
             "Heads are embedded by SMACOF from classical scaling, not from random starts.",

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.inspect.naive_rollout import naive_rollout
+from tests.inspect.analyses.naive_rollout import naive_rollout
 from torch import Tensor
 
 from laws.subject import close
-from regard.inspect.rollout import attention_rollout
+from regard.inspect.analyses.rollout import attention_rollout
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "A175.npz"
+VECTORS = Path(__file__).parents[2] / "vectors" / "A175.npz"
 
 
 def vectors(case: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard._former import Card, Cost, Paper, register
-from regard.inspect._maps import all_heads
+from regard.inspect.analyses._maps import all_heads
 
 
 def lookback_ratio(
@@ -138,7 +138,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*H*T*S", ""),
         claim="A linear classifier of ratios tells faithful from invented text: heads that copy against those that go "
-        "on by themselves, in tests/inspect/test_lookback.py.",
+        "on by themselves, in tests/inspect/analyses/test_lookback.py.",
         verified="third-party",
     )
 )

@@ -184,7 +184,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*H*T*D", ""),
         claim="Heads can go without retraining: the least important quarter of a small model costs little, the most "
-        "important one more, in tests/inspect/test_head_importance.py.",
+        "important one more, in tests/inspect/analyses/test_head_importance.py.",
         verified="third-party",
     )
 )

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tests.inspect.naive_massive_activations import naive_bias, naive_massive
-from tests.inspect.test_rollout import maps
+from tests.inspect.analyses.naive_massive_activations import naive_bias, naive_massive
+from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from laws.subject import close
-from regard.inspect.head_behaviour import attention_mass
-from regard.inspect.massive_activations import (
+from regard.inspect.analyses.head_behaviour import attention_mass
+from regard.inspect.analyses.massive_activations import (
     attention_bias,
     block_outputs,
     blocks_of,

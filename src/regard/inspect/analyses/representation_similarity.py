@@ -86,7 +86,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("N**2*M", ""),
         claim="Representations of different models compare: 1 under rotation and scale, near 0 for unrelated features, "
-        "in tests/inspect/test_representation_similarity.py.",
+        "in tests/inspect/analyses/test_representation_similarity.py.",
         differs=("Gram matrices are not scaled by their greatest entry before they are summed over batches.",),
         verified="reconstructed",
     )

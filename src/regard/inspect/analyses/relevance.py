@@ -202,7 +202,7 @@ CARD = register(
         supports=frozenset(),
         cost=Cost("B*T**2*S", ""),
         claim="One method for self-, co- and encoder-decoder attention; a token that decides the class by construction "
-        "is ranked first in tests/inspect/test_relevance.py.",
+        "is ranked first in tests/inspect/analyses/test_relevance.py.",
         differs=("A row without relevance is normalised to 0, where some of the authors' scripts give NaN.",),
         verified="third-party",
     )
