@@ -1,14 +1,6 @@
-"""How far each head looks: the mean distance of what it attends to, on an image's patches or along a sequence.
+"""Attention distance: how far each head looks, on an image's patches or along a sequence.
 
-    distance = mean_i sum_j A_ij |p_i - p_j|        aligned[d] = 1/T sum_i A_(i, j) with p_j - p_i = d
-
-p are the places of patches on the grid, or of tokens in the sequence. Tokens that have no place, such as [CLS], are
-left out first, and rows divided by what is left.
-Walmer, Suri, Gupta, Shrivastava 2022, "Teaching Matters: Investigating the Role of Supervision in Vision Transformers"
-(https://arxiv.org/abs/2212.03862): abstract and the authors' code read (analysis/attention_metrics.py); the distance is
-that of Raghu et al. 2021.
-Differs from the code: distances are in patches (times `patch`), theirs on the unit square, patch = 1 / (side - 1); a
-grid need not be square; aligned maps are means over images, where theirs are sums over a batch's images.
+Tokens that have no place, such as [CLS], are left out first, and rows divided by what is left.
 """
 
 from collections.abc import Sequence
@@ -17,8 +9,36 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
-from regard.inspect.analyses._maps import checked
+from regard.cards import Card, Cost, Paper
+from regard.checks import number, refuse, whole
+from regard.inspect.analyses._maps import each_layer
+
+CARD = Card(
+    "attention_distance",
+    equation="""distance = mean_i sum_j A_ij |p_i - p_j|        aligned[d] = 1/T sum_i A_(i, j) with p_j - p_i = d
+p: the places of patches on the grid, or of tokens in the sequence""",
+    papers=(
+        Paper(
+            "Teaching Matters: Investigating the Role of Supervision in Vision Transformers",
+            "Walmer, Suri, Gupta, Shrivastava",
+            2022,
+            "2212.03862",
+            "abstract; the authors' code (analysis/attention_metrics.py), whose distance is that of Raghu et al. 2021",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("2*B*H*T**2", ""),
+    claim="Heads are local or global, and it can be measured: tests/inspect/analyses/test_attention_distance.py on "
+    "heads of known reach.",
+    differs=(
+        "Distances are in patches, times the size of a patch, where the authors' are on the unit square, patch = "
+        "1 / (side - 1).",
+        "A grid need not be square.",
+        "Aligned maps are means over images, where the authors' code sums over a batch's images.",
+    ),
+    verified="reconstructed",
+)
 
 Grid = tuple[int, int] | None
 """Height and width in patches; None for a sequence."""
@@ -28,20 +48,22 @@ def placed(
     name: str, attention: Sequence[Float[Tensor, "B _H T T"]], grid: Grid, extra_tokens: int
 ) -> tuple[list[Float[Tensor, "B _H P P"]], Int[Tensor, "P 2"]]:
     """Maps among tokens that have a place, rows divided by their sums, and the places (y, x)."""
-    maps = checked(name, attention, square=True)
+    maps = each_layer(name, attention, "B _H T T")
+    whole(name, 0, extra_tokens=extra_tokens)
     left = maps[0].shape[-1] - extra_tokens
     Y, X = (1, left) if grid is None else grid
-    if extra_tokens < 0 or left < 1 or min(Y, X) < 1 or left != Y * X:
-        raise ValueError(
-            f"{name}: {maps[0].shape[-1]} tokens, extra_tokens {extra_tokens} and grid {grid} do not fit; expected "
-            "extra_tokens + height * width tokens"
+    if min(Y, X) < 1 or left != Y * X:
+        wanted = (
+            "one at least behind the extra ones" if grid is None else f"extra_tokens + {Y} * {X}, as grid is {grid}"
         )
+        refuse(name, f"tokens with extra_tokens = {extra_tokens}", "do not fit", left + extra_tokens, wanted)
     kept = [one[:, :, extra_tokens:, extra_tokens:] for one in maps]
     sums = [one.sum(-1, keepdim=True) for one in kept]
     at = torch.arange(left, device=maps[0].device)
     return [a / s.masked_fill(s == 0, 1) for a, s in zip(kept, sums, strict=True)], torch.stack([at // X, at % X], 1)
 
 
+@CARD.function
 def attention_distance(
     attention: Sequence[Float[Tensor, "B _H T T"]], *, grid: Grid = None, extra_tokens: int = 0, patch: float = 1.0
 ) -> tuple[Float[Tensor, "B _H"], ...]:
@@ -55,8 +77,7 @@ def attention_distance(
     Raises:
         ValueError, TypeError: maps that are not (B, H, T, T) floats, a grid that does not fit.
     """
-    if not patch > 0:
-        raise ValueError(f"attention_distance: patch must be > 0 (got {patch})")
+    number("attention_distance", above=0, patch=patch)
     maps, places = placed("attention_distance", attention, grid, extra_tokens)
     far = patch * torch.cdist(places.to(maps[0]), places.to(maps[0]), compute_mode="donot_use_mm_for_euclid_dist")
     return tuple((one * far).sum(-1).mean(-1) for one in maps)
@@ -73,47 +94,19 @@ def aligned_maps(
         grid, extra_tokens: as in `attention_distance`; a sequence gives one row (1, 2 T - 1).
     """
     maps, places = placed("aligned_maps", attention, grid, extra_tokens)
-    return tuple(_by_displacement(one.mean(0), places) / len(places) for one in maps)
+    return tuple(by_displacement(one.mean(0), places) / len(places) for one in maps)
 
 
 def displaced(places: Int[Tensor, "P 2"]) -> Float[Tensor, "U V"]:
     """How many queries have a token at each displacement."""
     P = len(places)
-    return _by_displacement(torch.ones(1, P, P, device=places.device, dtype=torch.float64), places)[0]
+    return by_displacement(torch.ones(1, P, P, device=places.device, dtype=torch.float64), places)[0]
 
 
-def _by_displacement(maps: Float[Tensor, "H P P"], places: Int[Tensor, "P 2"]) -> Float[Tensor, "H U V"]:
+def by_displacement(maps: Float[Tensor, "H P P"], places: Int[Tensor, "P 2"]) -> Float[Tensor, "H U V"]:
     """Sums of all pairs (query, key) that are the same step apart."""
     Y, X = (places.amax(0) + 1).tolist()
     step = places - places[:, None] + torch.tensor([Y - 1, X - 1], device=places.device)
     index = (step[..., 0] * (2 * X - 1) + step[..., 1]).flatten()
     sums = maps.new_zeros(len(maps), (2 * Y - 1) * (2 * X - 1))
     return sums.index_add(1, index, maps.flatten(1)).unflatten(1, (2 * Y - 1, 2 * X - 1))
-
-
-CARD = register(
-    Card(
-        name="attention_distance",
-        family="inspect",
-        gist="How far each head looks on an image or in a sequence; mean maps around the query.",
-        equation="distance = mean_i sum_j A_ij |p_i - p_j|        aligned[d] = 1/T sum_i A_(i, j) with p_j - p_i = d",
-        paper=Paper(
-            "Teaching Matters: Investigating the Role of Supervision in Vision Transformers",
-            "Walmer, Suri, Gupta, Shrivastava",
-            2022,
-            "2212.03862",
-            "abstract; the authors' code",
-        ),
-        build=attention_distance,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("2*B*H*T**2", ""),
-        claim="Heads are local or global, and it can be measured: tests/inspect/analyses/test_attention_distance.py on heads of "
-        "known reach.",
-        differs=(
-            "Distances are in patches, times the size of a patch, where the authors' are on the unit square.",
-            "Aligned maps are means over images, where the authors' code sums over a batch's images.",
-        ),
-        verified="reconstructed",
-    )
-)

@@ -1,13 +1,7 @@
 """Attention lens: what each attention head says, in the words of the vocabulary.
 
-    logits = sum_h (W_h o_h + b_h)        o_h (M,): head h's part of the attention output, after the output projection
-    loss = KL(model's softmax || softmax(logits)) at the last position
-
-W_h starts as the model's unembedding; a lens is fitted for one layer at a time. Then W_h o_h + b_h is what head h says.
-Sakarvadia, Khan, Ajith, Grzenda, Hudson, Bauer, Chard, Foster 2023, "Attention Lens: A Tool for Mechanistically
-Interpreting the Attention Head Information Retrieval Mechanism" (https://arxiv.org/abs/2310.16270): abstract and the
-authors' code read (lensA.py, lightning_lens.py). A lens has H M V weights: 0.5 billion for GPT-2's 12 heads.
-Differs from the code: which positions count is up to the caller (`mask`); theirs is the last, be it padding or not.
+W_h starts as the model's unembedding, and a lens is fitted for one layer at a time; then W_h o_h + b_h is what head h
+says. A lens has H M V weights: 0.5 billion for GPT-2's 12 heads.
 """
 
 from collections.abc import Iterable
@@ -17,9 +11,34 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, fits, number, whole
+
+CARD = Card(
+    "attention_lens",
+    equation="""logits = sum_h (W_h o_h + b_h)        o_h (M,): head h's part of the output, after the output projection
+loss = KL(model's softmax || softmax(logits)) at the last position""",
+    papers=(
+        Paper(
+            "Attention Lens: A Tool for Mechanistically Interpreting the Attention Head Information Retrieval "
+            "Mechanism",
+            "Sakarvadia et al.",
+            2023,
+            "2310.16270",
+            "abstract; the authors' code (lensA.py, lightning_lens.py)",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*T*H*M*V", ""),
+    claim="Heads play specialised roles that a lens reveals: where one head of three copies, its lens names "
+    "the token, in tests/inspect/analyses/test_attention_lens.py.",
+    differs=("Which positions count is up to the caller (`mask`); the code takes the last, be it padding or not.",),
+    verified="reconstructed",
+)
 
 
+@checked()
 def head_contributions(outputs: Float[Tensor, "B H T V"], weight: Float[Tensor, "M N"]) -> Float[Tensor, "B T H M"]:
     """What each head adds to the residual stream, but for the projection's bias.
 
@@ -28,11 +47,7 @@ def head_contributions(outputs: Float[Tensor, "B H T V"], weight: Float[Tensor, 
         weight: of the output projection, as nn.Linear has it: N = H V columns, head by head.
     """
     H, V = outputs.shape[1], outputs.shape[3]
-    if outputs.dim() != 4 or weight.dim() != 2 or weight.shape[1] != H * V:
-        raise ValueError(
-            f"head_contributions: outputs {tuple(outputs.shape)} and weight {tuple(weight.shape)} do not fit; expected "
-            f"(B, H, T, V) and (M, H V)"
-        )
+    fits("head_contributions", "M N", {"N": H * V}, weight=weight)
     return torch.einsum("bhtv,mhv->bthm", outputs, weight.unflatten(1, (H, V)).to(outputs.dtype))
 
 
@@ -45,15 +60,12 @@ class AttentionLens(nn.Module):
         bias: likewise, (V,); default 0.
     """
 
+    @checked()
     def __init__(
         self, num_heads: int, unembedding: Float[Tensor, "V M"], *, bias: Float[Tensor, "V"] | None = None
     ) -> None:
         super().__init__()
-        if num_heads < 1 or unembedding.dim() != 2 or (bias is not None and bias.shape != unembedding.shape[:1]):
-            raise ValueError(
-                f"AttentionLens: {num_heads} heads, unembedding {tuple(unembedding.shape)} and bias "
-                f"{None if bias is None else tuple(bias.shape)} do not fit; expected one head at least, (V, M) and (V,)"
-            )
+        whole(self, num_heads=num_heads)
         start = unembedding.new_zeros(len(unembedding)) if bias is None else bias
         self.weight = nn.Parameter(unembedding.detach().repeat(num_heads, 1, 1))
         self.bias = nn.Parameter(start.detach().repeat(num_heads, 1))
@@ -61,8 +73,7 @@ class AttentionLens(nn.Module):
     def heads(self, contributions: Float[Tensor, "*b H M"]) -> Float[Tensor, "*b H V"]:
         """The logits of each head by itself."""
         H, _, M = self.weight.shape
-        if contributions.shape[-2:] != (H, M):
-            raise ValueError(f"AttentionLens: heads have shape {tuple(contributions.shape)}; expected (..., {H}, {M})")
+        fits(self, "*b H M", {"H": H, "M": M}, contributions=contributions)
         return torch.einsum("...hm,hvm->...hv", contributions.to(self.weight.dtype), self.weight) + self.bias
 
     def forward(self, contributions: Float[Tensor, "*b H M"]) -> Float[Tensor, "*b V"]:
@@ -71,23 +82,22 @@ class AttentionLens(nn.Module):
 
     def words(self, contributions: Float[Tensor, "*b H M"], *, top: int = 5) -> Int[Tensor, "*b H K"]:
         """The vocabulary's entries that each head speaks for most."""
-        if not 1 <= top <= self.weight.shape[1]:
-            raise ValueError(f"AttentionLens: top must be from 1 to {self.weight.shape[1]} (got {top})")
+        whole(self, most=self.weight.shape[1], top=top)
         with torch.no_grad():
             return self.heads(contributions).topk(top).indices
 
 
+@checked()
 def lens_loss(
     logits: Float[Tensor, "*b V"], model: Float[Tensor, "*b V"], *, mask: Bool[Tensor, "*b"] | None = None
 ) -> Float[Tensor, ""]:
     """KL(model || lens), mean over the positions that `mask` keeps."""
-    if logits.shape != model.shape:
-        raise ValueError(f"lens_loss: logits {tuple(logits.shape)} and model {tuple(model.shape)} must be alike")
     lens, wanted = logits.log_softmax(-1), model.to(logits).log_softmax(-1)
     each = F.kl_div(lens, wanted, reduction="none", log_target=True).sum(-1)
     return each.mean() if mask is None else each[mask].mean()
 
 
+@CARD.function
 def fit_lens(
     lens: AttentionLens,
     batches: Iterable[tuple[Float[Tensor, "*b H M"], Float[Tensor, "*b V"]]],
@@ -96,8 +106,8 @@ def fit_lens(
     lr: float = 1e-3,
 ) -> list[float]:
     """Adam on the loss, over batches of (head contributions, the model's own logits); the losses of all steps."""
-    if epochs < 1 or not lr > 0:
-        raise ValueError(f"fit_lens: epochs and lr must be positive (got {epochs}, {lr})")
+    whole("fit_lens", epochs=epochs)
+    number("fit_lens", above=0, lr=lr)
     data, adam, losses = list(batches), torch.optim.Adam(lens.parameters(), lr=lr), []
     for _ in range(epochs):
         for contributions, model in data:
@@ -107,28 +117,3 @@ def fit_lens(
             adam.step()
             losses.append(float(loss.detach()))
     return losses
-
-
-CARD = register(
-    Card(
-        name="attention_lens",
-        family="inspect",
-        gist="What each attention head says, read by a linear map to the vocabulary.",
-        equation="logits = sum_h (W_h o_h + b_h)        loss = KL(model || softmax(logits)) at the last position",
-        paper=Paper(
-            "Attention Lens: A Tool for Mechanistically Interpreting the Attention Head Information Retrieval "
-            "Mechanism",
-            "Sakarvadia et al.",
-            2023,
-            "2310.16270",
-            "abstract; the authors' code",
-        ),
-        build=fit_lens,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*T*H*M*V", ""),
-        claim="Heads play specialised roles that a lens reveals: where one head of three copies, its lens names "
-        "the token, in tests/inspect/analyses/test_attention_lens.py.",
-        verified="reconstructed",
-    )
-)

@@ -1,16 +1,7 @@
 """Attention probes: how much of a sentence's syntax its attention maps hold.
 
-    attention only          score(i, j) = sum_k w_k A^k_ij + u_k A^k_ji        k over all heads of all layers
-    attention and words     w and u are linear in the words' vectors: W (v_i + v_j) + b, + for joining
-    root                    A^k_(i, root) = s A^k_(i, [CLS]) + e A^k_(i, [SEP])
-    p(head of i is j) = softmax_j score(i, j), j over the words and the root
-
-Clark, Khandelwal, Levy, Manning 2019, "What Does BERT Look At? An Analysis of BERT's Attention"
-(https://arxiv.org/abs/1906.04341), sections 4 and 5: abstract and the authors' code read (Syntax_Analysis.ipynb). Only
-the probe is trained; words' vectors stay fixed. Words are what has one token each: join word pieces first, weights on
-a word summed, weights of a word averaged.
-Differs from the code: the zeros that stand for the root's vector are in the root's column; in the notebook the scores
-have the root first and the vectors have it last, so that each word is scored with the next one's vector.
+Only the probe is trained; words' vectors stay fixed. Words are what has one token each: join word pieces first, weights
+on a word summed, weights of a word averaged.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,8 +12,36 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import choice, fits, number, refuse, whole
 from regard.inspect.analyses._maps import all_heads, marks
+
+CARD = Card(
+    "attention_probe",
+    equation="""p(head of i is j) = softmax_j score(i, j), j over the words and the root
+attention only         score(i, j) = sum_k w_k A^k_ij + u_k A^k_ji        k over all heads of all layers
+attention and words    w and u are linear in the words' vectors: W (v_i + v_j) + b, + for joining
+root                   A^k_(i, root) = s A^k_(i, [CLS]) + e A^k_(i, [SEP])""",
+    papers=(
+        Paper(
+            "What Does BERT Look At? An Analysis of BERT's Attention",
+            "Clark, Khandelwal, Levy, Manning",
+            2019,
+            "1906.04341",
+            "abstract; the authors' code of sections 4 and 5 (Syntax_Analysis.ipynb)",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("2*B*H*T**2", ""),
+    claim="Attention maps hold much of the syntax: planted heads are found by the probe, and words tell which of "
+    "them to trust, in tests/inspect/analyses/test_attention_probe.py.",
+    differs=(
+        "The zeros that stand for the root's vector are in the root's column; in the authors' notebook the scores have "
+        "the root first and the vectors have it last, so that each word is scored with the next one's vector.",
+    ),
+    verified="reconstructed",
+)
 
 NO_WORD = -100
 """The label of a token that has no head to find: padding, delimiters, words left out."""
@@ -46,27 +65,17 @@ class AttentionProbe(nn.Module):
         word_dim: E, the width of the words' vectors; None for attention only.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_heads: int,
-        *,
-        word_dim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, num_layers: int, num_heads: int, *, word_dim: int | None = None) -> None:
         super().__init__()
-        if min(num_layers, num_heads) < 1 or (word_dim is not None and word_dim < 1):
-            raise ValueError(
-                "AttentionProbe: num_layers, num_heads and word_dim must be at least 1 "
-                f"(got {num_layers}, {num_heads}, {word_dim})"
-            )
+        whole(self, num_layers=num_layers, num_heads=num_heads)
+        if word_dim is not None:
+            whole(self, word_dim=word_dim)
         self.maps, self.word_dim = 2 * num_layers * num_heads, word_dim
-        self.root = nn.Parameter(torch.empty(2, device=device, dtype=dtype))
+        self.root = nn.Parameter(torch.empty(2))
         if word_dim is None:
-            self.weight = nn.Parameter(torch.empty(self.maps, device=device, dtype=dtype))
+            self.weight = nn.Parameter(torch.empty(self.maps))
         else:
-            self.words = nn.Linear(2 * word_dim, self.maps, device=device, dtype=dtype)
+            self.words = nn.Linear(2 * word_dim, self.maps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,15 +95,15 @@ class AttentionProbe(nn.Module):
         valid: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T T+1"]:
         """Scores for each token: of the root, then of every token; -inf for delimiters and padding."""
-        maps = all_heads("AttentionProbe", attention, square=True).transpose(0, 1).flatten(1, 2).to(self.root.dtype)
+        maps = all_heads(self, attention, "B H T T").transpose(0, 1).flatten(1, 2).to(self.root.dtype)
         B, N, T, _ = maps.shape
         if self.maps != 2 * N:
-            raise ValueError(f"AttentionProbe: attention has {N} heads in all; expected {self.maps // 2}")
-        if (words is None) != (self.word_dim is None) or (words is not None and words.shape != (B, T, self.word_dim)):
-            got = "none" if words is None else tuple(words.shape)
-            want = "none" if self.word_dim is None else (B, T, self.word_dim)
-            raise ValueError(f"AttentionProbe: words are {got}; expected {want}")
-        keep = marks("AttentionProbe", "valid", valid, B, T, maps)
+            refuse(self, "attention", "has another number of heads in all layers together", N, f"{self.maps // 2}")
+        if self.word_dim is not None:
+            fits(self, "B T E", {"B": B, "T": T, "E": self.word_dim}, words=words)
+        elif words is not None:
+            refuse(self, "words", "are not taken by a probe without word_dim", tuple(words.shape), "none")
+        keep = marks(self, "valid", valid, B, T, maps)
         first, last, inner = _delimiters(keep)
         maps = torch.cat([maps, maps.mT], 1)
         ends = [maps.gather(3, at[:, None, None, None].expand(B, 2 * N, T, 1)) for at in (first, last)]
@@ -115,12 +124,13 @@ class AttentionProbe(nn.Module):
         return whole + F.pad(by_own + by_other, (1, 0))
 
 
+@CARD.function
 def fit_probe(
     probe: AttentionProbe, batches: Iterable[ProbeBatch], *, epochs: int = 1, lr: float = 0.002
 ) -> list[float]:
     """Train with Adam on the summed cross-entropy of the labelled words, as the paper does; the losses of all steps."""
-    if epochs < 1 or not lr > 0:
-        raise ValueError(f"fit_probe: epochs and lr must be positive (got {epochs}, {lr})")
+    whole("fit_probe", epochs=epochs)
+    number("fit_probe", above=0, lr=lr)
     data, adam, losses = list(batches), torch.optim.Adam(probe.parameters(), lr=lr), []
     for _ in range(epochs):
         for batch in data:
@@ -146,9 +156,8 @@ def head_accuracy(batch: ProbeBatch, *, direction: Literal["dependent", "head"] 
     Args:
         direction: "dependent": the word attends to its head; "head": its head is what attends to it most.
     """
-    maps = all_heads("head_accuracy", batch.attention, square=True)
-    if direction not in ("dependent", "head"):
-        raise ValueError(f"head_accuracy: direction must be 'dependent' or 'head' (got {direction!r})")
+    maps = all_heads("head_accuracy", batch.attention, "B H T T")
+    choice("head_accuracy", ("dependent", "head"), direction=direction)
     _, B, _, T, _ = maps.shape
     inner = _delimiters(marks("head_accuracy", "valid", batch.valid, B, T, maps))[2]
     if direction == "head":
@@ -166,30 +175,6 @@ def _delimiters(keep: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor
     first = torch.where(keep, place, keep.shape[-1]).amin(-1)
     last = torch.where(keep, place, -1).amax(-1)
     if bool((last - first < 2).any()):
-        raise ValueError("attention probe: a sentence has no word between its delimiters; expected one at least")
+        got = f"{int((last - first).min()) - 1} between its ends"
+        refuse("attention_probe", "valid", "leaves a sentence no word", got, "one word at least between its delimiters")
     return first, last, keep & (place > first[:, None]) & (place < last[:, None])
-
-
-CARD = register(
-    Card(
-        name="attention_probe",
-        family="inspect",
-        gist="How much syntax attention maps hold: heads of words found from them.",
-        equation="p(head of i is j) = softmax_j sum_k (w_k A^k_ij + u_k A^k_ji); with words w, u = W [v_i, v_j] + b",
-        paper=Paper(
-            "What Does BERT Look At? An Analysis of BERT's Attention",
-            "Clark, Khandelwal, Levy, Manning",
-            2019,
-            "1906.04341",
-            "abstract; the authors' code of sections 4 and 5",
-        ),
-        build=fit_probe,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("2*B*H*T**2", ""),
-        claim="Attention maps hold much of the syntax: planted heads are found by the probe, and words tell which of "
-        "them to trust, in tests/inspect/analyses/test_attention_probe.py.",
-        differs=("The root's zero vector is in the root's column; in the authors' notebook it is in the last one.",),
-        verified="reconstructed",
-    )
-)

@@ -1,10 +1,4 @@
-"""Attention flow: the greatest flow from each position to each input token, with attention weights as capacities.
-
-    nodes (l, i) for l = 0 (the inputs) .. L        edge (l+1, i) -> (l, j) of capacity R_l[i, j], as in rollout
-    f_l[i, j] = max-flow from (l+1, i) to (0, j) alone        flow_l[i, j] = f_l[i, j] / sum_j' f_l[i, j']
-
-Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers" (https://arxiv.org/abs/2005.00928): abstract and
-the authors' code read (attention_graph_util.py), which divides the rows by their sums too.
+"""Attention flow: the greatest flow from each position to each input token, weights as capacities.
 
 The flow is found on whole numbers (capacities times 2^30, rounded), and what is returned is the capacity of the cut
 that it finds, in float64. So it is exact unless two cuts are closer than the rounding; then it is too great by no more
@@ -18,13 +12,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import refuse, whole
 from regard.inspect.analyses.rollout import passed_on
+
+CARD = Card(
+    "attention_flow",
+    equation="""nodes (l, i) for l = 0 (the inputs) .. L      edge (l+1, i) -> (l, j) of capacity R_l[i, j] of rollout
+f_l[i, j] = max-flow from (l+1, i) to (0, j) alone        flow_l[i, j] = f_l[i, j] / sum_j' f_l[i, j']""",
+    papers=(
+        Paper(
+            "Quantifying Attention Flow in Transformers",
+            "Abnar, Zuidema",
+            2020,
+            "2005.00928",
+            "abstract; the authors' code (attention_graph_util.py), which divides the rows by their sums too",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*T**4", ""),
+    claim="Complements rollout: on a path 3 -> 1 -> 0 token 3 gets 8 times the flow of unrelated tokens, in "
+    "tests/inspect/analyses/test_flow.py.",
+    verified="third-party",
+)
 
 SCALE = 2**30
 """The flow of one source is at most its capacity, about 1: it stays below 2^31, the greatest of scipy's integers."""
 
 
+@CARD.function
 def attention_flow(
     attention: Sequence[Float[Tensor, "B _H T T"]],
     *,
@@ -51,8 +68,9 @@ def attention_flow(
     B, T = steps[0].shape[:2]
     asked = _asked("layers", layers, len(steps)), _asked("rows", rows, T)
     for layer, maps in enumerate(attention):
-        if not bool((maps >= 0).all() and maps.isfinite().all()):
-            raise ValueError(f"attention_flow: attention[{layer}] has weights that are negative, NaN or infinite")
+        if bool((wrong := ~((maps >= 0) & maps.isfinite())).any()):
+            got = float(maps[wrong][0])
+            refuse("attention_flow", f"attention[{layer}]", "has weights that are no capacity", got, "finite ones >= 0")
     capacity = torch.stack(steps, 1).detach().double().cpu().numpy()
     found = np.stack([_flows(capacity[b], *asked) for b in range(B)], axis=1)
     flow = torch.from_numpy(found)
@@ -62,8 +80,10 @@ def attention_flow(
 def _asked(what: str, chosen: Sequence[int] | None, size: int) -> list[int]:
     if chosen is None:
         return list(range(size))
-    if not chosen or any(not -size <= c < size for c in chosen):
-        raise ValueError(f"attention_flow: {what} must be from {-size} to {size - 1}, at least one (got {chosen})")
+    if not chosen:
+        refuse("attention_flow", what, "is empty", chosen, "one number at least, or None for all")
+    for n, c in enumerate(chosen):
+        whole("attention_flow", -size, most=size - 1, **{f"{what}[{n}]": c})
     return [c % size for c in chosen]
 
 
@@ -92,28 +112,3 @@ def _flows(capacity: np.ndarray, layers: list[int], rows: list[int]) -> np.ndarr
                 inside = inside.reshape(layer + 2, T)
                 found[at, nth, sink] = np.einsum("li,lij,lj->", inside[1:], below, 1 - inside[:-1])
     return found
-
-
-CARD = register(
-    Card(
-        name="attention_flow",
-        family="inspect",
-        gist="The greatest flow from each position to each input token through all layers' weights.",
-        equation="f_l[i, j] = max-flow from (l+1, i) to (0, j), capacities R_l as in rollout\n"
-        "flow_l[i, j] = f_l[i, j] / sum_j' f_l[i, j']",
-        paper=Paper(
-            "Quantifying Attention Flow in Transformers",
-            "Abnar, Zuidema",
-            2020,
-            "2005.00928",
-            "abstract; the authors' code",
-        ),
-        build=attention_flow,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*T**4", ""),
-        claim="Complements rollout: on a path 3 -> 1 -> 0 token 3 gets 8 times the flow of unrelated tokens, in "
-        "tests/inspect/analyses/test_flow.py.",
-        verified="third-party",
-    )
-)

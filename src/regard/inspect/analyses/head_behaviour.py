@@ -1,15 +1,6 @@
-"""What each head does: whom it attends to, at which offset, how broadly, and which heads are alike.
+"""Head behaviour: whom each head attends to, at which offset, how broadly, and which are alike.
 
-    mass = mean over queries of sum_(j marked) A_ij        offset d: mean_i A_(i, i+d)
-    entropy = mean_i -sum_j a ln a, a = 0.9999 A_ij + 0.0001 / T
-    distance of two heads = sum over tokens of JS(a_i, a'_i), a = 0.999 A_ij + 0.001 / T
-
-Clark, Khandelwal, Levy, Manning 2019, "What Does BERT Look At? An Analysis of BERT's Attention"
-(https://arxiv.org/abs/1906.04341), sections 3 and 6: abstract and the authors' code read (General_Analysis.ipynb,
-head_distances.py). The small uniform part keeps the logarithms finite, as there. Means are taken in each sequence
-first, then over sequences.
-Differs from the code: padding is left out by `valid`; heads are embedded by SMACOF from classical scaling, where theirs
-starts at random; "broad" is a share of the uniform entropy, theirs 3.8 nats on 128 tokens.
+The small uniform part keeps the logarithms finite. Means are taken in each sequence first, then over sequences.
 """
 
 from collections.abc import Sequence
@@ -19,8 +10,36 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, refuse, whole
 from regard.inspect.analyses._maps import all_heads, marks
+
+CARD = Card(
+    "head_behaviour",
+    equation="""mass = mean over queries of sum_(j marked) A_ij        offset d: mean_i A_(i, i+d)
+entropy = mean_i -sum_j a ln a, a = 0.9999 A_ij + 0.0001 / T
+distance of two heads = sum over tokens of JS(a_i, a'_i), a = 0.999 A_ij + 0.001 / T""",
+    papers=(
+        Paper(
+            "What Does BERT Look At? An Analysis of BERT's Attention",
+            "Clark, Khandelwal, Levy, Manning",
+            2019,
+            "1906.04341",
+            "abstract; the authors' code of sections 3 and 6 (General_Analysis.ipynb, head_distances.py)",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*H**2*T**2", ""),
+    claim="Heads attend to delimiters, to fixed offsets or broadly: heads made so are told apart in "
+    "tests/inspect/analyses/test_head_behaviour.py.",
+    differs=(
+        "Padding is left out by `valid`.",
+        "Heads are embedded by SMACOF from classical scaling, not from random starts.",
+        '"Broad" is a share of the uniform entropy, theirs 3.8 nats on 128 tokens.',
+    ),
+    verified="reconstructed",
+)
 
 Maps = Sequence[Float[Tensor, "B H T T"]]
 Tokens = Bool[Tensor, "B T"] | None
@@ -58,6 +77,7 @@ class HeadBehaviour(NamedTuple):
         return [[next((n for n in reversed(rules) if rules[n][at, h]), "") for h in range(H)] for at in range(L)]
 
 
+@CARD.function
 def head_behaviour(attention: Maps, *, delimiters: Tokens = None, valid: Tokens = None) -> HeadBehaviour:
     """The statistics by which heads are told apart.
 
@@ -66,10 +86,12 @@ def head_behaviour(attention: Maps, *, delimiters: Tokens = None, valid: Tokens 
         delimiters: which tokens are [SEP] and the like.
         valid: which tokens are no padding; default all.
     """
-    maps = all_heads("head_behaviour", attention, square=True)
+    maps = all_heads("head_behaviour", attention, "B H T T")
     B, T = maps.shape[1], maps.shape[-1]
     keep = marks("head_behaviour", "valid", valid, B, T, maps)
-    marked = torch.zeros_like(keep) if delimiters is None else delimiters
+    marked = torch.zeros_like(keep)
+    if delimiters is not None:
+        marked = marks("head_behaviour", "delimiters", delimiters, B, T, maps)
     return HeadBehaviour(
         itself=attention_at_offset(attention, 0, valid=valid),
         previous=attention_at_offset(attention, -1, valid=valid),
@@ -99,16 +121,15 @@ def attention_mass(
     keys = marks("attention_mass", "keys", keys, B, S, maps)
     rows = marks("attention_mass", "queries", queries, B, T, maps) & marks("attention_mass", "valid", valid, B, T, maps)
     if not bool(rows.any()):
-        raise ValueError("attention_mass: queries marks no token; expected one at least")
+        refuse("attention_mass", "queries", "marks no valid token", "none", "one at least")
     return _mean(maps.masked_fill(~keys[:, None, None], 0).sum(-1), rows)
 
 
 def attention_at_offset(attention: Maps, offset: int, *, valid: Tokens = None) -> Float[Tensor, "L H"]:
     """How much queries attend to the token `offset` further on (-1: the one before); those without one count as 0."""
-    maps = all_heads("attention_at_offset", attention, square=True)
+    maps = all_heads("attention_at_offset", attention, "B H T T")
     B, T = maps.shape[1], maps.shape[-1]
-    if abs(offset) >= T:
-        raise ValueError(f"attention_at_offset: offset must be from {1 - T} to {T - 1} (got {offset})")
+    whole("attention_at_offset", 1 - T, most=T - 1, offset=offset)
     keep = marks("attention_at_offset", "valid", valid, B, T, maps)
     found = maps.new_zeros(maps.shape[:-1])
     found[..., max(0, -offset) : T - max(0, offset)] = maps.diagonal(offset, dim1=-2, dim2=-1)
@@ -122,7 +143,7 @@ def attention_entropy(attention: Maps, *, queries: Tokens = None, valid: Tokens 
         queries: whose attention is meant, say [CLS] alone; default all.
         valid: which tokens are no padding; default all.
     """
-    maps = all_heads("attention_entropy", attention, square=True)
+    maps = all_heads("attention_entropy", attention, "B H T T")
     B, T = maps.shape[1], maps.shape[-1]
     keep = marks("attention_entropy", "valid", valid, B, T, maps)
     rows = marks("attention_entropy", "queries", queries, B, T, maps) & keep
@@ -131,7 +152,7 @@ def attention_entropy(attention: Maps, *, queries: Tokens = None, valid: Tokens 
 
 def head_distances(attention: Maps, *, valid: Tokens = None) -> Float[Tensor, "N N"]:
     """Jensen-Shannon divergence of every two heads, summed over all tokens, heads numbered layer by layer: N = L H."""
-    maps = all_heads("head_distances", attention, square=True)
+    maps = all_heads("head_distances", attention, "B H T T")
     L, B, H, T, _ = maps.shape
     keep = marks("head_distances", "valid", valid, B, T, maps)
     # JS(p, q) = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2; rows of padding are 0 and count nothing.
@@ -144,6 +165,7 @@ def head_distances(attention: Maps, *, valid: Tokens = None) -> Float[Tensor, "N
     return distances.fill_diagonal_(0).clamp_min(0)
 
 
+@checked()
 def embed_heads(distances: Float[Tensor, "N N"], *, dims: int = 2, steps: int = 300) -> Float[Tensor, "N K"]:
     """Points whose distances are as close to these as can be found: multidimensional scaling by SMACOF.
 
@@ -152,10 +174,10 @@ def embed_heads(distances: Float[Tensor, "N N"], *, dims: int = 2, steps: int = 
         steps: of majorisation, each of which lowers the squared error.
     """
     N = len(distances)
-    if distances.shape != (N, N) or not bool(torch.allclose(distances, distances.mT)):
-        raise ValueError(f"embed_heads: distances {tuple(distances.shape)} are not a symmetric table (N, N)")
-    if not 1 <= dims <= N:
-        raise ValueError(f"embed_heads: dims must be from 1 to {N} (got {dims})")
+    if not bool(torch.allclose(distances, distances.mT)):
+        apart = float((distances - distances.mT).abs().max())
+        refuse("embed_heads", "distances", "is not symmetric", f"entries {apart:g} apart", "the same both ways")
+    whole("embed_heads", most=N, dims=dims)
     target = distances.double()
     centred = target.square()
     centred = centred - centred.mean(0) - centred.mean(1, keepdim=True) + centred.mean()
@@ -181,32 +203,3 @@ def _mean(found: Float[Tensor, "L B H T"], rows: Bool[Tensor, "B T"]) -> Float[T
     counts = rows.sum(-1)
     sums = found.masked_fill(~rows[:, None], 0).sum(-1) / counts.clamp_min(1)[:, None]
     return sums.sum(1) / (counts > 0).sum()
-
-
-CARD = register(
-    Card(
-        name="head_behaviour",
-        family="inspect",
-        gist="Whom each head attends to, at which offset, how broadly, and which are alike.",
-        equation="mass = mean_i sum_(j marked) A_ij        entropy = mean_i -sum_j A_ij ln A_ij\n"
-        "distance of two heads = sum over tokens of the Jensen-Shannon divergence of their rows",
-        paper=Paper(
-            "What Does BERT Look At? An Analysis of BERT's Attention",
-            "Clark, Khandelwal, Levy, Manning",
-            2019,
-            "1906.04341",
-            "abstract; the authors' code of sections 3 and 6",
-        ),
-        build=head_behaviour,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*H**2*T**2", ""),
-        claim="Heads attend to delimiters, to fixed offsets or broadly: heads made so are told apart in "
-        "tests/inspect/analyses/test_head_behaviour.py.",
-        differs=(
-            "Padding is left out by `valid`.",
-            "Heads are embedded by SMACOF from classical scaling, not from random starts.",
-        ),
-        verified="reconstructed",
-    )
-)

@@ -1,11 +1,7 @@
-"""How much each head matters: gradients of head gates, ablation, greedy pruning.
+"""Head importance: how much the loss feels each head; ablation of heads and greedy pruning.
 
-    head h of layer l puts out xi[l, h] Att_h(x)        I[l, h] = E_x |dL(x) / d xi[l, h]| at xi = 1
-    normalised: I[l, h] / (sum_h' I[l, h']^2)^(1/2)     pruned: the heads of least I over all layers
-
-Michel, Levy, Neubig 2019, "Are Sixteen Heads Really Better than One?" (https://arxiv.org/abs/1905.10650): abstract,
-the authors' code and the formulas as a review gives them read. `token_importance` is what the code computes: absolute
-values token by token, where the formula sums over an example's tokens first; the two rank heads differently.
+`token_importance` is what the authors' code computes: absolute values token by token, where the formula sums over an
+example's tokens first; the two rank heads differently.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +11,36 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, fits, number, refuse, whole
+
+CARD = Card(
+    "head_importance",
+    equation="""head h of layer l puts out xi[l, h] Att_h(x)        I[l, h] = E_x |dL(x) / d xi[l, h]| at xi = 1
+normalised: I[l, h] / (sum_h' I[l, h']^2)^(1/2)     pruned: the heads of least I over all layers""",
+    papers=(
+        Paper(
+            "Are Sixteen Heads Really Better than One?",
+            "Michel, Levy, Neubig",
+            2019,
+            "1905.10650",
+            "abstract; the authors' code; formulas quoted by a review",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*H*T*D", ""),
+    claim="Heads can go without retraining: the least important quarter of a small model costs little, the most "
+    "important one more, in tests/inspect/analyses/test_head_importance.py.",
+    verified="third-party",
+)
 
 Gates = Float[Tensor, "L H"]
 Loss = Callable[[Gates], Float[Tensor, "*B"]]
 """Runs the model with its heads scaled by the gates; one loss, or one for each example."""
 
 
+@CARD.function
 def head_importance(
     losses: Loss | Sequence[Loss], num_layers: int, num_heads: int, *, gates: Gates | None = None
 ) -> Float[Tensor, "L H"]:
@@ -36,39 +55,32 @@ def head_importance(
     Raises:
         ValueError: sizes below 1, losses that don't hang on the gates.
     """
-    if min(num_layers, num_heads) < 1:
-        raise ValueError(
-            f"head_importance: num_layers and num_heads must be at least 1 (got {num_layers}, {num_heads})"
-        )
+    whole("head_importance", num_layers=num_layers, num_heads=num_heads)
     start = torch.ones(num_layers, num_heads) if gates is None else gates.detach().clone()
-    if start.shape != (num_layers, num_heads):
-        raise ValueError(
-            f"head_importance: gates have shape {tuple(start.shape)}; expected ({num_layers}, {num_heads})"
-        )
+    fits("head_importance", "L H", {"L": num_layers, "H": num_heads}, gates=start)
     total, examples = torch.zeros_like(start), 0
     for loss in [losses] if callable(losses) else losses:
         at = start.clone().requires_grad_()
         value = loss(at)
         if value.dim() > 1 or not value.requires_grad:
-            raise ValueError(
-                f"head_importance: the loss has shape {tuple(value.shape)}, requires_grad={value.requires_grad}; "
-                "expected () or (B,), computed from the gates"
-            )
+            got = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            refuse("head_importance", "losses", "give what has no gradient", got, "() or (B,), computed from the gates")
         for one in value.reshape(-1):
             (gradient,) = torch.autograd.grad(one, at, retain_graph=True, allow_unused=True, materialize_grads=True)
             total += gradient.abs()
         examples += value.numel()
     if not examples:
-        raise ValueError("head_importance: no examples; expected one at least")
+        refuse("head_importance", "losses", "give no example", examples, "one at least")
     return total / examples
 
 
+@checked()
 def gate_importance(outputs: Float[Tensor, "L B H T D"], gradients: Float[Tensor, "L B H T D"]) -> Float[Tensor, "L H"]:
     """The same from head outputs before the output projection and dL(x)/d outputs, one loss for each example."""
-    _same_shape("gate_importance", outputs, gradients)
     return (outputs * gradients).sum((-1, -2)).abs().mean(1)
 
 
+@checked()
 def token_importance(
     outputs: Float[Tensor, "L B H T D"],
     gradients: Float[Tensor, "L B H T D"],
@@ -81,10 +93,7 @@ def token_importance(
     Args:
         last_reads_one_token: divide the last layer's by the examples: a classifier reads only one token of it.
     """
-    _same_shape("token_importance", outputs, gradients)
-    L, B, _, T, _ = outputs.shape
-    if mask.dtype != torch.bool or mask.shape != (B, T):
-        raise ValueError(f"token_importance: mask is {mask.dtype} {tuple(mask.shape)}; expected bool ({B}, {T})")
+    L, B = outputs.shape[:2]
     count = mask.sum().to(outputs.dtype).repeat(L)
     if last_reads_one_token:
         count[-1] = B
@@ -108,8 +117,7 @@ class Ablation(NamedTuple):
 
 def ablate(score: Callable[[Gates], float], num_layers: int, num_heads: int) -> Ablation:
     """Each head off, and each layer reduced to each of its heads: 1 + 2 L H runs of `score`, without gradients."""
-    if min(num_layers, num_heads) < 1:
-        raise ValueError(f"ablate: num_layers and num_heads must be at least 1 (got {num_layers}, {num_heads})")
+    whole("ablate", num_layers=num_layers, num_heads=num_heads)
 
     def run(gates: Tensor) -> float:
         with torch.no_grad():
@@ -127,6 +135,7 @@ def ablate(score: Callable[[Gates], float], num_layers: int, num_heads: int) -> 
     return Ablation(torch.tensor(run(full)), without, only)
 
 
+@checked()
 def prune(importance: Float[Tensor, "L H"], shares: Sequence[float], *, keep: int = 0) -> list[Bool[Tensor, "L H"]]:
     """Which heads stay (True) once int(share * L H) of those of least importance, over all layers, are gone.
 
@@ -139,12 +148,11 @@ def prune(importance: Float[Tensor, "L H"], shares: Sequence[float], *, keep: in
         keep: so many best heads of each layer stay in any case.
     """
     L, H = importance.shape
-    if not 0 <= keep <= H:
-        raise ValueError(f"prune: keep must be from 0 to the number of heads, {H} (got {keep})")
-    if any(not 0 <= share <= 1 for share in shares):
-        raise ValueError(f"prune: shares must be from 0 to 1 (got {list(shares)})")
-    if not bool(importance.isfinite().all()):
-        raise ValueError("prune: importance is NaN or infinite somewhere; expected finite numbers")
+    whole("prune", 0, most=H, keep=keep)
+    for n, share in enumerate(shares):
+        number("prune", least=0, most=1, **{f"shares[{n}]": share})
+    if bool((wrong := ~importance.isfinite()).any()):
+        refuse("prune", "importance", "is not finite everywhere", float(importance[wrong][0]), "finite numbers")
     rank = importance.clone()
     best = rank.sort(dim=1, descending=True, stable=True).indices[:, :keep]
     rank.scatter_(1, best, torch.inf)
@@ -156,35 +164,3 @@ def prune(importance: Float[Tensor, "L H"], shares: Sequence[float], *, keep: in
         gates[order[:count]] = False
         kept.append(gates.reshape(L, H))
     return kept
-
-
-def _same_shape(name: str, outputs: Tensor, gradients: Tensor) -> None:
-    if outputs.dim() != 5 or outputs.shape != gradients.shape:
-        raise ValueError(
-            f"{name}: outputs {tuple(outputs.shape)} and gradients {tuple(gradients.shape)} do not fit; expected both "
-            "(L, B, H, T, D)"
-        )
-
-
-CARD = register(
-    Card(
-        name="head_importance",
-        family="inspect",
-        gist="How much the loss feels each head; ablation of heads and greedy pruning.",
-        equation="I[l, h] = E_x |dL(x) / d xi[l, h]|, xi the gates on the heads' outputs, at xi = 1",
-        paper=Paper(
-            "Are Sixteen Heads Really Better than One?",
-            "Michel, Levy, Neubig",
-            2019,
-            "1905.10650",
-            "abstract; the authors' code; formulas quoted by a review",
-        ),
-        build=head_importance,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*H*T*D", ""),
-        claim="Heads can go without retraining: the least important quarter of a small model costs little, the most "
-        "important one more, in tests/inspect/analyses/test_head_importance.py.",
-        verified="third-party",
-    )
-)

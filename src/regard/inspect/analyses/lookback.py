@@ -1,13 +1,7 @@
 """Lookback ratio: whether each head looks at the context or at what the model has written itself.
 
-    step i predicts the i-th new token; its row a has N + i keys, the first C of which are the context
-    old = mean_(j < C) a_j        new = mean_(j >= C) a_j        ratio = old / (old + new)
-    features of a span: means over its steps of all heads' ratios        P(faithful) = sigmoid(w . features + b)
-
-Chuang, Qiu, Hsieh, Krishna, Kim, Glass 2024, "Lookback Lens: Detecting and Mitigating Contextual Hallucinations in
-Large Language Models Using Only Attention Maps" (https://arxiv.org/abs/2407.07071): abstract and the authors' code read
-(step01_extract_attns.py, step03_lookback_lens.py, generation.py). Means, not sums: a ratio of 1/2 is equal weight for
-each token. A prompt's closing marker ("Summary:") is no context; without one the first step has nothing new: NaN.
+Means, not sums: a ratio of 1/2 is equal weight for each token. A prompt's closing marker ("Summary:") is no context;
+without one the first step has nothing new: NaN.
 """
 
 from collections.abc import Sequence
@@ -17,10 +11,35 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, fits, refuse, whole
 from regard.inspect.analyses._maps import all_heads
 
+CARD = Card(
+    "lookback_ratio",
+    equation="""step i predicts the i-th new token; its row a has N + i keys, the first C of which are the context
+old = mean_(j < C) a_j        new = mean_(j >= C) a_j        ratio = old / (old + new)
+features of a span: means over its steps of all heads' ratios        P(faithful) = sigmoid(w . features + b)""",
+    papers=(
+        Paper(
+            "Lookback Lens: Detecting and Mitigating Contextual Hallucinations in Large Language Models Using Only "
+            "Attention Maps",
+            "Chuang, Qiu, Hsieh, Krishna, Kim, Glass",
+            2024,
+            "2407.07071",
+            "abstract; the authors' code (step01_extract_attns.py, step03_lookback_lens.py, generation.py)",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*H*T*S", ""),
+    claim="A linear classifier of ratios tells faithful from invented text: heads that copy against those that go "
+    "on by themselves, in tests/inspect/analyses/test_lookback.py.",
+    verified="third-party",
+)
 
+
+@CARD.function
 def lookback_ratio(
     attention: Sequence[Float[Tensor, "B H T T"]], *, prompt: int, context: int
 ) -> Float[Tensor, "L B H I"]:
@@ -35,12 +54,10 @@ def lookback_ratio(
     Raises:
         ValueError, TypeError: maps that are not (B, H, T, T) floats, lengths that don't fit.
     """
-    maps = all_heads("lookback_ratio", attention, square=True)
+    maps = all_heads("lookback_ratio", attention, "B H T T")
     T = maps.shape[-1]
-    if not 1 <= context <= prompt <= T:
-        raise ValueError(
-            f"lookback_ratio: 1 <= context <= prompt <= {T} tokens must hold (got context {context}, prompt {prompt})"
-        )
+    whole("lookback_ratio", most=T, prompt=prompt)
+    whole("lookback_ratio", most=prompt, context=context)
     rows = maps[..., prompt - 1 :, :]
     length = torch.arange(prompt, T + 1, device=maps.device)
     # Later keys have weight 0 in a causal map, so that sums need no bound.
@@ -49,23 +66,18 @@ def lookback_ratio(
     return old / (old + new)
 
 
+@checked()
 def span_features(ratio: Float[Tensor, "L B H I"]) -> Float[Tensor, "B F"]:
     """The mean over a span's steps, all heads in one row, layer by layer: F = L H."""
     return ratio.mean(-1).transpose(0, 1).flatten(1)
 
 
+@checked()
 def window_features(
     ratio: Float[Tensor, "L B H I"], faithful: Bool[Tensor, "B I"], *, window: int = 8
 ) -> tuple[Float[Tensor, "B W F"], Bool[Tensor, "B W"]]:
     """Features of every run of `window` steps, and whether all its tokens are faithful."""
-    steps = ratio.shape[-1]
-    if not 1 <= window <= steps:
-        raise ValueError(f"window_features: window must be from 1 to {steps} (got {window})")
-    if faithful.dtype != torch.bool or faithful.shape != (ratio.shape[1], steps):
-        raise ValueError(
-            f"window_features: faithful is {faithful.dtype} {tuple(faithful.shape)}; expected bool "
-            f"({ratio.shape[1]}, {steps})"
-        )
+    whole("window_features", most=ratio.shape[-1], window=window)
     features = ratio.unfold(-1, window, 1).mean(-1).permute(1, 3, 0, 2).flatten(2)
     return features, faithful.unfold(-1, window, 1).all(-1)
 
@@ -87,12 +99,16 @@ class LookbackLens(NamedTuple):
             candidates: the ratios of each one's own steps, B = 1. Guided decoding draws, say, 8 continuations of 8
                 tokens, keeps the chosen one, and goes on from there.
         """
-        if not candidates or any(ratio.dim() != 4 or ratio.shape[1] != 1 for ratio in candidates):
-            raise ValueError("LookbackLens.choose: expected one candidate at least, each of ratios (L, 1, H, steps)")
+        if not candidates:
+            refuse("LookbackLens", "candidates", "is empty", candidates, "one at least")
+        sizes: dict[str, int] = {}
+        for n, ratio in enumerate(candidates):
+            sizes = fits("LookbackLens", "L 1 H _I", sizes, **{f"candidates[{n}]": ratio})
         scores = [self.probability(span_features(ratio))[0] for ratio in candidates]
         return int(torch.stack(scores).argmax())
 
 
+@checked()
 def fit_lookback_lens(features: Float[Tensor, "N F"], faithful: Bool[Tensor, "N"]) -> LookbackLens:
     """Logistic regression with scikit-learn's defaults, as in the paper.
 
@@ -100,15 +116,14 @@ def fit_lookback_lens(features: Float[Tensor, "N F"], faithful: Bool[Tensor, "N"
         ValueError: features or labels that don't fit or are NaN, or labels all alike.
         ImportError: scikit-learn is missing.
     """
-    if features.dim() != 2 or faithful.dtype != torch.bool or faithful.shape != features.shape[:1]:
-        raise ValueError(
-            f"fit_lookback_lens: features {tuple(features.shape)} and faithful {faithful.dtype} "
-            f"{tuple(faithful.shape)} do not fit; expected (N, F) and bool (N,)"
-        )
-    if not bool(features.isfinite().all()):
-        raise ValueError("fit_lookback_lens: features are NaN or infinite somewhere; leave the first step out")
+    name = "fit_lookback_lens"
+    if bool((wrong := ~features.isfinite()).any()):
+        got = float(features[wrong][0])
+        refuse(name, "features", "are not finite everywhere", got, "finite ones; leave the first step out")
     if len(faithful.unique()) < 2:
-        raise ValueError("fit_lookback_lens: all labels are alike; expected both faithful and unfaithful examples")
+        refuse(
+            name, "faithful", "is the same for all", faithful.unique().tolist(), "both faithful and unfaithful examples"
+        )
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
@@ -116,29 +131,3 @@ def fit_lookback_lens(features: Float[Tensor, "N F"], faithful: Bool[Tensor, "N"
     fitted = LogisticRegression(max_iter=1000).fit(features.double().cpu().numpy(), faithful.cpu().numpy())
     weight, bias = torch.from_numpy(fitted.coef_[0]), torch.tensor(float(fitted.intercept_[0]), dtype=torch.float64)
     return LookbackLens(weight.to(features.device), bias.to(features.device))
-
-
-CARD = register(
-    Card(
-        name="lookback_ratio",
-        family="inspect",
-        gist="Whether each head looks at the context or at the model's own words.",
-        equation="ratio = old / (old + new), old and new the mean weights on context and on new tokens\n"
-        "P(faithful) = sigmoid(w . mean ratios + b)",
-        paper=Paper(
-            "Lookback Lens: Detecting and Mitigating Contextual Hallucinations in Large Language Models Using Only "
-            "Attention Maps",
-            "Chuang, Qiu, Hsieh, Krishna, Kim, Glass",
-            2024,
-            "2407.07071",
-            "abstract; the authors' code",
-        ),
-        build=lookback_ratio,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*H*T*S", ""),
-        claim="A linear classifier of ratios tells faithful from invented text: heads that copy against those that go "
-        "on by themselves, in tests/inspect/analyses/test_lookback.py.",
-        verified="third-party",
-    )
-)

@@ -1,16 +1,7 @@
-"""Relevancy maps: which inputs made the model answer so, by attention weights and their gradients.
-
-    (5)  A' = mean over heads of max(dy/dA * A, 0)        y: what is explained, say the logit of a class
-    (6)  xx <- xx + A' xx        (7)  xy <- xy + A' xy                          self-attention in x
-    (8,9)  N(R) = (R - I) / rowsum(R - I) + I
-    (10) xy <- xy + N(xx)^T A' N(yy)        (11) xx <- xx + A' yx               queries in x, keys in y
+"""Relevancy maps: which inputs made the model answer so, by weights times their gradients.
 
 xx[i, j] is how relevant token j of stream x is for its token i, xy[i, j] token j of the other stream; at the start
-xx = yy = I, xy = yx = 0. Chefer, Gur, Wolf 2021, "Generic Attention-model Explainability for Interpreting Bi-Modal and
-Encoder-Decoder Transformers" (https://arxiv.org/abs/2103.15679): abstract and the authors' code read, whose comments
-number the rules (5)-(11); with plain attention weights, as their "ours no lrp".
-Differs from the code: in N a row without relevance (0/0) gives 0, where some of theirs give NaN; the class token's own
-entry is not set to 0, which is the reader's last step.
+xx = yy = I, xy = yx = 0. The class token's own entry is left as it is; to set it to 0 is the reader's last step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +12,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import fits, refuse
+from regard.inspect.analyses._maps import each_layer, floats
+
+CARD = Card(
+    "relevance",
+    equation="""(5)  A' = mean over heads of max(dy/dA * A, 0)        y: what is explained, say the logit of a class
+(6)  xx <- xx + A' xx        (7)  xy <- xy + A' xy                          self-attention in x
+(8,9)  N(R) = (R - I) / rowsum(R - I) + I
+(10) xy <- xy + N(xx)^T A' N(yy)        (11) xx <- xx + A' yx               queries in x, keys in y""",
+    papers=(
+        Paper(
+            "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers",
+            "Chefer, Gur, Wolf",
+            2021,
+            "2103.15679",
+            "abstract; the authors' code, whose comments number the rules (5)-(11); with plain attention weights, as "
+            'their "ours no lrp"',
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*T**2*S", ""),
+    claim="One method for self-, co- and encoder-decoder attention; a token that decides the class by construction "
+    "is ranked first in tests/inspect/analyses/test_relevance.py.",
+    differs=(
+        "A row without relevance (0/0) is normalised to 0, where some of the authors' scripts give NaN.",
+        "The class token's own entry is not set to 0.",
+    ),
+    verified="third-party",
+)
 
 Pair = tuple[Float[Tensor, "B _H _T _S"], Float[Tensor, "B _H _T _S"]]
 """A layer's attention weights, and the gradient of what is explained with respect to them."""
@@ -91,13 +112,8 @@ class Relevance:
 
 def _weighted(rule: str, layer: Pair, queries: int, keys: int, like: Tensor) -> Float[Tensor, "B T S"]:
     attention, gradient = layer
-    want = (like.shape[0], queries, keys)
-    for what, given in (("attention", attention), ("gradient", gradient)):
-        if given.dim() != 4 or (given.shape[0], *given.shape[2:]) != want or given.shape != attention.shape:
-            raise ValueError(
-                f"Relevance.{rule}: {what} has shape {tuple(given.shape)}; expected "
-                f"({want[0]}, heads, {queries}, {keys})"
-            )
+    sizes = {"B": like.shape[0], "T": queries, "S": keys}
+    fits(f"Relevance.{rule}", "B H T S", sizes, attention=attention, gradient=gradient)
     return weighted_attention(attention.to(like.dtype), gradient.to(like.dtype))
 
 
@@ -113,6 +129,18 @@ def self_relevance(layers: Sequence[Pair]) -> Float[Tensor, "B T T"]:
     return R.xx
 
 
+@CARD.function
+def attention_relevance(
+    attention: Sequence[Float[Tensor, "B _H T T"]], gradients: Sequence[Float[Tensor, "B _H T T"]]
+) -> Float[Tensor, "B T T"]:
+    """`self_relevance` of each layer's maps and, map by map, the gradients of what is explained."""
+    name = "attention_relevance"
+    each_layer(name, attention, "B _H T T")
+    if len(gradients) != len(attention):
+        refuse(name, "gradients", "has another number of layers than attention", len(gradients), f"{len(attention)}")
+    return self_relevance(list(zip(attention, gradients)))
+
+
 def encoder_decoder_relevance(
     encoder: Sequence[Pair], decoder: Sequence[Pair], cross: Sequence[Pair]
 ) -> Float[Tensor, "B T S"]:
@@ -124,9 +152,8 @@ def encoder_decoder_relevance(
         cross: attention from the decoder to the encoder, as many as `decoder`.
     """
     if len(decoder) != len(cross):
-        raise ValueError(
-            f"encoder_decoder_relevance: {len(decoder)} decoder layers and {len(cross)} cross ones; expected as many"
-        )
+        name = "encoder_decoder_relevance"
+        refuse(name, "cross", "has another number of layers than decoder", len(cross), f"{len(decoder)} layers")
     memory = _start("encoder_decoder_relevance", encoder)
     for layer in encoder:
         memory = memory.self_x(layer)
@@ -140,12 +167,9 @@ def encoder_decoder_relevance(
 
 def _start(name: str, layers: Sequence[Pair]) -> Relevance:
     if not layers:
-        raise ValueError(f"{name}: no layers; expected (attention, gradient) of one at least")
+        refuse(name, "layers", "is empty", layers, "(attention, gradient) of one at least")
     attention = layers[0][0]
-    if attention.dim() != 4 or not attention.is_floating_point():
-        raise ValueError(
-            f"{name}: attention is {attention.dtype} {tuple(attention.shape)}; expected floats (B, H, T, T)"
-        )
+    floats(name, "B H T T", attention=attention)
     return Relevance.start(attention.shape[0], attention.shape[-1], 0, like=attention)
 
 
@@ -166,44 +190,17 @@ def attention_gradients(
     """
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
     if implementation != "eager":
-        raise ValueError(
-            f"attention_gradients: the model's attention is {implementation!r}, whose weights no gradient reaches; "
-            'call model.set_attn_implementation("eager") first'
-        )
+        wanted = '"eager": call model.set_attn_implementation("eager") first'
+        refuse("attention_gradients", "model", "has attention that no gradient reaches", repr(implementation), wanted)
     with torch.enable_grad():
         output = model(**{**inputs, "output_attentions": True})
         found = {n: list(output[n]) for n in output if n.endswith("attentions") and output[n] is not None}
         weights = [w for layers in found.values() for w in layers]
         if not weights or not all(isinstance(w, Tensor) and w.requires_grad for w in weights):
-            raise ValueError("attention_gradients: the model gave no weights with gradients; expected each layer's")
+            refuse("attention_gradients", "model", "gave no weights with gradients", [*found], "each layer's weights")
         value = target(output)
         if not isinstance(value, Tensor) or value.dim():
-            raise ValueError("attention_gradients: target gave no scalar; expected one number to explain")
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            refuse("attention_gradients", "target", "gave no scalar", got, "one number to explain")
         gradients = iter(torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True))
     return {name: [(w.detach(), next(gradients)) for w in layers] for name, layers in found.items()}
-
-
-CARD = register(
-    Card(
-        name="relevance",
-        family="inspect",
-        gist="Which inputs made the model answer so, by attention weights times their gradients.",
-        equation="A' = mean over heads of max(dy/dA * A, 0)        R <- R + A' R, layer by layer from I\n"
-        "across streams: xy <- xy + N(xx)^T A' N(yy)        xx <- xx + A' yx",
-        paper=Paper(
-            "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers",
-            "Chefer, Gur, Wolf",
-            2021,
-            "2103.15679",
-            "abstract; the authors' code, rules (5)-(11)",
-        ),
-        build=self_relevance,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*T**2*S", ""),
-        claim="One method for self-, co- and encoder-decoder attention; a token that decides the class by construction "
-        "is ranked first in tests/inspect/analyses/test_relevance.py.",
-        differs=("A row without relevance is normalised to 0, where some of the authors' scripts give NaN.",),
-        verified="third-party",
-    )
-)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, number
-from regard.inspect.analyses._maps import checked
+from regard.inspect.analyses._maps import each_layer
 
 CARD = Card(
     "attention_rollout",
@@ -46,7 +46,7 @@ def passed_on(
     name: str, attention: Sequence[Float[Tensor, "B _H T T"]], residual: float, heads: Heads
 ) -> list[Float[Tensor, "B T T"]]:
     """R_l for every layer, in the name of the caller."""
-    maps = checked(name, attention, square=True)
+    maps = each_layer(name, attention, "B _H T T")
     number(name, least=0, most=1, residual=residual)
     merge = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
     choice(name, merge, heads=heads)

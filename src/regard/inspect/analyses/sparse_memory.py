@@ -1,15 +1,7 @@
 """Attention as Kanerva's sparse distributed memory: which memory a head's temperature stands for.
 
-    neurons within d bits of both the query and a pattern that is v bits away, of 2^n addresses:
-        I(v) = sum_a sum_c C(n-v, a) C(v, c)      a from n-d-v//2 to n-v, c from max(0, n-d-a) to v-(n-d-a)
-    read: patterns weighed by I(v) / sum I        cos = 1 - 2 v / n        log I ~ beta cos + const: a softmax
-    continuous: caps of unit vectors in place of circles of bits
-
-Bricken, Pehlevan 2021, "Attention Approximates Sparse Distributed Memory" (https://arxiv.org/abs/2111.05498): abstract
-and the authors' code read (SDM_Circ_Inter_Funcs.py). n is the width of queries and keys, d the Hamming radius in which
-a neuron answers; beta is fitted by least squares on all v where I is not 0.
-Differs from the code: the slope is the plain least-squares one, without its factor (n + 1) / n; caps are integrated by
-Gauss-Legendre and given as shares of the sphere.
+n is the width of queries and keys, d the Hamming radius in which a neuron answers; beta is fitted by least squares on
+all v where I is not 0.
 """
 
 import math
@@ -19,13 +11,41 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard._former import Card, Cost, Paper, register
+from regard.cards import Card, Cost, Paper
+from regard.checks import checked, divides, refuse, whole
+
+CARD = Card(
+    "sparse_memory",
+    equation="""neurons within d bits of both the query and a pattern that is v bits away, of 2^n addresses:
+    I(v) = sum_a sum_c C(n-v, a) C(v, c)      a from n-d-v//2 to n-v, c from max(0, n-d-a) to v-(n-d-a)
+read: patterns weighed by I(v) / sum I        cos = 1 - 2 v / n        log I ~ beta cos + const: a softmax
+continuous: caps of unit vectors in place of circles of bits""",
+    papers=(
+        Paper(
+            "Attention Approximates Sparse Distributed Memory",
+            "Bricken, Pehlevan",
+            2021,
+            "2111.05498",
+            "abstract; the authors' code (SDM_Circ_Inter_Funcs.py)",
+        ),
+    ),
+    protocol="Analysis",
+    supports=(),
+    cost=Cost("B*H*T*S*D", ""),
+    claim="A softmax approximates the memory's read: within the radius its log has a correlation above 0.99 "
+    "with the cosine, in tests/inspect/analyses/test_sparse_memory.py.",
+    differs=(
+        "The slope is the plain least-squares one, without the code's factor (n + 1) / n.",
+        "Caps are integrated by Gauss-Legendre and given as shares of the sphere.",
+    ),
+    verified="reconstructed",
+)
 
 
 def circle_intersection(n: int, radius: int) -> Float[Tensor, "V"]:
     """log I(v) for v = 0 .. n, in float64; -inf where no address is near both."""
-    if n < 1 or not 0 <= radius <= n:
-        raise ValueError(f"circle_intersection: n must be at least 1, radius from 0 to n (got {n}, {radius})")
+    whole("circle_intersection", n=n)
+    whole("circle_intersection", 0, most=n, radius=radius)
     number = torch.arange(n + 1)
     factorial = torch.lgamma(number + torch.ones((), dtype=torch.float64))
     v, c = number[:, None], number
@@ -44,8 +64,8 @@ def cap_intersection(n: int, radius: int, cosine: Float[Tensor, "*c"], *, points
         cosine: of the caps' centres.
         points: of the integration.
     """
-    if n < 3 or not 0 < radius < n / 2:
-        raise ValueError(f"cap_intersection: n must be at least 3, radius between 0 and n / 2 (got {n}, {radius})")
+    whole("cap_intersection", 3, n=n)
+    whole("cap_intersection", most=(n - 1) // 2, radius=radius)
     try:
         from scipy.special import betainc, roots_legendre
     except ImportError as error:
@@ -63,11 +83,12 @@ def cap_intersection(n: int, radius: int, cosine: Float[Tensor, "*c"], *, points
     return integral.log() + math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - math.log(math.pi) / 2
 
 
+@checked()
 def sparse_memory_weights(hamming: Int[Tensor, "*b P"], n: int, radius: int) -> Float[Tensor, "*b P"]:
     """Kanerva's read: the weights of patterns at these distances from the query. NaN where none shares a neuron."""
     table = circle_intersection(n, radius).to(hamming.device)
-    if hamming.is_floating_point() or not bool(((hamming >= 0) & (hamming <= n)).all()):
-        raise ValueError(f"sparse_memory_weights: hamming must be whole numbers from 0 to {n}")
+    if bool((wrong := (hamming < 0) | (hamming > n)).any()):
+        refuse("sparse_memory_weights", "hamming", "is out of range", int(hamming[wrong][0]), f"numbers from 0 to {n}")
     return table[hamming].softmax(-1)
 
 
@@ -94,6 +115,8 @@ class SparseMemoryFit(NamedTuple):
     """That memory's beta."""
 
 
+@CARD.function
+@checked()
 def sparse_memory_fit(
     q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], *, scale: float | None = None
 ) -> SparseMemoryFit:
@@ -103,11 +126,7 @@ def sparse_memory_fit(
         q, k: as the attention got them; query head h reads key head h // (H / G).
         scale: of the logits; default 1 / sqrt(D).
     """
-    if q.dim() != 4 or k.dim() != 4 or q.shape[3] != k.shape[3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"sparse_memory_fit: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit; expected (B, H, T, D) and "
-            "(B, G, S, D), G dividing H"
-        )
+    divides("sparse_memory_fit", num_kv_heads=k.shape[1], num_heads=q.shape[1])
     D = q.shape[-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).to(dtype)
@@ -127,32 +146,3 @@ def sparse_memory_fit(
 def _slope(x: Float[Tensor, "*b N"], y: Float[Tensor, "*b N"]) -> Float[Tensor, "*b"]:
     x = x - x.mean(-1, keepdim=True)
     return (x * (y - y.mean(-1, keepdim=True))).sum(-1) / x.square().sum(-1)
-
-
-CARD = register(
-    Card(
-        name="sparse_memory",
-        family="inspect",
-        gist="Attention as Kanerva's sparse distributed memory: the radius a head stands for.",
-        equation="I(v) = neurons within d bits of both query and pattern, v bits apart\n"
-        "log I(v) ~ beta (1 - 2 v / n) + const: reading the memory is a softmax over cosines",
-        paper=Paper(
-            "Attention Approximates Sparse Distributed Memory",
-            "Bricken, Pehlevan",
-            2021,
-            "2111.05498",
-            "abstract; the authors' code",
-        ),
-        build=sparse_memory_fit,
-        protocol="Analysis",
-        supports=frozenset(),
-        cost=Cost("B*H*T*S*D", ""),
-        claim="A softmax approximates the memory's read: within the radius its log has a correlation above 0.99 "
-        "with the cosine, in tests/inspect/analyses/test_sparse_memory.py.",
-        differs=(
-            "The slope is the plain least-squares one, without the code's factor (n + 1) / n.",
-            "Caps are given as shares of the sphere.",
-        ),
-        verified="reconstructed",
-    )
-)
