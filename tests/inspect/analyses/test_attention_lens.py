@@ -77,16 +77,24 @@ def test_reads_out_a_copying_head() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(ValueError, match=r"AttentionLens: 0 heads, unembedding \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"AttentionLens: num_heads is too small \(got 0\); expected an int >= 1"):
         AttentionLens(0, torch.ones(3, 2))
+    with pytest.raises(
+        ValueError, match=r"AttentionLens: unembedding has the wrong shape \(got \(3,\)\); expected \(V, M\)"
+    ):
+        AttentionLens(1, torch.ones(3))
+    with pytest.raises(ValueError, match=r"AttentionLens: bias has the wrong shape \(got \(2,\)\); expected \(V = 3\)"):
+        AttentionLens(1, torch.ones(3, 2), bias=torch.ones(2))
     lens = AttentionLens(2, torch.ones(3, 4))
-    with pytest.raises(ValueError, match=r"AttentionLens: heads have shape \(5, 3, 4\); expected \(..., 2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"AttentionLens: contributions .*\(got \(5, 3, 4\)\); expected \(\*b, H = 2, M = 4\)"
+    ):
         lens(torch.ones(5, 3, 4))
-    with pytest.raises(ValueError, match="AttentionLens: top must be from 1 to 3"):
+    with pytest.raises(ValueError, match=r"AttentionLens: top is too large \(got 4\); expected an int from 1 to 3"):
         lens.words(torch.ones(2, 4), top=4)
-    with pytest.raises(ValueError, match="lens_loss: logits"):
+    with pytest.raises(ValueError, match=r"lens_loss: model .*\(got \(2, 4\)\); expected \(\*b, V = 3\)"):
         lens_loss(torch.ones(2, 3), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="fit_lens: epochs and lr must be positive"):
+    with pytest.raises(ValueError, match=r"fit_lens: lr is out of range \(got 0\); expected .*> 0"):
         fit_lens(lens, [], lr=0)
-    with pytest.raises(ValueError, match=r"head_contributions: outputs \(1, 2, 3, 4\) and weight \(5, 6\) do not fit"):
+    with pytest.raises(ValueError, match=r"head_contributions: weight .*\(got \(5, 6\)\); expected \(M, N = 8\)"):
         head_contributions(torch.ones(1, 2, 3, 4), torch.ones(5, 6))

@@ -150,17 +150,25 @@ def test_the_root_is_read_from_the_delimiters() -> None:
 
 def test_what_is_wrong_is_named() -> None:
     attention = maps(L, 2, H, T, T)
-    with pytest.raises(ValueError, match=r"AttentionProbe: num_layers, num_heads and word_dim must .*got 0, 3"):
+    with pytest.raises(ValueError, match=r"AttentionProbe: num_layers is too small \(got 0\); expected an int >= 1"):
         AttentionProbe(0, 3)
-    with pytest.raises(ValueError, match="AttentionProbe: attention has 3 heads in all; expected 6"):
+    with pytest.raises(
+        ValueError, match=r"AttentionProbe: attention has another number of heads .*\(got 3\); expected 6"
+    ):
         probe()(attention[:1])
-    with pytest.raises(ValueError, match=r"AttentionProbe: words are none; expected \(2, 6, 4\)"):
+    with pytest.raises(TypeError, match=r"AttentionProbe: words .*got NoneType\); .*\(B = 2, T = 6, E = 4\)"):
         probe(word_dim=E)(attention)
-    with pytest.raises(ValueError, match=r"AttentionProbe: words are \(2, 6, 4\); expected none"):
+    with pytest.raises(
+        ValueError, match=r"AttentionProbe: words .*got \(2, 6, 3\)\); expected \(B = 2, T = 6, E = 4\)"
+    ):
+        probe(word_dim=E)(attention, words=torch.ones(2, T, E - 1))
+    with pytest.raises(ValueError, match=r"AttentionProbe: words are not taken .*\(got \(2, 6, 4\)\); expected none"):
         probe()(attention, words=torch.ones(2, T, E))
-    with pytest.raises(ValueError, match="a sentence has no word between its delimiters"):
+    with pytest.raises(
+        ValueError, match=r"valid leaves a sentence no word \(got 0 between its ends\); expected one word at least"
+    ):
         probe()(attention, valid=torch.arange(T).expand(2, T) < 2)
-    with pytest.raises(ValueError, match="fit_probe: epochs and lr must be positive"):
+    with pytest.raises(ValueError, match=r"fit_probe: epochs is too small \(got 0\)"):
         fit_probe(probe(), [], epochs=0)
-    with pytest.raises(ValueError, match="head_accuracy: direction must be 'dependent' or 'head'"):
+    with pytest.raises(ValueError, match=r"head_accuracy: direction is unknown .*'both'.*one of 'dependent', 'head'"):
         head_accuracy(ProbeBatch(attention, labels()), direction="both")  # type: ignore[arg-type]

@@ -88,11 +88,11 @@ def test_dtype_and_device_are_those_of_the_maps() -> None:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (lambda a: a, {"layers": [2]}, r"layers must be from -2 to 1, at least one \(got \[2\]\)"),
-        (lambda a: a, {"rows": []}, "rows must be from -3 to 2, at least one"),
-        (lambda a: a * torch.nan, {}, r"attention\[0\] has weights that are negative, NaN or infinite"),
-        (lambda a: -a, {}, r"attention\[0\] has weights that are negative"),
-        (lambda a: a[0], {}, r"attention\[0\] has shape"),
+        (lambda a: a, {"layers": [2]}, r"layers\[0\] is too large \(got 2\); expected an int from -2 to 1"),
+        (lambda a: a, {"rows": []}, r"rows is empty \(got \[\]\); expected one number at least"),
+        (lambda a: a * torch.nan, {}, r"attention\[0\] has weights that are negative, NaN or infinite \(got nan\)"),
+        (lambda a: -a, {}, r"attention\[0\] has weights that are negative, NaN or infinite \(got -0"),
+        (lambda a: a[0], {}, r"attention\[0\] has the wrong shape \(got \(2, 3, 3\)\); expected \(B, _H, T, T\)"),
     ],
 )
 def test_what_is_wrong_is_named(change: Callable[[Tensor], Tensor], options: dict, says: str) -> None:

@@ -133,15 +133,21 @@ def test_embedding_is_no_worse_than_scikit_learns() -> None:
 
 
 def test_what_is_wrong_is_named(attention: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"attention_at_offset: offset must be from -4 to 4 \(got 5"):
+    with pytest.raises(
+        ValueError, match=r"attention_at_offset: offset is too large \(got 5\); expected an int from -4 to 4"
+    ):
         attention_at_offset(attention, 5)
-    with pytest.raises(ValueError, match=r"head_behaviour: valid is torch.float32 \(3, 5\); expected bool \(3, 5"):
+    with pytest.raises(TypeError, match=r"head_behaviour: valid .*dtype \(got torch.float32\); expected torch.bool"):
         head_behaviour(attention, valid=torch.ones(3, 5))
-    with pytest.raises(ValueError, match=r"attention_mass: keys is torch.bool \(3, 4\); expected bool \(3, 5"):
+    with pytest.raises(ValueError, match=r"head_behaviour: delimiters .*\(got \(5,\)\); expected \(B = 3, T = 5\)"):
+        head_behaviour(attention, delimiters=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"attention_mass: keys .*\(got \(3, 4\)\); expected \(B = 3, T = 5\)"):
         attention_mass(attention, torch.ones(3, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"head_distances: attention\[1\] has 1 heads, attention\[0\] 2"):
+    with pytest.raises(
+        ValueError, match=r"head_distances: attention\[1\] .*\(got \(3, 1, 5, 5\)\); expected \(B = 3, H = 2,"
+    ):
         head_distances([attention[0], attention[1][:, :1]])
-    with pytest.raises(ValueError, match=r"embed_heads: distances .* are not a symmetric table"):
+    with pytest.raises(ValueError, match=r"embed_heads: distances is not symmetric \(got entries 1 apart\)"):
         embed_heads(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
-    with pytest.raises(ValueError, match="embed_heads: dims must be from 1 to 2"):
+    with pytest.raises(ValueError, match=r"embed_heads: dims is too large \(got 3\); expected an int from 1 to 2"):
         embed_heads(torch.zeros(2, 2), dims=3)

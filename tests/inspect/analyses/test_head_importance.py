@@ -205,23 +205,25 @@ def test_a_transformers_model() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(ValueError, match=r"head_importance: num_layers and num_heads must be at least 1 \(got 0, 2"):
+    with pytest.raises(ValueError, match=r"head_importance: num_layers is too small \(got 0\); expected an int >= 1"):
         head_importance(lambda gates: gates.sum(), 0, 2)
-    with pytest.raises(ValueError, match=r"head_importance: the loss has shape .*requires_grad=False"):
+    with pytest.raises(
+        ValueError, match=r"head_importance: losses give what .*\(got shape \(\), requires_grad=False\); expected"
+    ):
         head_importance(lambda gates: torch.ones(()), 1, 2)
-    with pytest.raises(ValueError, match=r"head_importance: gates have shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"head_importance: gates .*\(got \(2,\)\); expected \(L = 1, H = 2\)"):
         head_importance(lambda gates: gates.sum(), 1, 2, gates=torch.ones(2))
-    with pytest.raises(ValueError, match="head_importance: no examples"):
+    with pytest.raises(ValueError, match=r"head_importance: losses give no example \(got 0\)"):
         head_importance([], 1, 2)
-    with pytest.raises(ValueError, match=r"gate_importance: outputs \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"gate_importance: outputs .*\(got \(2, 3\)\); expected \(L, B, H, T, D\)"):
         gate_importance(torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"token_importance: mask is torch.float32"):
+    with pytest.raises(TypeError, match=r"token_importance: mask has the wrong dtype \(got torch.float32"):
         token_importance(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1))
-    with pytest.raises(ValueError, match="prune: keep must be from 0 to the number of heads, 2"):
+    with pytest.raises(ValueError, match=r"prune: keep is too large \(got 3\); expected an int from 0 to 2"):
         prune(torch.ones(1, 2), [0.5], keep=3)
-    with pytest.raises(ValueError, match="prune: shares must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"prune: shares\[0\] is out of range \(got 50\); expected .*>= 0 and <= 1"):
         prune(torch.ones(1, 2), [50])
-    with pytest.raises(ValueError, match="prune: importance is NaN"):
+    with pytest.raises(ValueError, match=r"prune: importance is not finite everywhere \(got nan\)"):
         prune(torch.tensor([[1.0, torch.nan]]), [0.5])
-    with pytest.raises(ValueError, match="ablate: num_layers and num_heads"):
+    with pytest.raises(ValueError, match=r"ablate: num_heads is too small \(got 0\)"):
         ablate(lambda gates: 0.0, 1, 0)

@@ -126,23 +126,27 @@ def test_hooks_go_even_after_an_error() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(ValueError, match=r"massive_activations: hidden states have shapes \[\(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"massive_activations: hidden\[0\] .*\(got \(2, 3\)\); expected \(B, T, M\)"):
         massive_activations([torch.ones(2, 3)])
-    with pytest.raises(ValueError, match="massive_activations: floor and ratio must not be negative"):
+    with pytest.raises(ValueError, match=r"massive_activations: ratio is out of range \(got -1\); expected .*>= 0"):
         massive_activations(planted(), ratio=-1)
-    with pytest.raises(ValueError, match=r"magnitude_profile: top must be from 1 to 40 \(got 0"):
+    with pytest.raises(
+        ValueError, match=r"magnitude_profile: top is too small \(got 0\); expected an int from 1 to 40"
+    ):
         magnitude_profile(planted(), top=0)
-    with pytest.raises(ValueError, match=r"attention_bias: weights \(1, 2, 3, 3\) and values"):
+    with pytest.raises(
+        ValueError, match=r"attention_bias: values .*\(got \(1, 2, 4, 3\)\); expected \(B = 1, H = 2, S = 3, V\)"
+    ):
         attention_bias(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 3), torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"attention_bias: tokens is torch.float32"):
+    with pytest.raises(TypeError, match=r"attention_bias: tokens has the wrong dtype \(got torch.float32"):
         attention_bias(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.ones(1, 3))
-    with pytest.raises(ValueError, match="blocks_of: Linear has no list of like modules"):
+    with pytest.raises(ValueError, match=r"blocks_of: model has no list of like modules \(got Linear\)"):
         blocks_of(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="block_outputs: no blocks"), block_outputs([]):
+    with pytest.raises(ValueError, match=r"block_outputs: blocks is empty \(got \[\]\)"), block_outputs([]):
         pass
     places = torch.ones(1, 2)
     with (
-        pytest.raises(ValueError, match=r"replace_activations: places are torch.float32"),
+        pytest.raises(TypeError, match=r"replace_activations: places has the wrong dtype \(got torch.float32"),
         replace_activations(nn.Linear(2, 2), places, 0.0),
     ):
         pass

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.inspect.minilm import minilm, needs_minilm
 from tests.inspect.analyses.test_rollout import maps
+from tests.inspect.minilm import minilm, needs_minilm
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,9 +115,13 @@ def test_the_real_minilm() -> None:
 
 def test_what_is_wrong_is_named() -> None:
     given = maps(2, 1, 2, 6, 6)
-    with pytest.raises(ValueError, match=r"offset_heads: reach must be at least 1, threshold from 0 to 1 \(got 0, 0.5"):
+    with pytest.raises(ValueError, match=r"offset_heads: reach is too small \(got 0\); expected an int >= 1"):
         offset_heads(given, reach=0)
-    with pytest.raises(ValueError, match="offset_heads: 6 tokens, extra_tokens 1 and grid"):
+    with pytest.raises(
+        ValueError, match=r"offset_heads: attention does not fit extra_tokens = 1 and grid = \(2, 3\) \(got 6 tokens"
+    ):
         offset_heads(given, grid=(2, 3), extra_tokens=1)
-    with pytest.raises(ValueError, match="offset_heads: layers have different numbers of heads"):
+    with pytest.raises(
+        ValueError, match=r"offset_heads: attention\[1\] .*\(got \(1, 1, 6, 6\)\); expected \(B = 1, H = 2,"
+    ):
         offset_heads([given[0], given[1][:, :1]])

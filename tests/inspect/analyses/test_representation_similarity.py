@@ -39,11 +39,17 @@ def test_has_no_bias() -> None:
 
 def test_what_is_wrong_is_named() -> None:
     x = [[torch.randn(5, 3)]]
-    with pytest.raises(ValueError, match="representation_similarity: 1 and 2 batches"):
+    with pytest.raises(
+        ValueError, match=r"representation_similarity: y has another number of batches than x \(got 2\); expected 1"
+    ):
         representation_similarity(x, x + x)
-    with pytest.raises(ValueError, match=r"representation_similarity: layers of \[3\] inputs"):
+    with pytest.raises(
+        ValueError, match=r"representation_similarity: x .*\(got layers of \[3\] inputs\); .*at least 4"
+    ):
         representation_similarity([[torch.randn(3, 3)]])
-    with pytest.raises(ValueError, match=r"representation_similarity: layers of \[4, 5\] inputs"):
+    with pytest.raises(
+        ValueError, match=r"representation_similarity: x .*\(got layers of \[4, 5\] inputs\); expected as many"
+    ):
         representation_similarity([[torch.randn(4, 3), torch.randn(5, 3)]])
-    with pytest.raises(ValueError, match="representation_similarity: 5 and 6 inputs"):
+    with pytest.raises(ValueError, match=r"representation_similarity: y .*\(got 6 inputs\); expected the same 5"):
         representation_similarity(x, [[torch.randn(6, 3)]])

@@ -102,14 +102,50 @@ def test_gradients_dtypes_and_nan() -> None:
 @pytest.mark.parametrize(
     ("attention", "options", "error", "says"),
     [
-        (torch.ones(1, 2, 3, 3), {}, TypeError, "attention is a Tensor; expected one map"),
-        ([], {}, ValueError, "attention is empty"),
-        ([torch.ones(2, 3, 3)], {}, ValueError, r"attention\[0\] has shape \(2, 3, 3\)"),
-        ([torch.ones(1, 2, 3, 3, dtype=torch.long)], {}, TypeError, r"attention\[0\] is torch.int64"),
-        ([torch.ones(1, 2, 3, 4)], {}, ValueError, r"attention\[0\] has 3 queries and 4 keys; expected self"),
-        ([torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 4)], {}, ValueError, r"attention\[1\] has shape \(1, 2, 4, 4\)"),
-        ([torch.ones(1, 2, 3, 3)], {"residual": 1.5}, ValueError, "residual must be from 0 to 1"),
-        ([torch.ones(1, 2, 3, 3)], {"heads": "sum"}, ValueError, "heads must be 'mean', 'max' or 'min'"),
+        (
+            torch.ones(1, 2, 3, 3),
+            {},
+            TypeError,
+            r"attention has the wrong type \(got Tensor\); expected one map \(B, _H, T, T\) a",
+        ),
+        ([], {}, ValueError, r"attention is empty \(got \[\]\); expected one map"),
+        ([torch.ones(2, 3, 3)], {}, ValueError, r"attention\[0\] .*\(got \(2, 3, 3\)\); expected \(B, _H, T, T\)"),
+        (
+            [torch.ones(1, 2, 3, 3, dtype=torch.long)],
+            {},
+            TypeError,
+            r"attention\[0\] .*\(got torch.int64\); expected floating",
+        ),
+        (
+            [torch.ones(1, 2, 3, 4)],
+            {},
+            ValueError,
+            r"attention\[0\] .*\(got \(1, 2, 3, 4\)\); expected \(B, _H, T, T\)",
+        ),
+        (
+            [torch.ones(1, 2, 0, 0)],
+            {},
+            ValueError,
+            r"attention\[0\] is empty \(got \(1, 2, 0, 0\)\); expected one at least",
+        ),
+        (
+            [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 4)],
+            {},
+            ValueError,
+            r"attention\[1\] .*\(got \(1, 2, 4, 4\)\); expected \(B = 1, _H, T = 3, T = 3\)",
+        ),
+        (
+            [torch.ones(1, 2, 3, 3)],
+            {"residual": 1.5},
+            ValueError,
+            r"residual is out of range \(got 1.5\); .*>= 0 and <= 1",
+        ),
+        (
+            [torch.ones(1, 2, 3, 3)],
+            {"heads": "sum"},
+            ValueError,
+            "heads is unknown .*'sum'.*one of 'mean', 'max', 'min'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(attention: object, options: dict, error: type, says: str) -> None:

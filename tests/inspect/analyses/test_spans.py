@@ -51,14 +51,14 @@ def test_spans_of_a_mask() -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ([], "no spans of keys"),
-        ([(2, 2)], r"the span \(2, 2\) of keys is empty or beyond 5 tokens"),
-        ([(0, 6)], r"the span \(0, 6\) of keys is empty or beyond"),
-        ([(-6, None)], r"the span \(-6, None\) of keys is empty or beyond"),
+        ([], r"keys is empty \(got \[\]\); expected one span at least"),
+        ([(2, 2)], r"keys has a span that is empty or out of range \(got \(2, 2\)\); expected .*of 5"),
+        ([(0, 6)], r"keys has a span that is empty or out of range \(got \(0, 6\)\); expected .*of 5"),
+        ([(-6, None)], r"keys has a span that is empty or out of range \(got \(-6, None\)\); expected .*of 5"),
     ],
 )
 def test_what_is_wrong_is_named(keys: list, says: str) -> None:
     with pytest.raises(ValueError, match=f"span_attention: {says}"):
         span_attention(maps(1, 1, 1, 5, 5), keys, queries=[(0, 1)])
-    with pytest.raises(ValueError, match=r"spans_of: mask is torch.int64"):
+    with pytest.raises(TypeError, match=r"spans_of: mask has the wrong dtype \(got torch.int64"):
         spans_of(torch.ones(3, dtype=torch.long))

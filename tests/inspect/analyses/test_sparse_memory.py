@@ -99,13 +99,19 @@ def test_heads_of_known_temperature(groups: int) -> None:
 
 
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"circle_intersection: n must be at least 1, radius from 0 to n \(got 4, 5"):
+    with pytest.raises(
+        ValueError, match=r"circle_intersection: radius is too large \(got 5\); expected an int from 0 to 4"
+    ):
         circle_intersection(4, 5)
-    with pytest.raises(ValueError, match="cap_intersection: n must be at least 3, radius between 0 and n / 2"):
+    with pytest.raises(
+        ValueError, match=r"cap_intersection: radius is too large \(got 3\); expected an int from 1 to 2"
+    ):
         cap_intersection(6, 3, torch.ones(1))
-    with pytest.raises(ValueError, match="sparse_memory_weights: hamming must be whole numbers from 0 to 4"):
+    with pytest.raises(
+        ValueError, match=r"sparse_memory_weights: hamming is out of range \(got 5\); expected numbers from 0 to 4"
+    ):
         sparse_memory_weights(torch.tensor([5]), 4, 2)
-    with pytest.raises(ValueError, match=r"sparse_memory_fit: q \(1, 3, 4, 8\) and k \(1, 2, 4, 8\) do not fit"):
+    with pytest.raises(ValueError, match=r"sparse_memory_fit: num_heads is no multiple of num_kv_heads = 2 \(got 3\)"):
         sparse_memory_fit(torch.ones(1, 3, 4, 8), torch.ones(1, 2, 4, 8))
     monkeypatch.setitem(sys.modules, "scipy.special", None)
     with pytest.raises(ImportError, match=r'pip install "regard\[inspect\]"'):

@@ -53,10 +53,8 @@ def placed(
     left = maps[0].shape[-1] - extra_tokens
     Y, X = (1, left) if grid is None else grid
     if min(Y, X) < 1 or left != Y * X:
-        wanted = (
-            "one at least behind the extra ones" if grid is None else f"extra_tokens + {Y} * {X}, as grid is {grid}"
-        )
-        refuse(name, f"tokens with extra_tokens = {extra_tokens}", "do not fit", left + extra_tokens, wanted)
+        wrong = f"does not fit extra_tokens = {extra_tokens} and grid = {grid}"
+        refuse(name, "attention", wrong, f"{left + extra_tokens} tokens", "extra_tokens + height * width tokens")
     kept = [one[:, :, extra_tokens:, extra_tokens:] for one in maps]
     sums = [one.sum(-1, keepdim=True) for one in kept]
     at = torch.arange(left, device=maps[0].device)

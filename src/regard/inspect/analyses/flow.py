@@ -70,7 +70,13 @@ def attention_flow(
     for layer, maps in enumerate(attention):
         if bool((wrong := ~((maps >= 0) & maps.isfinite())).any()):
             got = float(maps[wrong][0])
-            refuse("attention_flow", f"attention[{layer}]", "has weights that are no capacity", got, "finite ones >= 0")
+            refuse(
+                "attention_flow",
+                f"attention[{layer}]",
+                "has weights that are negative, NaN or infinite",
+                got,
+                "finite ones >= 0",
+            )
     capacity = torch.stack(steps, 1).detach().double().cpu().numpy()
     found = np.stack([_flows(capacity[b], *asked) for b in range(B)], axis=1)
     flow = torch.from_numpy(found)

@@ -121,7 +121,7 @@ def attention_mass(
     keys = marks("attention_mass", "keys", keys, B, S, maps)
     rows = marks("attention_mass", "queries", queries, B, T, maps) & marks("attention_mass", "valid", valid, B, T, maps)
     if not bool(rows.any()):
-        refuse("attention_mass", "queries", "marks no valid token", "none", "one at least")
+        refuse("attention_mass", "queries", "marks no token", "none", "one at least")
     return _mean(maps.masked_fill(~keys[:, None, None], 0).sum(-1), rows)
 
 

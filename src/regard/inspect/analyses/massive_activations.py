@@ -18,7 +18,7 @@ from regard.inspect.analyses._maps import floats
 CARD = Card(
     "massive_activations",
     equation="""massive: |h_tm| > 100 and |h_tm| > 1000 median |h|      h (T, M): the residual stream after a block
-sinks: weight on the marked tokens C        output_t = sum_(s in C) A_ts v_s (a bias) + sum_(s not in C) A_ts v_s""",
+sinks: weight on the marked tokens C       output_t = sum_(s in C) A_ts v_s (a bias) + sum_(s not in C) A_ts v_s""",
     papers=(
         Paper(
             "Massive Activations in Large Language Models",

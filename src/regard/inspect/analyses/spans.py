@@ -80,7 +80,7 @@ def _members(what: str, spans: Sequence[Span], length: int, like: Tensor) -> Flo
     for row, (start, stop) in zip(members, spans, strict=True):
         bounds = (start, length if stop is None else stop)
         if any(not -length <= b <= length for b in bounds) or not row[slice(start, stop)].numel():
-            wanted = f"a token at least, within {length} of them"
-            refuse("span_attention", what, "has a span that holds no token or lies beyond", (start, stop), wanted)
+            wanted = f"a token at least, of {length}"
+            refuse("span_attention", what, "has a span that is empty or out of range", (start, stop), wanted)
         row[slice(start, stop)] = 1
     return members
