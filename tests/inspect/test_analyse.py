@@ -15,6 +15,8 @@ import regard
 from regard import catalog
 from regard.cards import Card, Paper, _registry
 from regard.inspect import analyses
+from regard.inspect.analyses.attention_distance import attention_distance
+from regard.inspect.analyses.massive_activations import massive_activations
 from regard.inspect.trace import Trace, trace
 
 
@@ -141,13 +143,13 @@ def test_which_layers_are_meant() -> None:
 
 def test_a_grid_is_given_where_the_layers_see_the_picture() -> None:
     both = traced("clip")
-    seen = analyses.attention_distance(both.maps(side="vision"), grid=(2, 2), extra_tokens=1)
-    read = analyses.attention_distance(both.maps(side="text"))
+    seen = attention_distance(both.maps(side="vision"), grid=(2, 2), extra_tokens=1)
+    read = attention_distance(both.maps(side="text"))
     for a, b in zip(both.analyse("attention_distance", side="vision"), seen, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(both.analyse("attention_distance", side="text"), read, strict=True):
         assert torch.equal(a, b)
-    flat = analyses.attention_distance(both.maps(side="vision"))
+    flat = attention_distance(both.maps(side="vision"))
     told = both.analyse("attention_distance", side="vision", grid=None, extra_tokens=0)
     assert torch.equal(told[0], flat[0]), "what the caller says comes first"
 
@@ -155,7 +157,7 @@ def test_a_grid_is_given_where_the_layers_see_the_picture() -> None:
 def test_hidden_states_are_those_of_the_stack() -> None:
     two = traced("t5", output_hidden_states=True)
     for side in ("encoder", "decoder"):
-        want = analyses.massive_activations(two.output[f"{side}_hidden_states"], floor=0.5, ratio=1.0)
+        want = massive_activations(two.output[f"{side}_hidden_states"], floor=0.5, ratio=1.0)
         got = two.analyse("massive_activations", side=side, floor=0.5, ratio=1.0)
         assert torch.equal(got.value, want.value)
 

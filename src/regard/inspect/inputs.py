@@ -126,9 +126,7 @@ def _of_bytes(texts: list[str]) -> Call:
     rows = [list(text.encode()) for text in texts]
     if len({len(row) for row in rows}) != 1 or not rows[0]:
         got = f"{sorted(map(len, rows))} bytes"
-        refuse(
-            "trace", "inputs", "has texts that a byte-level model cannot read at once", got, "one length, at least 1"
-        )
+        refuse("trace", "inputs", "is no batch of texts for a byte-level model", got, "one length, at least 1")
     return Call((torch.tensor(rows),), {}, tuple(tuple(map(_byte, row)) for row in rows))
 
 
