@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 import regard
-from regard.inspect.head_behaviour import head_behaviour
-from regard.inspect.offset_heads import offset_heads
+from regard.inspect.analyses.head_behaviour import head_behaviour
+from regard.inspect.analyses.offset_heads import offset_heads
 from regard.models.lm import LMConfig, language_model
 from regard.tasks.text import load
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from regard.inspect.head_importance import Loss, head_importance, prune
+from regard.inspect.analyses.head_importance import Loss, head_importance, prune
 from regard.integrations.transformers import scale_heads
 
 STEPS = 8  # of a twelfth of the heads each

@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import regard
 from regard import masks
 from regard.bench.memory import PeakMemory
-from regard.inspect.page import render
+from regard.inspect.page.render import render
 from regard.tasks.text import load
 
 STEPS = 250

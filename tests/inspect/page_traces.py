@@ -2,7 +2,8 @@
 
 import torch
 
-from regard.inspect import LayerTrace, Trace
+from regard.inspect.layers import LayerTrace
+from regard.inspect.trace import Trace
 
 WORDS = ("[CLS]", "the", "cat", "sat", "on", "the", "mat", "and", "slept", "all", "day", "[SEP]")
 HOSTILE = (

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 import regard
 from laws.subject import close
 from regard import masks
-from regard.inspect import effective_weights
-from regard.inspect.capture.own import reads, values_of
-from regard.inspect.effective import measured_weights
+from regard.inspect.effective import effective_weights, measured_weights, reads, values_of
 from regard.kernels.problem import combine
 from regard.pipeline.head_mixer import HeadMixer
 
@@ -79,7 +77,9 @@ def test_some_keys_at_a_time(name: str) -> None:
     close(effective_weights(layer, x, keys=slice(2, 7)), whole[..., 2:7])
     close(effective_weights(layer, x, keys=[8, 0]), whole[..., [8, 0]])
     assert effective_weights(layer, x, keys=[]).shape == (2, 4, 9, 0)
-    with pytest.raises(ValueError, match="outside the 9"):
+    with pytest.raises(
+        ValueError, match=r"effective_weights: keys is out of range \(got \[9\]\); expected numbers from -9 to 8"
+    ):
         effective_weights(layer, x, keys=[9])
 
 
@@ -131,7 +131,9 @@ def test_what_no_matrix_tells_is_refused(how: str, words: str) -> None:
 
 
 def test_other_layers_are_refused() -> None:
-    with pytest.raises(TypeError, match="Linear is no layer of queries, keys and values"):
+    with pytest.raises(
+        TypeError, match=r"layer is no layer of queries, keys and values that regard knows \(got Linear\)"
+    ):
         effective_weights(nn.Linear(12, 12), tokens(1, 2, 12))
 
 

@@ -90,7 +90,7 @@ def test_only_the_layers_asked_for(bert: Path) -> None:
     said = lines("explain", "--model", bert, "--text", "cat", "--layers", "1")
     assert "1 attention layers, 4 heads" in said[0]
     assert Path("attention.html").is_file()
-    assert "layers [7] did not run; there are [0, 1]" in refusal(
+    assert "did not run (got [7]); expected some of [0, 1]" in refusal(
         "explain", "--model", bert, "--text", "x", "--layers", "7"
     )
     assert "layers must be whole numbers" in refusal("explain", "--model", bert, "--text", "x", "--layers", "a")

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tests.inspect import page_traces as made
 
-from regard.inspect import Trace
-from regard.inspect.page import embedding, fragment, pack, render
+from regard.inspect.page import embedding, pack
+from regard.inspect.page.render import fragment, render
+from regard.inspect.trace import Trace
 
 
 def facts(page: str) -> dict:
@@ -219,11 +220,20 @@ def test_two_stacks_and_pictures_name_their_tokens():
     ("wrong", "words"),
     [
         (lambda: render(Trace(())), "holds no layers"),
-        (lambda: render(made.text(), other=made.text(H=2)), "other: .*same inputs and layers"),
-        (lambda: render(made.text(), other=made.text(), names=("a", "a")), "names: .*two names"),
-        (lambda: render(made.text(), planes=("lda",)), "planes: 'lda' is not known; expected some of pca, tsne"),
-        (lambda: render(made.text(), maps={"x": torch.rand(2, 3, 3)}), "maps: 'x' fits no layer"),
-        (lambda: render(made.text(), limit=0), "limit: must be at least 1"),
+        (
+            lambda: render(made.text(), other=made.text(H=2)),
+            "other has layers of other shapes .*same inputs and layers",
+        ),
+        (lambda: render(made.text(), other=made.text(), names=("a", "a")), "names are the same .*two names"),
+        (
+            lambda: render(made.text(), planes=("lda",)),
+            r"planes\[0\] is unknown \(got 'lda'\); expected one of 'pca', 'tsne'",
+        ),
+        (
+            lambda: render(made.text(), maps={"x": torch.rand(2, 3, 3)}),
+            r"maps\['x'\] fits no layer \(got \(2, 3, 3\)\); expected one of \[\(2, 12, 12\)",
+        ),
+        (lambda: render(made.text(), limit=0), r"limit is too small \(got 0\); expected an int >= 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(wrong, words):

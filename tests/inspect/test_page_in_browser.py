@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.inspect import page_traces as made
 from tests.inspect.browser import chromium, needs_chromium, opened, until
 
-from regard.inspect.page import fragment, render
+from regard.inspect.page.render import fragment, render
 
 pytestmark = needs_chromium
 

@@ -18,8 +18,9 @@ from laws.subject import close
 from regard import masks
 from regard.inspect import layers as layers_of_traces
 from regard.inspect.capture.masks import as_mask
+from regard.inspect.layers import LayerTrace
 from regard.inspect.statistics import head_statistics
-from regard.inspect.trace import LayerTrace, Trace, trace
+from regard.inspect.trace import Trace, trace
 from regard.integrations.transformers import scale_heads, swap
 from regard.models.lm import LMConfig, language_model
 
@@ -93,7 +94,7 @@ def test_parts_of_a_layer_are_parts_of_the_whole(name: str) -> None:
         close(layer.weights(heads=-1, rows=slice(1, 3)).double(), whole[:, 3:, 1:3])
         close(layer.logits(heads=[1]).double(), layer.logits()[:, 1:2].double())
         assert layer.weights(rows=[]).shape == (2, 4, 0, whole.shape[3])
-    with pytest.raises(ValueError, match="outside the 4 that are stored"):
+    with pytest.raises(ValueError, match=r"LayerTrace: heads is out of range \(got 4\); expected numbers from -4 to 3"):
         layer.weights(heads=4)
     with pytest.raises(ValueError, match="one head at least"):
         layer.logits(heads=[])
@@ -252,7 +253,7 @@ def test_layers_can_go_to_disk(tmp_path: Path) -> None:
     files = {path.name for path in (tmp_path / "a").iterdir()}
     assert files == {path.name for path in (tmp_path / "b").iterdir()}
     assert {"trace.json", "layer-0000.safetensors"} <= files
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match=r"trace: the folder is not empty \(got .*; expected a new or an empty"):
         trace(model, inputs, to=tmp_path / "a")
 
 
@@ -326,13 +327,21 @@ def test_other_models_are_not_recorded() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"layers": [5]}, ValueError, r"layers \[5\] did not run; there are \[0, 1\]"),
-        ({"heads": [4]}, ValueError, "outside the 4"),
+        ({"layers": [5]}, ValueError, r"layers .* did not run \(got \[5\]\); expected some of \[0, 1\]"),
+        ({"heads": [4]}, ValueError, r"heads is out of range \(got \[4\]\); expected numbers from -4 to 3"),
         ({"dtype": torch.int64}, ValueError, "floating"),
         ({"inputs": "text"}, ValueError, "needs a tokenizer"),
         ({"model": len}, TypeError, "torch.nn.Module"),
-        ({"model": torch.compile(nn.Linear(2, 2)), "inputs": torch.ones(2)}, ValueError, "Linear is compiled"),
-        ({"model": nn.Linear(2, 2), "inputs": torch.ones(2)}, ValueError, "no attention layer was seen"),
+        (
+            {"model": torch.compile(nn.Linear(2, 2)), "inputs": torch.ones(2)},
+            ValueError,
+            r"model is compiled.* \(got Linear\)",
+        ),
+        (
+            {"model": nn.Linear(2, 2), "inputs": torch.ones(2)},
+            ValueError,
+            r"ran no attention layer that is watched \(got Linear\)",
+        ),
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -366,7 +375,7 @@ def test_text_is_read_by_the_tokenizer() -> None:
     assert got.tokens_of(got.layers[0]) == (got.tokens, got.tokens)
     assert got.layers[0].mask is not None
     assert got.layers[0].mask[:, 0, 0].tolist() == [[True, True, True], [True, False, False]]
-    with pytest.raises(ValueError, match="600 tokens and the model positions for 512"):
+    with pytest.raises(ValueError, match=r"longer than the model's positions \(got 600 tokens\); expected at most 512"):
         trace(made("bert"), "a " * 600, tokenizer=Words())
 
 
@@ -551,9 +560,11 @@ def test_analyses_are_one_call_away(tmp_path: Path) -> None:
     assert repr(got) == "Trace(model='BertModel', layers=2)"
     two = trace(made("clip"), HOSTS["clip"].inputs)
     assert two.rollout(side="vision").shape == (2, 2, 5, 5)
-    with pytest.raises(ValueError, match="several stacks; give side, one of 'vision', 'text'"):
+    with pytest.raises(
+        ValueError, match=r"side is needed.* several stacks \(got None\); expected one of 'vision', 'text'"
+    ):
         two.rollout()
-    with pytest.raises(ValueError, match="no layer 7; it holds 2"):
+    with pytest.raises(ValueError, match=r"trace: layer is too large \(got 7\); expected an int from -2 to 1"):
         got.weights(7)
 
 

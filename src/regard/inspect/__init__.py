@@ -1,6 +1,5 @@
 """See attention in a model: what each layer attends to, and analyses of it."""
 
-from regard.inspect.effective import effective_weights
-from regard.inspect.trace import LayerTrace, Trace
+from regard.rooms import opened
 
-__all__ = ["LayerTrace", "Trace", "effective_weights"]
+__getattr__, __dir__ = opened(__name__)

@@ -8,13 +8,22 @@ for W that is the same for every feature; whether the mechanism is of that kind 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard.checks import checked, divides, refuse
 from regard.inspect.layers import Chosen, chosen
+from regard.kernels import execute
+from regard.kernels.problem import combine
 from regard.masks import Mask
+from regard.pipeline.head_mixer import HeadMixer
+from regard.pipeline.layer import Attention
+from regard.pipeline.tokens import key_padding, quarantine
+
+WHO = "effective_weights"
 
 Values = Callable[[Float[Tensor, "B G S V"]], Float[Tensor, "B H T V"]]
 """A mechanism whose queries and keys are given, as a function of its values."""
@@ -40,24 +49,25 @@ def effective_weights(
         TypeError: a layer of another kind; see `measured_weights` for functions.
         ValueError: a mechanism that is not linear in its values, or weighs their features differently.
     """
-    from regard.inspect.capture.own import values_of
-
     with torch.no_grad(), undisturbed(layer):
         attend, v = values_of(layer, x, context, mask=mask)
         return measured_weights(attend, v, keys=keys)
 
 
-def measured_weights(attend: Values, like: Float[Tensor, "B G S V"], *, keys: Chosen = None) -> Tensor:
-    """The weights of `attend`, a function from values (B, G, S, V) to outputs (B, H, T, V): (B, H, T, s).
+@checked()
+def measured_weights(
+    attend: Values, like: Float[Tensor, "B G S V"], *, keys: Chosen = None
+) -> Float[Tensor, "B H T s"]:
+    """The weights of `attend`, a function from values (B, G, S, V) to outputs (B, H, T, V).
 
     What is added to outputs whatever the values, such as a position's own, is no weight and is left out. `like` gives
     shape, dtype and device. Source: the definition of linearity.
     """
     with torch.no_grad():
         S, V = like.shape[2:]
-        which = chosen("keys", keys, S, like.device)
+        which = chosen(WHO, "keys", keys, S, like.device)
         rest = attend(torch.zeros_like(like))
-        _check_linear(attend, rest, like)
+        _linear(attend, rest, like)
         out = rest.new_empty(*rest.shape[:3], len(which))
         for start in range(0, len(which), V):
             part = which[start : start + V]
@@ -65,46 +75,43 @@ def measured_weights(attend: Values, like: Float[Tensor, "B G S V"], *, keys: Ch
             feature = torch.arange(len(part), device=like.device)
             one_hot[:, :, part, feature] = 1.0
             out[..., start : start + V] = (attend(one_hot) - rest)[..., : len(part)]
-        _check_same(attend, rest, out, like, which)
+        _same(attend, rest, out, like, which)
         return out
 
 
-def _check_linear(attend: Values, rest: Tensor, like: Tensor) -> None:
-    first, second = _drawn(like, 1), _drawn(like, 2)
-    one, two, both = (attend(v) - rest for v in (first, second, 2.0 * first - 3.0 * second))
-    if not _near(both, 2.0 * one - 3.0 * two):
-        raise ValueError(
-            "effective_weights: the mechanism is not linear in its values (f(2a - 3b) differs from 2 f(a) - 3 f(b)), "
-            "so that no matrix tells what it attends to"
-        )
+# --- Layers as functions of their values
 
 
-def _check_same(attend: Values, rest: Tensor, weights: Tensor, like: Tensor, which: Tensor) -> None:
-    v = torch.zeros_like(like).index_copy(2, which, _drawn(like, 3).index_select(2, which))
-    H, G = weights.shape[1], like.shape[1]
-    if weights.shape[-1] and (H % G or rest.shape[-1] != like.shape[-1]):
-        raise ValueError(f"effective_weights: {H} heads of outputs do not go with {G} heads of values")
-    from regard.kernels.problem import combine
-
-    if not _near(attend(v) - rest, combine(weights, v.index_select(2, which))):
-        raise ValueError(
-            "effective_weights: the mechanism mixes heads, or weighs the features of a head differently, so that it "
-            "takes more than one matrix a head to tell what it attends to"
-        )
+def reads(module: nn.Module) -> bool:
+    """Whether the module is a layer whose forward is the one that `values_of` knows."""
+    kind = type(module)
+    return (isinstance(module, Attention) and kind.forward is Attention.forward) or (
+        isinstance(module, HeadMixer) and kind.forward is HeadMixer.forward
+    )
 
 
-def _drawn(like: Tensor, seed: int) -> Tensor:
-    """Random values that touch no generator of the caller."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator).to(like)
+def values_of(
+    layer: nn.Module, x: Tensor, context: Tensor | None = None, *, mask: Mask | Tensor | None = None
+) -> tuple[Values, Tensor]:
+    """The layer as a function of its values, and the values that it computes itself."""
+    if isinstance(layer, Attention) and reads(layer):
+        p = layer._prepare(x, context, mask, None)[0]
+        return lambda v: execute(replace(p, v=v), layer.kernel), p.v
+    if isinstance(layer, HeadMixer) and reads(layer):
+        q, k, v, keep = projected(layer, x, context, mask)
+        return lambda values: layer.mix(q, k, values, keep), v
+    wanted = "a regard.Attention or HeadMixer; for others, measured_weights of a function of values"
+    wrong = "is no layer of queries, keys and values that regard knows"
+    refuse(WHO, "layer", wrong, type(layer).__name__, wanted, error=TypeError)
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
-    """Equal up to what sums in this dtype lose. What is not finite proves nothing."""
-    if a.numel() == 0:
-        return True
-    scale = torch.maximum(a.abs(), b.abs()).max()
-    return not bool((a - b).abs().max() > torch.finfo(a.dtype).eps ** 0.5 * scale)
+def projected(
+    mixer: HeadMixer, x: Float[Tensor, "B T M"], context: Tensor | None, mask: Mask | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "B S"] | None]:
+    """Queries, keys, values and which keys are real, as the mixer's forward makes them."""
+    source = x if context is None else context
+    keep = key_padding(mixer, mask, source)
+    return (*mixer.split(quarantine(x)[0], quarantine(source)[0]), keep)
 
 
 @contextmanager
@@ -120,3 +127,39 @@ def undisturbed(layer: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+# --- Whether one matrix a head tells
+
+
+def _linear(attend: Values, rest: Tensor, like: Tensor) -> None:
+    first, second = _drawn(like, 1), _drawn(like, 2)
+    one, two, both = (attend(v) - rest for v in (first, second, 2.0 * first - 3.0 * second))
+    if not _near(both, 2.0 * one - 3.0 * two):
+        got = "f(2a - 3b) differs from 2 f(a) - 3 f(b)"
+        refuse(WHO, "the mechanism", "is not linear in its values", got, "one that a matrix tells of")
+
+
+def _same(attend: Values, rest: Tensor, weights: Tensor, like: Tensor, which: Tensor) -> None:
+    v = torch.zeros_like(like).index_copy(2, which, _drawn(like, 3).index_select(2, which))
+    if weights.shape[-1]:
+        divides(WHO, **{"heads of values": like.shape[1], "heads of outputs": weights.shape[1]})
+        if rest.shape[-1] != like.shape[-1]:
+            refuse(WHO, "outputs", "have another width than values", rest.shape[-1], f"{like.shape[-1]}")
+    if not _near(attend(v) - rest, combine(weights, v.index_select(2, which))):
+        wrong = "mixes heads, or weighs the features of a head differently"
+        refuse(WHO, "the mechanism", wrong, "outputs of more than one matrix a head", "one matrix a head")
+
+
+def _drawn(like: Tensor, seed: int) -> Tensor:
+    """Random values that touch no generator of the caller."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Equal up to what sums in this dtype lose. What is not finite proves nothing."""
+    if a.numel() == 0:
+        return True
+    scale = torch.maximum(a.abs(), b.abs()).max()
+    return not bool((a - b).abs().max() > torch.finfo(a.dtype).eps ** 0.5 * scale)

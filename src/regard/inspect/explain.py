@@ -13,8 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regard.inspect.page.render import render
 from regard.inspect.statistics import HeadStatistics
 from regard.inspect.trace import Trace, trace
+from regard.models.checkpoint import load as read
+from regard.models.checkpoint import write_atomically
 from regard.models.lm import LanguageModel
 
 RUNS = Path("runs")
@@ -124,8 +127,6 @@ def _newest(folder: Path, pattern: str) -> Path | None:
 
 
 def _own(path: Path) -> Loaded:
-    from regard.models.checkpoint import load as read
-
     model, config = read(path)
     return Loaded(f"{config.mechanism} of {path}", model)
 
@@ -216,9 +217,6 @@ def _swapped(loaded: Loaded, mechanism: str) -> Any:
 
 
 def _write(out: Path, name: str, first: Trace, second: Trace | None, swap: str | None) -> None:
-    from regard.inspect.page import render
-    from regard.models.checkpoint import write_atomically
-
     names = (name, swap) if swap is not None and swap != name else ("before", "after")
     html = render(first, other=second, names=names, title=f"What {name} attends to")
     write_atomically(out, html.encode())

@@ -3,14 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from regard.checks import refuse
 from regard.models.lm import LanguageModel
 
 Tokens = tuple[tuple[str, ...], ...]
+
+SEEING = ("", "vision", "encoder")
+"""Sides of a model whose layers may see a picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,22 @@ def call_of(model: nn.Module, inputs: Any, tokenizer: Any) -> Call:
     if ids is not None and tokenizer is None and _reads_bytes(model):
         return Call(args, {}, tuple(tuple(map(_byte, row)) for row in ids.tolist()))
     return Call(args, {}, _shown(ids, tokenizer))
+
+
+def grid_of(model: nn.Module, pictures: Tensor | None, length: int) -> tuple[tuple[int, int] | None, int]:
+    """Rows and columns of patches, and how many of `length` tokens stand before them; None where there are too few."""
+    config = getattr(model, "config", None)
+    size = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    height, width = (size, size) if isinstance(size, int) else size if _is_pair(size) else (0, 0)
+    if pictures is None or not height or not width:
+        return None, 0
+    grid = pictures.shape[2] // int(height), pictures.shape[3] // int(width)
+    extra = length - grid[0] * grid[1]
+    return (grid, extra) if extra >= 0 else (None, 0)
+
+
+def _is_pair(size: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(size, list | tuple) and len(size) == 2
 
 
 def shown(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
@@ -77,22 +97,23 @@ def _texts(inputs: Any) -> list[str] | None:
 
 def _of_text(model: nn.Module, texts: list[str], tokenizer: Any) -> Call:
     if tokenizer is None:
-        raise ValueError("trace: text needs a tokenizer; give tokenizer=, or the tensors that the model takes")
+        refuse("trace", "inputs", "is text, which needs a tokenizer", type(model).__name__, "tokenizer=, or tensors")
     encoded = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kwargs = {name: t.to(device) for name, t in encoded.items()}
     ids, config = kwargs["input_ids"], getattr(model, "config", None)
     if ids.shape[1] == 0:
-        raise ValueError("trace: the text has no tokens; give at least one word")
+        refuse("trace", "inputs", "has no tokens", repr(texts[0]), "one word at least")
     if getattr(config, "is_encoder_decoder", False):
         start = getattr(config, "decoder_start_token_id", None)
         start = getattr(config, "bos_token_id", None) if start is None else start
         if start is None:
-            raise ValueError("trace: the decoder needs a first token; give a dict with decoder_input_ids")
+            got = "a configuration that names none"
+            refuse("trace", "inputs", "leaves the decoder without a first token", got, "a dict with decoder_input_ids")
         kwargs["decoder_input_ids"] = ids.new_full((len(texts), 1), start)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and ids.shape[1] > limit:
-        raise ValueError(f"trace: the text has {ids.shape[1]} tokens and the model positions for {limit}; shorten it")
+        refuse("trace", "inputs", "is longer than the model's positions", f"{ids.shape[1]} tokens", f"at most {limit}")
     return Call((), kwargs, _shown(ids, tokenizer), _shown(kwargs.get("decoder_input_ids"), tokenizer))
 
 
@@ -104,9 +125,8 @@ def _of_bytes(texts: list[str]) -> Call:
     """For regard's own language models, whose tokens are bytes."""
     rows = [list(text.encode()) for text in texts]
     if len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise ValueError(
-            f"trace: texts for a byte-level model must be of one length, at least 1 (got {sorted(map(len, rows))})"
-        )
+        got = f"{sorted(map(len, rows))} bytes"
+        refuse("trace", "inputs", "is no batch of texts for a byte-level model", got, "one length, at least 1")
     return Call((torch.tensor(rows),), {}, tuple(tuple(map(_byte, row)) for row in rows))
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from regard.checks import refuse
 from regard.kernels.problem import combine, dots
 
 Chosen = int | slice | Sequence[int] | Tensor | None
@@ -76,7 +77,7 @@ class LayerTrace:
         `heads` and `rows` count along the stored axes. ValueError where the mechanism has no logits.
         """
         if not self.has_logits:
-            raise ValueError(f"logits: {self.name} scores no pairs, its weights were measured; use weights()")
+            refuse("LayerTrace", "logits", "are not there, as its weights were measured", self.name, "weights()")
         with self._exactly():
             return self._logits(*self._chosen(heads, rows))
 
@@ -129,10 +130,10 @@ class LayerTrace:
 
     def _chosen(self, heads: Chosen, rows: Chosen) -> tuple[Tensor, Tensor]:
         _, H, T, _ = self.shape
-        h, r = chosen("heads", heads, H, self.q.device), chosen("rows", rows, T, self.q.device)
+        h = chosen("LayerTrace", "heads", heads, H, self.q.device)
         if not len(h):
-            raise ValueError(f"heads: must be one head at least (got {heads!r})")
-        return h, r
+            refuse("LayerTrace", "heads", "is empty", repr(heads), "one head at least")
+        return h, chosen("LayerTrace", "rows", rows, T, self.q.device)
 
     def _parts(self, heads: int, rows: Tensor) -> Iterator[Tensor]:
         """The rows in parts of which the logits take bounded memory; at least one."""
@@ -140,7 +141,7 @@ class LayerTrace:
         return iter(rows.split(max(1, ELEMENTS // max(1, B * heads * S))) if T else (rows,))
 
 
-def chosen(name: str, which: Chosen, size: int, device: torch.device | str = "cpu") -> Tensor:
+def chosen(who: str, name: str, which: Chosen, size: int, device: torch.device | str = "cpu") -> Tensor:
     """`which` as numbers in 0..size - 1; negative ones count from the end."""
     if which is None:
         return torch.arange(size, device=device)
@@ -150,9 +151,9 @@ def chosen(name: str, which: Chosen, size: int, device: torch.device | str = "cp
     if numbers.numel() == 0:
         return numbers.long()
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise TypeError(f"{name}: must be whole numbers, a slice or None (got {which!r})")
+        refuse(who, name, "has the wrong type", repr(which), "whole numbers, a slice or None", error=TypeError)
     if int(numbers.min()) < -size or int(numbers.max()) >= size:
-        raise ValueError(f"{name}: {which!r} lies outside the {size} that are stored")
+        refuse(who, name, "is out of range", repr(which), f"numbers from {-size} to {size - 1}")
     return numbers.long() % size
 
 

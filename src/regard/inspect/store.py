@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regard.checks import refuse
 from regard.inspect.layers import LayerTrace, part_of
 from regard.models.checkpoint import write_atomically
 
@@ -25,7 +26,7 @@ class Writer:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"trace: {self.folder} is not an empty folder; choose another")
+            refuse("trace", "the folder", "is not empty", self.folder, "a new or an empty folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
         self._shared: dict[int, tuple[Tensor, int]] = {}

@@ -13,14 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.inspect import store
+from regard.checks import refuse, whole
+from regard.inspect import analyses, store
+from regard.inspect.ask import ask, offers
 from regard.inspect.capture import huggingface, modules
 from regard.inspect.capture.recorder import Recorder
-from regard.inspect.inputs import Call, Tokens, call_of, separators
+from regard.inspect.inputs import SEEING, Call, Tokens, call_of, grid_of, separators
 from regard.inspect.layers import Chosen, LayerTrace
+from regard.inspect.page.render import fragment, render
 from regard.inspect.statistics import HeadStatistics, layer_statistics
-
-__all__ = ["LayerTrace", "Trace", "trace"]
+from regard.models.checkpoint import write_atomically
 
 Kind = Literal["self", "cross"]
 
@@ -51,8 +53,7 @@ class Trace:
 
     def layer(self, layer: int) -> LayerTrace:
         """By place in `layers`; ValueError says how many there are."""
-        if not -len(self.layers) <= layer < len(self.layers):
-            raise ValueError(f"trace: there is no layer {layer}; it holds {len(self.layers)}, counted from 0")
+        whole("trace", -len(self.layers), most=len(self.layers) - 1, layer=layer)
         return self.layers[layer]
 
     def weights(self, layer: int, *, heads: Chosen = None, rows: Chosen = None) -> Float[Tensor, "B h t S"]:
@@ -83,13 +84,35 @@ class Trace:
             table += layer_statistics(place, layer, None if keys is None else [separators(row) for row in keys])
         return table
 
+    def analyse(
+        self, name: str, *, kind: Kind = "self", side: str | None = None, layer: int | None = None, **options: Any
+    ) -> Any:
+        """The analysis on the card of that name (`regard.analyses()` has them), of what it asks for and the trace has.
+
+        An argument of one of these names is filled in: `attention`, the chosen layers' weights, one tensor each; `q`,
+        `k`, `v` and `scale` of one layer; `hidden`, the states that the model puts out if it is called with
+        output_hidden_states=True; `grid` and `extra_tokens`, where the layers see a picture; `tokens`, `images`,
+        `output`.
+
+        Args:
+            kind, side: which layers, as in `select`; `side` is needed where there are several stacks.
+            layer: this one alone, by its place in `layers`.
+            options: the analysis's other arguments. What is given here comes before what the trace has.
+
+        Raises:
+            ValueError: no such analysis, no such option, or arguments that neither the caller nor the trace has.
+        """
+
+        def chosen() -> tuple[LayerTrace, ...]:
+            return self._stacked(kind, side) if layer is None else (self.layer(layer),)
+
+        return ask(name, offers(self, chosen, side), options)
+
     def rollout(
         self, *, side: str | None = None, residual: float = 0.5, heads: Literal["mean", "max", "min"] = "mean"
     ) -> Float[Tensor, "L B T T"]:
-        """Attention rollout after each self-attention layer; see `regard.inspect.rollout`."""
-        from regard.inspect.rollout import attention_rollout
-
-        return attention_rollout(self._stacked(side), residual=residual, heads=heads)
+        """Attention rollout after each self-attention layer; see `regard.inspect.analyses.rollout`."""
+        return analyses.attention_rollout(self._maps(side), residual=residual, heads=heads)
 
     def flow(
         self,
@@ -99,38 +122,22 @@ class Trace:
         layers: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
     ) -> Float[Tensor, "L B R T"]:
-        """Attention flow after each self-attention layer; see `regard.inspect.flow`."""
-        from regard.inspect.flow import attention_flow
-
-        return attention_flow(self._stacked(side), residual=residual, layers=layers, rows=rows)
+        """Attention flow after each self-attention layer; see `regard.inspect.analyses.flow`."""
+        return analyses.attention_flow(self._maps(side), residual=residual, layers=layers, rows=rows)
 
     def relevance(
         self, gradients: Sequence[Float[Tensor, "B H T T"]], *, side: str | None = None
     ) -> Float[Tensor, "B T T"]:
-        """Gradient relevancy, given the gradients of what is explained by each map; see `regard.inspect.relevance`."""
-        from regard.inspect.relevance import self_relevance
-
-        return self_relevance(list(zip(self._stacked(side), gradients, strict=True)))
-
-    def _stacked(self, side: str | None) -> list[Float[Tensor, "B H T T"]]:
-        """The self-attention of one stack, which is the only one or named by `side`."""
-        sides = list(dict.fromkeys(layer.side for layer in self.select()))
-        if side is None and len(sides) > 1:
-            raise ValueError(f"trace: it holds several stacks; give side, one of {', '.join(map(repr, sides))}")
-        return self.maps(side=side)
+        """Relevancy, given the gradients of what is explained by each map; see `regard.inspect.analyses.relevance`."""
+        return analyses.attention_relevance(self._maps(side), gradients)
 
     def save(self, path: str | Path, *, title: str = "") -> Path:
         """Write one self-contained interactive page; `regard.inspect.page.render` has more to choose."""
-        from regard.inspect.page import render
-        from regard.models.checkpoint import write_atomically
-
         path = Path(path)
         write_atomically(path, render(self, title=title).encode())
         return path
 
     def _repr_html_(self) -> str:
-        from regard.inspect.page import fragment
-
         return fragment(self)
 
     def to_dir(self, folder: str | Path) -> Path:
@@ -159,6 +166,18 @@ class Trace:
             int(about["extra_tokens"]),
             model=str(about["model"]),
         )
+
+    def _stacked(self, kind: Kind, side: str | None) -> tuple[LayerTrace, ...]:
+        """The layers of one kind in one stack, which is the only one or named by `side`."""
+        sides = list(dict.fromkeys(x.side for x in self.select(kind=kind)))
+        if side is None and len(sides) > 1:
+            refuse(
+                "trace", "side", "is needed, as there are several stacks", side, f"one of {', '.join(map(repr, sides))}"
+            )
+        return self.select(kind=kind, side=side)
+
+    def _maps(self, side: str | None) -> list[Float[Tensor, "B H T T"]]:
+        return [x.weights() for x in self._stacked("self", side)]
 
     def _finish(self, writer: store.Writer) -> None:
         about = {name: getattr(self, name) for name in ("tokens", "decoder_tokens", "grid", "extra_tokens", "model")}
@@ -196,15 +215,15 @@ def trace(
             with attention of its own), text without a tokenizer.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"trace: model must be a torch.nn.Module (got {type(model).__name__})")
+        refuse("trace", "model", "has the wrong type", type(model).__name__, "a torch.nn.Module", error=TypeError)
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             kind = type(getattr(module, "_orig_mod", module)).__name__
-            raise ValueError(
-                f"trace: {kind} is compiled, and nothing in it can be watched; trace the model before compiling"
+            refuse(
+                "trace", "model", "is compiled, and nothing in it can be watched", kind, "the model before compiling"
             )
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"trace: dtype must be a floating type (got {dtype})")
+        refuse("trace", "dtype", "has the wrong dtype", dtype, "a floating point type")
     call = call_of(model, inputs, tokenizer)
     writer = None if to is None else store.Writer(to)
     recorder = Recorder(model, layers=layers, heads=heads, dtype=dtype, writer=writer)
@@ -222,20 +241,7 @@ def trace(
 
 
 def _described(model: nn.Module, call: Call, layers: tuple[LayerTrace, ...], output: Any) -> Trace:
-    images, grid, extra = call.pictures, None, 0
-    seeing = [layer for layer in layers if layer.side in ("", "vision", "encoder") and layer.kind == "self"]
-    if images is not None and seeing and (patch := _patch(model)) is not None:
-        grid = images.shape[2] // patch[0], images.shape[3] // patch[1]
-        extra = seeing[0].shape[2] - grid[0] * grid[1]
-        grid, extra = (grid, extra) if extra >= 0 else (None, 0)
-    images = None if images is None else images.detach().clone()
+    lengths = [layer.shape[2] for layer in layers if layer.side in SEEING and layer.kind == "self"]
+    grid, extra = grid_of(model, call.pictures, lengths[0]) if lengths else (None, 0)
+    images = None if call.pictures is None else call.pictures.detach().clone()
     return Trace(layers, call.tokens, call.decoder_tokens, images, grid, extra, output, type(model).__name__)
-
-
-def _patch(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of a patch, as the model's configuration says."""
-    config = getattr(model, "config", None)
-    size = getattr(getattr(config, "vision_config", config), "patch_size", None)
-    if isinstance(size, int):
-        return size, size
-    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) and len(size) == 2 else None

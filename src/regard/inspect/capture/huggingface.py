@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.checks import refuse
 from regard.inspect.capture.masks import as_mask, causal
 from regard.inspect.capture.own import of_problem
 from regard.inspect.capture.recorder import Recorder
@@ -108,7 +109,9 @@ class _Watch:
         if not self.recorder.wants(place["index"]):
             return
         if options.get("cache") is not None:
-            raise ValueError("trace: a paged cache hides the earlier keys; trace a plain forward pass")
+            refuse(
+                "trace", "inputs", "go through a paged cache, which hides earlier keys", name, "a plain forward pass"
+            )
         held, told = self.interceptions.get(name), {**options, "dropout": 0.0}
         with torch.no_grad():
             if held is not None and hasattr(held._function, "entries"):

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard.checks import refuse
+
 
 def as_mask(
     given: Any, name: str, module: nn.Module, q: Tensor, k: Tensor, options: Mapping[str, Any]
@@ -43,9 +45,8 @@ def _of_flash(
 ) -> Bool[Tensor, "#B 1 T S"] | None:
     """Flash kernels take padding (B, S), and are told of causality and windows; aligned bottom-right."""
     if options.get("cu_seq_lens_q") is not None:
-        raise ValueError(
-            "trace: packed sequences of a flash kernel are not read; trace with attn_implementation='sdpa'"
-        )
+        got = f"cu_seq_lens_q in {type(module).__name__}"
+        refuse("trace", "packed sequences", "of a flash kernel are not read", got, "attn_implementation='sdpa'")
     decoder, window = causal(module, options), options.get("sliding_window")
     allowed = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
     if decoder:

@@ -9,6 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from regard.inspect.capture import own, torch_mha
 from regard.inspect.capture.recorder import Recorder
+from regard.inspect.effective import reads
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def watching(recorder: Recorder) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module not in recorder.names:
             return
-        if own.reads(module):
+        if reads(module):
             own.record(recorder, module, args, kwargs)
         elif isinstance(module, nn.MultiheadAttention):
             torch_mha.record(recorder, module, args, kwargs)

@@ -8,42 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from regard.inspect.capture.recorder import Recorder
-from regard.inspect.effective import Values, measured_weights, undisturbed
+from regard.inspect.effective import measured_weights, projected, undisturbed
 from regard.inspect.layers import LayerTrace, Measured
-from regard.kernels import Problem, execute
-from regard.kernels.problem import biased_scores, rectangle, softmax
-from regard.masks import Mask
+from regard.kernels import Problem
+from regard.kernels.problem import biased_scores, mixed, rectangle, softmax
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.layer import Attention
-from regard.pipeline.tokens import key_padding, quarantine
-
-
-def reads(module: nn.Module) -> bool:
-    """Whether the module is a layer whose forward is the one that this file knows."""
-    kind = type(module)
-    return (isinstance(module, Attention) and kind.forward is Attention.forward) or (
-        isinstance(module, HeadMixer) and kind.forward is HeadMixer.forward
-    )
-
-
-def values_of(
-    layer: nn.Module, x: Tensor, context: Tensor | None = None, *, mask: Mask | Tensor | None = None
-) -> tuple[Values, Tensor]:
-    """The layer as a function of its values, and the values that it computes itself."""
-    if isinstance(layer, Attention) and reads(layer):
-        p = layer._prepare(x, context, mask, None)[0]
-        return lambda v: execute(replace(p, v=v), layer.kernel), p.v
-    if isinstance(layer, HeadMixer) and reads(layer):
-        q, k, v, keep = _split(layer, x, context, mask)
-        return lambda values: layer.mix(q, k, values, keep), v
-    raise TypeError(
-        f"effective_weights: {type(layer).__name__} is no layer of queries, keys and values that regard knows; "
-        "wrap it as a function of its values and use regard.inspect.effective.measured_weights"
-    )
+from regard.stages import IN_KERNELS, SLOTS
 
 
 def record(recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Record one call of a layer that `reads` says yes to."""
+    """Record one call of a layer that `effective.reads` says yes to."""
     call = dict(zip(("x", "context"), args)) | kwargs
     x, context = call["x"], call.get("context")
     place = recorder.place(recorder.names[module], "self" if context is None else "cross")
@@ -51,15 +26,9 @@ def record(recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs:
         return
     with torch.no_grad(), undisturbed(module):
         if isinstance(module, Attention):
-            recorder.keep(_of_pipeline(place, module, x, context, call.get("mask"), call.get("positions")))
+            recorder.keep(of_problem(place, module._prepare(x, context, call.get("mask"), call.get("positions"))[0]))
         elif isinstance(module, HeadMixer):
             recorder.keep(_of_mixer(place, module, x, context, call.get("mask")))
-
-
-def _of_pipeline(
-    place: dict[str, Any], module: Attention, x: Tensor, context: Tensor | None, mask: Any, positions: Tensor | None
-) -> LayerTrace:
-    return of_problem(place, module._prepare(x, context, mask, positions)[0])
 
 
 def of_problem(place: dict[str, Any], p: Problem) -> LayerTrace:
@@ -73,12 +42,20 @@ def of_problem(place: dict[str, Any], p: Problem) -> LayerTrace:
         mask=None if p.mask is None else p.mask.at(p.i, p.j),
         bias=p.bias,
     )
-    if p.position_bias is None and p.score_mix is None and p.normalizer is None and p.weight_mix is None:
+    sites = {SLOTS[name].site for name in IN_KERNELS if getattr(p, name) is not None}
+    if p.position_bias is None:  # what it adds to outputs is no weight
+        sites.discard("position")
+    if not sites:
         return layer
-    # The layer's own copies stand in for these, which would double what is held.
-    stages = Stages(replace(p, q=p.q.new_empty(0), k=p.k.new_empty(0), v=p.v.new_empty(0)))
-    softmax = p.normalizer is None and p.weight_mix is None
-    return replace(layer, logit_rule=stages.logits, weight_rule=None if softmax else stages.weights)
+    x = None if p.x is None else p.x.clone()  # the model may write into its tokens later
+    context = x if p.context is p.x or p.context is None else p.context.clone()
+    # The layer's own copies stand in for q, k and v, which would double what is held.
+    stages = Stages(replace(p, q=p.q.new_empty(0), k=p.k.new_empty(0), v=p.v.new_empty(0), x=x, context=context))
+    return replace(layer, logit_rule=stages.logits, weight_rule=stages.weights if sites & AFTER else None)
+
+
+AFTER = {"normalise", "weights"}
+"""Sites of the stages behind the scores; where none is filled, weights are a softmax of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +79,7 @@ class Stages:
     def _weights(self, p: Problem, at: slice) -> Tensor:
         part = rectangle(p, at, _all(p))
         weights = (p.normalizer or softmax)(biased_scores(p, part, at, _all(p)), part.allowed)
-        return weights if p.weight_mix is None else p.weight_mix(weights, part)
+        return mixed(p, "weights", weights, part, at, _all(p))
 
     def _by_runs(
         self, layer: LayerTrace, heads: Tensor, rows: Tensor, run: Callable[[Problem, slice], Tensor]
@@ -129,7 +106,7 @@ def _runs(rows: Tensor) -> list[tuple[int, int]]:
 
 
 def _of_mixer(place: dict[str, Any], module: HeadMixer, x: Tensor, context: Tensor | None, mask: Any) -> LayerTrace:
-    q, k, v, keep = _split(module, x, context, mask)
+    q, k, v, keep = projected(module, x, context, mask)
     T, S = q.shape[2], k.shape[2]
     i, j = torch.arange(S - T, S, device=q.device), torch.arange(S, device=q.device)
     allowed = module.receptive_field().at(i, j)
@@ -142,12 +119,3 @@ def _of_mixer(place: dict[str, Any], module: HeadMixer, x: Tensor, context: Tens
             return measured_weights(lambda values: module.mix(q, k, values, keep), v)
 
     return LayerTrace(**place, q=q, k=k, v=v, scale=1.0, mask=allowed, weight_rule=Measured(measure, q.dtype))
-
-
-def _split(
-    module: HeadMixer, x: Tensor, context: Tensor | None, mask: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys, values and which keys are real, as the mixer's forward makes them."""
-    source = x if context is None else context
-    keep = key_padding(module._who, mask, source)
-    return (*module.split(quarantine(x)[0], quarantine(source)[0]), keep)

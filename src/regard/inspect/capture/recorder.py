@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from regard.checks import refuse
 from regard.inspect.layers import LayerTrace, chosen, part_of
 from regard.inspect.store import Writer
 
@@ -25,6 +26,7 @@ class Recorder:
         writer: Writer | None = None,
     ) -> None:
         self.names: Mapping[nn.Module, str] = {m: name or type(m).__name__ for name, m in model.named_modules()}
+        self.model = type(model).__name__
         self.layers = None if layers is None else set(layers)
         self.heads = None if heads is None else list(heads)
         self.dtype, self.writer = dtype, writer
@@ -55,13 +57,14 @@ class Recorder:
     def result(self) -> tuple[LayerTrace, ...]:
         """All that was kept; ValueError where something asked for never ran."""
         if not self.seen:
-            raise ValueError(
-                "trace: no attention layer was seen; watched are models of transformers that ask its "
-                "AttentionInterface, regard's layers and torch.nn.MultiheadAttention (not inside torch.compile, nor "
-                "inside torch's fused encoder layer: torch.backends.mha.set_fastpath_enabled(False))"
+            wanted = (
+                "a model of transformers that asks its AttentionInterface, regard's layers or "
+                "torch.nn.MultiheadAttention, not inside torch.compile, nor inside torch's fused encoder layer: "
+                "torch.backends.mha.set_fastpath_enabled(False)"
             )
+            refuse("trace", "model", "ran no attention layer that is watched", self.model, wanted)
         if self.layers is not None and (missing := self.layers - set(self.seen)):
-            raise ValueError(f"trace: layers {sorted(missing)} did not run; there are {sorted(set(self.seen))}")
+            refuse("trace", "layers", "has some that did not run", sorted(missing), f"some of {sorted(set(self.seen))}")
         return tuple(self.found)
 
     def _copied(self, layer: LayerTrace) -> LayerTrace:
@@ -88,12 +91,10 @@ class Recorder:
 def _trimmed(layer: LayerTrace, heads: list[int]) -> LayerTrace:
     """Only these heads, each with a key head and a value head of its own."""
     if layer.logit_rule is not None or layer.weight_rule is not None:
-        raise ValueError(
-            f"trace: {layer.name} is more than a softmax of its own heads, so that heads cannot be kept alone; "
-            "leave heads out"
-        )
+        wrong = "cannot be kept alone, as the layer is more than a softmax of its own heads"
+        refuse("trace", "heads", wrong, layer.name, "heads=None")
     H, G = layer.q.shape[1], layer.k.shape[1]
-    h = chosen("trace: heads", heads, H, layer.q.device)
+    h = chosen("trace", "heads", heads, H, layer.q.device)
     every = torch.arange(layer.q.shape[2], device=layer.q.device)
     group = h // (H // G)
     return replace(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard.checks import refuse
 from regard.inspect.capture.recorder import Recorder
 from regard.inspect.layers import LayerTrace
 
@@ -23,7 +24,8 @@ def record(recorder: Recorder, module: nn.MultiheadAttention, args: tuple[Any, .
     if not recorder.wants(place["index"]):
         return
     if module.bias_k is not None or module.add_zero_attn:
-        raise ValueError(f"trace: {place['name']} adds keys of its own (add_bias_kv, add_zero_attn), which is not read")
+        got = f"add_bias_kv or add_zero_attn in {place['name']}"
+        refuse("trace", "model", "has a layer that adds keys of its own, which are not read", got, "one without them")
     with torch.no_grad():
         query, key, value = (_batched(z, module.batch_first) for z in (query, key, value))
         q, k, v = (_heads(z, module.num_heads) for z in _projected(module, query, key, value))

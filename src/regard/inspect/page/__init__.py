@@ -1,5 +1,5 @@
 """A trace as an interactive page."""
 
-from regard.inspect.page.render import fragment, render
+from regard.rooms import opened
 
-__all__ = ["fragment", "render"]
+__getattr__, __dir__ = opened(__name__)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from regard.inspect.trace import LayerTrace
+from regard.inspect.layers import LayerTrace
 
 PROBE = 200
 """Queries, and keys, that agreement is measured on."""

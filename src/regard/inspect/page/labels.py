@@ -6,7 +6,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.inspect.trace import LayerTrace, Trace
+from regard.inspect.layers import LayerTrace
+from regard.inspect.traced import Traced
 from regard.terminal import clean
 
 LONGEST = 120
@@ -26,7 +27,7 @@ def label(token: str) -> str:
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 
 
-def lists(trace: Trace) -> Lists:
+def lists(trace: Traced) -> Lists:
     """All token lists of a trace: of its text, of its decoder, of its picture's patches."""
     found = {"text": trace.tokens, "decoder": trace.decoder_tokens}
     named = {name: [[label(t) for t in row] for row in rows] for name, rows in found.items() if rows}
@@ -38,7 +39,7 @@ def lists(trace: Trace) -> Lists:
     return named
 
 
-def named(trace: Trace, layer: LayerTrace, found: Lists) -> tuple[str | None, str | None]:
+def named(trace: Traced, layer: LayerTrace, found: Lists) -> tuple[str | None, str | None]:
     """Which list holds the layer's queries and which its keys; None where positions have to do."""
     _, _, T, S = layer.shape
     own = "decoder" if layer.side == "decoder" and "decoder" in found else "text"

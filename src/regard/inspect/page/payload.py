@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regard.checks import refuse
+from regard.inspect import analyses
+from regard.inspect.layers import LayerTrace
 from regard.inspect.page import embedding, labels, pack
 from regard.inspect.page.table import columns, table
-from regard.inspect.trace import LayerTrace, Trace
+from regard.inspect.traced import Traced
 
 THUMBNAIL = 48
 """Points of a thumbnail's side."""
@@ -23,7 +26,7 @@ Facts = dict[str, Any]
 
 
 def payload(
-    trace: Trace, key: str, *, maps: Mapping[str, Float[Tensor, "B T S"]], planes: Sequence[str], limit: int
+    trace: Traced, key: str, *, maps: Mapping[str, Float[Tensor, "B T S"]], planes: Sequence[str], limit: int
 ) -> tuple[Facts, Chunks]:
     """The facts of one trace, and its chunks, whose names begin with `key`.
 
@@ -118,7 +121,7 @@ def _mask(layer: LayerTrace, key: str, plan: pack.Plan, chunks: Chunks, known: d
     return {"heads": layer.mask.shape[1], "chunks": names}
 
 
-def _vectors(trace: Trace, key: str, plan: pack.Plan, chunks: Chunks, limit: float) -> int:
+def _vectors(trace: Traced, key: str, plan: pack.Plan, chunks: Chunks, limit: float) -> int:
     """Packs queries and keys; for how many batch rows they fit."""
     scored = [(n, x) for n, x in enumerate(trace.layers) if x.has_logits and x.logit_rule is None]
     size = sum((x.q[0].numel() + x.k[0].numel()) * 4 / 3 for _, x in scored)
@@ -133,7 +136,7 @@ def _vectors(trace: Trace, key: str, plan: pack.Plan, chunks: Chunks, limit: flo
     return rows
 
 
-def _embedding(trace: Trace, key: str, planes: Sequence[str], chunks: Chunks) -> dict[str, list[Facts | None]]:
+def _embedding(trace: Traced, key: str, planes: Sequence[str], chunks: Chunks) -> dict[str, list[Facts | None]]:
     """For each plane and layer, which queries and keys its points are: [batch row, token] each."""
     made: dict[str, list[Facts | None]] = {plane: [] for plane in planes}
     for number, layer in enumerate(trace.layers):
@@ -154,7 +157,7 @@ def _embedding(trace: Trace, key: str, planes: Sequence[str], chunks: Chunks) ->
 
 
 def _paint(
-    trace: Trace,
+    trace: Traced,
     key: str,
     plan: pack.Plan,
     means: Sequence[Float[Tensor, "B T S"]],
@@ -162,21 +165,17 @@ def _paint(
     chunks: Chunks,
 ) -> list[Facts]:
     """Packs the rollout of each stack that attends to itself, and the maps that were handed in."""
-    from regard.inspect.rollout import attention_rollout
-
     painted: list[tuple[str, int, Float[Tensor, "B T S"]]] = []
     for side in dict.fromkeys(x.side for x in trace.layers if x.kind == "self"):
         stack = [n for n, x in enumerate(trace.layers) if x.kind == "self" and x.side == side]
         if len({tuple(means[n].shape) for n in stack}) == 1 and means[stack[0]].shape[-2] == means[stack[0]].shape[-1]:
-            through = attention_rollout([means[n][:, None] for n in stack])[-1]
+            through = analyses.attention_rollout([means[n][:, None] for n in stack])[-1]
             painted.append((f"rollout{f' of the {side}' if side else ''}", stack[-1], through))
     for name, one in maps.items():
         fitting = [n for n, mean in enumerate(means) if mean.shape == one.shape]
         if not fitting:
-            raise ValueError(
-                f"maps: {name!r} fits no layer (got {tuple(one.shape)}); "
-                f"expected one of {sorted({tuple(mean.shape) for mean in means})}"
-            )
+            shapes = sorted({tuple(mean.shape) for mean in means})
+            refuse("render", f"maps[{name!r}]", "fits no layer", tuple(one.shape), f"one of {shapes}")
         painted.append((labels.label(name), fitting[-1], one.detach().float().cpu()))
     made = []
     for number, (name, layer, one) in enumerate(painted):
@@ -187,7 +186,7 @@ def _paint(
     return made
 
 
-def _pictures(trace: Trace, key: str, plan: pack.Plan, chunks: Chunks) -> Facts | None:
+def _pictures(trace: Traced, key: str, plan: pack.Plan, chunks: Chunks) -> Facts | None:
     """Packs the pictures; None where there are none or their patches were pooled together."""
     if trace.images is None or trace.grid is None or plan.pool > 1:
         return None

@@ -14,10 +14,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from regard.checks import choice, refuse, whole
 from regard.inspect.page.embedding import PLANES
 from regard.inspect.page.labels import label
 from regard.inspect.page.payload import payload
-from regard.inspect.trace import Trace
+from regard.inspect.traced import Traced
 
 LIMIT = 56_000_000
 """Bytes of text that the maps, queries and keys of a page may take, about: 12 layers of 12 heads on 512 tokens fit."""
@@ -41,9 +42,9 @@ SCRIPTS = (
 
 
 def render(
-    trace: Trace,
+    trace: Traced,
     *,
-    other: Trace | None = None,
+    other: Traced | None = None,
     title: str = "",
     names: tuple[str, str] = ("before", "after"),
     maps: Mapping[str, Float[Tensor, "B T S"]] | None = None,
@@ -64,7 +65,17 @@ def render(
         ValueError: no layers, traces of different shapes, a plane that is not known, a map that fits no layer.
     """
     traces = {names[0]: trace} if other is None else {names[0]: trace, names[1]: other}
-    _check(traces, other, planes, limit)
+    if not trace.layers:
+        refuse("render", "trace", "holds no layers", 0, "one at least")
+    if len(traces) < 1 + (other is not None):
+        refuse("render", "names", "are the same for both traces", names, "two names")
+    shapes = [[tuple(layer.shape) for layer in one.layers] for one in traces.values()]
+    if shapes[0] != shapes[-1]:
+        wanted = f"a trace of the same inputs and layers, {shapes[0][:3]}"
+        refuse("render", "other", "has layers of other shapes (B, H, T, S) than trace", shapes[-1][:3], wanted)
+    for n, plane in enumerate(planes):
+        choice("render", PLANES, **{f"planes[{n}]": plane})
+    whole("render", limit=limit)
     facts: list[dict[str, Any]] = []
     chunks: dict[str, str] = {}
     for key, (name, one) in zip("ab", traces.items()):
@@ -87,31 +98,13 @@ def render(
     )
 
 
-def fragment(trace: Trace, *, height: int = 820, limit: int = FRAGMENT) -> str:
+def fragment(trace: Traced, *, height: int = 820, limit: int = FRAGMENT) -> str:
     """The page inside a frame of its own, for a notebook's `_repr_html_`: nothing in it meets the notebook's page."""
     page = html.escape(render(trace, limit=limit), quote=True)
     return (
         f'<iframe sandbox="allow-scripts" title="Attention" srcdoc="{page}" '
         f'style="width: 100%; height: {height}px; border: 0"></iframe>'
     )
-
-
-def _check(traces: Mapping[str, Trace], other: Trace | None, planes: Sequence[str], limit: int) -> None:
-    first = next(iter(traces.values()))
-    if not first.layers:
-        raise ValueError("trace: holds no layers; expected at least one")
-    if other is not None and len(traces) < 2:
-        raise ValueError("names: the two traces have the same name; expected two names")
-    shapes = [[tuple(layer.shape) for layer in one.layers] for one in traces.values()]
-    if shapes[0] != shapes[-1]:
-        raise ValueError(
-            f"other: its layers have shapes (B, H, T, S) {shapes[-1][:3]}, those of trace {shapes[0][:3]}; expected a "
-            "trace of the same inputs and layers"
-        )
-    if unknown := [plane for plane in planes if plane not in PLANES]:
-        raise ValueError(f"planes: {unknown[0]!r} is not known; expected some of {', '.join(PLANES)}")
-    if limit < 1:
-        raise ValueError(f"limit: must be at least 1 byte (got {limit})")
 
 
 def _json(facts: object) -> str:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from regard.inspect.trace import Trace
+from regard.inspect.traced import Traced
 
 COLUMNS = {
     "entropy": ("entropy", "of a query's weights, in nats: 0 where all is on one key"),
@@ -22,7 +22,7 @@ def columns() -> list[dict[str, str]]:
     return [{"field": field, "name": name, "help": words} for field, (name, words) in COLUMNS.items()]
 
 
-def table(trace: Trace) -> list[list[float | None]]:
+def table(trace: Traced) -> list[list[float | None]]:
     """One row for each head: the layer's place, the head's place in it, and a number for each column."""
     seen: dict[int, int] = {}
     rows: list[list[float | None]] = []
