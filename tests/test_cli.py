@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import catalog, catalog_page, cli, doctor, tasks, terminal
-from regard.bench.compare import CompareConfig
+from regard.bench.config import CompareConfig
 from regard.cards import FEATURES, _registry
 from regard.kernels.plan import KERNELS
 
@@ -312,7 +312,7 @@ def test_compare_tells_its_defaults():
         assert f"[default: {getattr(CompareConfig, name)}]" in text, name
     assert "[default: 0, 1]" in text
     its = tasks.find("text").defaults
-    for value in (its.steps, its.batch, its.dim, its.lr, ", ".join(its.mechanisms), tasks.find("text").length):
+    for value in (its.steps, its.batch, its.dim, its.lr, tasks.find("text").length):
         assert f"[default: {value} for text]" in text, value
     assert f"{', '.join(tasks.names())}; with options in brackets" in text
 

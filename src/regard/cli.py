@@ -288,7 +288,7 @@ class Comparison(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from regard import tasks
-        from regard.bench.compare import CompareConfig
+        from regard.bench.config import CompareConfig
 
         text = tasks.find("text")
         for option in self.params:
@@ -339,7 +339,8 @@ def compare(
 
     Exit code: 0 all done, 3 some cells failed, 130 or 143 stopped (the same command goes on).
     """
-    from regard.bench.compare import CompareConfig, run
+    from regard.bench.compare import run
+    from regard.bench.config import CompareConfig
     from regard.models.mixer import split
 
     given: dict[str, Any] = {
@@ -369,7 +370,10 @@ def compare(
 
 @app.command()
 def profile(
-    mechanisms: Annotated[str, typer.Option(help="Names with commas between.")] = "softmax,window(window=512),linear",
+    mechanisms: Annotated[
+        str | None,
+        typer.Option(help="Names with commas between (default: the baseline, and those whose cards name profile)."),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens: 1k..32k doubles, 500,1k,3k lists.")] = "1k..8k",
     dim: Annotated[int, typer.Option(help="M, the model width.")] = 256,
     heads: Heads = 4,
@@ -386,7 +390,9 @@ def profile(
     from regard.bench.profile_page import command
     from regard.models.mixer import split
 
-    config = Profile(tuple(split(mechanisms)), read(lengths), dim, heads, batch, causal, limit, threads, device, out)
+    config = Profile(
+        tuple(split(mechanisms or "")), read(lengths), dim, heads, batch, causal, limit, threads, device, out
+    )
     raise typer.Exit(command(config))
 
 

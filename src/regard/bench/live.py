@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from regard import terminal
-from regard.bench.compare import CompareConfig, Event, Finished, Outcome, Planned, Started, Stepped
+from regard.bench.config import CompareConfig
+from regard.bench.events import Event, Finished, Outcome, Planned, Started, Stepped
 from regard.bench.record import Result
 from regard.tasks import Metric
 

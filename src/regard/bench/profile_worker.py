@@ -33,8 +33,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """The values of one cell, and why some are missing."""
     import torch
 
+    from regard.bench.decoding import state_bytes
     from regard.bench.memory import PeakMemory
-    from regard.bench.train import state_bytes
     from regard.models.mixer import build, parse
 
     device = torch.device(job["cell"]["settings"]["device"])

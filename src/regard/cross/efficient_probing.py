@@ -126,5 +126,6 @@ CARD = register(
         "tests/cross/test_efficient_probing.py.",
         differs=("Tokens are pooled before the value projection, which is the same function.",),
         verified="third-party",
+        tasks=("digits",),
     )
 )

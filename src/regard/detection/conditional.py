@@ -199,5 +199,6 @@ CARD = register(
             "No dropout of the weights.",
         ),
         verified="third-party",
+        tasks=("boxes",),
     )
 )

@@ -188,5 +188,6 @@ CARD = register(
         differs=("Maps with padding: scale the references by the valid part of each map before the call.",),
         verified="third-party",
         example={"num_levels": 3, "num_points": 2},
+        tasks=("boxes",),
     )
 )

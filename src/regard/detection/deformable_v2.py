@@ -65,5 +65,6 @@ CARD = register(
         ),
         verified="third-party",
         example={"points": (2, 1, 3)},
+        tasks=("boxes",),
     )
 )

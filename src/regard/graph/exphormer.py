@@ -243,5 +243,6 @@ CARD = register(
         ),
         verified="third-party",
         example={"degree": 2},
+        tasks=("nodes",),
     )
 )

@@ -213,5 +213,6 @@ CARD = register(
             "Non-edges are drawn without replacement and lack an edge in both directions.",
         ),
         verified="third-party",
+        tasks=("nodes",),
     )
 )

@@ -96,5 +96,6 @@ CARD = register(
         claim="time linear in T, constant state: tests/linear/test_linear.py, `python -m benchmarks.linear`",
         differs=("no constant is added to the denominator",),
         verified="reconstructed",
+        tasks=("profile",),
     )
 )

@@ -236,5 +236,6 @@ CARD = register(
         differs=DIFFERS,
         verified="third-party",
         example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
+        tasks=("mqar",),
     )
 )

@@ -78,5 +78,6 @@ CARD = register(
         ),
         differs=("Bidirectional attention uses |i-j|; the paper defines the causal case only.",),
         verified="third-party",
+        tasks=("text",),
     )
 )

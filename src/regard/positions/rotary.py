@@ -143,5 +143,6 @@ CARD = register(
         claim="Scores depend on positions through i - j only, and norms are kept: tests/positions.",
         differs=("Pairs channels (a, a + D/2) by default; the paper's (2a, 2a+1) is interleaved=True.",),
         verified="third-party",
+        tasks=("text", "retrieval", "copying", "selective_copying", "imputation"),
     )
 )

@@ -132,5 +132,6 @@ CARD = register(
         ),
         verified="third-party",
         example={"block": 3, "topk": 2},
+        tasks=("mqar(block=8)",),
     )
 )

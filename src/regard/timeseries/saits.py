@@ -214,5 +214,6 @@ CARD = register(
         claim="The model around it imputes better than the mean and the last value: tests/timeseries/test_saits.py.",
         differs=("A sequence of one token sees nothing and gives 0, where the code lets it see itself.",),
         verified="reconstructed",
+        tasks=("imputation",),
     )
 )

@@ -209,5 +209,6 @@ CARD = register(
         differs=("the bias is added after scaling, as in the authors' code; the printed formula scales it",),
         verified="third-party",
         example={"window": 3},
+        tasks=("digits",),
     )
 )

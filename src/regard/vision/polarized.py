@@ -148,5 +148,6 @@ CARD = register(
         claim="Both layouts perform nearly the same; cost is linear in pixels: tests/vision/test_polarized.py.",
         differs=("form=\"code\" is the authors' released module, which differs from the paper's formulas",),
         verified="third-party",
+        tasks=("digits",),
     )
 )
