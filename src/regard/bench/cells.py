@@ -49,7 +49,7 @@ def codes(task: Task, specs: list[str]) -> dict[str, str]:
     """Mechanism -> a hash of the code that decides its cells; no other code makes them stale."""
     modules = {spec: deciding(task, parse(spec)) for spec in specs}
     tops = {module.partition(".")[0] for some in modules.values() for module in some}
-    closures = Closures(packages=tops, module_of=_module_of)
+    closures = Closures(packages=tops, module_of=module_of)
     return {spec: closures.digest(some)[:12] for spec, some in modules.items()}
 
 
@@ -69,6 +69,6 @@ def modules_of(mechanism: Spec) -> list[str]:
     return [catalog.card(name.strip()).builder.__module__ for name in mechanism.name.split("+")]
 
 
-def _module_of(name: str) -> str | None:
+def module_of(name: str) -> str | None:
     card = catalog.cards().get(name)
     return None if card is None else card.builder.__module__

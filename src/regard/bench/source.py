@@ -6,9 +6,10 @@ import hashlib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 TOLD = frozenset(
     {"claim", "cost", "differs", "equation", "example", "exceptions", "gist", "inputs", "papers", "tasks", "traits"}
@@ -63,7 +64,7 @@ def _read(path: Path, module: str, state: tuple[int, int]) -> Source:
         frozenset(reader.files),
         frozenset(_defined(tree)),
         _handed_on(tree, reader.names) if ours else None,
-        any(_called(node) == "opened" for node in ast.walk(tree)),
+        ours and any(isinstance(node, ast.Assign) and _called(node.value) == "opened" for node in tree.body),
     )
 
 
@@ -92,6 +93,8 @@ class Reader:
     """Dotted names that are asked for, whatever is done with them."""
     _used: set[tuple[str, ...]] = field(default_factory=set)
     """Names with the attributes that are asked of them, such as ('masks', 'causal'); ('masks', '*') for all."""
+    _within: set[ast.AST] = field(default_factory=set)
+    """Parts of what is noted there: `masks` and `masks.causal` of `masks.causal.size`."""
 
     def imports(self) -> set[str]:
         """All dotted names that are asked for, but those of the standard library and of torch."""
@@ -102,29 +105,13 @@ class Reader:
 
     def read(self, node: ast.AST) -> None:
         """Note the node and all under it."""
-        match node:
-            case ast.Expr(ast.Constant(str())):
-                return  # a docstring, of whatever stands above it
-            case ast.If(ast.Name("TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
-                return
-            case ast.Import():
-                self._note_import(node)
-            case ast.ImportFrom():
-                self._note_import_from(node)
-            case ast.Call():
-                self._note_call(node)
-                node = _without_words(node)
-            case ast.Attribute() | ast.Name():
-                self._note_use(node)
-            case ast.Constant(str(text)) if FILE_NAME.fullmatch(text):
-                self.files.add(text)
-        self._write(node)
-
-    def _write(self, node: ast.AST) -> None:
+        if _says_nothing(node):
+            return
+        if (note := self._notes.get(type(node))) is not None:
+            note(self, node)
         self.said.append(type(node).__name__)
-        for name in node._fields:
-            value = getattr(node, name, None)
-            if value is None or value == []:
+        for name, value in _fields(node):
+            if value is None or value == [] or name == "ctx":
                 continue  # empty fields say nothing, and versions of Python differ in them
             self.said.append(name)
             for part in value if isinstance(value, list) else [value]:
@@ -154,12 +141,19 @@ class Reader:
                 self.creates |= {name.strip() for name in text.split("+")}
 
     def _note_use(self, node: ast.expr) -> None:
+        if node in self._within:
+            return
         attributes: list[str] = []
         while isinstance(node, ast.Attribute):
             attributes.insert(0, node.attr)
             node = node.value
+            self._within.add(node)
         if isinstance(node, ast.Name):
             self._used.add((node.id, *(attributes or ["*"])))
+
+    def _note_text(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str) and FILE_NAME.fullmatch(node.value):
+            self.files.add(node.value)
 
     def _absolute(self, name: str) -> str:
         """'..masks.algebra', as seen from the package."""
@@ -170,26 +164,44 @@ class Reader:
         parts = self.package.split(".")
         return ".".join([*parts[: len(parts) - level + 1], *filter(None, [rest])])
 
+    _notes: ClassVar[Mapping[type[ast.AST], Callable[..., None]]] = {
+        ast.Import: _note_import,
+        ast.ImportFrom: _note_import_from,
+        ast.Call: _note_call,
+        ast.Attribute: _note_use,
+        ast.Name: _note_use,
+        ast.Constant: _note_text,
+    }
+
+
+def _says_nothing(node: ast.AST) -> bool:
+    """Whether a node is a docstring, of whatever stands above it, or there for type checkers alone."""
+    match node:
+        case ast.Expr(ast.Constant(str())) | ast.If(ast.Name("TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
+            return True
+    return False
+
+
+def _fields(node: ast.AST) -> Iterable[tuple[str, Any]]:
+    """What a node is made of; a card, or a variant of one, without what is there to be read."""
+    if isinstance(node, ast.Call) and _called(node) in ("Card", "variant"):
+        return [("args", node.args[:1]), ("keywords", [k for k in node.keywords if k.arg not in TOLD])]
+    return ast.iter_fields(node)
+
 
 def _called(node: ast.AST) -> str:
     """The last word of what a call calls; '' for what is no call."""
-    match node:
-        case ast.Call(ast.Name(name)) | ast.Call(ast.Attribute(attr=name)):
-            return name
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "attr", getattr(node.func, "id", ""))
     return ""
-
-
-def _without_words(node: ast.Call) -> ast.Call:
-    """Cards, and variants of them, without what is there to be read."""
-    if _called(node) not in ("Card", "variant"):
-        return node
-    return ast.Call(node.func, node.args[:1], [keyword for keyword in node.keywords if keyword.arg not in TOLD])
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         match node:
-            case ast.FunctionDef(name) | ast.ClassDef(name) | ast.AnnAssign(ast.Name(name)):
+            case (
+                ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name) | ast.AnnAssign(ast.Name(name))
+            ):
                 yield name
             case ast.Assign(targets):
                 yield from (target.id for target in targets if isinstance(target, ast.Name))
