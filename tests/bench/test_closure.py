@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,8 @@ import regard
 from regard import tasks
 from regard.bench import cells, source
 from regard.bench.closure import Closures
+from regard.bench.record import Cell
+from regard.bench.train import train
 from regard.models.mixer import parse
 from regard.tasks.text import NextByte, Text
 
@@ -219,6 +223,42 @@ def test_an_import_inside_a_function_is_followed(copy: Path) -> None:
     path.write_text(text + "\n\ndef late():\n    import regard\n\n    return regard.heads.dcmha.ComposeHeads\n")
     assert stale(copy, other, "", CODE) == {"kerple"}
     path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "task"),
+    [
+        ("performer", "mqar"),
+        ("gated+rotary", "mqar"),
+        ("neighborhood", "digits"),
+        ("gatv2", "nodes"),
+        ("deformable", "boxes"),
+    ],
+)
+def test_no_code_runs_that_is_not_in_the_closure(mechanism: str, task: str) -> None:
+    """The other way round: what a cell calls while it is built, trained and measured."""
+    if task in ("digits", "boxes"):
+        pytest.importorskip("sklearn" if task == "digits" else "scipy")
+    package, ran, made = (
+        Path(regard.__file__).parent,
+        set(),
+        tasks.make(task, {"heldout": 0.02 if task == "digits" else 2}),
+    )
+    budget = {"steps": 1, "batch": 2, "dim": 24, "depth": 1, "heads": 2, "lr": 1e-3, "match": "params", "device": "cpu"}
+
+    def note(frame: Any, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name != "<module>":
+            ran.add(Path(frame.f_code.co_filename))
+
+    sys.setprofile(note)
+    try:
+        train(Cell(task, mechanism, 0, {**made.settings(), **budget}), made)
+    finally:
+        sys.setprofile(None)
+    inside = (path.relative_to(package.parent).with_suffix("") for path in ran if package in path.parents)
+    called = {".".join(path.parts).removesuffix(".__init__") for path in inside} - {"regard"}
+    assert len(called) > 12
+    assert called <= Closures(module_of=cells.module_of).closure(cells.deciding(made, parse(mechanism))).keys()
 
 
 def test_options_are_in_the_cells_and_not_in_their_code() -> None:
