@@ -398,7 +398,7 @@ BAD = [
     ("plan --mechanism alibi+kerple", "both fill the slot 'position'"),
     ("plan --mechanism mqa --kv-heads 4", "does not support gqa"),
     ("compare --seeds 1,x", "seeds must be whole numbers with commas between, got '1,x'"),
-    ("compare --dim 100 --heads 3", "3 heads do not divide width 100"),
+    ("compare --dim 100 --heads 3", "heads do not divide dim = 100 (got 3); expected such as 1, 2, 4"),
     ("compare --mechanisms alibbi", "did you mean 'alibi'?"),
     ("compare --task mqra", "unknown task 'mqra'; did you mean 'mqar'?"),
     ("compare --task mqar --mechanisms etc", "etc does not fit the task mqar: cannot be causal"),
@@ -406,13 +406,13 @@ BAD = [
     ("compare --task digits --length 9", "task digits: there is no option 'length'"),
     ("list --task chess", "unknown task 'chess'; there are text, boxes, "),
     ("list --task mqar --markdown", "leave --markdown or --task out"),
-    ("compare --steps 0", "steps must be a whole number >= 1, got 0"),
+    ("compare --steps 0", "steps is too small (got 0); expected an int >= 1"),
     ("compare --text nowhere.txt", "nowhere.txt does not exist"),
-    ("compare --device tpu", "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+    ("compare --device tpu", "device is unknown (got 'tpu'); expected 'cpu', 'cuda' or 'cuda:N'"),
     ("report nowhere", "nowhere/results.db does not exist"),
     ("generate nowhere.safetensors", "nowhere.safetensors cannot be read: No such file"),
-    ("generate {checkpoint} --bytes -1", "must be a whole number >= 0, got -1"),
-    ("generate {checkpoint} --temperature -1", "temperature must be a number >= 0"),
+    ("generate {checkpoint} --bytes -1", "count is too small (got -1); expected an int >= 0"),
+    ("generate {checkpoint} --temperature -1", "temperature is out of range (got -1.0); expected a finite number >= 0"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Which edits make a stored cell stale: those of code that decides it, wherever that stands, and no others."""
 
+import importlib
 import os
 import shutil
 import sys
@@ -337,6 +338,23 @@ def test_installed_packages_are_followed_only_where_they_are_asked_for(tmp_path:
     assert set(Closures(folders, packages=("own",)).closure(["own"])) == {"own"}
     asked = Closures(folders, packages=("package",)).closure(["package.inner"])
     assert set(asked) == {"package", "package.inner"}
+
+
+def test_compiled_code_counts_as_it_is(tmp_path: Path) -> None:
+    written(tmp_path, {"own/__init__.py": "from own import fast", "own/fast.cpython-311.so": "\0 machine code"})
+    closures = Closures([tmp_path], packages=("own",))
+    assert set(closures.closure(["own"])) == {"own", "own.fast"}
+    before = closures.digest(["own"])
+    written(tmp_path, {"own/fast.cpython-311.so": "\0 other machine code"})
+    assert Closures([tmp_path], packages=("own",)).digest(["own"]) != before
+
+
+def test_what_was_loaded_from_elsewhere_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, {"hooked/__init__.py": "", "hooked/late.py": ""})
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("hooked")
+    monkeypatch.setitem(sys.modules, "hooked", sys.modules["hooked"])
+    assert set(Closures([], packages=("hooked",)).closure(["hooked.late"])) == {"hooked", "hooked.late"}
 
 
 def test_a_module_without_source_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ that one's module. Nor are the standard library and installed packages followed;
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from regard.bench.source import Source, digest, read
@@ -42,6 +43,7 @@ class Closures:
     ) -> None:
         self._folders = [Path(folder) for folder in (sys.path if folders is None else folders)]
         self._packages, self._module_of = frozenset(packages), module_of
+        self._places: dict[str, Path | None] = {}
         self._found: dict[str, Path | None] = {}
         self._needed: dict[str, frozenset[str]] = {}
         self._said: dict[str, dict[str, str]] = {}
@@ -91,18 +93,20 @@ class Closures:
     def _look_for(self, module: str) -> Path | None:
         top, *inner = module.split(".")
         folder = self._folder(top)
-        if folder is None:  # it may have been loaded in another way, as an editable install is
-            loaded = getattr(sys.modules.get(module), "__file__", None)
-            return Path(loaded) if loaded and top in self._packages else None
-        if top not in self._packages and {"site-packages", "dist-packages"} & set(folder.parts):
+        if folder is None or (top not in self._packages and {"site-packages", "dist-packages"} & set(folder.parts)):
             return None
         place = folder.joinpath(top, *inner)
-        return next((file for file in _files(place) if file.is_file()), None)
+        compiled = place.parent.glob(f"{place.name}.*.so")
+        return next((file for file in chain(_files(place), compiled) if file.is_file()), None)
 
     def _folder(self, top: str) -> Path | None:
         """Where Python finds a name: a folder without `__init__.py` stands behind all that have one."""
+        if top in self._places:
+            return self._places[top]
         whole = (folder for folder in self._folders if any(file.is_file() for file in _files(folder / top)))
-        return next(whole, None) or next((folder for folder in self._folders if (folder / top).is_dir()), None)
+        spaces = (folder for folder in self._folders if (folder / top).is_dir())
+        self._places[top] = next(chain(whole, spaces, _loaded_from(top)), None)
+        return self._places[top]
 
     def _file(self, module: str) -> Path:
         path = self.find(module)
@@ -154,6 +158,13 @@ class Closures:
     def _children(self, package: str) -> list[str]:
         names = {path.stem for path in self._file(package).parent.iterdir() if not path.name.startswith(("_", "."))}
         return [child for name in sorted(names) if self.find(child := f"{package}.{name}") is not None]
+
+
+def _loaded_from(top: str) -> Iterator[Path]:
+    """The folder of what was found in another way than by the path, as an editable install may be."""
+    path = Path(getattr(sys.modules.get(top), "__file__", None) or "")
+    if path.name:
+        yield path.parents[1 if path.name == "__init__.py" else 0]
 
 
 def _files(place: Path) -> tuple[Path, Path]:
