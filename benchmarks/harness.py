@@ -247,7 +247,7 @@ def bound(goal: float, unit: str, better: str) -> str:
 
 def machine() -> dict[str, str]:
     """What was measured on, in words."""
-    from regard.bench.train import processor
+    from regard.bench.machine import processor
 
     found = {"device": processor(), "threads": str(torch.get_num_threads()), "python": platform.python_version()}
     for name in PACKAGES:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import catalog, cli, doctor, index, tasks, terminal
-from regard.bench.compare import CompareConfig
+from regard.bench.config import CompareConfig
 from regard.bench.profile import Profile
 from regard.cards import FEATURES, Card, Paper, Protocols, _registry
 from regard.cli import configured, page, table
@@ -442,7 +442,7 @@ def test_compare_tells_its_defaults():
         assert f"[default: {getattr(CompareConfig, name)}]" in text, name
     assert "[default: 0, 1]" in text
     its = tasks.find("text").defaults
-    for value in (its.steps, its.batch, its.dim, its.lr, ", ".join(its.mechanisms), tasks.find("text").length):
+    for value in (its.steps, its.batch, its.dim, its.lr, ", ".join(tasks.find("text").mechanisms()), tasks.find("text").length):
         assert f"[default: ({value} for text)]" in text, value
     assert "with options in brackets" in text
     assert f"There are {', '.join(tasks.names())}." in text
@@ -582,7 +582,7 @@ BAD = [
     ("plan --mechanism alibi+kerple", "both fill the slot 'position'"),
     ("plan --mechanism mqa --kv-heads 4", "num_kv_heads is always 1 (got 4)"),
     ("compare --seeds 1,x", "seeds must be whole numbers with commas between, got '1,x'"),
-    ("compare --dim 100 --heads 3", "3 heads do not divide width 100"),
+    ("compare --dim 100 --heads 3", "heads do not divide dim = 100 (got 3); expected such as 1, 2, 4"),
     ("compare --mechanisms alibbi", "did you mean 'alibi'?"),
     ("compare --task mqra", "unknown task 'mqra'; did you mean 'mqar'?"),
     ("compare --task mqar --mechanisms etc", "etc does not fit the task mqar: cannot be causal"),
@@ -590,13 +590,13 @@ BAD = [
     ("compare --task digits --length 9", "task digits: there is no option 'length'"),
     ("list --task chess", "unknown task 'chess'; there are text, boxes, "),
     ("list --task mqar --markdown", "leave --markdown or --task out"),
-    ("compare --steps 0", "steps must be a whole number >= 1, got 0"),
+    ("compare --steps 0", "steps is too small (got 0); expected an int >= 1"),
     ("compare --text nowhere.txt", "nowhere.txt does not exist"),
-    ("compare --device tpu", "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+    ("compare --device tpu", "device is unknown (got 'tpu'); expected 'cpu', 'cuda' or 'cuda:N'"),
     ("report nowhere", "nowhere/results.db does not exist"),
     ("generate nowhere.safetensors", "nowhere.safetensors cannot be read: No such file"),
-    ("generate {checkpoint} --bytes -1", "must be a whole number >= 0, got -1"),
-    ("generate {checkpoint} --temperature -1", "temperature must be a number >= 0"),
+    ("generate {checkpoint} --bytes -1", "count is too small (got -1); expected an int >= 0"),
+    ("generate {checkpoint} --temperature -1", "temperature is out of range (got -1.0); expected a finite number >= 0"),
 ]
 
 

@@ -29,6 +29,7 @@ class Card:
     differs: tuple[str, ...] = ()
     verified: Any = "equation"
     example: Any = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
     exceptions: Any = field(default_factory=dict)
 
 

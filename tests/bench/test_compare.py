@@ -16,17 +16,10 @@ import pytest
 from rich.console import Console
 
 from regard import mechanisms
-from regard.bench import compare
-from regard.bench.compare import (
-    CompareConfig,
-    CompareError,
-    Finished,
-    Planned,
-    Started,
-    Stepped,
-    execute,
-    run,
-)
+from regard.bench import cells, compare
+from regard.bench.compare import execute, run
+from regard.bench.config import CompareConfig, CompareError, validate
+from regard.bench.events import Finished, Planned, Started, Stepped
 from regard.bench.live import table
 from regard.bench.record import Cell, Result
 from regard.bench.store import read
@@ -84,22 +77,23 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"mechanisms": ["alibi("]}, r"'alibi\(' cannot be read"),
         ({"mechanisms": ["nowhere:Mixer"]}, r"nowhere"),
         ({"mechanisms": []}, r"no mechanisms"),
-        ({"heads": 3}, r"3 heads do not divide width 8; possible are 1, 2, 4"),
-        ({"steps": 0}, r"steps must be a whole number >= 1, got 0"),
-        ({"batch": 1.5}, r"batch must be a whole number"),
-        ({"lr": float("nan")}, r"lr must be a number > 0, got nan"),
-        ({"timeout": -1}, r"timeout must be"),
-        ({"match": "speed"}, r"match must be 'params' or 'flops'"),
-        ({"seeds": []}, r"seeds must be"),
-        ({"seeds": [-1]}, r"seeds must be"),
-        ({"device": "tpu"}, r"device must be"),
-        ({"device": "cuda:99"}, r"'cuda:99' is not there"),
-        ({"threads": 0}, r"threads must be"),
+        ({"heads": 3}, r"compare: heads do not divide dim = 8 \(got 3\); expected such as 1, 2, 4"),
+        ({"steps": 0}, r"compare: steps is too small \(got 0\); expected an int >= 1"),
+        ({"batch": 1.5}, r"compare: batch has the wrong type \(got 1.5\); expected an int"),
+        ({"lr": float("nan")}, r"compare: lr is out of range \(got nan\); expected a finite number > 0"),
+        ({"timeout": -1}, r"compare: timeout is out of range \(got -1\)"),
+        ({"match": "param"}, r"compare: match is unknown \(got 'param'\); expected one of .*; did you mean 'params'"),
+        ({"seeds": []}, r"compare: seeds are missing"),
+        ({"seeds": [0, -1]}, r"compare: seeds is too small \(got -1\); expected an int >= 0"),
+        ({"device": "tpu"}, r"compare: device is unknown \(got 'tpu'\); expected 'cpu', 'cuda' or"),
+        ({"device": "cuda:99"}, r"compare: device is not there \(got 'cuda:99'\)"),
+        ({"threads": 0}, r"compare: threads is too small \(got 0\)"),
         ({"task": "chess"}, r"unknown task 'chess'; there are text, boxes, copying"),
         ({"task": "mqra"}, r"unknown task 'mqra'; did you mean 'mqar'"),
-        ({"task": "mqar("}, r"task 'mqar\(': .*cannot be read"),
+        ({"task": "mqar("}, r"task 'mqar\(' cannot be read; expected a name"),
         ({"task": "mqar(pair=3)", "text": ()}, r"task mqar: there is no option 'pair'; did you mean 'pairs'"),
-        ({"task": "mqar(pairs=(1, 99))", "text": ()}, r"length must be even and >= 4 x 99 for 99 pairs, got 8"),
+        ({"task": "mqar(pairs=(1, 99))", "text": ()}, r"task mqar: length has no room for 99 pairs \(got 8\)"),
+        ({"task": "mqar(vocab=2.5)", "text": ()}, r"task mqar: vocab has the wrong type \(got 2.5\)"),
         ({"task": "mqar"}, r"task mqar brings its own data; leave text out"),
         ({"task": "digits", "text": ()}, r"task digits: there is no option 'length'"),
         (
@@ -163,34 +157,31 @@ def test_rows_of_other_settings_are_kept_and_not_used(config, change):
 def test_rows_of_other_code_and_other_text_are_not_used(config, monkeypatch):
     execute(config, train=Fake())
     Path(config.text[0]).write_text("another text that nobody wrote\n" * 100)
-    monkeypatch.setattr(compare, "code_version", lambda: "0.0+other")
+    monkeypatch.setattr(cells, "codes", lambda task, specs: dict.fromkeys(specs, "other"))
     events = []
     execute(config, events.append, train=Fake())
     assert set(events[0].differing) == {"bytes", "code", "fingerprint"}
     assert events[0].reused == []
 
 
-def test_the_code_version_covers_a_mechanism_and_not_the_page(tmp_path, monkeypatch):
-    for name in ("bench/compare.py", "bench/report/page.py", "positions/alibi.py", "cli/list.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("old")
-    monkeypatch.setattr(compare, "__file__", str(tmp_path / "bench" / "compare.py"))
-    before = compare.code_version()
-    for name, changes in [("bench/report/page.py", False), ("cli/list.py", False), ("positions/alibi.py", True)]:
-        (tmp_path / name).write_text("new")
-        assert (compare.code_version() != before) is changes, name
+def test_other_mechanisms_in_the_store_are_no_other_code(config):
+    execute(config, train=Fake())
+    events = []
+    execute(replace(config, mechanisms=("kerple",)), events.append, train=Fake())
+    assert (events[0].others, events[0].differing) == (4, [])
 
 
-def test_an_edited_mechanism_of_the_callers_own_makes_new_cells(config, tmp_path, monkeypatch):
+def test_what_an_own_mechanism_does_makes_new_cells_and_a_comment_does_not(config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     own = tmp_path / "own_mechanism.py"
     own.write_text("from stubs import Good\n")
     mine = replace(config, mechanisms=("own_mechanism:Good(width=2.0)",), seeds=(0,))
-    execute(mine, train=Fake())
-    execute(mine, train=(same := Fake()))
-    own.write_text("from stubs import Good  # edited\n")
-    execute(mine, train=(edited := Fake()))
-    assert (len(same.asked), len(edited.asked)) == (0, 1)
+    asked = []
+    for text in ("from stubs import Good\n", "from stubs import Good  # words\n", "from stubs import Good\nX = 1\n"):
+        own.write_text(text)
+        execute(mine, train=(fake := Fake()))
+        asked.append(len(fake.asked))
+    assert asked == [1, 0, 1]
 
 
 def test_a_failed_cell_stops_nothing_and_is_retried_on_request(config):
@@ -230,21 +221,21 @@ def mqar(config):
 
 
 def test_a_task_brings_its_own_defaults(tmp_path):
-    checked = compare.validate(CompareConfig(task="copying", out=tmp_path, depth=1))
+    checked = validate(CompareConfig(task="copying", out=tmp_path, depth=1))
     its = checked.task.defaults
     assert checked.config.depth == 1
     assert (checked.config.steps, checked.config.dim, checked.config.lr) == (its.steps, its.dim, its.lr)
-    assert checked.specs == list(its.mechanisms)
-    assert compare.plan(checked)[0].settings["symbols"] == [4, 8, 16, 32]
+    assert checked.specs == list(checked.task.mechanisms())
+    assert cells.plan(checked)[0].settings["symbols"] == [4, 8, 16, 32]
 
 
 def test_options_of_a_task_make_other_cells(mqar):
-    cells = [
-        compare.plan(compare.validate(replace(mqar, task=task, seeds=(0,))))[0]
-        for task in ("mqar(pairs=(1, 2))", "mqar(pairs=(1,))", "mqar(pairs=(1, 2), length=8)")
+    found = [
+        cells.plan(validate(replace(mqar, task=task, seeds=(0,))))[0]
+        for task in ("mqar(pairs=(1, 2))", "mqar(pairs=1)", "mqar(pairs=(1, 2), length=8)")
     ]
-    assert cells[0].key == cells[2].key != cells[1].key
-    assert [cell.task for cell in cells] == ["mqar"] * 3
+    assert found[0].key == found[2].key != found[1].key
+    assert [cell.task for cell in found] == ["mqar"] * 3
 
 
 def test_all_runs_what_fits_and_tells_what_does_not(mqar):
@@ -260,12 +251,11 @@ def test_all_runs_what_fits_and_tells_what_does_not(mqar):
 
 def test_the_callers_own_mechanisms_say_what_they_are(config):
     digits = replace(config, task="digits", text=(), length=None, mechanisms=("stubs:Mapped", "softmax"))
-    assert compare.validate(digits).specs == ["stubs:Mapped", "softmax"]
+    assert validate(digits).specs == ["stubs:Mapped", "softmax"]
 
 
-def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar, monkeypatch):
+def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar):
     pytest.importorskip("plotly")
-    monkeypatch.setattr(compare, "code_version", lambda: "test")
     out = io.StringIO()
     assert run(mqar, console=Console(file=out, width=100)) == 0
     said = out.getvalue()
@@ -287,13 +277,14 @@ def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar, monkeypatch):
 RUN = """
 import json, sys, time
 from pathlib import Path
-from regard.bench import compare
+from regard.bench import cells, compare
+from regard.bench.config import Checked, CompareConfig
 from regard.tasks.text import NextByte, Text
 
 folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
 task = NextByte(text=Text("test", b"x", b"y"))
-compare.validate = lambda config: compare.Checked(config, task, list(config.mechanisms))
-compare.code_version = lambda: "test"
+compare.validate = lambda config: Checked(config, task, list(config.mechanisms))
+cells.codes = lambda task, specs: dict.fromkeys(specs, "test")
 
 def train(job, *, timeout, stop, on_step):
     cell = job["cell"]
@@ -301,7 +292,7 @@ def train(job, *, timeout, stop, on_step):
     time.sleep(0.01)
     return {"result": {"status": "done", "parameters": cell["seed"]}}
 
-config = compare.CompareConfig(mechanisms=("a", "b"), seeds=tuple(range(100)), out=folder)
+config = CompareConfig(mechanisms=("a", "b"), seeds=tuple(range(100)), out=folder)
 sys.exit(compare.execute(config, train=train).exit_code)
 """
 

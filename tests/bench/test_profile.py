@@ -67,6 +67,10 @@ def test_formulas_grow_as_they_say(tmp_path: Path) -> None:
     assert profile.formula_growth(regard.card("window"), {"window": 64}, config) == pytest.approx(1)
 
 
+def test_what_is_measured_unless_told_otherwise() -> None:
+    assert Profile().mechanisms == ("softmax", "window(window=512)", "linear")
+
+
 def test_a_run(tmp_path: Path) -> None:
     """Every cell is kept at once; a mechanism that ran into the limit is not tried at greater lengths."""
     config = Profile(("softmax", "alibi"), (2048, 8192, 4096, 1024), limit=3, out=tmp_path)
@@ -124,6 +128,6 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             profile.run(Profile(mechanisms, out=tmp_path), measure=quadratic)
     assert not list(tmp_path.iterdir())
-    for wrong in ({"lengths": (8, 8)}, {"dim": 0}, {"limit": 0.0}, {"mechanisms": ()}):
+    for wrong in ({"lengths": (8, 8)}, {"dim": 0}, {"limit": 0.0}, {"lengths": ()}, {"threads": -1}):
         with pytest.raises(ProfileError, match="profile: "):
             Profile(**{"mechanisms": ("softmax",), "out": tmp_path, **wrong})

@@ -386,7 +386,7 @@ def test_rows_of_old_are_bits_per_byte(render):
 
 def card(name, **changes):
     paper = Paper("A Title & More", "Ada, Byron", 2022, "2108.12409", "eq. 1")
-    return Card(name, "positions", f"the gist of {name}", "A = q k^T < 1", paper, slots=lambda shape: {}, **changes)
+    return Card(name, "A = q k^T < 1", (paper,), f"the gist of {name}", **changes)
 
 
 def test_cards_are_shown_and_linked_and_parts_told_once(render, monkeypatch):
@@ -469,7 +469,7 @@ def test_hostile_text_adds_no_element_and_no_attribute(render, monkeypatch, text
         monkeypatch.setattr(
             cards,
             "_find_card",
-            lambda name: Card(name, "f", word, word, paper, slots=dict, differs=(word,), claim=word),
+            lambda name: Card(name, word, (paper, paper), word, differs=(word,), claim=word),
         )
         return page_about(render, word)
 

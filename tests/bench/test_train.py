@@ -8,9 +8,10 @@ import torch
 
 from regard import tasks
 from regard.bench import train as module
+from regard.bench.decoding import state_bytes
 from regard.bench.memory import PeakMemory
 from regard.bench.record import Cell
-from regard.bench.train import TrainingError, rate, state_bytes, train
+from regard.bench.train import TrainingError, rate, train
 from regard.models.checkpoint import load
 from regard.pipeline.kv_cache import KVCache
 from regard.tasks.text import NextByte, Text

@@ -67,5 +67,7 @@ def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
 
 
 def test_a_share_must_be_one():
-    with pytest.raises(TaskError, match="heldout must be a share between 0 and 1, got 1"):
+    with pytest.raises(
+        TaskError, match=r"task digits: heldout is out of range \(got 1\); expected a finite number > 0 and < 1"
+    ):
         tasks.make("digits", {"heldout": 1})

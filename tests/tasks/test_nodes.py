@@ -60,7 +60,7 @@ def test_accuracy_is_the_share_of_right_answers():
     ("option", "value"), [("near", 1.5), ("far", -0.1), ("noise", "x"), ("classes", 1), ("nodes", 0)]
 )
 def test_options_that_cannot_be_are_refused(option, value):
-    with pytest.raises(TaskError, match=f"{option} must be"):
+    with pytest.raises(TaskError, match=f"task nodes: {option} .*; expected an? "):
         tasks.make("nodes", {option: value})
 
 

@@ -145,15 +145,23 @@ def test_accuracy_counts_labelled_positions_alone():
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("mqar", {"pairs": (1, 20)}, "length must be even and >= 4 x 20 for 20 pairs, got 64"),
+        (
+            "mqar",
+            {"pairs": (1, 20)},
+            r"task mqar: length has no room for 20 pairs \(got 64\); expected an even int >= 80",
+        ),
         ("mqar", {"pairs": (1,), "length": 7}, "even"),
-        ("mqar", {"pairs": (8,), "vocab": 16}, "vocab must be >= 18 for 8 pairs, got 16"),
-        ("mqar", {"pairs": ()}, r"pairs must be whole numbers >= 1, got \(\)"),
-        ("mqar", {"pairs": (0, 1)}, "pairs must be whole numbers >= 1"),
-        ("mqar", {"vocab": 2.5}, "vocab must be whole numbers >= 4"),
-        ("retrieval", {"hops": 9, "chains": 4}, "vocab must be >= 41 for all names, got 32"),
-        ("copying", {"symbols": "abc"}, "symbols must be whole numbers"),
-        ("selective_copying", {"symbols": (40,)}, "length must be >= 40 for its symbols, got 32"),
+        ("mqar", {"pairs": (8,), "vocab": 16}, r"vocab is too small for 8 pairs \(got 16\); expected an int >= 18"),
+        ("mqar", {"pairs": ()}, r"pairs has the wrong type \(got \(\)\); expected an int >= 1"),
+        ("mqar", {"pairs": (0, 1)}, r"pairs is too small \(got 0\); expected an int >= 1"),
+        ("mqar", {"vocab": 2.5}, r"vocab has the wrong type \(got 2.5\); expected an int >= 4"),
+        ("retrieval", {"hops": 9, "chains": 4}, r"vocab is too small for all names \(got 32\); expected an int >= 41"),
+        ("copying", {"symbols": "abc"}, r"task copying: symbols has the wrong type \(got 'abc'\)"),
+        (
+            "selective_copying",
+            {"symbols": (40,)},
+            r"length is too small for its symbols \(got 32\); expected an int >= 40",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(name, options, said):

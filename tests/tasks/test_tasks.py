@@ -1,6 +1,8 @@
 """What holds for every task: it is found by name, says what it takes, and makes the same data from the same seed."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def test_text_is_the_first_of_all_tasks():
         assert task.name == name
         assert 0 < len(task.gist) < 90
         assert task.metric.better in (-1, 1)
-        assert all(regard.card(parse(m).name).name for m in (task.baseline, *task.defaults.mechanisms))
+        assert 0 < len(task.mechanisms()) < 9
+        assert task.mechanisms()[0] == task.baseline
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,6 +66,32 @@ def test_the_model_takes_what_the_task_makes(name):
     assert loss.shape == ()
     assert all(p.grad is not None for p in model.parameters()), "every parameter is trained"
     assert len(model.mixers) == size.depth
+
+
+def test_cards_name_tasks_that_there_are_and_options_that_they_have():
+    for card in (regard.card(name) for name in regard.mechanisms()):
+        for entry in map(parse, card.tasks):
+            assert entry.name in {*tasks.names(), "profile"}, card.name
+            assert entry.options.keys() <= card.options.keys(), card.name
+        inherited = card.base is not None and card.tasks == card.base.tasks != ()
+        assert not inherited, f"{card.name} has its tasks from its base; give it tasks=()"
+    assert tasks.mechanisms_for("mqar") == [m for m in tasks.find("mqar").mechanisms() if m != "softmax"]
+    assert "moba(block=8)" in tasks.mechanisms_for("mqar")
+    assert tasks.mechanisms_for("chess") == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_compared_by_default_fits(name):
+    task = made(name)
+    for mechanism in task.mechanisms():
+        assert why_not(task, parse(mechanism), sizes(task)) == [], mechanism
+
+
+def test_names_of_tasks_are_known_without_torch():
+    code = "import sys; from regard import tasks; from regard.bench.config import CompareConfig as C; "
+    code += "print('torch' in sys.modules, C().out, len(tasks.names()))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False", "runs/compare", str(len(tasks.names()))]
 
 
 def test_unknown_names_and_options_are_refused():

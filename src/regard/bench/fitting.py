@@ -2,16 +2,15 @@
 
 import re
 import warnings
-from collections.abc import Mapping
 
 import torch
 
 from regard import catalog
-from regard.bench.match import Match, matched
+from regard.bench.match import Match, matched, sizes
 from regard.models.mixer import Spec
 from regard.tasks import Size, Task
 
-NAMES = ("dim", "depth", "heads")
+__all__ = ["sizes", "why_not"]
 
 
 def why_not(task: Task, mechanism: Spec, size: Size, match: Match = "params") -> list[str]:
@@ -35,10 +34,3 @@ def why_not(task: Task, mechanism: Spec, size: Size, match: Match = "params") ->
             return [f"needs inputs that {task.name} has not: {missing[1]}"]
         return [said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}"]
     return []
-
-
-def sizes(task: Task, settings: Mapping[str, int] | None = None) -> Size:
-    """The size of the baseline's host, by these settings or else by the task's defaults."""
-    its = task.defaults
-    dim, depth, heads = (its.dim, its.depth, its.heads) if settings is None else (settings[n] for n in NAMES)
-    return Size(dim, depth, heads, its.mlp * dim)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from regard.models.checkpoint import load
+from regard.models.lm import check_sampling
 
 
 def generate(
@@ -28,12 +29,7 @@ def generate(
         ValueError: a file that is missing, damaged or no model of regard, or an option out of range.
     """
     start = prompt.encode(errors="surrogateescape") if isinstance(prompt, str) else prompt
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"generate: the number of bytes must be a whole number >= 0, got {count!r}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be a number >= 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be >= 1, got {top_k}")
+    check_sampling(count, temperature, top_k)
     model, _ = load(checkpoint, mechanism)
     ids = torch.tensor(list(start or b"\n"))[None]
     generator = torch.Generator().manual_seed(seed)

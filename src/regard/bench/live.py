@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from regard import terminal
-from regard.bench.compare import CompareConfig, Event, Finished, Outcome, Planned, Started, Stepped
-from regard.bench.record import Result
+from regard.bench.config import CompareConfig
+from regard.bench.events import Event, Finished, Outcome, Planned, Started, Stepped
+from regard.bench.record import Cell, Result
 from regard.tasks import Metric
 
 
@@ -99,8 +100,8 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def label(cell: object) -> str:
-    return f"{cell.mechanism} seed {cell.seed}"  # type: ignore[attr-defined]
+def label(cell: Cell) -> str:
+    return f"{cell.mechanism} seed {cell.seed}"
 
 
 def line(result: Result) -> str:

@@ -10,18 +10,26 @@ sees less of a mixer than one use of each of its parameters, two FLOPs per param
 instead. An embedding lookup is free, the prediction over the vocabulary is not.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from regard.bench.config import Match
 from regard.models.mixer import Spec, parse
 from regard.tasks import Size, Task
 
-Match = Literal["params", "flops"]
 TOLERANCE = 0.01
+
+
+def sizes(task: Task, settings: Mapping[str, int] | None = None) -> Size:
+    """The size of the baseline's host, by these settings or else by the task's defaults."""
+    dim, depth, heads = itemgetter("dim", "depth", "heads")(vars(task.defaults) if settings is None else settings)
+    return Size(dim, depth, heads, task.defaults.mlp * dim)
 
 
 def parameters(module: nn.Module) -> int:

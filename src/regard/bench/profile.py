@@ -7,15 +7,19 @@ after a time limit, so that a quadratic mechanism costs a table no more than its
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regard.bench.machine import cores
 from regard.bench.process import Stop, answer
+from regard.checks import number, refuse, whole
 from regard.models.mixer import Spec, build, parse, protocol
+from regard.tasks import Task, mechanisms_for
 
-WORKER = "regard.bench.profile_worker"
+COMMAND = (sys.executable, "-P", "-m", "regard.bench.profile_worker")
 
 QUANTITIES = {
     "forward": "s",
@@ -36,8 +40,8 @@ class ProfileError(ValueError):
 class Profile:
     """What to measure, and where to keep it."""
 
-    mechanisms: tuple[str, ...] = ("softmax", "window(window=512)", "linear")
-    """Names, with options in brackets: 'window(window=64)'."""
+    mechanisms: tuple[str, ...] = ()
+    """Names, with options in brackets: 'window(window=64)'; none = the baseline, and those whose cards name `profile`."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Tokens: 1k..32k doubles, 500,1k,3k lists."""
     dim: int = 256
@@ -58,15 +62,18 @@ class Profile:
     """Folder of profile.json and report.html."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "heads", "batch"):
-            if getattr(self, name) < 1:
-                raise ProfileError(f"profile: {name} must be at least 1 (got {getattr(self, name)})")
-        if not self.mechanisms or not self.lengths:
-            raise ProfileError("profile: name at least one mechanism and one length")
-        if min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
-            raise ProfileError(f"profile: lengths must be different and at least 1 (got {self.lengths})")
-        if not self.limit > 0:
-            raise ProfileError(f"profile: limit must be above 0 seconds (got {self.limit:g})")
+        if not self.mechanisms:
+            object.__setattr__(self, "mechanisms", (Task.baseline, *mechanisms_for("profile")))
+        try:
+            whole("profile", dim=self.dim, heads=self.heads, batch=self.batch)
+            whole("profile", 0, threads=self.threads)
+            number("profile", above=0, limit=self.limit)
+            for length in self.lengths:
+                whole("profile", lengths=length)
+            if not self.lengths or len(set(self.lengths)) < len(self.lengths):
+                refuse("profile", "lengths", "are missing or come twice", self.lengths, "different ints >= 1")
+        except (ValueError, TypeError) as error:
+            raise ProfileError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -118,12 +125,6 @@ def why_not(spec: Spec, causal: bool) -> str:
     return f"{', '.join(lacking)} cannot be {wanted}" if lacking else ""
 
 
-def _buildable(spec: Spec, config: Profile) -> None:
-    """Unknown names and options, and sizes that don't fit, are refused before anything runs."""
-    causal = config.causal and protocol(spec) == "TokenMixer"
-    build(spec, config.dim, config.heads, causal=causal)
-
-
 def run(
     config: Profile,
     *,
@@ -135,47 +136,46 @@ def run(
 
     A mechanism whose cell ran into the limit is not tried at greater lengths.
     """
-    import sys
+    specs = _specs(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    found: list[Measured] = []
+    given_up: dict[str, int] = {}
+    with stop or Stop() as watching:
+        for spec, length in ((spec, length) for length in sorted(config.lengths) for spec in specs):
+            if (name := str(spec)) in given_up:
+                cell = Measured(name, length, reason=f"left out: {given_up[name]} tokens took too long")
+            else:
+                job, limits = _job(name, length, config), {"timeout": config.limit, "stop": watching}
+                said = measure(job, **limits, on_step=lambda n, x: None, command=COMMAND)
+                if said is None:
+                    return found
+                cell = Measured(name, length, **said.get("result", {"reason": said.get("failed", "no answer")}))
+            if "longer than the limit" in cell.reason:
+                given_up[name] = length
+            found.append(cell)
+            save(config, found)
+            on_cell(cell)
+    return found
 
-    from regard.bench.train import cores
 
+def _specs(config: Profile) -> list[Spec]:
+    """The mechanisms. Unknown names and options, and sizes that don't fit, are refused before anything runs."""
     specs = [parse(text) for text in config.mechanisms]
     for spec in specs:
         if reason := why_not(spec, config.causal):
             raise ProfileError(f"profile: {spec}: {reason}")
-        _buildable(spec, config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    found: list[Measured] = []
-    given_up: dict[str, int] = {}
-    command = (sys.executable, "-P", "-m", WORKER)
-    with stop or Stop() as watching:
-        for length in sorted(config.lengths):
-            for spec in specs:
-                name = str(spec)
-                if name in given_up:
-                    cell = Measured(name, length, reason=f"left out: {given_up[name]} tokens took too long")
-                else:
-                    settings = {"threads": config.threads or cores(), "device": config.device}
-                    job = {
-                        "mechanism": name,
-                        "length": length,
-                        "dim": config.dim,
-                        "heads": config.heads,
-                        "batch": config.batch,
-                        "causal": config.causal,
-                        "limit": config.limit,
-                        "cell": {"settings": settings},
-                    }
-                    said = measure(job, timeout=config.limit, stop=watching, on_step=lambda n, x: None, command=command)
-                    if said is None:
-                        return found
-                    cell = Measured(name, length, **said.get("result", {"reason": said.get("failed", "no answer")}))
-                    if "longer than the limit" in cell.reason:
-                        given_up[name] = length
-                found.append(cell)
-                save(config, found)
-                on_cell(cell)
-    return found
+        build(spec, config.dim, config.heads, causal=config.causal and protocol(spec) == "TokenMixer")
+    return specs
+
+
+def _job(mechanism: str, length: int, config: Profile) -> dict[str, Any]:
+    """What the worker is told."""
+    return {
+        "mechanism": mechanism,
+        "length": length,
+        **{name: getattr(config, name) for name in ("dim", "heads", "batch", "causal", "limit")},
+        "cell": {"settings": {"threads": config.threads or cores(), "device": config.device}},
+    }
 
 
 def save(config: Profile, cells: Sequence[Measured]) -> None:
@@ -198,11 +198,13 @@ def growth(cells: Sequence[Measured], mechanism: str, quantity: str) -> float | 
 
 def formula_growth(card: Any, own: dict[str, Any], config: Profile) -> float | None:
     """The same exponent of the card's formula for time, at the lengths profiled."""
-    from regard.cost import costs
+    from regard import catalog_page
 
     points = []
     for n in sorted(config.lengths):
-        at = costs(card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads)
+        at = catalog_page.costs(
+            card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads
+        )
         if not isinstance(at["time"], float):
             return None
         points.append((n, at["time"]))

@@ -9,6 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from regard.bench.decoding import state_bytes
+from regard.bench.memory import PeakMemory
+from regard.bench.worker import reason
+from regard.models.mixer import Spec, build, parse, protocol
+
 ROUNDS = 5
 SHARE = 0.25
 """Of the cell's time limit, that each quantity may take in all."""
@@ -21,8 +29,6 @@ def main() -> None:
     try:
         said: dict[str, Any] = {"result": measure(job)}
     except Exception as error:
-        from regard.bench.worker import reason
-
         said = {"failed": reason(error)}
     events.write(json.dumps(said) + "\n")
     events.close()
@@ -31,93 +37,80 @@ def main() -> None:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """The values of one cell, and why some are missing."""
-    import torch
-
-    from regard.bench.memory import PeakMemory
-    from regard.bench.train import state_bytes
-    from regard.models.mixer import build, parse
-
     device = torch.device(job["cell"]["settings"]["device"])
     torch.set_num_threads(job["cell"]["settings"]["threads"])
     torch.manual_seed(0)
-    spec, dim, length = parse(job["mechanism"]), job["dim"], job["length"]
-    module: Any = build(spec, dim, job["heads"], causal=_causality(spec, job["causal"])).to(device).eval()
-    x, small = (_input(spec, job["batch"], n, dim).to(device) for n in (length, min(length, 64)))
-    values, reasons = {}, []
+    spec = parse(job["mechanism"])
+    causal = job["causal"] and protocol(spec) == "TokenMixer"
+    module: Any = build(spec, job["dim"], job["heads"], causal=causal).to(device).eval()
+    x, small = (_input(spec, job["batch"], n, job["dim"]).to(device) for n in (job["length"], min(job["length"], 64)))
+    module(small.requires_grad_()).sum().backward()  # what first calls load, and later ones share
+    module.zero_grad()
+    budget = job["limit"] * SHARE
+    values = _passes(module, x, budget)
+    if streams := "streaming" in getattr(module, "supports", ()) and getattr(module, "causal", False):
+        values |= _steps(module, x, budget)
+    found = {name: value for name, value in values.items() if math.isfinite(value)}
+    return {"values": found, "reason": "" if streams else "does not stream"}
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+
+def _passes(module: Any, x: Tensor, budget: float) -> dict[str, float]:
+    """Seconds and bytes of a forward pass, and of a forward and a backward one."""
 
     def forward() -> None:
         with torch.no_grad():
             module(x)
-        wait()
 
     def training() -> None:
-        given = x.detach().requires_grad_()
-        out = module(given)
+        out = module(x.detach().requires_grad_())
         out.backward(torch.ones_like(out))
-        wait()
 
-    module(small.requires_grad_()).sum().backward()  # what first calls load, and later ones share
-    module.zero_grad()
-    for name, run in (("forward", forward), ("training", training)):
-        if name == "training":
-            module.train()
-        memory = PeakMemory(device)
-        began = time.perf_counter()
-        run()
-        first = time.perf_counter() - began
-        values[f"{name}_bytes"] = float(memory.bytes())
-        values[name] = _again(run, first, job["limit"] * SHARE)
+    values = {}
+    for run in (forward, training):
+        module.train(run is training)
+        memory = PeakMemory(x.device)
+        first = _seconds(run, x.device)
+        values[f"{run.__name__}_bytes"] = float(memory.bytes())
+        values[run.__name__] = _again(run, x.device, first, budget)
     module.eval()
-    if "streaming" not in getattr(module, "supports", ()) or not getattr(module, "causal", False):
-        reasons.append("does not stream")
-    else:
-        with torch.no_grad():
-            state = module.init_state(job["batch"], length + 1, device=device)
-            chunk = 1024
-            for start in range(0, length, chunk):
-                _, state = module.step(x[:, start : start + chunk], state)
-            values["state_bytes"] = float(state_bytes(state))
-            token = x[:, :1]
-
-            def step() -> None:
-                module.step(token, state)
-                wait()
-
-            began = time.perf_counter()
-            step()
-            values["step"] = _again(step, time.perf_counter() - began, job["limit"] * SHARE, rounds=20)
-    return {"values": {k: v for k, v in values.items() if math.isfinite(v)}, "reason": "; ".join(reasons)}
+    return values
 
 
-def _causality(spec: Any, causal: bool) -> bool:
-    from regard.models.mixer import protocol
+@torch.no_grad()
+def _steps(module: Any, x: Tensor, budget: float) -> dict[str, float]:
+    """Bytes of the state behind all tokens, and seconds of one token more."""
+    state = module.init_state(len(x), x.shape[1] + 1, device=x.device)
+    for part in x.split(1024, 1):
+        _, state = module.step(part, state)
+    size = float(state_bytes(state))
 
-    return causal and protocol(spec) == "TokenMixer"
+    def step() -> None:
+        module.step(x[:, :1], state)
+
+    return {"state_bytes": size, "step": _again(step, x.device, _seconds(step, x.device), budget, rounds=20)}
 
 
-def _input(spec: Any, batch: int, length: int, dim: int) -> Any:
+def _input(spec: Spec, batch: int, length: int, dim: int) -> Tensor:
     """Tokens, or a square map of about as many places."""
-    import torch
-
-    from regard.models.mixer import protocol
-
     if protocol(spec) == "FeatureMixer":
         side = max(1, round(math.sqrt(length) / 8)) * 8
         return torch.randn(batch, dim, side, side)
     return torch.randn(batch, length, dim)
 
 
-def _again(run: Callable[[], None], first: float, budget: float, rounds: int = ROUNDS) -> float:
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _again(run: Callable[[], None], device: torch.device, first: float, budget: float, rounds: int = ROUNDS) -> float:
     """Median seconds of as many further calls as the budget allows; of the first where it allows none."""
     times: list[float] = []
     while len(times) < rounds and sum(times) + first < budget:
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
+        times.append(_seconds(run, device))
     return statistics.median(times) if times else first
 
 

@@ -36,6 +36,7 @@ CARD = Card(
         "The classifier around it (a batch norm without weights, and a linear layer) is left to the caller.",
     ),
     verified="third-party",
+    tasks=("digits",),
 )
 
 

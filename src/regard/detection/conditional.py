@@ -47,6 +47,7 @@ first layer: W_qp qpos is added to the content query, and W_kp pos to the conten
         "No dropout of the weights.",
     ),
     verified="third-party",
+    tasks=("boxes",),
 )
 
 

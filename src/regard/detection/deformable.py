@@ -51,6 +51,7 @@ y = W_o concat over heads of (sum over l, p of weight * V_l(loc)),   V = W_v mem
     differs=("Maps with padding: scale the references by the valid part of each map before the call.",),
     verified="third-party",
     example={"num_levels": 3, "num_points": 2},
+    tasks=("boxes",),
 )
 
 

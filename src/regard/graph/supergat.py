@@ -44,6 +44,7 @@ edge loss: mean over edges and sampled non-edges of BCE(sigmoid(mean over heads 
     ),
     verified="third-party",
     auxiliary="auxiliary_loss",
+    tasks=("nodes",),
 )
 
 Form = Literal["MX", "SD", "GO", "DP"]

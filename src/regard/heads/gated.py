@@ -28,11 +28,13 @@ CARD = Card(
     claim="A head can put out nothing without a sink token: tests/heads/test_gated.py.",
     differs=("The gate has a projection of its own, not rows interleaved with the query's.",),
     verified="third-party",
+    tasks=("text",),
 )
 HEADWISE = CARD.variant(
     "gated_headwise",
     "Gated attention with one gate per head: a sigmoid of the query's token scales its output.",
     preset={"granularity": "headwise"},
+    tasks=(),
     cost=Cost("2*B*H*T*S*D + B*T*M*H", "2*S*G*D"),
 )
 

@@ -133,7 +133,8 @@ def _own(path: Path) -> Loaded:
 
 def _trained(say: Say) -> Path:
     """A small byte-level model, trained as `regard compare` trains."""
-    from regard.bench.compare import CompareConfig, run
+    from regard.bench.compare import run
+    from regard.bench.config import CompareConfig
 
     say(f"no model under {RUNS}/ yet, so that a small one is trained (less than a minute); for a better one:")
     say("  regard compare --mechanisms rotary --checkpoint, or give --model")

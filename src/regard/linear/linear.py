@@ -31,6 +31,7 @@ streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) .
     claim="Time linear in T, constant state: tests/linear/test_linear.py, `python -m benchmarks.linear`.",
     differs=("No constant is added to the denominator: it is a sum of positive terms.",),
     verified="reconstructed",
+    tasks=("profile",),
 )
 
 

@@ -41,6 +41,7 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
     ),
     verified="third-party",
     example={"num_features": 8},
+    tasks=("mqar",),
 )
 
 

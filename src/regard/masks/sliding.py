@@ -25,6 +25,13 @@ WINDOW = Card(
     differs=(SIDES, "No separate global tokens and no second set of projections: add `| global_tokens(n)`."),
     verified="third-party",
     example={"window": 4},
+    tasks=(
+        "text(window=32)",
+        "retrieval(window=16)",
+        "copying(window=16)",
+        "selective_copying(window=16)",
+        "profile(window=512)",
+    ),
 )
 
 DILATED = Card(

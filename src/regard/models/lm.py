@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from regard.checks import divides, number, refuse, whole
 from regard.models.mixer import build, parse
 
 
@@ -31,12 +32,9 @@ class LMConfig:
     """Tokens per training sequence; the model itself takes any length that its mechanism takes."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "num_heads", "mlp_dim", "vocab", "length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"LMConfig: {name} must be an int >= 1, got {value!r}")
-        if self.dim % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads do not divide width {self.dim}; choose a width that they divide")
+        sizes = {name: value for name, value in vars(self).items() if name != "mechanism"}
+        whole("LMConfig", **sizes)
+        divides("LMConfig", num_heads=self.num_heads, dim=self.dim)
 
 
 class Block(nn.Module):
@@ -135,11 +133,8 @@ class LanguageModel(nn.Module):
         Without streaming, every token costs a full pass.
         """
         if ids.shape[1] < 1:
-            raise ValueError("generate: the prompt is empty; give at least one token")
-        if temperature < 0 or temperature != temperature:
-            raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k must be >= 1, got {top_k}")
+            refuse("generate", "ids", "are an empty prompt", tuple(ids.shape), "at least one token")
+        check_sampling(count, temperature, top_k)
         states = self.init_state(ids.shape[0], ids.shape[1] + count) if self.streams else None
         new = ids
         for _ in range(count):
@@ -163,6 +158,14 @@ class LanguageModel(nn.Module):
         """`ids` and `count` sampled tokens after them."""
         drawn = self.sample(ids, count, temperature=temperature, top_k=top_k, generator=generator)
         return torch.cat([ids, *drawn], 1)
+
+
+def check_sampling(count: int, temperature: float, top_k: int | None) -> None:
+    """Refuse what cannot be sampled."""
+    whole("generate", 0, count=count)
+    number("generate", least=0, temperature=temperature)
+    if top_k is not None:
+        whole("generate", top_k=top_k)
 
 
 def _draw(

@@ -11,9 +11,10 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # so that names are read without torch
+    from torch import nn
 
 _NAME = re.compile(r"[A-Za-z_][\w.+-]*(:[A-Za-z_]\w*)?")
 
@@ -35,8 +36,8 @@ class Spec:
         return f"{self.name}({inside})" if inside else self.name
 
 
-def parse(text: str) -> Spec:
-    """Read 'window(size=64)'. Option values are Python literals."""
+def parse(text: str, what: str = "mechanism") -> Spec:
+    """Read 'window(size=64)'. Option values are Python literals; `what` it is, messages say."""
     name, bracket, inside = text.strip().partition("(")
     try:
         # Only the brackets are parsed: in the name, '+', ':' and '.' mean nothing to Python.
@@ -48,8 +49,8 @@ def parse(text: str) -> Spec:
             raise SyntaxError
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"mechanism {text!r} cannot be read; expected a name such as softmax or gated+rotary, "
-            "or name(option=value, ...) with numbers, quoted text, True or False as values"
+            f"{what} {text!r} cannot be read; expected a name, or name(option=value, ...) "
+            "with numbers, quoted text, True or False as values"
         ) from error
     return Spec(name.strip(), options)
 
@@ -60,7 +61,7 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> nn.Module:
+def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.Module":
     """One module of this mechanism; by default a causal token mixer (B, T, M) -> (B, T, M)."""
     if not spec.own:
         from regard import create
@@ -69,7 +70,7 @@ def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> nn.Mo
     return factory(spec)(dim=dim, num_heads=num_heads, causal=causal, **spec.options)
 
 
-def factory(spec: Spec) -> Callable[..., nn.Module]:
+def factory(spec: Spec) -> "Callable[..., nn.Module]":
     """The caller's own callable."""
     module, _, attribute = spec.name.partition(":")
     try:

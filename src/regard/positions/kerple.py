@@ -36,6 +36,7 @@ CARD = Card(
     claim="The kernel is conditionally positive definite, and extrapolates best in log form: tests/positions.",
     differs=DIFFERS,
     verified="third-party",
+    tasks=("text",),
 )
 
 POWER = Card(

@@ -37,6 +37,7 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
         "Pairs channels (a, a + D/2) by default, a fixed permutation of D; the paper's (2a, 2a+1) is interleaved=True.",
     ),
     verified="third-party",
+    tasks=("text", "retrieval", "copying", "selective_copying", "imputation"),
 )
 
 

@@ -52,6 +52,7 @@ out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
     ),
     verified="third-party",
     example={"block": 3, "topk": 2},
+    tasks=("mqar(block=8)",),
 )
 
 

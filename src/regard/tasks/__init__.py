@@ -9,13 +9,16 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from regard.cards import Card
-from regard.models.mixer import Spec
+from regard.checks import whole
+from regard.models.mixer import Spec, parse
+
+if TYPE_CHECKING:  # so that the names of tasks are known without torch
+    import torch
+    from torch import Tensor, nn
 
 Batch = tuple[Any, ...]
 """What a training step sees: tensors, or tuples of them; the examples lie along the first axis."""
@@ -87,7 +90,6 @@ class Defaults:
     depth: int
     heads: int
     lr: float
-    mechanisms: tuple[str, ...]
     mlp: int = 4
     """The width of the baseline's MLPs, in widths of the model."""
 
@@ -105,14 +107,21 @@ class Task:
     defaults: ClassVar[Defaults]
     baseline: ClassVar[str] = "softmax"
     """The mechanism whose budget all others get."""
-    shown: ClassVar[float] = 1.0
+    loss_scale: ClassVar[float] = 1.0
     """What a loss is multiplied with to be in `metric.loss`."""
+    keeps_models: ClassVar[bool] = False
+    """Whether `keep` can write a trained model to a file."""
+
+    @classmethod
+    def mechanisms(cls) -> tuple[str, ...]:
+        """What is compared unless others are named: the baseline, and the mechanisms whose cards name this task."""
+        return tuple(dict.fromkeys([cls.baseline, *mechanisms_for(cls.name)]))
 
     def fits(self, card: Card) -> list[str]:
         """Why this mechanism cannot do the task; [] if it can, as far as its card tells."""
         if card.protocol not in self.takes:
             return [f"a {card.protocol}; {self.name} takes {', '.join(f'{p}s' for p in self.takes)}"]
-        return [LACKING[feature] for feature in sorted(self.takes[card.protocol] - card.supports)]
+        return [LACKING[feature] for feature in sorted(self.takes[card.protocol].difference(card.supports))]
 
     @property
     def tokens(self) -> int:
@@ -127,7 +136,7 @@ class Task:
         """The data in a few words."""
         raise NotImplementedError
 
-    def model(self, mechanism: Spec, size: Size) -> nn.Module:
+    def model(self, mechanism: Spec, size: Size) -> "nn.Module":
         """The host with this mechanism in it, initialised from torch's generator.
 
         Its `mixers` are the modules that the mechanism made, and its MLPs are `size.mlp_dim` wide.
@@ -142,12 +151,16 @@ class Task:
         """Training data without end; the seed alone decides it."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
         """What training lowers."""
         raise NotImplementedError
 
-    def measure(self, model: nn.Module, batch: int, device: torch.device) -> tuple[dict[str, float], list[str]]:
+    def measure(self, model: "nn.Module", batch: int, device: "torch.device") -> tuple[dict[str, float], list[str]]:
         """Numbers on held-out data by label, that of `metric.main` first; and a line for each that is missing."""
+        raise NotImplementedError
+
+    def keep(self, model: "nn.Module", mechanism: Spec, size: Size, path: Path) -> None:
+        """Write a trained model to a file, where `keeps_models`."""
         raise NotImplementedError
 
 
@@ -177,6 +190,17 @@ def find(name: str) -> type[Task]:
     )  # fmt: skip
 
 
+def mechanisms_for(name: str) -> list[str]:
+    """The mechanisms whose cards name this task (or `profile`), with the options that they give themselves there.
+
+    A card with `tasks=("mqar(block=8)", "text")` is compared on mqar with that option, and on text without.
+    """
+    from regard import catalog
+
+    entries = ((card.name, parse(entry)) for card in catalog.cards().values() for entry in card.tasks)
+    return [str(Spec(mechanism, entry.options)) for mechanism, entry in entries if entry.name == name]
+
+
 def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task of that name with these options. Raises TaskError for options that it lacks or cannot be."""
     task, options = find(name), options or {}
@@ -186,16 +210,26 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
             raise TaskError(f"task {name}: there is no option {option!r}; {hint}")
-    return task(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    several = {f.name for f in fields(task) if isinstance(f.default, tuple)}
+    try:
+        return task(**{name: _tuple(value) if name in several else value for name, value in options.items()})
+    except TaskError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise TaskError(f"task {error}") from error
 
 
-def whole(task: Task, least: Mapping[str, int]) -> None:
-    """Raise TaskError unless these options are whole numbers, or tuples of them, and at least so large."""
+def counts(task: Task, **least: int) -> None:
+    """Refuse options that are no ints, or tuples of ints, from the least that is named for each."""
     for option, minimum in least.items():
         value = getattr(task, option)
         for number in value if isinstance(value, tuple) and value else (value,):
-            if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
-                raise TaskError(f"task {task.name}: {option} must be whole numbers >= {minimum}, got {value!r}")
+            whole(task, minimum, **{option: number})
+
+
+def _tuple(value: Any) -> Any:
+    """A list as a tuple, and a value alone as a tuple of one."""
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int | float | str) else value
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

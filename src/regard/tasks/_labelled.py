@@ -27,7 +27,7 @@ class Labelled(Task):
     """
 
     takes: ClassVar[Mapping[str, frozenset[str]]] = {"TokenMixer": frozenset({"causal"})}
-    shown: ClassVar[float] = 1 / math.log(2)
+    loss_scale: ClassVar[float] = 1 / math.log(2)
     positions: ClassVar[bool] = False
     """Whether the host brings learned positions."""
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from regard import catalog
 from regard.cards import Card
+from regard.checks import number
 from regard.detection.places import Reads
 from regard.models.detector import NOTHING, Detector, box_quality, detection_loss
 from regard.models.mixer import Spec, build
-from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, whole
+from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
 SHAPES = ("square", "disc", "cross")
 
@@ -67,7 +68,6 @@ class Boxes(Task):
         depth=2,
         heads=4,
         lr=2e-3,
-        mechanisms=("softmax", "deformable", "deformable_v2", "conditional_cross"),
     )
 
     size: int = 32
@@ -75,7 +75,8 @@ class Boxes(Task):
     heldout: int = 512
 
     def __post_init__(self) -> None:
-        whole(self, {"size": 16, "heldout": 1})
+        counts(self, size=16, heldout=1)
+        number(self, least=0, noise=self.noise)
 
     def fits(self, card: Card) -> list[str]:
         lacking = super().fits(card)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from regard.tasks import Batch, Defaults, Metric, whole
+from regard.tasks import Batch, Defaults, Metric, counts
 from regard.tasks._labelled import IGNORED, Labelled
 
 BLANK, ASK = 0, 1
@@ -50,16 +50,14 @@ class Copying(Labelled):
     gist: ClassVar[str] = "Say a string of symbols again when it is over."
     metric: ClassVar[Metric] = COPIED
     positions: ClassVar[bool] = True
-    defaults: ClassVar[Defaults] = Defaults(
-        steps=300, batch=64, dim=64, depth=2, heads=2, lr=3e-3, mechanisms=("softmax", "rotary", "window(window=16)")
-    )
+    defaults: ClassVar[Defaults] = Defaults(steps=300, batch=64, dim=64, depth=2, heads=2, lr=3e-3)
     scattered: ClassVar[bool] = False
 
     vocab: int = 16
     symbols: tuple[int, ...] = (4, 8, 16, 32)
 
     def __post_init__(self) -> None:
-        whole(self, {"vocab": 3, "symbols": 1, "heldout": 1})
+        counts(self, vocab=3, symbols=1, heldout=1)
 
     @property
     def room(self) -> int:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from regard.checks import number
 from regard.models.mixer import Spec, build, parse, protocol
 from regard.models.tokens import Mean, OnMaps, TokenModel
 from regard.tasks import ACCURACY, Batch, Defaults, Metric, Size, Task, TaskError
@@ -40,7 +41,7 @@ def images() -> tuple[Float[Tensor, "N 64 1"], Int[Tensor, "N"]]:
 class Digits(Task):
     """Pixels are tokens with learned positions, or a map; behind the layers stands the mean over them.
 
-    A Pooler takes the place of that mean, behind layers of softmax attention.
+    A Pooler takes the place of that mean, behind layers of the baseline.
     """
 
     name: ClassVar[str] = "digits"
@@ -49,7 +50,7 @@ class Digits(Task):
         kind: frozenset({"bidirectional"}) for kind in ("TokenMixer", "FeatureMixer", "Pooler")
     }
     metric: ClassVar[Metric] = ACCURACY
-    shown: ClassVar[float] = 1 / math.log(2)
+    loss_scale: ClassVar[float] = 1 / math.log(2)
     defaults: ClassVar[Defaults] = Defaults(
         steps=200,
         batch=64,
@@ -57,15 +58,13 @@ class Digits(Task):
         depth=2,
         heads=4,
         lr=3e-3,
-        mechanisms=("softmax", "neighborhood", "polarized", "efficient_probing"),
     )
 
     heldout: float = 0.25
     """The share that is held out."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.heldout < 1:
-            raise TaskError(f"task digits: heldout must be a share between 0 and 1, got {self.heldout!r}")
+        number(self, above=0, below=1, heldout=self.heldout)
 
     @property
     def tokens(self) -> int:
@@ -87,7 +86,7 @@ class Digits(Task):
 
     def model(self, mechanism: Spec, size: Size) -> nn.Module:
         kind = protocol(mechanism)
-        mixed = parse("softmax") if kind == "Pooler" else mechanism
+        mixed = parse(self.baseline) if kind == "Pooler" else mechanism
         mixers = [build(mixed, size.dim, size.heads, causal=False) for _ in range(size.depth)]
         if kind == "FeatureMixer":
             mixers = [OnMaps(mixer, (SIDE, SIDE)) for mixer in mixers]

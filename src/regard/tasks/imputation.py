@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard import checks
 from regard.models.mixer import Spec, build
 from regard.models.tokens import TokenModel
-from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, TaskError, whole
+from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
 
 def waves(
@@ -43,9 +44,7 @@ class Imputation(Task):
     metric: ClassVar[Metric] = Metric(
         "mean absolute error", "error", better=-1, main="mean", along="missing", loss="squared error"
     )
-    defaults: ClassVar[Defaults] = Defaults(
-        steps=400, batch=32, dim=48, depth=2, heads=4, lr=3e-3, mechanisms=("softmax", "rotary", "diagonal_masked")
-    )
+    defaults: ClassVar[Defaults] = Defaults(steps=400, batch=32, dim=48, depth=2, heads=4, lr=3e-3)
 
     length: int = 48
     channels: int = 4
@@ -56,11 +55,9 @@ class Imputation(Task):
     heldout: int = 256
 
     def __post_init__(self) -> None:
-        whole(self, {"length": 2, "channels": 1, "waves": 1, "missing": 1, "heldout": 1})
-        if max(self.missing) > 99:
-            raise TaskError(f"task imputation: missing must be percentages from 1 to 99, got {self.missing!r}")
-        if isinstance(self.noise, bool) or not isinstance(self.noise, int | float) or not 0 <= self.noise < math.inf:
-            raise TaskError(f"task imputation: noise must be a number >= 0, got {self.noise!r}")
+        counts(self, length=2, channels=1, waves=1, missing=1, heldout=1)
+        checks.whole(self, most=99, missing=max(self.missing))
+        checks.number(self, least=0, noise=self.noise)
 
     @property
     def tokens(self) -> int:

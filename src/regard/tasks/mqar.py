@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from regard.tasks import Batch, Defaults, Metric, TaskError, whole
+from regard.checks import number, refuse
+from regard.tasks import Batch, Defaults, Metric, counts
 from regard.tasks._labelled import IGNORED, Labelled
 
 
@@ -64,7 +65,6 @@ class MultiQueryRecall(Labelled):
         depth=2,
         heads=2,
         lr=1e-2,
-        mechanisms=("softmax", "performer", "mega", "moba(block=8)"),
     )
 
     vocab: int = 64
@@ -73,12 +73,13 @@ class MultiQueryRecall(Labelled):
     power: float = 0.01
 
     def __post_init__(self) -> None:
-        whole(self, {"vocab": 4, "length": 4, "pairs": 1, "heldout": 1})
+        counts(self, vocab=4, length=4, pairs=1, heldout=1)
+        number(self, power=self.power)
         most = max(self.pairs)
         if self.length % 2 or 4 * most > self.length:
-            raise TaskError(f"task mqar: length must be even and >= 4 x {most} for {most} pairs, got {self.length}")
+            refuse(self, "length", f"has no room for {most} pairs", self.length, f"an even int >= {4 * most}")
         if most > self.vocab // 2 - 1:
-            raise TaskError(f"task mqar: vocab must be >= {2 * most + 2} for {most} pairs, got {self.vocab}")
+            refuse(self, "vocab", f"is too small for {most} pairs", self.vocab, f"an int >= {2 * most + 2}")
 
     @property
     def tokens(self) -> int:

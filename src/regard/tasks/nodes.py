@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from regard.checks import number
 from regard.models.mixer import Spec, build
 from regard.models.tokens import TokenModel
-from regard.tasks import ACCURACY, HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, TaskError, whole
+from regard.tasks import ACCURACY, HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
 
 def block_model(
@@ -44,11 +45,9 @@ class Nodes(Task):
     gist: ClassVar[str] = "Tell the classes of a graph's nodes from noisy features and their neighbours."
     takes: ClassVar[Mapping[str, frozenset[str]]] = {"GraphMixer": frozenset()}
     metric: ClassVar[Metric] = ACCURACY
-    shown: ClassVar[float] = 1 / math.log(2)
+    loss_scale: ClassVar[float] = 1 / math.log(2)
     baseline: ClassVar[str] = "gatv2"
-    defaults: ClassVar[Defaults] = Defaults(
-        steps=200, batch=8, dim=48, depth=2, heads=4, lr=3e-3, mechanisms=("gatv2", "supergat", "exphormer")
-    )
+    defaults: ClassVar[Defaults] = Defaults(steps=200, batch=8, dim=48, depth=2, heads=4, lr=3e-3)
 
     nodes: int = 96
     classes: int = 4
@@ -59,11 +58,9 @@ class Nodes(Task):
     """Held-out graphs."""
 
     def __post_init__(self) -> None:
-        whole(self, {"nodes": 2, "classes": 2, "heldout": 1})
-        for option, most in (("near", 1.0), ("far", 1.0), ("noise", math.inf)):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-                raise TaskError(f"task nodes: {option} must be a number from 0 to {most:g}, got {value!r}")
+        counts(self, nodes=2, classes=2, heldout=1)
+        number(self, least=0, most=1, near=self.near, far=self.far)
+        number(self, least=0, noise=self.noise)
 
     @property
     def tokens(self) -> int:

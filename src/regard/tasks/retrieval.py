@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from regard.tasks import Batch, Defaults, Metric, TaskError, whole
+from regard.checks import refuse
+from regard.tasks import Batch, Defaults, Metric, counts
 from regard.tasks._labelled import IGNORED, Labelled
 
 
@@ -57,19 +58,17 @@ class Retrieval(Labelled):
     metric: ClassVar[Metric] = Metric(
         "accuracy", "accuracy", better=1, main="mean", along="hops", loss="bits", percent=True
     )
-    defaults: ClassVar[Defaults] = Defaults(
-        steps=800, batch=32, dim=64, depth=3, heads=2, lr=1e-2, mechanisms=("softmax", "rotary", "window(window=16)")
-    )
+    defaults: ClassVar[Defaults] = Defaults(steps=800, batch=32, dim=64, depth=3, heads=2, lr=1e-2)
 
     vocab: int = 32
     hops: int = 3
     chains: int = 4
 
     def __post_init__(self) -> None:
-        whole(self, {"vocab": 4, "hops": 1, "chains": 1, "heldout": 1})
+        counts(self, vocab=4, hops=1, chains=1, heldout=1)
         if self.chains * (self.hops + 1) > self.vocab - 1:
             least = self.chains * (self.hops + 1) + 1
-            raise TaskError(f"task retrieval: vocab must be >= {least} for all names, got {self.vocab}")
+            refuse(self, "vocab", "is too small for all names", self.vocab, f"an int >= {least}")
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,8 @@ copying can be done by place alone, this takes knowing which tokens matter. Othe
 from dataclasses import dataclass
 from typing import ClassVar
 
-from regard.tasks import Defaults, TaskError, whole
+from regard.checks import refuse
+from regard.tasks import Defaults, counts
 from regard.tasks.copying import Copying
 
 
@@ -19,19 +20,16 @@ class SelectiveCopying(Copying):
 
     name: ClassVar[str] = "selective_copying"
     gist: ClassVar[str] = "Say again, in order, the symbols that stood scattered among blanks."
-    defaults: ClassVar[Defaults] = Defaults(
-        steps=500, batch=64, dim=64, depth=2, heads=2, lr=3e-3, mechanisms=("softmax", "rotary", "window(window=16)")
-    )
+    defaults: ClassVar[Defaults] = Defaults(steps=500, batch=64, dim=64, depth=2, heads=2, lr=3e-3)
     scattered: ClassVar[bool] = True
 
     symbols: tuple[int, ...] = (2, 4, 8)
     length: int = 32
 
     def __post_init__(self) -> None:
-        whole(self, {"vocab": 3, "symbols": 1, "length": 1, "heldout": 1})
+        counts(self, vocab=3, symbols=1, length=1, heldout=1)
         if max(self.symbols) > self.length:
-            most = max(self.symbols)
-            raise TaskError(f"task selective_copying: length must be >= {most} for its symbols, got {self.length}")
+            refuse(self, "length", "is too small for its symbols", self.length, f"an int >= {max(self.symbols)}")
 
     @property
     def room(self) -> int:

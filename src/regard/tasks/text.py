@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from regard.models.checkpoint import save
 from regard.models.lm import LanguageModel, LMConfig, language_model
 from regard.models.mixer import Spec
-from regard.tasks import Batch, Defaults, Metric, Size, Task, TaskError
+from regard.tasks import Batch, Defaults, Metric, Size, Task, TaskError, counts
 
 DEFAULT_BYTES = 6_000_000
 LIMIT = 1 << 30
@@ -75,7 +76,7 @@ class NextByte(Task):
     gist: ClassVar[str] = "Predict the next byte of text: your own, or Python's sources and docs."
     takes: ClassVar[Mapping[str, frozenset[str]]] = {"TokenMixer": frozenset({"causal"})}
     metric: ClassVar[Metric] = Metric()
-    shown: ClassVar[float] = 1 / math.log(2)
+    loss_scale: ClassVar[float] = 1 / math.log(2)
     defaults: ClassVar[Defaults] = Defaults(
         steps=180,
         batch=8,
@@ -83,14 +84,15 @@ class NextByte(Task):
         depth=2,
         heads=4,
         lr=3e-3,
-        mechanisms=("softmax", "rotary", "alibi", "kerple", "gated", "window(window=32)"),
     )
+    keeps_models: ClassVar[bool] = True
 
     length: int = 128
     text: Text | Sequence[str | Path] = ()
     """Files and folders; none = the standard library's sources and docs."""
 
     def __post_init__(self) -> None:
+        counts(self, length=1)
         if not isinstance(self.text, Text):
             object.__setattr__(self, "text", load(self.text, length=self.length))
 
@@ -120,6 +122,10 @@ class NextByte(Task):
 
     def model(self, mechanism: Spec, size: Size) -> LanguageModel:
         return language_model(self.config(mechanism, size))
+
+    def keep(self, model: nn.Module, mechanism: Spec, size: Size, path: Path) -> None:
+        assert isinstance(model, LanguageModel)
+        save(model, self.config(mechanism, size), path)
 
     def example(self) -> Batch:
         return (torch.zeros(1, self.length, dtype=torch.long),)

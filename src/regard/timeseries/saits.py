@@ -42,6 +42,7 @@ loss:     (MAE(X1) + MAE(X2) + MAE(X3)) / 3 on what was observed, + weight MAE(X
         "the mask first.",
     ),
     verified="reconstructed",
+    tasks=("imputation",),
 )
 
 

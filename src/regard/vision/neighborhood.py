@@ -68,6 +68,7 @@ R (NAT) has one value for each head and difference, and needs odd windows and s 
     verified="third-party",
     example={"window": 3},
     tries={"causal_axes": (True, False)},
+    tasks=("digits",),
 )
 
 Each = int | Sequence[int]

@@ -64,7 +64,7 @@ def _find_card(name: str) -> Any | None:
 
 
 def _told(card: Any) -> str:
-    lines = [("Paper", _source(card.paper))]
+    lines = [("Paper", _source(paper)) for paper in card.papers]
     if card.claim:
         lines.append(("Claim", text(card.claim, 1000)))
     if card.differs:
