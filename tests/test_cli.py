@@ -389,12 +389,6 @@ for line in ("doctor", "list", "show window", "show kerple", "plan --window 64")
         assert re.search(rf"^  {name} on cpu +ok  runs$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.xfail(reason="the catalogue imports the Triton kernels' files too when it looks for cards", strict=True)
-def test_cards_are_found_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import regard; regard.mechanisms()"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-
-
 def test_doctor_tells_what_is_missing(monkeypatch, tmp_path):
     def broken(problem):
         raise RuntimeError("no kernel image\nfor this device")
@@ -575,7 +569,7 @@ BAD = [
     ("show window(3)", "cannot be read"),
     ("show window(window=0)", "must be"),
     ("show alibi --svg nowhere/x.svg", "nowhere/x.svg: No such file or directory"),
-    ("plan --heads 8 --kv-heads 3", "8 query heads are not a multiple of 3 key heads"),
+    ("plan --heads 8 --kv-heads 3", "no multiple of the 3 key heads (got 8)"),
     ("plan --kernel flash", "unknown kernel 'flash'"),
     ("plan --kernel block_sparse --bidirectional", "no mask, so there are no empty blocks"),
     ("plan --dropout 2", "dropout is out of range (got 2.0); expected a number in [0, 1]"),
