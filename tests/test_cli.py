@@ -436,7 +436,14 @@ def test_compare_tells_its_defaults():
         assert f"[default: {getattr(CompareConfig, name)}]" in text, name
     assert "[default: 0, 1]" in text
     its = tasks.find("text").defaults
-    for value in (its.steps, its.batch, its.dim, its.lr, ", ".join(tasks.find("text").mechanisms()), tasks.find("text").length):
+    for value in (
+        its.steps,
+        its.batch,
+        its.dim,
+        its.lr,
+        ", ".join(tasks.find("text").mechanisms()),
+        tasks.find("text").length,
+    ):
         assert f"[default: ({value} for text)]" in text, value
     assert "with options in brackets" in text
     assert f"There are {', '.join(tasks.names())}." in text

@@ -25,7 +25,7 @@ def task(name: str) -> dict[str, Any]:
         "gist": found.gist,
         "takes": {protocol: sorted(features) for protocol, features in sorted(found.takes.items())},
         "options": {f.name: index.literal(f.default) for f in fields(found) if f.init},
-        "defaults": asdict(found.defaults),
+        "defaults": {**asdict(found.defaults), "mechanisms": list(found.mechanisms())},
     }
 
 

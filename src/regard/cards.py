@@ -16,7 +16,8 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -141,8 +142,8 @@ class Card:
     inputs: Callable[..., tuple[Any, ...]] | None = None
     """f(shape: HeadShape) -> small float64 examples of `forward`'s positional arguments, where the protocol alone does
     not say them."""
-    supports: Collection[str] = FEATURES
-    traits: Collection[str] = frozenset()
+    supports: AbstractSet[str] = FEATURES
+    traits: AbstractSet[str] = frozenset()
     cost: Cost = field(default_factory=lambda: Cost("2*B*H*T*S*D", "2*S*G*D"))
     claim: str = ""
     """What the paper claims, and which command or test shows it in small."""
@@ -331,7 +332,9 @@ def _signature(builder: Callable[..., Any]) -> inspect.Signature:
             continue
         named = _unpacked(parameter.annotation)
         parents = inspect.getmro(builder)[1:] if inspect.isclass(builder) else ()
-        above = next((_signature(p).parameters for p in parents if "__init__" in vars(p)), {})
+        above: Mapping[str, inspect.Parameter] = next(
+            (_signature(p).parameters for p in parents if "__init__" in vars(p)), {}
+        )
         found |= {name: above[name] for name in named if name in above and name not in found}
     return signature.replace(parameters=list(found.values()))
 

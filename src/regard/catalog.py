@@ -4,7 +4,6 @@ Cards register themselves when their file is imported; the families' rooms are w
 only facts that cards state, such as `regard list`, reads them from `catalogue.json` (see `regard.index`).
 """
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -17,6 +16,7 @@ from torch import nn
 
 from regard.cards import Card, _registry
 from regard.checks import number, refuse
+from regard.index import unknown
 from regard.pipeline.layer import Attention
 from regard.rooms import FAMILIES
 from regard.shapes import head_shape
@@ -103,7 +103,7 @@ def create(
             where = f"{part.builder.__module__}.{part.builder.__name__}"
             what = "an analysis of attention" if part.protocol == "Analysis" else "a function"
             raise ValueError(f"create: {part.name!r} is {what}, not a layer; call {where}")
-    supports = frozenset.intersection(*(c.supports for c in parts))
+    supports = frozenset.intersection(*(frozenset(c.supports) for c in parts))
     wanted = {"causal" if causal else "bidirectional": True, "dropout": dropout > 0}
     own: set[str] = set().union(*(c.options for c in parts))
     wanted["gqa"] = num_kv_heads not in (None, num_heads) and not any(_sets_heads(c) for c in parts)
@@ -146,7 +146,7 @@ def create(
         raise TypeError(f"create: the card {name!r} built a {type(module).__name__}, not an nn.Module")
     # Cast afterwards: under another default dtype, starting values would be other ones.
     module.to(device=device, dtype=dtype)
-    module.supports, module.name = supports, name
+    module.supports, module.name = supports, name  # type: ignore[assignment]
     return module
 
 
@@ -179,9 +179,3 @@ def _keeps_shape(card: Card, name: str, given: Mapping[str, Any]) -> None:
     for key, usual in plain.items():
         if not card.takes(key) and given[key] != usual:
             refuse(f"create: {name}", key, "is none of its options", given[key], f"none; it has {usual:g}")
-
-
-def unknown(what: str, name: str, known: Sequence[str]) -> str:
-    """'unknown what 'nmae'; did you mean 'name'?'"""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")

@@ -65,7 +65,8 @@ def opened(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """
 
     def found() -> dict[str, Any]:
-        package, named = sys.modules[room], {}
+        package = sys.modules[room]
+        named: dict[str, Any] = {}
         for _, path, _ in pkgutil.iter_modules(package.__path__):
             if not path.startswith("_"):
                 module = importlib.import_module(f"{room}.{path}")

@@ -170,7 +170,7 @@ CODE = "\n\ndef new(x):\n    return 2 * x\n"
         # what shows, stores and describes
         ("regard/rooms.py", set()),
         ("regard/doctor.py", set()),
-        ("regard/catalog_page.py", set()),
+        ("regard/cli/list.py", set()),
         ("regard/bench/compare.py", set()),
         ("regard/bench/config.py", set()),
         ("regard/bench/live.py", set()),

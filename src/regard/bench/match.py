@@ -13,7 +13,7 @@ instead. An embedding lookup is free, the prediction over the vocabulary is not.
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn

@@ -41,7 +41,7 @@ class Profile:
     """What to measure, and where to keep it."""
 
     mechanisms: tuple[str, ...] = ()
-    """Names, with options in brackets: 'window(window=64)'; none = the baseline, and those whose cards name `profile`."""
+    """Names, with options in brackets: 'window(window=64)'; none = the baseline and what cards show here."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Tokens: 1k..32k doubles, 500,1k,3k lists."""
     dim: int = 256
@@ -198,13 +198,11 @@ def growth(cells: Sequence[Measured], mechanism: str, quantity: str) -> float | 
 
 def formula_growth(card: Any, own: dict[str, Any], config: Profile) -> float | None:
     """The same exponent of the card's formula for time, at the lengths profiled."""
-    from regard import catalog_page
+    from regard.cost import costs
 
     points = []
     for n in sorted(config.lengths):
-        at = catalog_page.costs(
-            card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads
-        )
+        at = costs(card, own, batch=config.batch, heads=config.heads, length=n, width=config.dim // config.heads)
         if not isinstance(at["time"], float):
             return None
         points.append((n, at["time"]))

@@ -204,8 +204,8 @@ class PrefixTree:
             from regard.kernels.triton_decode import triton_decode
 
             return triton_decode(q, self.k, self.v, self._pieces(plan, H // G), lengths, scale=scale)
-        lengths = (self._lengths[s] - before for s, before in zip(sequences, plan.before, strict=True))
-        own = [_first(stretches, length) for stretches, length in zip(plan.own, lengths, strict=True)]
+        left = (self._lengths[s] - before for s, before in zip(sequences, plan.before, strict=True))
+        own = [_first(stretches, length) for stretches, length in zip(plan.own, left, strict=True)]
         return two_phase(q, self.k, self.v, Shares(plan.shared, own), scale=scale)
 
     # --- inside -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from regard.cli.configured import Source, configured
 
 
 def _source() -> Source:
-    from regard.bench.compare import CompareConfig
+    from regard.bench.config import CompareConfig
 
     tasks = index.tasks()
     first = next(iter(tasks.values()))

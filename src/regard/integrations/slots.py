@@ -157,7 +157,7 @@ def check_mechanism(mechanism: Any) -> frozenset[str]:
                     f"swap: {c.name!r} ({c.protocol}, family {c.family!r}) is no softmax pipeline over given queries, "
                     "keys and values, so it can't take over a trained layer's projections; train a model with it"
                 )
-        return frozenset.intersection(*(c.supports for c in cards))
+        return frozenset.intersection(*(frozenset(c.supports) for c in cards))
     slots = mechanism if isinstance(mechanism, Mapping) else {only_slot(mechanism): mechanism}
     for slot, part in slots.items():
         if slot not in SLOTS:

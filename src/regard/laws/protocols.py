@@ -242,6 +242,6 @@ def shares_make_the_whole(
     grads = torch.autograd.grad((got * weight.tensor_split(world, 2)[rank]).sum(), mine)
     wanted = torch.autograd.grad((want * weight).sum(), every)
     for name, one, other in zip("qkv", grads, wanted, strict=True):
-        torch.testing.assert_close(
-            one, other.tensor_split(world, 2)[rank], msg=lambda m, n=name: f"gradient of {n}: {m}"
-        )
+        part = other.tensor_split(world, 2)[rank]
+        off = float((one - part).abs().max())
+        assert off <= 1e-7, f"the gradient of {name} is off by {off:.3g}"

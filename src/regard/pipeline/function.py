@@ -73,7 +73,7 @@ def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
         """
         rest: dict[str, Any] = dict(kwargs)
         kernel = rest.pop("kernel", "auto")
-        return choose(problem(*args, **rest), kernel)
+        return choose(problem(*args, **rest), kernel)  # type: ignore[arg-type]
 
     return plan
 

@@ -27,7 +27,7 @@ p: the places of patches on the grid, or of tokens in the sequence""",
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("2*B*H*T**2", ""),
     claim="Heads are local or global, and it can be measured: tests/inspect/analyses/test_attention_distance.py on "
     "heads of known reach.",

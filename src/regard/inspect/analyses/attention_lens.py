@@ -29,7 +29,7 @@ loss = KL(model's softmax || softmax(logits)) at the last position""",
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*T*H*M*V", ""),
     claim="Heads play specialised roles that a lens reveals: where one head of three copies, its lens names "
     "the token, in tests/inspect/analyses/test_attention_lens.py.",

@@ -32,7 +32,7 @@ root                   A^k_(i, root) = s A^k_(i, [CLS]) + e A^k_(i, [SEP])""",
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("2*B*H*T**2", ""),
     claim="Attention maps hold much of the syntax: planted heads are found by the probe, and words tell which of "
     "them to trust, in tests/inspect/analyses/test_attention_probe.py.",

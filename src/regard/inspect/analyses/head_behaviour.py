@@ -29,7 +29,7 @@ distance of two heads = sum over tokens of JS(a_i, a'_i), a = 0.999 A_ij + 0.001
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*H**2*T**2", ""),
     claim="Heads attend to delimiters, to fixed offsets or broadly: heads made so are told apart in "
     "tests/inspect/analyses/test_head_behaviour.py.",

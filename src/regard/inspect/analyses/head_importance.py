@@ -28,7 +28,7 @@ normalised: I[l, h] / (sum_h' I[l, h']^2)^(1/2)     pruned: the heads of least I
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*H*T*D", ""),
     claim="Heads can go without retraining: the least important quarter of a small model costs little, the most "
     "important one more, in tests/inspect/analyses/test_head_importance.py.",

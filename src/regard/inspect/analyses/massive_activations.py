@@ -30,7 +30,7 @@ sinks: weight on the marked tokens C       output_t = sum_(s in C) A_ts v_s (a b
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*T*M", ""),
     claim="Attention concentrates on the tokens of massive activations: with a planted one it does, and without it "
     "no more, in tests/inspect/analyses/test_massive_activations.py.",

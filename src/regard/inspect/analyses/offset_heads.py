@@ -31,7 +31,7 @@ offset head: d* is not 0, and share[d*] > 1/2""",
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*H*T**2", ""),
     claim="There are heads that attend to an adjacent token in a fixed direction; they are told from local and "
     "from even ones in tests/inspect/analyses/test_offset_heads.py.",

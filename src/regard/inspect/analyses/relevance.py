@@ -33,7 +33,7 @@ CARD = Card(
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*T**2*S", ""),
     claim="One method for self-, co- and encoder-decoder attention; a token that decides the class by construction "
     "is ranked first in tests/inspect/analyses/test_relevance.py.",

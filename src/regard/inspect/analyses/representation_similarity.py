@@ -27,7 +27,7 @@ CKA = sum HSIC(K, L) / sqrt(sum HSIC(K, K) sum HSIC(L, L)), sums over batches"""
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("N**2*M", ""),
     claim="Representations of different models compare: 1 under rotation and scale, near 0 for unrelated features, "
     "in tests/inspect/analyses/test_representation_similarity.py.",

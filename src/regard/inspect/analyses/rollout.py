@@ -28,7 +28,7 @@ P_0 = R_0        P_l = R_l P_(l-1)""",
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*T**3", ""),
     claim="Finds what raw attention misses: on a path 3 -> 1 -> 0 it lifts token 3 about 9 times over unrelated "
     "tokens, in tests/inspect/analyses/test_rollout.py.",

@@ -27,7 +27,7 @@ CARD = Card(
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*H*T*S", ""),
     claim="Some heads' last token keeps to the instruction: a head that reads the marked span is told from all "
     "others in tests/inspect/analyses/test_spans.py.",

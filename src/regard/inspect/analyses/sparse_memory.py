@@ -30,7 +30,7 @@ continuous: caps of unit vectors in place of circles of bits""",
         ),
     ),
     protocol="Analysis",
-    supports=(),
+    supports=set(),
     cost=Cost("B*H*T*S*D", ""),
     claim="A softmax approximates the memory's read: within the radius its log has a correlation above 0.99 "
     "with the cosine, in tests/inspect/analyses/test_sparse_memory.py.",
