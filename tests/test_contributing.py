@@ -44,7 +44,7 @@ def test_the_example_is_a_mechanism(example: Path) -> None:
 
 def test_the_example_passes_its_own_test_and_the_linter(example: Path) -> None:
     """In a process of its own, where the file stands in the room as if it had been there always."""
-    code = f"import regard.scores; regard.scores.__path__.append({str(example)!r})\n"
+    code = f"import regard.scores\n\nregard.scores.__path__.append({str(example)!r})\n"
     (example / "conftest.py").write_text(code)
     command = [
         sys.executable,

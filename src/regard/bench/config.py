@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from regard.bench.record import Match
 from regard.checks import choice, number, refuse, whole
 from regard.models.mixer import Spec, parse
 from regard.tasks import Size, Task, TaskError, find, make
 
-Match = Literal["params", "flops"]
 ALL = "all"
 """Among mechanisms: every one of the catalogue that the task can be done with."""
 

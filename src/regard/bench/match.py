@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from regard.bench.config import Match
+from regard.bench.record import Match
 from regard.models.mixer import Spec, parse
 from regard.tasks import Size, Task
 

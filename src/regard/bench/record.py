@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from regard.tasks import Metric
 
+Match = Literal["params", "flops"]
+"""What all mechanisms of a comparison have as much of as the task's baseline."""
+
 
 @dataclass(frozen=True)
 class Cell:
