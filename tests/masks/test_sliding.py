@@ -13,9 +13,9 @@ def test_builders_give_the_masks():
     assert WINDOW.parts({}, {}) == {"mask": masks.window(128)}
     assert WINDOW.parts({}, {"window": 4}) == {"mask": masks.window(4)}
     assert DILATED.parts({}, {"window": 3, "dilation": 2}) == {"mask": masks.dilated(3, 2)}
-    with pytest.raises(ValueError, match="window: size must be an int >= 1"):
+    with pytest.raises(ValueError, match="window: size is too small"):
         WINDOW.parts({}, {"window": 0})
-    with pytest.raises(ValueError, match="dilated: dilation must be an int >= 1"):
+    with pytest.raises(ValueError, match="dilated: dilation is too small"):
         DILATED.parts({}, {"dilation": 0})
 
 

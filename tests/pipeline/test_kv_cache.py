@@ -56,13 +56,13 @@ def test_what_does_not_fit_is_refused(bad: dict, message: str) -> None:
 @pytest.mark.parametrize("length", [-1, 6, True, 2.0, None])
 def test_bad_crops(length: object) -> None:
     _, state = cache().append(**new(5))
-    with pytest.raises(ValueError, match=r"crop length must be an int in \[0, 5\]"):
+    with pytest.raises((ValueError, TypeError), match=r"KVCache: length .*expected an int from 0 to 5|an int >= 0"):
         state.crop(length)
 
 
 @pytest.mark.parametrize("index", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.0])])
 def test_bad_orders(index: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="index must"):
+    with pytest.raises(ValueError, match=r"KVCache: index (has the wrong shape|is out of range)"):
         cache().reorder(index)
 
 

@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from regard.checks import choice, fits, refuse, whole
+
 CHUNK = 64
 """Tokens a chunk, by `python -m benchmarks.scan_chunks`: over 16 to 256, widths 16 to 128, all decays, with and without
 backward, 64 took 1.06 times the best size's time on average (at most 1.44, at K = V = 128), 32 and 128 took 1.3."""
 GROUP = 16
 """How many chunk states are joined by one matrix product."""
 
+WHO = "linear_scan"
 FORMS = ("chunked", "parallel", "step", "triton")
 
 
@@ -206,22 +209,17 @@ def _recur(x: Float[Tensor, "B H F n R"], g: Float[Tensor, "b h F n"]) -> Float[
 
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, form: str, chunk: int) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            "linear_scan: q and k must be (batch, heads, tokens, K) and v (batch, heads, tokens, V) (got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}); repeat grouped keys and values first"
-        )
+        got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        wanted = "(batch, heads, tokens, K) twice and (batch, heads, tokens, V); repeat grouped keys and values first"
+        refuse(WHO, "q, k and v", "have the wrong shapes", got, wanted)
     if not q.dtype.is_floating_point or {k.dtype, v.dtype} != {q.dtype}:
-        raise ValueError(
-            f"linear_scan: q, k and v must be of one float dtype (got {q.dtype}, {k.dtype} and {v.dtype}); cast them"
-        )
+        got = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        refuse(WHO, "q, k and v", "have the wrong dtypes", got, "one floating point dtype; cast them", error=TypeError)
     B, H, T, K = q.shape
     shapes = ((H,), (B, H, T), (B, H, T, K))
     if decay is not None and tuple(decay.shape) not in shapes:
-        raise ValueError(f"linear_scan: decay has shape {tuple(decay.shape)}; expected one of {shapes}")
-    whole = (B, H, K, v.shape[3])
-    if state is not None and tuple(state.shape) != whole:
-        raise ValueError(f"linear_scan: state has shape {tuple(state.shape)}; expected (B, H, K, V) = {whole}")
-    if form not in FORMS:
-        raise ValueError(f"linear_scan: unknown form {form!r}; expected one of {', '.join(FORMS)}")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"linear_scan: chunk must be an int >= 1 (got {chunk!r})")
+        refuse(WHO, "decay", "has the wrong shape", tuple(decay.shape), f"one of {shapes}")
+    if state is not None:
+        fits(WHO, "B H K V", {"B": B, "H": H, "K": K, "V": v.shape[3]}, state=state)
+    choice(WHO, FORMS, form=form)
+    whole(WHO, chunk=chunk)

@@ -1,18 +1,18 @@
-"""Refusals that the masks share."""
+"""Refusals that the masks share. `what` is "function: argument"."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard.checks import refuse, whole
+
 
 def integer(what: str, value: Any, *, least: int = 1) -> int:
-    """`value` as an int >= `least`; True and 1.0 are no ints."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{what} must be an int >= {least} (got {value!r})")
-    if value < least:
-        raise ValueError(f"{what} must be an int >= {least} (got {value})")
-    return value  # type: ignore[return-value]  # a SymInt stands for an int while tracing
+    """`value` as an int >= `least`; True and 1.0 are no ints. A SymInt stands for an int while tracing."""
+    who, _, name = what.partition(": ")
+    whole(who, least, **{name: value})
+    return value
 
 
 def lengths(what: str, T: int, S: int | None) -> tuple[int, int]:
@@ -23,13 +23,14 @@ def lengths(what: str, T: int, S: int | None) -> tuple[int, int]:
 
 def tensor(what: str, value: object, ndims: tuple[int, ...], kind: str) -> Tensor:
     """`value` as a tensor of one of the ranks, `kind` "bool" or "integer"."""
-    article = "an" if kind == "integer" else "a"
+    who, _, name = what.partition(": ")
+    ranks = " or ".join(map(str, ndims))
+    wanted = f"{'an integer' if kind == 'integer' else 'a bool'} Tensor of {ranks} dimensions"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{what} must be {article} {kind} Tensor (got {type(value).__name__})")
-    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    if not (value.dtype == torch.bool if kind == "bool" else whole):
-        raise TypeError(f"{what} must be {article} {kind} Tensor (got {value.dtype})")
+        refuse(who, name, "has the wrong type", type(value).__name__, wanted, error=TypeError)
+    integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not (value.dtype == torch.bool if kind == "bool" else integers):
+        refuse(who, name, "has the wrong dtype", value.dtype, wanted, error=TypeError)
     if value.ndim not in ndims:
-        ranks = " or ".join(map(str, ndims))
-        raise ValueError(f"{what} must have {ranks} dimensions (got shape {tuple(value.shape)})")
+        refuse(who, name, "has the wrong shape", tuple(value.shape), wanted)
     return value

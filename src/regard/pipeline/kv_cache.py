@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from regard.checks import refuse, whole
+
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
@@ -89,18 +91,16 @@ class KVCache:
     def reorder(self, index: Int[Tensor, "B2"]) -> "KVCache":
         """The cache of batch rows `index` (beam search); its batch is as long as the index."""
         if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"KVCache: index must be a 1-D integer Tensor, got {index.dtype} {tuple(index.shape)}")
+            refuse(self, "index", "has the wrong shape or dtype", f"{index.dtype} {tuple(index.shape)}", "1-D integers")
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
-            raise ValueError(
-                f"KVCache: index must lie in [0, {self.batch_size}), got {int(index.min())} to {int(index.max())}"
-            )
+            got = f"{int(index.min())} to {int(index.max())}"
+            refuse(self, "index", "is out of range", got, f"rows of a batch of {self.batch_size}")
         buffers = {n: b.index_select(0, index) for n, b in self.buffers.items()}
         return replace(self, buffers=buffers, written=[self.length])
 
     def crop(self, length: int) -> "KVCache":
         """Forget all tokens after the first `length`."""
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self.length:
-            raise ValueError(f"KVCache: crop length must be an int in [0, {self.length}], got {length!r}")
+        whole(self, 0, most=self.length, length=length)
         if self.window is None:
             return replace(self, length=length)
         drop = self.length - length
