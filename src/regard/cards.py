@@ -207,9 +207,9 @@ class Card:
         """Another card of the same class, with some of its options fixed.
 
         Args:
-            changes: what its card says differently; all else is this card's. `exceptions` and `tries` don't pass on.
+            changes: what its card says differently; all else is this card's. `exceptions`, `tries` and `tasks` don't pass on.
         """
-        own = {f.name: getattr(self, f.name) for f in fields(self)} | {"exceptions": {}, "tries": {}}
+        own = {f.name: getattr(self, f.name) for f in fields(self)} | {"exceptions": {}, "tries": {}, "tasks": ()}
         card = Card(**{**own, "name": name, "gist": gist, "preset": dict(preset), "base": self, **changes})
         self._variants.append(card)
         if self.made is not None:

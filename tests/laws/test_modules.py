@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import regard
-from laws.subject import ALL, B, T, build, causalities, close, inputs, law, near, run, same, tokens
+from laws.subject import ALL, DIM, HEADS, B, T, build, causalities, close, inputs, law, near, run, same, tokens
 
 
 @law("L29", protocols=ALL)
@@ -134,6 +134,31 @@ def test_compiled_for_any_length(name: str) -> None:
         exact = build(name)(x.double())
         near(compiled(x).detach()[None], exact.detach()[None], module(x).detach()[None], f"{length} tokens")
     assert graphs.frame_count <= 3
+
+
+@law("L53", protocols=ALL)
+def test_built_under_a_device(name: str) -> None:
+    """torch.device as a context, `create(device=)` and `.to()` give the same keys, shapes and dtypes, all there."""
+    want = build(name, dtype=torch.float32, noise=0)
+    with torch.device("meta"):
+        under = build(name, dtype=torch.float32, noise=0)
+    for made in (under, build(name, device="meta", dtype=torch.float32, noise=0), want.to("meta")):
+        assert all(t.is_meta for t in (*made.parameters(), *made.buffers()))
+    assert [(k, t.shape, t.dtype) for k, t in under.state_dict().items()] == [
+        (k, t.shape, t.dtype) for k, t in want.state_dict().items()
+    ]
+
+
+@law("L48", protocols=ALL)
+def test_starting_values_do_not_depend_on_the_dtype(name: str) -> None:
+    """`dtype=` casts what was drawn; another default dtype draws the same numbers, too."""
+    want = build(name, dtype=torch.float32, noise=0).double().state_dict()
+    torch.manual_seed(0)
+    sizes = {"dim": DIM, "num_heads": HEADS, "causal": causalities(name)[-1]}
+    cast = regard.create(name, **sizes, dtype=torch.float64, **regard.card(name).example).state_dict()
+    for key, t in want.items():
+        if t.is_floating_point():
+            torch.testing.assert_close(cast[key].double(), t, rtol=0, atol=0, msg=key)
 
 
 @law("L35", protocols=ALL)

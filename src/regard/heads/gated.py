@@ -34,7 +34,6 @@ HEADWISE = CARD.variant(
     "gated_headwise",
     "Gated attention with one gate per head: a sigmoid of the query's token scales its output.",
     preset={"granularity": "headwise"},
-    tasks=(),
     cost=Cost("2*B*H*T*S*D + B*T*M*H", "2*S*G*D"),
 )
 
