@@ -207,7 +207,7 @@ class Card:
         """Another card of the same class, with some of its options fixed.
 
         Args:
-            changes: what its card says differently; all else is this card's. `exceptions`, `tries` and `tasks` don't pass on.
+            changes: what its card says differently; all else is this card's, but for `exceptions`, `tries` and `tasks`.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self)} | {"exceptions": {}, "tries": {}, "tasks": ()}
         card = Card(**{**own, "name": name, "gist": gist, "preset": dict(preset), "base": self, **changes})

@@ -158,7 +158,7 @@ def test_starting_values_do_not_depend_on_the_dtype(name: str) -> None:
     cast = regard.create(name, **sizes, dtype=torch.float64, **regard.card(name).example).state_dict()
     for key, t in want.items():
         if t.is_floating_point():
-            torch.testing.assert_close(cast[key].double(), t, rtol=0, atol=0, msg=key)
+            torch.testing.assert_close(cast[key].double(), t.double(), rtol=0, atol=0, msg=key)
 
 
 @law("L35", protocols=ALL)
