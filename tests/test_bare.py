@@ -34,6 +34,7 @@ def test_each_extra_may_be_missing(name: str, tmp_path: Path) -> None:
     assert all(int(number) > 10 for number in done.stdout.split())
 
 
+@pytest.mark.slow  # `make bare` does the same in a really bare environment
 def test_all_may_be_missing(tmp_path: Path) -> None:
     """List, show, create, plan and a short comparison, without any extra and without a compiler."""
     env = without(tmp_path, bare.EXTRAS)
