@@ -182,7 +182,7 @@ def test_options_of_the_layer_pass_through() -> None:
     assert (layer.num_kv_heads, layer.head_dim, layer.kernel, layer.dropout) == (2, 8, "chunked", 0.1)
     assert layer.q_proj.bias is not None
     assert layer.q_proj.weight.dtype == torch.float64
-    with pytest.raises(ValueError, match="num_heads is no multiple of num_kv_heads = 4 \(got 6\)"):
+    with pytest.raises(ValueError, match=r"num_heads is no multiple of num_kv_heads = 4 \(got 6\)"):
         make("alibi", num_kv_heads=4)
 
 

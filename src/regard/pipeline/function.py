@@ -96,8 +96,10 @@ def problem(
 ) -> Problem:
     """The arguments of `attention`, checked, as what kernels work on."""
     check_inputs(q, k, v)
-    check_options(scale, dropout, selector=selector, **stages)
-    filled = {name: stage for name, stage in stages.items() if stage is not None}
+    filled: dict[str, Any] = {}
+    if stages or dropout or scale is not None or selector is not None:  # else there is nothing to look at
+        check_options(scale, dropout, selector=selector, **stages)
+        filled = {name: stage for name, stage in stages.items() if stage is not None}
     for name, stage in filled.items():
         if "tokens" in stage.needs or stage.prepares():
             raise ValueError(
