@@ -25,7 +25,8 @@ CARD = Card(
     "chunk_attention",
     equation="""out_b = softmax(q_b K_b^T / sqrt(D)) V_b over all tokens of row b
     = sum_C exp(m[C] - m) o[C] / sum_C exp(m[C] - m) z[C]
-C: the chunks that rows with equal beginnings share, then own ones""",
+C: the chunks that rows with equal beginnings share, then own ones;   m = max_C m[C]
+m[C] = max s, z[C] = sum exp(s - m[C]), o[C] = sum exp(s - m[C]) v over a chunk's scores s and values v""",
     papers=(
         Paper(
             "ChunkAttention: Efficient Self-Attention with Prefix-Aware KV Cache and Two-Phase Partition",
@@ -44,6 +45,7 @@ C: the chunks that rows with equal beginnings share, then own ones""",
         "A full last chunk is shared too, and forks share half-filled chunks.",
         "While gradients are wanted nothing is shared, as every row has a gradient of its own.",
         "Prompts (several tokens in one step) run row by row.",
+        "The order of sequences never changes, empty ones give 0, and keys may be grouped.",
     ),
     verified="third-party",
     example={"chunk": 4},
@@ -79,7 +81,7 @@ class ChunkAttention(Attention):
 
     Args:
         dim, num_heads, kernel, rest: as in `regard.Attention`, as are the shapes.
-        chunk: how many tokens are stored together.
+        chunk: how many tokens are stored together; the default is this library's.
     """
 
     def __init__(

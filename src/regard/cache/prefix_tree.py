@@ -140,10 +140,9 @@ class PrefixTree:
             stored = 0 if tokens is None else len(tokens) - k.shape[1]
             try:
                 if tokens is not None and not 0 <= stored <= self.held(tokens):
-                    raise ValueError(
-                        f"PrefixTree: got keys of {k.shape[1]} of {len(tokens)} tokens, and {self.held(tokens)} are "
-                        "stored; give those of all others"
-                    )
+                    got = f"keys of {k.shape[1]} of {len(tokens)} tokens"
+                    wanted = f"all that are not stored, as {self.held(tokens)} are"
+                    refuse(self, "k", "leaves tokens out, or has too many", got, wanted)
                 self._grow([sequence], k[None], v[None], None if tokens is None else [tokens], stored)
             except ValueError:
                 self.free(sequence)
@@ -160,7 +159,7 @@ class PrefixTree:
     ) -> None:
         """t more tokens to each of these sequences."""
         if len(set(sequences)) != len(sequences):
-            raise ValueError(f"PrefixTree: a sequence can be appended to once a call, got {list(sequences)}")
+            refuse(self, "sequences", "names one twice", list(sequences), "each once a call")
         self._grow([self._check(s) for s in sequences], k, v, tokens, 0)
 
     def fork(self, sequence: int) -> int:
@@ -212,7 +211,7 @@ class PrefixTree:
 
     def _check(self, sequence: int) -> int:
         if sequence not in self._sequences:
-            raise ValueError(f"PrefixTree: there is no sequence {sequence!r} (it may have been freed)")
+            refuse(self, "sequence", "is unknown", repr(sequence), "one that was added and not freed")
         return sequence
 
     def _grow(
@@ -232,7 +231,8 @@ class PrefixTree:
                 wanted = f"{pool.dtype} {want} on {pool.device} (with a sequence dimension)"
                 refuse(self, name, "does not fit the pool", got, wanted)
         if tokens is not None and [len(one) for one in tokens] != [t + stored] * len(sequences):
-            raise ValueError(f"PrefixTree: tokens must name {t + stored} tokens for each of {len(sequences)} sequences")
+            got = f"{[len(one) for one in tokens]} names"
+            refuse(self, "tokens", "don't fit", got, f"{t + stored} for each of {len(sequences)} sequences")
         places: list[int] = []
         source: list[int] = []
         for row, sequence in enumerate(sequences):

@@ -65,7 +65,8 @@ class EfficientProbing(nn.Module):
 
     Args:
         dim: M, the width of the tokens.
-        num_heads: Q, where num_queries is not given: heads and queries alike own a slice of the values.
+        num_heads: Q, where num_queries is not given: heads and queries alike own a slice of the values. 32 is the
+            authors' default.
         num_queries: Q, how many learned queries; it divides dim / reduction.
         reduction: how many times narrower than a token the output is.
         bias: whether the value projection has one.

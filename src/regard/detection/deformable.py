@@ -62,7 +62,7 @@ class DeformableAttention(nn.Module):
     Args:
         dim, num_heads: M and H; the head width is dim / num_heads.
         num_levels: L, how many maps there are.
-        num_points: how many points a head looks at on each level.
+        num_points: how many points a head looks at on each level. 4 and 4 are the authors' defaults.
         points: K_l, those of each level, in place of the same number for all.
         sampling: "bilinear", or "discrete", which reads one pixel and moves no offsets in training.
         offset_scale: how many box widths an offset of K_l is, where references are boxes.

@@ -46,7 +46,8 @@ class DeformableAttentionV2(DeformableAttention):
     Args:
         dim, num_heads: M and H; the head width is dim / num_heads.
         num_levels: L, how many maps there are.
-        points: K_l, how many points a head looks at on each level; one number is for every level.
+        points: K_l, how many points a head looks at on each level; one number is for every level. 3 levels
+            and 4 points are the authors' defaults.
         sampling, offset_scale: as of `DeformableAttention`.
     """
 

@@ -79,7 +79,8 @@ class Exphormer(nn.Module):
     Args:
         dim, num_heads: M and H.
         edge_dim: width of the features of edges; dim if not given.
-        degree: of the expander, in permutations: every node has 2 * degree of its edges. 0 leaves it out.
+        degree: of the expander, in permutations: every node has 2 * degree of its edges. 0 leaves it out. 5
+            is the authors' default.
         virtual: how many virtual nodes each graph has.
         bias: of the projections.
         seed: of the expander that `forward` makes where it is handed none.

@@ -100,7 +100,7 @@ class PointTransformer(nn.Module):
     Args:
         dim: M = C, the width of the points' features.
         pos_dim: how many coordinates a point has.
-        share: s, how many channels share a weight; divides dim.
+        share: s, how many channels share a weight; divides dim. 1 is the paper's form; the first author's code has 8.
         self_loops: replace the loops in edge_index by one per point. Leave it off for edges from `nearest`, which
             hold every point itself.
         bias: of the three projections.

@@ -136,8 +136,9 @@ class SuperGAT(nn.Module):
         negative_slope: of the LeakyReLU.
         dropout: of the weights, in training.
         auxiliary_weight: what training multiplies `auxiliary_loss` by.
-        edge_sample_ratio: the share of the edges that this loss draws, at each call anew.
-        neg_sample_ratio: how many non-edges it draws for each of those.
+        edge_sample_ratio: the share of the edges that this loss draws, at each call anew; torch_geometric's default,
+            the authors' is 0.9.
+        neg_sample_ratio: how many non-edges it draws for each of those; torch_geometric's default.
     """
 
     def __init__(

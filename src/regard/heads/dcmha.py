@@ -114,6 +114,10 @@ class ComposeHeads(Mix):
 
 @CARD.fills()
 def dcmha(dim: int, num_heads: int, *, rank: int = 2, hidden: int | None = None) -> dict[str, Mix]:
-    """One Compose before the softmax and one after it."""
+    """One Compose before the softmax and one after it.
+
+    Args:
+        rank, hidden: as of `ComposeHeads`, with the authors' defaults.
+    """
     slots = ("score_mix", "weight_mix")
     return {slot: ComposeHeads(dim, num_heads, rank=rank, hidden=hidden) for slot in slots}

@@ -20,12 +20,12 @@ CARD = Card(
             "Qiu et al.",
             2025,
             "2505.06708",
-            "abstract; official code for the output gate; the other sites and forms are inferred",
+            "abstract; the gate's formula; official code for the output gate; the other sites and forms are inferred",
         ),
     ),
     traits={"linear_in_values", "position_free", "shift_invariant", "head_independent"},
     cost=Cost("2*B*H*T*S*D + B*T*M*H*D", "2*S*G*D"),
-    claim="A head can put out nothing without a sink token: tests/heads/test_gated.py.",
+    claim="A head can put out nothing without a sink token: tests/heads/test_sigmoid_gate.py.",
     differs=("The gate has a projection of its own, not rows interleaved with the query's.",),
     verified="third-party",
     tasks=("text",),
@@ -48,7 +48,18 @@ def apply_gate(z: Tensor, logits: Tensor, *, combine: str = "multiply", activati
 
 @CARD.fills("gate", closed=("bias",))
 class SigmoidGate(Gate):
-    """A gate at one site of the pipeline; `proj` maps the token to its logits."""
+    """A gate at one site of the pipeline; `proj` maps the token to its logits.
+
+    The defaults are the form that the authors released.
+
+    Args:
+        site: what is gated: each head's output, its queries, keys or values, or the output projection's ("dense").
+        granularity: a gate for each channel, or for each head.
+        combine: whether the gate multiplies or is added.
+        activation: of the gate's logits.
+        shared: one gate for all heads.
+        bias: whether `proj` has one.
+    """
 
     def __init__(
         self,

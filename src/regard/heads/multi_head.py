@@ -7,7 +7,7 @@ The pipeline itself is this mechanism, so the cards fill no slot but the number 
 """
 
 from regard.cards import PLAIN, Card, Cost, Paper
-from regard.checks import divides, whole
+from regard.checks import divides, refuse, whole
 
 CARD = Card(
     "softmax",
@@ -21,7 +21,15 @@ CARD = Card(
 MQA = Card(
     "mqa",
     equation="head_h = softmax(q_h k^T / sqrt(D)) v",
-    papers=(Paper("Fast Transformer Decoding: One Write-Head is All You Need", "Shazeer", 2019, "1911.02150"),),
+    papers=(
+        Paper(
+            "Fast Transformer Decoding: One Write-Head is All You Need",
+            "Shazeer",
+            2019,
+            "1911.02150",
+            "not its own text, but the form in transformers' Llama",
+        ),
+    ),
     gist="Multi-query attention: all query heads share one key and value head; a cache H times smaller.",
     supports=CARD.supports - {"gqa"},
     traits=PLAIN,
@@ -39,6 +47,7 @@ GQA = Card(
             "Ainslie et al.",
             2023,
             "2305.13245",
+            "not its own text, but the form in transformers' Llama",
         ),
     ),
     gist="Grouped-query attention: query heads share keys and values in G groups.",
@@ -58,13 +67,16 @@ def multi_head() -> dict[str, object]:
 def multi_query(num_heads: int, num_kv_heads: int) -> int:
     """1, whatever the number of query heads."""
     if num_kv_heads not in (1, num_heads):
-        raise ValueError(f"mqa: num_kv_heads is always 1 (got {num_kv_heads}); use 'gqa' for other numbers")
+        refuse("mqa", "num_kv_heads", "is not 1", num_kv_heads, "1; 'gqa' has other numbers")
     return 1
 
 
 @GQA.fills("num_kv_heads")
 def grouped_query(num_heads: int, num_kv_heads: int) -> int:
-    """The number that was asked for; without one, the largest divisor of H up to H / 4."""
+    """The number that was asked for; without one, the largest divisor of H up to H / 4.
+
+    H itself counts as none asked for: groups of one head are plain multi-head attention.
+    """
     whole("gqa", num_kv_heads=num_kv_heads)
     divides("gqa", num_kv_heads=num_kv_heads, num_heads=num_heads)
     if num_kv_heads < num_heads:

@@ -47,7 +47,11 @@ def rms_norm(z: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float =
 
 @CARD.fills("heads")
 class QKNorm(HeadMap):
-    """RMS norm over the channels of each query and key head. The weights are shared by all heads."""
+    """RMS norm over the channels of each query and key head. The weights are shared by all heads.
+
+    Args:
+        eps: under the root; the released code's.
+    """
 
     def __init__(self, head_dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()

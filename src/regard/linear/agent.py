@@ -94,7 +94,7 @@ class AgentAttention(HeadMixer):
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, bias: as of `HeadMixer`.
-        num_agents: n.
+        num_agents: n; 49 in the authors' code.
     """
 
     def __init__(

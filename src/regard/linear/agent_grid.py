@@ -34,8 +34,8 @@ class GridAgentAttention(HeadMixer):
 
     Args:
         dim, num_heads, head_dim, bias: as of `HeadMixer`.
-        size: Y and X.
-        num_agents: n, a square number.
+        size: Y and X; the default is this library's.
+        num_agents: n, a square number; 49 in the authors' code.
     """
 
     def __init__(

@@ -51,8 +51,8 @@ class FlowAttention(RecurrentMixer):
     Args:
         dim, num_heads, rest: as of `HeadMixer`.
         bound: conserved outgoing flows are clamped to [-bound, bound], and their exponentials summed. The authors use
-            1, 5 or 10.
-        eps: added to every factor of a flow.
+            1, 5 or 10, by folder.
+        eps: e, added to every factor of a flow.
     """
 
     def __init__(

@@ -25,7 +25,11 @@ E[phi(q) . phi(k)] = exp(q . k / sqrt(D))
 out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i when causal""",
     papers=(
         Paper(
-            "Rethinking Attention with Performers", "Choromanski et al.", 2020, "2009.14794", "abstract; official code"
+            "Rethinking Attention with Performers",
+            "Choromanski et al.",
+            2020,
+            "2009.14794",
+            "abstract; official code; a public port of it (lucidrains)",
         ),
     ),
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
@@ -38,6 +42,7 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
         "The causal maximum is a running one, so that no output depends on later keys; earlier features decay as it "
         "grows.",
         "No constant is added to the denominator.",
+        "The relu kernel has D^(-1/4) and random directions, as the port; the authors' own has neither by default.",
     ),
     verified="third-party",
     example={"num_features": 8},
@@ -137,8 +142,8 @@ class Performer(RecurrentMixer):
 
     Args:
         dim, num_heads, rest: as of `HeadMixer`.
-        num_features: r; default D ln D.
-        kernel: what the features stand for.
+        num_features: r; default D ln D, as the port's; the authors' is 256.
+        kernel: what the features stand for: "softmax", or "relu".
         orthogonal: whether directions are orthogonal within blocks of D.
         eps: added to every feature of the softmax kernel.
     """

@@ -21,7 +21,7 @@ WINDOW = Card(
     papers=PAPERS,
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, window - 1)*G*D"),
-    claim="Cost grows linearly with length; l layers of window W see about l * W tokens.",
+    claim="Cost grows linearly with length; l layers of window W see about l * W tokens: tests/masks/test_sliding.py.",
     differs=(SIDES, "No separate global tokens and no second set of projections: add `| global_tokens(n)`."),
     verified="third-party",
     example={"window": 4},
@@ -50,11 +50,20 @@ DILATED = Card(
 
 @WINDOW.fills("mask")
 def sliding_window(*, window: int = 128) -> Mask:
-    """Query i sees key j where |i - j| < window."""
+    """Query i sees key j where |i - j| < window.
+
+    Args:
+        window: how many keys of one side, the query's own included. The default is this library's, not the paper's.
+    """
     return patterns.window(window)
 
 
 @DILATED.fills("mask")
 def dilated_window(*, window: int = 128, dilation: int = 2) -> Mask:
-    """Query i sees key j where |i - j| < window * dilation and dilation divides i - j."""
+    """Query i sees key j where |i - j| < window * dilation and dilation divides i - j.
+
+    Args:
+        window: how many keys of one side, the query's own included.
+        dilation: d. Both defaults are this library's, not the paper's.
+    """
     return patterns.dilated(window, dilation)

@@ -37,7 +37,7 @@ class MixedAttention(nn.Module):
         num_heads: heads that plain attention would have; H = num_heads / head_ratio of each kind (at least 1) remain,
             each of half the width that H heads would have: D = M / (2 H).
         head_ratio: 2 in the paper.
-        kernel_size: K, odd.
+        kernel_size: K, odd; 9 in the released models.
         dropout: of the attention weights, in training.
     """
 

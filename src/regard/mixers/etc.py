@@ -56,10 +56,11 @@ class ETCAttention(nn.Module):
 
     Args:
         dim, num_heads: M and H; the head width is dim / num_heads.
-        radius: a long token sees that many neighbours on each side.
-        max_distance: K, beyond which distances share a label; None leaves labels out.
-        share: "qkv" uses one set of projections for everything; else queries and outputs have one for each
-            side, keys and values one for each side's queries ("kv") or for each piece ("none").
+        num_global: NG; the default is this library's.
+        radius: R, a long token sees that many neighbours on each side; 84 in the paper's base model.
+        max_distance: K, beyond which distances share a label; None leaves labels out. 12 in the paper's base model.
+        share: "qkv", the code's default, uses one set of projections for everything; else queries and outputs have one
+            for each side, keys and values one for each side's queries ("kv") or for each piece ("none").
         dropout: of the weights, in training.
     """
 

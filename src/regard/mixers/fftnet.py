@@ -94,7 +94,8 @@ class FFTNet(nn.Module):
     Args:
         dim: M.
         num_heads: H, how many filters share the features between them.
-        max_length: N. Its filters have N // 2 + 1 frequencies, whatever the length of the sequence at hand.
+        max_length: N. Its filters have N // 2 + 1 frequencies, whatever the length of the sequence at hand. The
+            default is this library's.
         activation: "modrelu" or "gelu".
     """
 

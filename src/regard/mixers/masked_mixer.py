@@ -109,7 +109,7 @@ class MaskedMixer(nn.Module):
 
     Args:
         dim: M.
-        max_length: N; each map has N x N weights.
+        max_length: N; each map has N x N weights. The default is this library's.
         form: "flat" (the paper's main form), "expanded" or "heads".
         num_heads: of the form "heads"; the others have one matrix for all features.
         kernel_width: K, odd; more than 1 in the flat form only.

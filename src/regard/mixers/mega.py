@@ -25,7 +25,7 @@ out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
 A       softmax(q k^T / sqrt(Z) + b),   or of s = q k^T / n + b, each by itself, n the keys that a query may see:
         squared ReLU max(s, 0)^2,   Laplace (1 + erf((s - m) / (d sqrt 2))) / 2, m = sqrt(1/2), d = sqrt(1 / (4 pi))
 bias    b_ij = table[j - i + P - 1]   or   b_ij = R_i a . R_j b  (rotary turns R)
-x is the layer-normed token, but in (1 - u) x_t the token itself""",
+x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, P = max_positions""",
     papers=(
         Paper(
             "Mega: Moving Average Equipped Gated Attention",
@@ -78,8 +78,8 @@ class Mega(nn.Module):
     Args:
         dim: M.
         qk_dim: Z, the width of the shared representation; even. Default M / 4.
-        value_dim: E, the width of the values; default 2 M.
-        ema_dim: N, moving averages for each channel.
+        value_dim: E, the width of the values; default 2 M. Both are as in the authors' larger language model.
+        ema_dim: N, moving averages for each channel; 16 in the authors' code.
         chunk: C, tokens that see one another; None: all.
         causal: no token sees a later one. Otherwise a second moving average runs backwards.
         weighting: how scores become weights.

@@ -26,7 +26,7 @@ class MegaChunk(Mega):
 
     Args:
         dim, rest: as of `Mega`.
-        chunk: C.
+        chunk: C; the default is this library's.
     """
 
     def __init__(self, dim: int, *, chunk: int = 128, **rest: Unpack[MegaOptions]) -> None:

@@ -96,7 +96,7 @@ class SpanConvolution(nn.Module):
     Args:
         dim, num_heads: M and H.
         head_dim: D; default dim / num_heads.
-        kernel_size: K, odd; a token sees (K - 1) / 2 neighbours on each side.
+        kernel_size: K, odd; a token sees (K - 1) / 2 neighbours on each side. 9 in the released models.
     """
 
     def __init__(self, dim: int, num_heads: int, *, head_dim: int | None = None, kernel_size: int = 9) -> None:

@@ -207,7 +207,11 @@ def sparsemax(scores: Float[Tensor, "... S"], dim: int = -1) -> Float[Tensor, ".
 
 @CARD.fills("normalizer")
 class Entmax(Normalizer):
-    """alpha-entmax with one fixed alpha for all heads."""
+    """alpha-entmax with one fixed alpha for all heads.
+
+    Args:
+        alpha: from 1 to 2; the greater, the sparser. The authors' code has forms of its own for 1.5 and 2.
+    """
 
     def __init__(self, *, alpha: float = 1.5) -> None:
         super().__init__()

@@ -77,7 +77,11 @@ def topk(
 
 @CARD.fills("normalizer")
 class TopK(Normalizer):
-    """Softmax over the k greatest scores of each row."""
+    """Softmax over the k greatest scores of each row.
+
+    Args:
+        k: how many keys a query keeps at least; 8 in the authors' script for translation.
+    """
 
     def __init__(self, *, k: int = 8) -> None:
         super().__init__()

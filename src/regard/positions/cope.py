@@ -25,7 +25,7 @@ score[i,j] = q_i . k_j / sqrt(D) + q_i . E[p[i,j]],   linear between the two nea
     ),
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
-    claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions.",
+    claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions/test_cope.py.",
     differs=(
         "The position's term isn't divided by sqrt(D), as in the paper's listing; the authors' repository divides it "
         "by default.",
@@ -57,7 +57,12 @@ def interpolated_lookup(by_position: Float[Tensor, "B H t N"], p: Float[Tensor, 
 
 @CARD.fills("position")
 class CoPE(Position):
-    """Contextual positions 0 .. max_positions - 1, one table for all heads, which starts at zero."""
+    """Contextual positions 0 .. max_positions - 1, one table for all heads, which starts at zero.
+
+    Args:
+        max_positions: N; what is farther shares the last. 64 is the paper's limit as remembered, not read; the code's
+            default is a place for every token.
+    """
 
     sees = "rows"
     needs = frozenset({"scores"})

@@ -33,7 +33,8 @@ CARD = Card(
     papers=PAPERS,
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-    claim="The kernel is conditionally positive definite, and extrapolates best in log form: tests/positions.",
+    claim="The kernel is conditionally positive definite, and extrapolates best in log form: "
+    "tests/positions/test_kerple.py.",
     differs=DIFFERS,
     verified="third-party",
     tasks=("text",),
@@ -46,7 +47,7 @@ POWER = Card(
     gist="KERPLE's power kernel: scores fall with a trained power of distance, for each head.",
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-    claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: tests/positions.",
+    claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: tests/positions/test_kerple.py.",
     differs=DIFFERS,
     verified="third-party",
 )

@@ -34,7 +34,11 @@ CARD = Card(
 
 @CARD.fills("position")
 class Learned(Position):
-    """Adds row p of a table (max_positions, dim) to the token at position p; later positions are refused."""
+    """Adds row p of a table (max_positions, dim) to the token at position p; later positions are refused.
+
+    Args:
+        max_positions: how many positions have a vector. The default is this library's.
+    """
 
     def __init__(self, dim: int, *, max_positions: int = 2048) -> None:
         super().__init__()

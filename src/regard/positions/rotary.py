@@ -32,7 +32,7 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
     ),
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 3*(B*H*T*D + B*G*S*D)", "2*S*G*D"),
-    claim="Scores depend on positions through i - j only, and norms are kept: tests/positions.",
+    claim="Scores depend on positions through i - j only, and norms are kept: tests/positions/test_rotary.py.",
     differs=(
         "Pairs channels (a, a + D/2) by default, a fixed permutation of D; the paper's (2a, 2a+1) is interleaved=True.",
     ),
@@ -99,7 +99,14 @@ def to_interleaved(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
 
 @CARD.fills("position", closed=("scaling",))
 class Rotary(Position):
-    """Turns queries and keys of width `head_dim`. No parameters; angles come from the integer positions."""
+    """Turns queries and keys of width `head_dim`. No parameters; angles come from the integer positions.
+
+    Args:
+        head_dim: D, even.
+        base: of the geometric w_a; the paper's 10000. A larger one turns all pairs but the first more slowly.
+        scaling: how the w_a are stretched.
+        interleaved: whether pairs are neighbours.
+    """
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
 """Rotary scalings: how a rotary model trained at length L is stretched to s L, by other frequencies.
 
-The formulas are those of the methods' released code, which "A Controlled Study on Long Context Extension and
-Generalization in LLMs" (Lu et al. 2024, arXiv 2409.12181) compares. DynamicNTK and LongRoPE depend on the length of
-the whole input, so they are not causal to the letter: a prefix run alone gets other angles, and keys that were turned
-and cached at a shorter length no longer match. They have no card.
+The formulas are those of released code. DynamicNTK and LongRoPE depend on the length of the whole input, so they are
+not causal to the letter: a prefix run alone gets other angles, and keys that were turned and cached at a shorter length
+no longer match. They have no card.
 """
 
 import math
@@ -18,6 +17,15 @@ from regard.checks import number, refuse, whole
 from regard.positions.rotary import CARD as ROTARY
 from regard.positions.rotary import Rotary
 
+STUDY = Paper(
+    "A Controlled Study on Long Context Extension and Generalization in LLMs",
+    "Lu et al.",
+    2024,
+    "2409.12181",
+    "abstract; official code: it compares this scaling with others, by the same formula",
+)
+"""What compares the scalings that have cards."""
+
 LINEAR = Card(
     "rotary_linear",
     equation="rotary with w_a / factor, as if every position were divided by it",
@@ -27,13 +35,14 @@ LINEAR = Card(
             "Chen, Wong, Chen, Tian",
             2023,
             "2306.15595",
-            "released code",
+            "not its own text, but the formula in transformers and in the code of later methods",
         ),
+        STUDY,
     ),
     gist="Position interpolation: rotary with every position divided by a factor.",
     traits=ROTARY.traits,
     cost=ROTARY.cost,
-    claim="Scores at distance d equal plain rotary scores at d / factor: tests/positions.",
+    claim="Scores at distance d equal plain rotary scores at d / factor: tests/positions/test_rotary.py.",
     verified="third-party",
     example={"factor": 2.0},
 )
@@ -47,13 +56,14 @@ NTK_AWARE = Card(
             "Peng, Quesnelle, Fan, Shippole",
             2023,
             "2309.00071",
-            "section 3.1",
+            "section 3.1, in the authors' code and in transformers",
         ),
+        STUDY,
     ),
     gist="NTK-aware rotary: a larger base, so that only slow pairs are interpolated.",
     traits=ROTARY.traits,
     cost=ROTARY.cost,
-    claim="The first frequency is kept and the last divided by the factor: tests/positions.",
+    claim="The first frequency is kept and the last divided by the factor: tests/positions/test_rotary.py.",
     verified="third-party",
     example={"factor": 2.0},
 )
@@ -172,11 +182,21 @@ def _spread(w: Tensor, growth: float | Tensor) -> Tensor:
 
 @LINEAR.fills("position")
 def rotary_linear(head_dim: int, *, factor: float = 4.0, base: float = 10000.0, interleaved: bool = False) -> Rotary:
-    """A rotary part with the scaling `Linear`."""
+    """A rotary part with the scaling `Linear`.
+
+    Args:
+        factor: what positions are divided by; the default is this library's.
+        base, interleaved: as of `Rotary`.
+    """
     return Rotary(head_dim, base=base, interleaved=interleaved, scaling=Linear(factor))
 
 
 @NTK_AWARE.fills("position")
 def rotary_ntk(head_dim: int, *, factor: float = 4.0, base: float = 10000.0, interleaved: bool = False) -> Rotary:
-    """A rotary part with the scaling `NTK`."""
+    """A rotary part with the scaling `NTK`.
+
+    Args:
+        factor: what the last w_a is divided by; the default is this library's.
+        base, interleaved: as of `Rotary`.
+    """
     return Rotary(head_dim, base=base, interleaved=interleaved, scaling=NTK(factor))

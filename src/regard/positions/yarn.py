@@ -9,7 +9,7 @@ from torch import Tensor
 from regard.cards import Card
 from regard.checks import number, whole
 from regard.positions.rotary import Rotary
-from regard.positions.rotary_scaling import NTK_AWARE, Linear
+from regard.positions.rotary_scaling import NTK_AWARE, STUDY, Linear
 
 CARD = Card(
     "rotary_yarn",
@@ -18,10 +18,11 @@ pair(n) = D ln(L / (2 pi n)) / (2 ln base): the pair that makes n turns within t
 low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys times m = 0.1 ln s + 1,   s = factor""",
     papers=(
         replace(NTK_AWARE.paper, read="sections 3.2 and 3.4, in the authors' code and in transformers, which agree"),
+        STUDY,
     ),
     traits=NTK_AWARE.traits,
     cost=NTK_AWARE.cost,
-    claim="Equals plain rotary on pairs before the ramp and interpolation after it: tests/positions.",
+    claim="Equals plain rotary on pairs before the ramp and interpolation after it: tests/positions/test_rotary.py.",
     differs=(
         "The ramp runs over pair indices with rounded ends, as in the authors' code; truncate=False doesn't round.",
     ),
@@ -93,6 +94,16 @@ def rotary_yarn(
     base: float = 10000.0,
     interleaved: bool = False,
 ) -> Rotary:
-    """A rotary part with the scaling `YaRN`."""
+    """A rotary part with the scaling `YaRN`.
+
+    Args:
+        factor: s; the default is this library's.
+        original_max: L; likewise.
+        beta_fast, beta_slow: turns within L above which a pair is kept, and below which it is interpolated.
+        attention_factor: m, in place of the formula.
+        mscale, mscale_all_dim: c and d, together in place of the formula: m = (0.1 c ln s + 1) / (0.1 d ln s + 1).
+        truncate: round the ramp's ends outwards to whole pairs.
+        base, interleaved: as of `Rotary`.
+    """
     scaling = YaRN(factor, original_max, beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate)
     return Rotary(head_dim, base=base, interleaved=interleaved, scaling=scaling)

@@ -54,11 +54,11 @@ class DynamicConvolutionAttention(LocationAligner):
 
     Args:
         dim, context_dim: widths of decoder states and of the context.
-        hidden: A, of the energies and of the filter generator.
+        hidden: A, of the energies and of the filter generator; the defaults are those of the public implementations.
         static_filters, dynamic_filters: how many.
         filter_length: odd.
         prior_length: the prior moves by 0 .. prior_length - 1 places a step.
-        prior_alpha, prior_beta: of its beta-binomial distribution.
+        prior_alpha, prior_beta: of its beta-binomial distribution. With the defaults it moves by 1 a step on average.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ class GMMAttention(LocationAligner):
 
     Args:
         dim, context_dim: widths of decoder states and of the context.
-        components: K.
+        components: K; 5, and `hidden` of 128, are the paper's as remembered, not read.
         hidden: A, of the layer that makes the mixture.
         version: how its parameters are kept positive: "v0" (Graves), "v1" or "v2"; v1 and v2 are normalised densities.
         biased: start near Delta = 1 and sigma = 10 (v1, v2).

@@ -31,7 +31,10 @@ a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t
     cost=Cost("2*B*T*S*M", ""),
     claim="With W_a = I the general score is the dot score; every score is one softmax over the source: "
     "tests/recurrent/test_luong.py.",
-    differs=("The location score's table has a size to be chosen (`max_source`); nothing else is known to differ.",),
+    differs=(
+        "The location score is not in the authors' code; its table has a size to be chosen (`max_source`).",
+        "'concat' has a matrix on the encoder states too, as the paper's formula; the authors' code has none there.",
+    ),
     verified="third-party",
 )
 
@@ -95,7 +98,7 @@ class LuongAttention(Aligner):
 
     Args:
         dim, context_dim: widths of decoder and encoder states.
-        score: "dot" (needs equal widths), "general", "concat" or "location" (needs max_source).
+        score: "dot" (needs equal widths), "general" (the authors' default), "concat" or "location" (needs max_source).
         hidden: width in which "concat" compares; default dim.
         max_source: the longest context that "location" can score.
     """

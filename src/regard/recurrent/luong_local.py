@@ -20,7 +20,7 @@ CARD = Card(
     equation="""local-m   p_t = t;                            a_t = softmax over |s - t| <= D
 local-p   p_t = S sigmoid(v_p . tanh(W_p h_t));  a_t(s) = softmax over |s - floor(p_t)| <= D of the score,
           times exp(-(s - p_t)^2 / (2 (D/2)^2))
-c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])""",
+c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])        D = half_width""",
     papers=PAPERS,
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
@@ -38,7 +38,7 @@ class LocalLuongAttention(LuongAttention):
 
     Args:
         alignment: where the window stands: "monotonic" (local-m: at the decoder's step) or "predictive" (local-p).
-        half_width: D.
+        half_width: D; 10 in the authors' code.
         dim, context_dim, hidden: as of `LuongAttention`.
         score: "dot", "general" or "concat".
     """

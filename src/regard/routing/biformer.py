@@ -1,9 +1,9 @@
 """Bi-level routing: each region of a map attends to the few regions whose mean features fit it best.
 
-The choice has no gradient, is one for all heads, and may leave a region's own tokens out. x is padded with zeros (at
-the bottom and right, to a multiple of the regions), so that padded places hold the projections' biases and take part
-as keys. The chosen regions are gathered, and one batched attention runs over all regions: K Y X / S^2 keys a token for
-S x S regions, where K regions are chosen.
+The choice has no gradient, is one for all heads, and may leave a region's own tokens out. As in the authors' code x is
+padded with zeros (at the bottom and right, to a multiple of the regions), so that padded places hold the projections'
+biases and take part as keys. The chosen regions are gathered, and one batched attention runs over all regions: K Y X /
+S^2 keys a token for S x S regions, where K regions are chosen.
 """
 
 import math
@@ -79,9 +79,9 @@ class BiLevelRouting(nn.Module):
 
     Args:
         dim, num_heads: M and H; the head width is dim / num_heads.
-        regions: S; the map is cut into S x S regions of equal size.
-        topk: K, how many regions each region attends to; at most S^2.
-        kernel: width of the depthwise convolution over the values, odd; 0 leaves it out.
+        regions: S; the map is cut into S x S regions of equal size, 7 x 7 in the released models.
+        topk: K, how many regions each region attends to; at most S^2. The released models have 1, 4 and 16 by stage.
+        kernel: width of the depthwise convolution over the values, odd; 0 leaves it out. 5 in the released models.
         bias: whether the four projections have one.
     """
 

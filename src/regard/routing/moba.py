@@ -111,7 +111,12 @@ def block_scores(
 
 @CARD.fills("selector")
 class MoBA(Selector):
-    """Blocks of `block` keys, of which each query sees `topk`, its own among them. No parameters."""
+    """Blocks of `block` keys, of which each query sees `topk`, its own among them. No parameters.
+
+    Args:
+        block: P; the paper's 512 is for 8192 tokens, and it has 2048 for 32768.
+        topk: K, 3 in both.
+    """
 
     def __init__(self, *, block: int = 512, topk: int = 3) -> None:
         super().__init__()

@@ -70,11 +70,13 @@ class RoutingAttention(HeadMixer):
     """Self-attention whose last heads route by k-means and whose first `num_local_heads` see a window.
 
     Args:
-        clusters: C, centroids of each routing head.
-        size: w, tokens in a cluster.
+        clusters: C, centroids of each routing head; about the root of the length.
+        size: w, tokens in a cluster; about length / C. The defaults of both, and of `window`, are this library's.
         num_local_heads: below H; default half of the heads.
         window: keys that a local head sees to each side, its own included; when causal, back alone.
-        decay: d, of the centroids' moving average, which is taken in training alone.
+        decay: d, of the centroids' moving average, which is taken in training alone. The default is that of a public
+            port; the authors' code has 0.99.
+        bias: whether the projections have one.
     """
 
     counts: Tensor

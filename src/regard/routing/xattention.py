@@ -148,9 +148,9 @@ class XAttention(Selector):
 
     Args:
         num_heads: H, where it is known, which a threshold for each head must fit.
-        block: queries and keys in a block.
-        stride: s, dividing the block; scoring costs 1 / s of the scores.
-        threshold: tau; one number for each head, or one for all.
+        block: queries and keys in a block; 128 in the authors' code.
+        stride: s, dividing the block; scoring costs 1 / s of the scores. The authors use 8 or 16.
+        threshold: tau; one number for each head, or one for all. The authors use 0.8 to 0.95.
     """
 
     streams = False

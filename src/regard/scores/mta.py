@@ -37,6 +37,8 @@ y = concat_h( N(A' v) * sigmoid(N(A' v) w + b) ) W_o,   N = RMS norm of a head (
     differs=(
         "The depth scaling 1 - lambda_l is off unless `layer` is given, and a gate follows the norm, both as in the "
         "released configurations.",
+        "The gate's weights start as those of torch's linear layers, not truncated normal of deviation M^(-1/2).",
+        "The released models convolve in every fourth layer only, which is the host model's choice.",
         "Streaming keeps queries too, since earlier rows of scores are needed again.",
     ),
     verified="third-party",
@@ -173,6 +175,9 @@ def mta(
     """The released configuration; weights are mixed in equal groups of at most `head_group` heads.
 
     Args:
+        query_size: cq, how many queries a kernel spans: the query's own and those before it.
+        key_size: ck, how many keys; odd.
+        head_group: how many neighbouring heads are mixed after the softmax.
         layer: the layer's number from 0, for the depth scaling.
         eps: of the norm.
     """

@@ -84,8 +84,8 @@ class EntropyRegularizer(nn.Module):
         num_heads, num_layers: of the model whose attention maps are given. Causal maps need nothing else: what is
             masked has weight 0, and log T is the same.
         context_size: T in log T, the greatest entropy; default the number of keys at hand.
-        margin: gamma, the share of log T within which nothing is penalised.
-        weight: lambda.
+        margin: gamma, the share of log T within which nothing is penalised; the paper's choice.
+        weight: lambda; the paper's on CodeParrot, and 5e-5 on Languini.
         per: penalise "row" by row, or each "head"'s mean entropy.
         threshold: theta at the start.
     """

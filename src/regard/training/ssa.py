@@ -113,9 +113,9 @@ class SubsampledAttention(HeadMixer):
 
     Args:
         dim, num_heads, rest: as of `HeadMixer`.
-        ratio: r; a layer computes 1 / r of the scores.
+        ratio: r; a layer computes 1 / r of the scores. The paper has 4 to 8.
         kind: "local" windows of sources shuffled a little, or "unbiased": the same random sources for all.
-        spread: how far local shuffling moves a source, in windows.
+        spread: how far local shuffling moves a source, in windows; the default is this library's.
         subsampling: "training" or "always"; set the attribute to "never" for the dense steps at the end of training.
     """
 

@@ -33,7 +33,7 @@ class HeadTemperature(Mix):
 
     Args:
         num_heads: H.
-        max_length: how many query positions have a temperature of their own.
+        max_length: T, how many query positions have a temperature of their own. The default is this library's.
         start: every temperature's first value.
     """
 

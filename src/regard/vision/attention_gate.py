@@ -83,8 +83,8 @@ class AttentionGate(nn.Module):
     Args:
         dim: channels of the skip features x.
         gating_dim: channels of the coarser signal g; default dim.
-        inner_dim: F; default dim // 2.
-        subsample: s, one for all axes or one for each.
+        inner_dim: F; default dim // 2, as the code's; the authors' networks pass dim.
+        subsample: s, one for all axes or one for each; 2 in the code.
         axes: 2 for images, 3 for volumes.
         normalize, align_corners: as for `gate_coefficients`.
     """

@@ -122,7 +122,7 @@ class WindowAttention(_DualAttention):
 
     Args:
         dim, num_heads: M and H.
-        window: w, in pixels.
+        window: w, in pixels; 7 in the released models.
         bias: of queries, keys and values.
     """
 

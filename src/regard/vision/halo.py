@@ -109,7 +109,7 @@ class HaloAttention(nn.Module):
         num_heads: H.
         head_dim: D, width of queries and keys; default dim / num_heads.
         block: b, which must divide the map's height and width.
-        halo: h.
+        halo: h. The defaults of both are timm's.
         stride: s, which divides the block; the output is Y / s by X / s.
         padding, distances, scale_positions: as for `halo_attention`.
         bias: whether the projections have one.

@@ -123,7 +123,7 @@ class NeighborhoodAttention(nn.Module):
     Args:
         dim, num_heads, num_kv_heads, head_dim: as for `regard.Attention`.
         axes: of the maps it takes, 1 to 3.
-        window, dilation, stride, causal: of all axes, or of each.
+        window, dilation, stride, causal: of all axes, or of each. The released models' window is 7.
         causal_axes: in place of `causal`, where some axes only are causal.
         relative: whether differences of place have a learned bias, as in NAT and DiNAT.
         bias: whether the projections have one.

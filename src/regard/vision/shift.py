@@ -26,7 +26,7 @@ the rest of the channels stay; zeros come in at the border""",
     supports={"bidirectional", "compile"},
     cost=Cost("0", ""),
     claim="Zero parameters, zero multiplications; l layers see |dy| + |dx| <= l: tests/vision/test_shift.py.",
-    differs=("fewer channels than n_div are refused, where the code would move nothing",),
+    differs=("Fewer channels than n_div are refused, where the code would move nothing.",),
     verified="third-party",
     example={"n_div": 5},
 )
@@ -51,7 +51,7 @@ class Shift(nn.Module):
 
     Args:
         dim: C.
-        n_div: 4 / n_div of the channels move; from 4 to C, so that four groups fit.
+        n_div: 4 / n_div of the channels move; from 4 to C, so that four groups fit. 12 is the code's default.
     """
 
     def __init__(self, dim: int, *, n_div: int = 12) -> None:

@@ -105,7 +105,13 @@ def fit_lens(
     epochs: int = 1,
     lr: float = 1e-3,
 ) -> list[float]:
-    """Adam on the loss, over batches of (head contributions, the model's own logits); the losses of all steps."""
+    """Adam on the loss, over batches of (head contributions, the model's own logits); the losses of all steps.
+
+    Args:
+        lens: what is trained, in place.
+        epochs: times that all batches are seen.
+        lr: of Adam.
+    """
     whole("fit_lens", epochs=epochs)
     number("fit_lens", above=0, lr=lr)
     data, adam, losses = list(batches), torch.optim.Adam(lens.parameters(), lr=lr), []

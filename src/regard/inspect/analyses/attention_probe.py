@@ -128,7 +128,14 @@ class AttentionProbe(nn.Module):
 def fit_probe(
     probe: AttentionProbe, batches: Iterable[ProbeBatch], *, epochs: int = 1, lr: float = 0.002
 ) -> list[float]:
-    """Train with Adam on the summed cross-entropy of the labelled words, as the paper does; the losses of all steps."""
+    """Train with Adam on the summed cross-entropy of the labelled words, as the paper does; the losses of all steps.
+
+    Args:
+        probe: what is trained, in place.
+        batches: sentences with the heads of their words.
+        epochs: times that all batches are seen.
+        lr: of Adam.
+    """
     whole("fit_probe", epochs=epochs)
     number("fit_probe", above=0, lr=lr)
     data, adam, losses = list(batches), torch.optim.Adam(probe.parameters(), lr=lr), []

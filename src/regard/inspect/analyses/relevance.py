@@ -133,7 +133,12 @@ def self_relevance(layers: Sequence[Pair]) -> Float[Tensor, "B T T"]:
 def attention_relevance(
     attention: Sequence[Float[Tensor, "B _H T T"]], gradients: Sequence[Float[Tensor, "B _H T T"]]
 ) -> Float[Tensor, "B T T"]:
-    """`self_relevance` of each layer's maps and, map by map, the gradients of what is explained."""
+    """`self_relevance` of each layer's maps and, map by map, the gradients of what is explained.
+
+    Args:
+        attention: the weights of each layer, the one next to the input first.
+        gradients: of what is explained, with respect to each of them.
+    """
     name = "attention_relevance"
     each_layer(name, attention, "B _H T T")
     if len(gradients) != len(attention):
