@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,3 +128,16 @@ def test_mechanisms_are_named_nowhere_else() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
                 assert node.value not in names, f"{name}:{node.lineno} names the mechanism {node.value!r}"
+
+
+def test_a_star_import_brings_what_a_room_defines() -> None:
+    names: dict[str, object] = {}
+    exec("from regard.normalizers import *", names)
+    assert isinstance(names["Entmax"], type)
+    assert "opened" not in names
+
+
+def test_dir_shows_rooms_and_no_machinery() -> None:
+    assert {"linear", "vision", "integrations"} <= set(dir(regard))
+    assert not {"Any", "find_spec", "import_module", "TYPE_CHECKING"} & set(dir(regard))
+    assert inspect.signature(regard.plan).return_annotation is regard.Plan

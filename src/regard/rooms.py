@@ -75,6 +75,8 @@ def opened(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         return named
 
     def getattr_(name: str) -> Any:
+        if name == "__all__":  # what a star import asks for
+            return sorted(found())
         if name.startswith("_"):
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         if any(path == name for _, path, _ in pkgutil.iter_modules(sys.modules[room].__path__)):
@@ -84,6 +86,6 @@ def opened(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         return named[name]
 
     def dir_() -> list[str]:
-        return sorted({*vars(sys.modules[room]), *found()})
+        return sorted({*vars(sys.modules[room]), *found()} - {"opened"})
 
     return getattr_, dir_

@@ -154,7 +154,8 @@ def test_weights(name: str) -> None:
             assert (a >= 0).all()
         else:
             assert (a < 0).any(), "the trait 'nonnegative' is missing"
-        assert (a[allowed] == 0).any() == ("sparse" in traits)
+        some = bool((a[allowed] == 0).any())
+        assert some == ("sparse" in traits), f"{'some' if some else 'no'} weights are 0: the trait 'sparse' says else"
 
 
 @law("L15", function=True, traits="linear_in_values")

@@ -313,3 +313,20 @@ def test_weighted_values():
     close(made(x, weights[:1]), made(x, weights[:1].expand(2, -1, -1, -1)))
     with pytest.raises(ValueError, match=r"Weighted: weights .* expected \(1 or B = 2, H = 6, T, S = 7\)"):
         made(x, weights[..., :6])
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("causal", r"mask=regard\.masks\.causal\(\)"),
+        ("is_causal", r"mask=regard\.masks\.causal\(\)"),
+        ("attn_mask", "mask= where True"),
+        ("dropout_p", "did you mean 'dropout'"),
+        ("gate", r"a slot of the layer regard\.Attention"),
+        ("heads", r"a slot of the layer regard\.Attention"),
+    ],
+)
+def test_what_goes_by_another_name_elsewhere_is_named(given: str, hint: str) -> None:
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(TypeError, match=rf"attention: there is no argument or slot '{given}'.*{hint}"):
+        regard.attention(q, q, q, **{given: None})

@@ -153,7 +153,8 @@ def _check_device(device: str) -> None:
     if not re.fullmatch(r"cuda(:\d+)?", device):
         refuse("compare", "device", "is unknown", repr(device), "'cpu', 'cuda' or 'cuda:N'")
     if int(device.partition(":")[2] or 0) >= (there := torch.cuda.device_count()):
-        refuse("compare", "device", "is not there", repr(device), f"one of the {there} GPUs that torch sees, or 'cpu'")
+        seen = f"'cpu', or one of the {there} GPUs that torch sees" if there else "'cpu': torch sees no GPU"
+        refuse("compare", "device", "is not there", repr(device), seen)
 
 
 def _mechanisms(config: CompareConfig, task: Task) -> tuple[list[str], dict[str, str]]:

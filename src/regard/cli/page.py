@@ -68,11 +68,18 @@ def sections(card: Card, own: Mapping[str, Any], cost: Mapping[str, Any], drawin
     if card.claim:
         yield Section("claim", [card.claim])
     if card.tasks:
-        yield Section("tasks", [f"regard compare --task {task}" for task in card.tasks], "code")
+        yield Section("tasks", [_shown_by(card, task) for task in card.tasks], "code")
     if card.exceptions:
         yield Section("exceptions", [f"{law}: {why}" for law, why in card.exceptions.items()], "list")
     if drawing:
         yield Section("picture", drawing, "picture")
+
+
+def _shown_by(card: Card, task: str) -> str:
+    """The command behind 'text', or 'text(window=32)': a task, and the options that the mechanism has there."""
+    name, bracket, options = task.partition("(")
+    command = "regard profile" if name == "profile" else f"regard compare --task {name}"
+    return f"{command} --mechanisms '{card.name}({options}'" if bracket else command
 
 
 def _paper(paper: Mapping[str, Any]) -> list[str]:

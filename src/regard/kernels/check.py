@@ -14,6 +14,17 @@ from regard.masks import Mask, dense
 from regard.stages import SLOTS
 
 WHO = "attention"
+_OF_THE_LAYER = ("heads", "gate")
+"""Slots that only `regard.Attention` has: they stand outside what is done with queries, keys and values."""
+_ELSEWHERE = {
+    "causal": "causality is a mask here: mask=regard.masks.causal()",
+    "is_causal": "causality is a mask here: mask=regard.masks.causal()",
+    "attn_mask": "that is mask= where True means 'may attend', and bias= where it is added",
+    "dropout_p": "did you mean 'dropout'?",
+    "enable_gqa": "fewer key heads than query heads need no flag",
+    **dict.fromkeys(_OF_THE_LAYER, "this one is a slot of the layer regard.Attention"),
+}
+"""What torch and the layer call by names that `attention` does not have -> what to write."""
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -112,24 +123,31 @@ def check_bias(p: Problem) -> Problem:
     return replace(p, bias=bias.masked_fill(masked, 0.0), mask=allowed if p.mask is None else p.mask & allowed)
 
 
+def _by_name(slot: str, given: object) -> str:
+    return f"; names are for regard.create({given!r}, ...)" if isinstance(given, str) and slot != "mask" else ""
+
+
 def check_options(scale: float | None, dropout: float, *, who: str = "attention", **stages: object) -> None:
     """Scale, dropout and what fills the slots."""
     if scale is not None and not (isinstance(scale, float | int) and math.isfinite(scale) and scale > 0):
         refuse(who, "scale", "is out of range", scale, "a finite number > 0")
     if not 0.0 <= dropout <= 1.0:
         refuse(who, "dropout", "is out of range", dropout, "a number in [0, 1]")
+    slots = [name for name in SLOTS if who != WHO or name not in _OF_THE_LAYER]
     for name, stage in stages.items():
-        if name not in SLOTS:
-            near = difflib.get_close_matches(name, SLOTS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{who}: there is no argument or slot {name!r}; slots are {', '.join(SLOTS)}{hint}")
+        if name not in slots:
+            near = difflib.get_close_matches(name, slots, n=1)
+            hint = _ELSEWHERE.get(name, "") if who == WHO else ""
+            hint = hint or (f"did you mean {near[0]!r}?" if near else "")
+            said = f"{who}: there is no argument or slot {name!r}; slots are {', '.join(slots)}"
+            raise TypeError(f"{said}; {hint}" if hint else said)
         kind = SLOTS[name].kind
         if stage is not None and not isinstance(stage, kind):
             refuse(
                 who,
                 name,
                 "has the wrong type",
-                type(stage).__name__,
-                f"a {kind.__name__} of regard.{'masks' if kind is Mask else 'stages'}",
+                f"the class {stage.__name__}" if isinstance(stage, type) else type(stage).__name__,
+                f"a {kind.__name__} of regard.{'masks' if kind is Mask else 'stages'}" + _by_name(name, stage),
                 error=TypeError,
             )

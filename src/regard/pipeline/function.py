@@ -80,6 +80,7 @@ def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
 
 spelled_out(attention, InnerSlots)
 plan = _planned(attention)
+plan.__signature__ = inspect.signature(attention).replace(return_annotation=Plan)  # type: ignore[attr-defined]
 
 
 def problem(

@@ -5,7 +5,7 @@ from typing import TypedDict
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.checks import called, refuse, tokens
+from regard.checks import called, fits, refuse, tokens
 from regard.masks import Mask, causal, full, padding
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.shapes import head_shape
@@ -136,6 +136,6 @@ class HeadMixer(nn.Module):
                 type(context).__name__,
                 "none, or a layer built with causal=False",
             )
-        tokens(self, "context", context, self.k_proj.in_features)
+        fits(self, "B S context_dim", {"context_dim": self.k_proj.in_features}, context=context)
         if context.shape[0] != x.shape[0]:
             refuse(self, "context", "has another batch than x", context.shape[0], f"{x.shape[0]} sequences")

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import FEATURES
-from regard.checks import called, refuse, tokens
+from regard.checks import called, fits, refuse, tokens
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_mask, check_options
 from regard.masks import Mask, causal, full
@@ -173,7 +173,7 @@ class Attention(nn.Module):
             source = x
         else:
             self._needs("cross", "attends only to its own tokens; call it without context")
-            tokens(self, "context", context, self.k_proj.in_features)
+            fits(self, "B S context_dim", {"context_dim": self.k_proj.in_features}, context=context)
             source = context
         if mask is not None and not (isinstance(mask, Kept | Lengths) and "padding" in self.supports):
             self._needs("mask", "takes no mask")
