@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -139,6 +140,7 @@ def test_a_class_tells_its_options() -> None:
         assert regard.create("temporary_variant", dim=4, num_heads=1).size == 5
         with pytest.raises(ValueError, match="unknown option of 'temporary_options' 'hidden'"):
             regard.create("temporary_options", dim=4, num_heads=1, hidden=1)
+        assert list(inspect.signature(Below).parameters) == ["dim", "size", "hidden", "causal", "bias"]
         for words in ("temporary_options", "y = x", "Press"):
             assert words in Below.__doc__
     finally:

@@ -225,6 +225,8 @@ class Card:
             raise ValueError(f"card {self.name!r}: closed names unknown arguments {sorted(unknown)}")
         object.__setattr__(self, "_made", Made(builder, slot, form, signature, closed))
         builder.__doc__ = _documented(self, builder)
+        if inspect.isclass(builder) and signature != inspect.signature(builder):
+            builder.__signature__ = signature  # what `**rest` stands for, spelled out for whoever looks
         if form == "module" and inspect.isclass(builder):
             builder.supports = self.supports  # what it refuses, also when it is built by hand
         self._settle()
