@@ -6,8 +6,9 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import pytest
 import torch
@@ -141,6 +142,12 @@ def test_a_class_tells_its_options() -> None:
         with pytest.raises(ValueError, match="unknown option of 'temporary_options' 'hidden'"):
             regard.create("temporary_options", dim=4, num_heads=1, hidden=1)
         assert list(inspect.signature(Below).parameters) == ["dim", "size", "hidden", "causal", "bias"]
+
+        class Further(Below):
+            def __init__(self, dim: int, *, other: int = 1) -> None:
+                super().__init__(dim)
+
+        assert list(inspect.signature(Further).parameters) == ["dim", "other"]
         for words in ("temporary_options", "y = x", "Press"):
             assert words in Below.__doc__
     finally:
@@ -148,7 +155,95 @@ def test_a_class_tells_its_options() -> None:
             _registry.pop(name, None)
 
 
+@pytest.fixture
+def temporary() -> Iterator[Callable[..., Card]]:
+    """Makes cards that are forgotten afterwards."""
+    before = dict(_registry)
+
+    def make_card(name: str, **fields: object) -> Card:
+        return Card(f"temporary_{name}", equation="y = x", papers=regard.card("alibi").papers, **fields)
+
+    yield make_card
+    _registry.clear()
+    _registry.update(before)
+
+
+POSTPONED = """
+from __future__ import annotations
+from typing import Unpack
+from regard import HeadMixer
+from regard.pipeline import Projections
+
+class Mine(HeadMixer):
+    def __init__(self, dim, num_heads, *, size: int = 2, **rest: Unpack[Projections]):
+        super().__init__(dim, num_heads, **rest)
+"""
+
+
+def test_postponed_annotations_are_read(temporary: Callable[..., Card]) -> None:
+    """Else `causal` would be none of the arguments, and a causal layer would see the future."""
+    space: dict[str, Any] = {"__name__": "no_module_of_this_name"}
+    exec(POSTPONED, space)
+    card = temporary("postponed", supports={"causal", "bidirectional"})
+    card.module(space["Mine"])
+    assert set(card.options) == {"size", "bias", "context_dim"}
+    assert make("temporary_postponed", causal=True).causal
+    exec(POSTPONED.replace("from typing import Unpack", ""), space := {"__name__": "no_module_of_this_name"})
+    with pytest.raises(ValueError, match="can't be read"):
+        temporary("unreadable").module(space["Mine"])
+
+
+def test_no_argument_falls_on_deaf_ears(temporary: Callable[..., Card]) -> None:
+    class Deaf(regard.HeadMixer):
+        def __init__(self, dim: int, num_heads: int, *, size: int = 2, **rest: dict[str, Any]) -> None:
+            super().__init__(dim, num_heads)
+
+    temporary("deaf").module(Deaf)
+    make("temporary_deaf")
+    for asked in ({"causal": True}, {"dropout": 0.5}):
+        with pytest.raises(ValueError, match=f"claims to support {next(iter(asked))}, but .*Deaf takes no such"):
+            make("temporary_deaf", **asked)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_variants_of_variants(temporary: Callable[..., Card], late: bool) -> None:
+    """They keep what is fixed above them, and are found, whichever comes first: the code or the cards."""
+    card = temporary("base", protocol="Pooler")
+
+    class Sized(torch.nn.Module):
+        def __init__(self, *, a: int = 1, b: int = 2, c: int = 3) -> None:
+            super().__init__()
+            self.got = (a, b, c)
+
+    if not late:
+        card.module(Sized)
+    above = card.variant("temporary_a", "a is fixed.", preset={"a": 5})
+    below = above.variant("temporary_b", "b too.", preset={"b": 6})
+    if late:
+        card.module(Sized)
+    assert make("temporary_b").got == (5, 6, 3)
+    assert below.options == {"c": 3}
+
+
+def test_gist_where_nothing_is_documented(temporary: Callable[..., Card]) -> None:
+    space: dict[str, Any] = {"__name__": "no_module_of_this_name", "nn": torch.nn}
+    exec("class Silent(nn.Module): pass\nclass Told(nn.Module):\n    'One line.'", space)
+    silent, told = temporary("silent"), temporary("told")
+    silent.module(space["Silent"])
+    told.module(space["Told"])
+    assert (silent.gist, told.gist) == ("", "One line.")
+
+
 # --- create -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wrong"),
+    [(None, {}, "create: name"), (["softmax"], {}, "create: name"), ("softmax", {"causal": "no"}, "softmax: causal")],
+)
+def test_wrong_kinds_are_refused(name: Any, options: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(TypeError, match=f"{wrong} has the wrong type"):
+        make(name, **options)
 
 
 def test_composites() -> None:

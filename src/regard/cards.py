@@ -207,10 +207,12 @@ class Card:
         """Another card of the same class, with some of its options fixed.
 
         Args:
+            preset: what is fixed besides this card's own preset.
             changes: what its card says differently; all else is this card's, but for `exceptions`, `tries` and `tasks`.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self)} | {"exceptions": {}, "tries": {}, "tasks": ()}
-        card = Card(**{**own, "name": name, "gist": gist, "preset": dict(preset), "base": self, **changes})
+        fixed = {**self.preset, **preset}
+        card = Card(**{**own, "name": name, "gist": gist, "preset": fixed, "base": self, **changes})
         self._variants.append(card)
         if self.made is not None:
             card._settle()
@@ -225,23 +227,26 @@ class Card:
             raise ValueError(f"card {self.name!r}: closed names unknown arguments {sorted(unknown)}")
         object.__setattr__(self, "_made", Made(builder, slot, form, signature, closed))
         builder.__doc__ = _documented(self, builder)
-        if inspect.isclass(builder) and signature != inspect.signature(builder):
-            builder.__signature__ = signature  # what `**rest` stands for, spelled out for whoever looks
+        if inspect.isclass(builder) and signature != inspect.signature(builder) and "__init__" in vars(builder):
+            # What `**rest` stands for, spelled out for whoever looks. Not on the class, whose heirs would inherit it.
+            own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
+            builder.__init__.__signature__ = signature.replace(parameters=own)  # type: ignore[misc]
         if form == "module" and inspect.isclass(builder):
             builder.supports = self.supports  # what it refuses, also when it is built by hand
         self._settle()
-        for variant in self._variants:
-            variant._settle()
         return builder
 
     def _settle(self) -> None:
-        """Complete what follows from the code, check it, and register."""
+        """Complete what follows from the code, check it, and register; the variants likewise."""
         made = _required(self.made, self)
-        text = (sys.modules[made.builder.__module__].__doc__ or made.builder.__doc__ or "").strip()
+        text = (_file_says(made.builder) or (made.builder.__doc__ or "").partition(MARK)[0]).strip()
         object.__setattr__(self, "gist", self.gist or text.partition("\n")[0].strip())
         for name in self.preset.keys() - made.signature.parameters.keys():
             raise ValueError(f"card {self.name!r}: the preset names an unknown option {name!r}")
         register(self)
+        for variant in self._variants:
+            if variant.made is made:  # else it stands over code of its own
+                variant._settle()
 
     # --- what follows from the code
 
@@ -332,7 +337,7 @@ def _signature(builder: Callable[..., Any]) -> inspect.Signature:
         if parameter.kind is not parameter.VAR_KEYWORD:
             found[parameter.name] = parameter
             continue
-        named = _unpacked(parameter.annotation)
+        named = _unpacked(parameter.annotation, builder)
         parents = inspect.getmro(builder)[1:] if inspect.isclass(builder) else ()
         above: Mapping[str, inspect.Parameter] = next(
             (_signature(p).parameters for p in parents if "__init__" in vars(p)), {}
@@ -341,22 +346,40 @@ def _signature(builder: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=list(found.values()))
 
 
-def _unpacked(annotation: Any) -> tuple[str, ...]:
-    """The keys of `Unpack[SomeTypedDict]`."""
-    (inner,) = typing.get_args(annotation) or (None,)
+def _unpacked(annotation: Any, builder: Callable[..., Any]) -> tuple[str, ...]:
+    """The keys of `Unpack[SomeTypedDict]`; none for any other annotation."""
+    if isinstance(annotation, str):  # as `from __future__ import annotations` leaves it
+        code = inspect.unwrap(builder.__init__ if inspect.isclass(builder) else builder)
+        try:
+            annotation = eval(annotation, getattr(code, "__globals__", {}))
+        except (NameError, AttributeError) as error:
+            raise ValueError(
+                f"{builder.__qualname__}: the annotation {annotation!r} can't be read ({error}); expected names that "
+                "its file imports when it runs"
+            ) from None
+    if typing.get_origin(annotation) is not typing.Unpack:
+        return ()
+    (inner,) = typing.get_args(annotation)
     return tuple(getattr(inner, "__annotations__", ()))
+
+
+MARK = "\n\nThe mechanism `"
+"""Where in a docstring begins what the card adds to it."""
+
+
+def _file_says(builder: Callable[..., Any]) -> str:
+    """The docstring of the file that the code stands in; that of a script or notebook, only if it has a file."""
+    module = sys.modules.get(builder.__module__)
+    return getattr(module, "__doc__", None) or "" if hasattr(module, "__file__") else ""
 
 
 def _documented(card: Card, builder: Callable[..., Any]) -> str:
     """The docstring, with what `help()` should say of where the code comes from."""
     own = vars(builder).get("__doc__") if inspect.isclass(builder) else builder.__doc__
-    mark = "\n\nThe mechanism `"
-    head = inspect.cleandoc(own or (sys.modules[builder.__module__].__doc__ or "").partition("\n")[0]).partition(mark)[
-        0
-    ]
+    head = inspect.cleandoc(own or _file_says(builder).partition("\n")[0]).partition(MARK)[0]
     papers = "\n".join(f"    {p.authors} {p.year}, {p.title}, {p.url or p.ref}" for p in card.papers)
     lines = "\n".join(f"    {line}" for line in card.equation.splitlines())
-    return f"{head}{mark}{card.name}` of `regard.create`:\n\n{lines}\n\n{papers}\n"
+    return f"{head}{MARK}{card.name}` of `regard.create`:\n\n{lines}\n\n{papers}\n"
 
 
 _registry: dict[str, Card] = {}

@@ -97,6 +97,10 @@ def create(
     Raises:
         ValueError: unknown names and options (with near ones), sizes that don't fit, features the card lacks.
     """
+    if not isinstance(name, str):
+        refuse("create", "name", "has the wrong type", repr(name), "the name of a mechanism", error=TypeError)
+    if not isinstance(causal, bool):
+        refuse(f"create: {name}", "causal", "has the wrong type", repr(causal), "True or False", error=TypeError)
     parts = [card(part.strip()) for part in name.split("+")]
     for part in parts:
         if part.is_function:
@@ -120,6 +124,8 @@ def create(
     for key in settings.keys() - known:
         raise ValueError(unknown(f"option of {name!r}", key, sorted(known)))
     number(f"create: {name}", least=0, most=1, dropout=dropout)
+    if alone and parts[0].protocol != "Loss":  # which only looks at layers that were built with these
+        _hears(parts[0], causal=causal and "bidirectional" in supports, dropout=dropout > 0)
     given: dict[str, Any] = {"causal": causal, "dropout": dropout}
     if dim is not None and num_heads is not None:
         given |= vars(head_shape(dim, num_heads, num_kv_heads, head_dim, who=f"create: {name}"))
@@ -179,3 +185,12 @@ def _keeps_shape(card: Card, name: str, given: Mapping[str, Any]) -> None:
     for key, usual in plain.items():
         if not card.takes(key) and given[key] != usual:
             refuse(f"create: {name}", key, "is none of its options", given[key], f"none; it has {usual:g}")
+
+
+def _hears(card: Card, **asked: bool) -> None:
+    """What is asked for must not fall on deaf ears: the card claims it, but the class may have no such argument."""
+    for name in (name for name, wanted in asked.items() if wanted and not card.takes(name)):
+        raise ValueError(
+            f"create: {card.name!r} claims to support {name}, but {card.builder.__qualname__} takes no such argument; "
+            f"expected `{name}` or `**rest: Unpack[...]` in its signature"
+        )

@@ -330,3 +330,54 @@ def test_what_goes_by_another_name_elsewhere_is_named(given: str, hint: str) -> 
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(TypeError, match=rf"attention: there is no argument or slot '{given}'.*{hint}"):
         regard.attention(q, q, q, **{given: None})
+
+
+class Earlier(Mix):
+    """Scores plus those of the query before, each times what its own token was made into: reads one earlier row."""
+
+    halo = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(M, H)
+
+    def prepare(self, tokens: Tokens) -> Made:
+        return Made(query=self.proj(tokens.x).mT[..., None].sigmoid())
+
+    def forward(self, z: Tensor, rows: Rows) -> Tensor:
+        assert rows.made.query is not None
+        z = z * rows.made.query
+        return z + nn.functional.pad(z, (0, 0, 1, 0))[:, :, :-1]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_earlier_queries_were_made_into_is_kept(window):
+    """A mix that reads earlier rows needs their part again, step by step."""
+    torch.manual_seed(0)
+    made = Attention(
+        M, H, causal=True, mask=None if window is None else masks.window(window), score_mix=Earlier()
+    ).double()
+    x = tokens(2, T, dim=M)
+    state, steps = made.init_state(2, T), []
+    for start, stop in ((0, 3), (3, 4), (4, 9), (9, T)):
+        out, state = made.step(x[:, start:stop], state)
+        steps.append(out)
+    close(torch.cat(steps, 1), made(x))
+
+
+def test_hidden_nan_is_not_carried_on():
+    """A padded token that holds NaN leaves no trace in what the stages carry from token to token."""
+    made = layer("forget")
+    x = tokens(2, T, dim=M)
+    keep = torch.ones(2, T, dtype=torch.bool)
+    keep[1, :3] = False
+    x[1, :3] = float("nan")
+    want = made(x, mask=masks.padding(keep))
+    state, steps = made.init_state(2, T), []
+    for t in range(T):
+        out, state = made.step(x[:, t : t + 1], state, mask=masks.padding(keep))
+        steps.append(out)
+    got = torch.cat(steps, 1)
+    close(got[0], want[0])
+    close(got[1, 3:], want[1, 3:])
+    assert got[1, 3:].isfinite().all()
