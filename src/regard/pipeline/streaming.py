@@ -9,6 +9,7 @@ from regard.checks import called, refuse, tokens, whole
 from regard.kernels import execute
 from regard.masks import Mask
 from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.tokens import quarantine
 from regard.stages import Made, Tokens
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 MADE = "made."
 """What a stage makes of every key stands in the cache under its slot's name behind this."""
+ASKED = "asked."
+"""What it makes of every query, likewise, where a mix needs earlier rows again."""
 
 
 def check_streams(layer: "Attention") -> None:
@@ -55,9 +58,10 @@ def init_state(
     none = torch.zeros(batch_size, 0, layer.dim, **at)
     here = torch.zeros(0, dtype=torch.long, device=none.device)
     for name, stage in layer._preparing().items():
-        key = stage.prepare(Tokens(none, none, here, layer.q_proj, layer.k_proj)).key
-        if key is not None:
-            buffers[MADE + name] = key.new_zeros(batch_size, key.shape[1], n, key.shape[3])
+        made = stage.prepare(Tokens(none, none, here, layer.q_proj, layer.k_proj))
+        for prefix, value in ((MADE, made.key), (ASKED, made.query if halo else None)):
+            if value is not None:
+                buffers[prefix + name] = value.new_zeros(batch_size, value.shape[1], n, value.shape[3])
     return KVCache(buffers, window=window)
 
 
@@ -73,20 +77,29 @@ def step(layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None) -> tu
         refuse("step", "mask", "has the wrong type", type(mask).__name__, "a Mask of regard.masks", error=TypeError)
     t = x.shape[1]
     where = torch.arange(state.length, state.length + t, device=x.device)
+    clean, bad = quarantine(x) if layer._preparing() else (x, None)
     q, k, v, x, _ = layer._project(x, x, where, where, where)
+    # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
+    seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
     new = {"k": k, "v": v}
     if "x" in state.buffers:
         new["x"] = x
     if "q" in state.buffers:
         new["q"] = q
-    made = layer._made(x, x, where, _last(state)) or {}
+    made = layer._made(seen, seen, where, _last(state)) or {}
     new |= {MADE + name: value.key for name, value in made.items() if value.key is not None}
+    if layer._halo():
+        new |= {ASKED + name: value.query for name, value in made.items() if value.query is not None}
     held, state = state.append(**new)
     first_key = state.length - held["k"].shape[-2]
     halo = min(layer._halo(), held["k"].shape[-2] - t)
     if halo:
         q = held["q"][:, :, -(halo + t) :]
-    made = {name: Made(value.query, held.get(MADE + name), value.whole) for name, value in made.items()}
+    for name, value in made.items():
+        query = value.query
+        if halo and query is not None:
+            query = held[ASKED + name][:, :, -(halo + t) :]
+        made[name] = Made(query, held.get(MADE + name), value.whole)
     past = held.get("x")
     behind = None if past is None else past[:, -q.shape[2] :]
     p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made)
