@@ -119,6 +119,23 @@ class MadeMix(Mix):
         return z * rows.made.query
 
 
+class Earlier(Mix):
+    """Scores of the query before are added, times a factor of this one's token."""
+
+    halo = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(M, H)
+
+    def prepare(self, tokens: Tokens) -> Made:
+        return Made(query=self.proj(tokens.x).mT[..., None].sigmoid())
+
+    def forward(self, z: Tensor, rows: Rows) -> Tensor:
+        assert rows.made.query is not None
+        return z + rows.made.query * nn.functional.pad(z, (0, 0, 1, 0))[:, :, :-1]
+
+
 PARTS = {
     "forget": {"position": ForgetGate},
     "table": {"position": RelativeTable},
@@ -209,6 +226,38 @@ def test_steps_equal_the_whole(case, window):
         out, state = made.step(x[:, start:stop], state)
         steps.append(out)
     close(torch.cat(steps, 1), made(x))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("sizes", [[1] * T, [3, 1, 5, 3]])
+def test_steps_that_need_earlier_rows_know_what_was_made_of_them(window, sizes):
+    torch.manual_seed(0)
+    mask = None if window is None else masks.window(window)
+    made = Attention(M, H, causal=True, mask=mask, position=ForgetGate(), score_mix=MadeMix(), weight_mix=Earlier())
+    made, x = made.double().eval(), tokens(2, T, dim=M)
+    state, steps = made.init_state(2, T), []
+    for part in x.split(sizes, 1):
+        out, state = made.step(part, state)
+        steps.append(out)
+    close(torch.cat(steps, 1), made(x))
+
+
+def test_what_a_hidden_token_holds_is_not_carried_on():
+    """NaN in a padded token reaches no later step by what stages make of the tokens; one that is seen does."""
+    made, x = layer("all"), tokens(2, T, dim=M)
+    x[0, 3] = torch.nan
+    keep = torch.ones(2, T, dtype=torch.bool)
+    keep[0, 3] = False
+    for mask in (masks.padding(keep), None):
+        state, steps = made.init_state(2, T), []
+        with torch.no_grad():
+            for t in range(T):
+                out, state = made.step(x[:, t : t + 1], state, mask=mask)
+                steps.append(out)
+            got, want = torch.cat(steps, 1), made(x, mask=mask)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert want[0, 4:].isnan().all() == (mask is None)
+        close(got.nan_to_num(), want.nan_to_num())
 
 
 def test_chunks_are_cut_right(monkeypatch):
