@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -340,13 +341,45 @@ def test_installed_packages_are_followed_only_where_they_are_asked_for(tmp_path:
     assert set(asked) == {"package", "package.inner"}
 
 
-def test_compiled_code_counts_as_it_is(tmp_path: Path) -> None:
-    written(tmp_path, {"own/__init__.py": "from own import fast", "own/fast.cpython-311.so": "\0 machine code"})
+@pytest.mark.parametrize("suffix", EXTENSION_SUFFIXES)
+def test_compiled_code_counts_as_it_is(tmp_path: Path, suffix: str) -> None:
+    """Within a package or not, and before a source of the same name, which Python passes over."""
+    texts = {"own/__init__.py": "from own import fast\nimport alone", "own/fast.py": ""}
+    written(tmp_path, {**texts, f"own/fast{suffix}": "\0 machine code", f"alone{suffix}": "\0"})
     closures = Closures([tmp_path], packages=("own",))
-    assert set(closures.closure(["own"])) == {"own", "own.fast"}
-    before = closures.digest(["own"])
-    written(tmp_path, {"own/fast.cpython-311.so": "\0 other machine code"})
-    assert Closures([tmp_path], packages=("own",)).digest(["own"]) != before
+    assert set(closures.closure(["own"])) == {"own", "own.fast", "alone"}
+    seen = {closures.digest(["own"])}
+    for file in (f"own/fast{suffix}", f"alone{suffix}"):
+        written(tmp_path, {file: "\0 other machine code"})
+        seen.add(Closures([tmp_path], packages=("own",)).digest(["own"]))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        ("if TYPE_CHECKING:\n    import a\nelse:\n    x = 1", "x = 1", "x = 2"),
+        ("def variant(a, cost):\n    ...\nvariant(1, cost=2)", "cost=2", "cost=3"),
+        ("import a\na.variant(1, 2)", "1, 2", "1, 3"),
+    ],
+)
+def test_what_looks_like_words_may_be_code(tmp_path: Path, text: str, old: str, new: str) -> None:
+    written(tmp_path, {"own.py": text})
+    before = Closures([tmp_path]).digest(["own"])
+    written(tmp_path, {"own.py": text.replace(old, new)})
+    assert Closures([tmp_path]).digest(["own"]) != before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if TYPE_CHECKING:\n    pass\nelse:\n    import helper",
+        "import importlib\nimportlib.import_module(name='helper')",
+    ],
+)
+def test_imports_in_other_words_are_followed(tmp_path: Path, text: str) -> None:
+    written(tmp_path, {"own.py": text, "helper.py": ""})
+    assert set(Closures([tmp_path]).closure(["own"])) == {"own", "helper"}
 
 
 def test_what_was_loaded_from_elsewhere_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ that one's module. Nor are the standard library and installed packages followed;
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import chain
 from pathlib import Path
 
@@ -96,8 +97,7 @@ class Closures:
         if folder is None or (top not in self._packages and {"site-packages", "dist-packages"} & set(folder.parts)):
             return None
         place = folder.joinpath(top, *inner)
-        compiled = place.parent.glob(f"{place.name}.*.so")
-        return next((file for file in chain(_files(place), compiled) if file.is_file()), None)
+        return next((file for file in _files(place) if file.is_file()), None)
 
     def _folder(self, top: str) -> Path | None:
         """Where Python finds a name: a folder without `__init__.py` stands behind all that have one."""
@@ -167,6 +167,7 @@ def _loaded_from(top: str) -> Iterator[Path]:
         yield path.parents[1 if path.name == "__init__.py" else 0]
 
 
-def _files(place: Path) -> tuple[Path, Path]:
+def _files(place: Path) -> list[Path]:
     """What Python looks for, in its order."""
-    return place / "__init__.py", place.with_name(f"{place.name}.py")
+    compiled = [place.with_name(place.name + suffix) for suffix in EXTENSION_SUFFIXES]
+    return [place / "__init__.py", *compiled, place.with_name(f"{place.name}.py")]

@@ -106,6 +106,10 @@ class Reader:
     def read(self, node: ast.AST) -> None:
         """Note the node and all under it."""
         if _says_nothing(node):
+            if isinstance(node, ast.If) and node.orelse:  # what runs where types are not checked
+                self.said.append("TYPE_CHECKING")
+                for part in node.orelse:
+                    self.read(part)
             return
         if (note := self._notes.get(type(node))) is not None:
             note(self, node)
@@ -134,7 +138,8 @@ class Reader:
             self.names[alias.asname or alias.name].add(f"{base}.{alias.name}")
 
     def _note_call(self, node: ast.Call) -> None:
-        match node.args:
+        named = [k.value for k in node.keywords if k.arg == "name"]
+        match [*node.args[:1], *named]:
             case [ast.Constant(str(text)), *_] if _called(node) in ("import_module", "__import__"):
                 self._asked.add(self._absolute(text))
             case [ast.Constant(str(text)), *_] if _called(node) == "create":
@@ -184,9 +189,22 @@ def _says_nothing(node: ast.AST) -> bool:
 
 def _fields(node: ast.AST) -> Iterable[tuple[str, Any]]:
     """What a node is made of; a card, or a variant of one, without what is there to be read."""
-    if isinstance(node, ast.Call) and _called(node) in ("Card", "variant"):
-        return [("args", node.args[:1]), ("keywords", [k for k in node.keywords if k.arg not in TOLD])]
+    if isinstance(node, ast.Call) and (_called(node) == "Card" or _is_variant(node)):
+        return [
+            ("func", node.func),
+            ("args", node.args[:1]),
+            ("keywords", [k for k in node.keywords if k.arg not in TOLD]),
+        ]
     return ast.iter_fields(node)
+
+
+def _is_variant(node: ast.Call) -> bool:
+    """Whether it makes a variant of a card: a method that is told a preset."""
+    return (
+        isinstance(node.func, ast.Attribute)
+        and node.func.attr == "variant"
+        and any(keyword.arg == "preset" for keyword in node.keywords)
+    )
 
 
 def _called(node: ast.AST) -> str:
