@@ -378,3 +378,25 @@ def test_listing_imports_nothing_heavy() -> None:
 def test_importing_the_package_walks_no_room() -> None:
     code = "import sys, regard; print('regard.heads' in sys.modules, 'regard.mixers' in sys.modules)"
     assert python(code).split() == ["False", "False"]
+
+
+THREADS = """
+import sys, threading, regard
+sys.setswitchinterval(1e-5)
+names, failed = ["Attention", "create", "mechanisms", "trace", "swap", "plan", "effective_weights"], []
+together = threading.Barrier(len(names))
+def ask(name):
+    together.wait()
+    try:
+        getattr(regard, name)
+    except Exception as error:
+        failed.append((name, error))
+threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join(100)
+assert not failed and not any(thread.is_alive() for thread in threads), failed
+"""
+
+
+def test_threads_may_ask_first_together() -> None:
+    subprocess.run([sys.executable, "-c", THREADS], check=True)

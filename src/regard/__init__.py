@@ -72,7 +72,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _FROM:
-        found = getattr(import_module(_FROM[name]), name)
+        from regard.rooms import FIRST
+
+        with FIRST:
+            found = getattr(import_module(_FROM[name]), name)
     elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")
     else:

@@ -6,6 +6,7 @@ A room may import from those before it and from its own files. `tests/test_rooms
 import importlib
 import pkgutil
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,11 @@ FAMILIES = (
     "steer",
 )
 """The rooms that may hold cards."""
+
+
+FIRST = threading.RLock()
+"""Held while a name of `regard` is imported for the first time: of threads that ask at once, Python would hand some a
+module that is half made. No file of regard asks for such a name while it is imported, so that nobody waits for ever."""
 
 
 def opened(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
