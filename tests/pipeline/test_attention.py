@@ -164,6 +164,7 @@ LAYERS = {
     "bool": ({"dim": 12, "num_heads": True}, r"num_heads has the wrong type \(got True\); expected an int >= 1"),
     "float": ({"dim": 12.0, "num_heads": 4}, r"dim has the wrong type \(got 12.0\); expected an int >= 1"),
     "dropout": ({"dim": 12, "num_heads": 4, "dropout": -0.1}, r"dropout is out of range \(got -0.1\)"),
+    "context": ({"dim": 12, "num_heads": 4, "context_dim": -1}, r"context_dim is too small \(got -1\)"),
     "scale": ({"dim": 12, "num_heads": 4, "scale": float("inf")}, r"scale is out of range \(got inf\)"),
 }
 

@@ -5,7 +5,7 @@ from typing import TypedDict
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.checks import called, fits, refuse, tokens
+from regard.checks import called, fits, refuse, tokens, whole
 from regard.masks import Mask, causal, full, padding
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.shapes import head_shape
@@ -56,6 +56,7 @@ class HeadMixer(nn.Module):
         G, D = shape.num_kv_heads, shape.head_dim
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim, self.causal = dim, num_heads, G, D, causal
         context_dim = dim if context_dim is None else context_dim
+        whole(type(self).__name__, context_dim=context_dim)
         self.q_proj = nn.Linear(dim, num_heads * D, bias=bias)
         self.k_proj = nn.Linear(context_dim, G * D, bias=bias)
         self.v_proj = nn.Linear(context_dim, G * D, bias=bias)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import FEATURES
-from regard.checks import called, fits, refuse, tokens
+from regard.checks import called, fits, refuse, tokens, whole
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_mask, check_options
 from regard.masks import Mask, causal, full
@@ -88,6 +88,7 @@ class Attention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
         self.causal, self.scale, self.dropout, self.kernel = causal, scale, dropout, kernel
         context_dim = dim if context_dim is None else context_dim
+        whole(type(self).__name__, context_dim=context_dim)
         make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, num_heads * D, **make)
         self.k_proj = nn.Linear(context_dim, G * D, **make)
