@@ -5,7 +5,7 @@ from typing import TypedDict
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.checks import called, fits, refuse, tokens, whole
+from regard.checks import fits, refuse, tokens, whole
 from regard.masks import Mask, causal, full, padding
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.shapes import head_shape
@@ -115,10 +115,6 @@ class HeadMixer(nn.Module):
     def merge(self, out: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T M"]:
         """Heads side by side, and the output projection."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    @property
-    def _who(self) -> str:
-        return called(self)
 
     def _check_context(self, x: Tensor, context: Tensor) -> None:
         if "cross" not in self.supports:
