@@ -44,55 +44,69 @@ def poisoned_memory():
         yield
 
 
-# --- laws: which cells are excepted, and how many -----------------------------------------------------------
+# --- laws: which are run over which cards, how many cells are excepted, and what they took -----------------------
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "law(id): a law of the suite; a card may except itself from it by id, with a reason"
-    )
+def pytest_addoption(parser):
+    parser.addoption("--card", action="append", default=[], metavar="NAME", help="only tests of this card's laws")
+    parser.addoption("--law", action="append", default=[], metavar="ID", help="only this law, by id or name")
 
 
-def pytest_collection_modifyitems(items):
-    """An excepted cell still runs, and is expected to fail; the summary names exceptions that none needs."""
-    for item in items:
-        marker, call = item.get_closest_marker("law"), getattr(item, "callspec", None)
-        name = None if call is None else call.params.get("name")
-        if marker is None or not isinstance(name, str):  # no card at all may be concerned
-            continue
-        law = marker.args[0]
-        item.user_properties.append(("law", f"{name} {law}"))
-        if reason := excepted(name, law):
-            item.add_marker(pytest.mark.xfail(reason=f"{name} is excepted from {law}: {reason}", strict=False))
+@pytest.fixture
+def laws(request):
+    """The laws that are asked for."""
+    from regard.laws import LAWS
+
+    asked = set(request.config.getoption("law"))
+    if unknown := asked - {name for law in LAWS for name in (law.id, law.name)}:
+        raise pytest.UsageError(f"unknown laws {sorted(unknown)}")
+    return [law for law in LAWS if not asked or {law.id, law.name} & asked]
 
 
-def excepted(name: str, law: str) -> str:
-    """The reason why the card of that name is excepted from the law; '' if it is not."""
-    return regard.card(name).exceptions.get(law, "")
+def pytest_collection_modifyitems(config, items):
+    """With --card, what is parametrised over cards runs for those alone, slow or not, and nothing else does."""
+    if cards := set(config.getoption("card")):
+        items[:] = [item for item in items if _card(item) in cards]
+
+
+def _card(item):
+    return getattr(getattr(item, "callspec", None), "params", {}).get("name")
 
 
 def _cells(reporter):
-    """(card and law) -> outcomes of its cells."""
-    cells = defaultdict(list)
-    for outcome in ("passed", "failed", "skipped", "xfailed", "xpassed", "error"):
-        for report in reporter.stats.get(outcome, []):
-            for key, value in getattr(report, "user_properties", ()):
-                if key == "law":
-                    cells[value].append(outcome)
-    return cells
+    """(card, law id, law name, outcome, seconds) of all laws that were looked at."""
+    reports = (r for outcome in ("passed", "failed") for r in reporter.stats.get(outcome, []))
+    return [cell for r in reports for key, cell in getattr(r, "user_properties", ()) if key == "law"]
+
+
+def _stale(cells):
+    """Exceptions that no cell needs."""
+    outcomes = defaultdict(set)
+    for card, id, _, outcome, _ in cells:
+        outcomes[card, id].add(outcome)
+    return {
+        cell for cell, found in outcomes.items() if regard.card(cell[0]).exceptions.get(cell[1]) and found == {"holds"}
+    }
 
 
 def pytest_terminal_summary(terminalreporter):
     cells = _cells(terminalreporter)
     if not cells:
         return
-    excused = {cell: outcomes for cell, outcomes in cells.items() if excepted(*cell.split())}
-    total, out = sum(map(len, cells.values())), sum(map(len, excused.values()))
+    write, took = terminalreporter.write_line, defaultdict(float)
+    for _, id, name, _, seconds in cells:
+        took[f"{id} {name}"] += seconds
+    excepted = sorted({(card, id) for card, id, _, outcome, _ in cells if outcome == "excepted"})
+    out, total, cards = sum(c[3] == "excepted" for c in cells), sum(took.values()), len({c[0] for c in cells})
     terminalreporter.section("laws")
-    terminalreporter.write_line(f"laws: {total} cells, {out} excepted ({100 * out / total:.1f}%)")
-    for cell, outcomes in sorted(excused.items()):
-        stale = "  <- no longer needed: every cell passed" if set(outcomes) == {"xpassed"} else ""
-        terminalreporter.write_line(f"  {cell}: {excepted(*cell.split())}{stale}")
+    write(f"{len(cells)} cells of {cards} cards, {out} excepted ({100 * out / len(cells):.1f} %)")
+    write(f"{total:.0f} s of CPU, {total / cards:.2f} a card; most by")
+    for name, seconds in sorted(took.items(), key=lambda item: -item[1])[:8]:
+        write(f"  {seconds:6.1f} s  {name}")
+    for card, id in excepted:
+        write(f"  {card} is excepted from {id}: {regard.card(card).exceptions[id]}")
+    for card, id in sorted(_stale(cells)):
+        write(f"  {card} is excepted from {id} without need: every cell passed")
 
 
 @pytest.hookimpl(trylast=True)
@@ -100,9 +114,7 @@ def pytest_sessionfinish(session, exitstatus):
     """Exceptions are strict: one that no cell needs fails a full run of the laws."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     options = session.config.option
-    if exitstatus or reporter is None or options.keyword or options.markexpr or hasattr(session.config, "workerinput"):
+    if exitstatus or reporter is None or options.keyword or options.law or hasattr(session.config, "workerinput"):
         return
-    if any("::" in arg or arg.endswith(".py") for arg in session.config.args):
-        return
-    if any(set(o) == {"xpassed"} for o in _cells(reporter).values()):
+    if options.markexpr == "slow or not slow" and _stale(_cells(reporter)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

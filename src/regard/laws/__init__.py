@@ -1,1 +1,21 @@
-"""What must hold for any attention. A law is a function that returns, or raises AssertionError saying what is off."""
+"""What must hold for any attention: laws as functions, and `check`, which puts anybody's attention through them.
+
+    regard.check("kerple")                                # a mechanism of the catalogue
+    regard.check(MyAttention, traits={"position_free"})   # a class, a function of q, k and v, or a module
+
+A law returns, or raises `Broken`, which says what is off and by how much. `LAWS` holds them all.
+"""
+
+from importlib import import_module
+
+from regard.laws.agreement import Broken
+from regard.laws.law import LAWS, DoesNotApply, Law, law
+from regard.laws.subject import Subject, of
+
+FILES = ("structure",)
+"""In the order of the report."""
+
+for _name in FILES:
+    import_module(f"regard.laws.{_name}")
+
+__all__ = ["FILES", "LAWS", "Broken", "DoesNotApply", "Law", "Subject", "law", "of"]

@@ -1,0 +1,93 @@
+"""A law: a statement that must hold for whatever claims to be an attention of some kind, and the function that looks.
+
+@law("L4", needs="causal")
+def future_changes_nothing(s: Subject) -> None:
+    '''The future changes nothing.'''
+    ...                                   # raises Broken where it doesn't hold
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+from regard.laws.subject import Subject
+
+LAYERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer Loss"
+"""Protocols of modules that take tensors and give one."""
+
+
+class DoesNotApply(Exception):
+    """Raised by a law that finds, while it looks, that it has nothing to say about the subject."""
+
+
+def does_not_apply(why: str) -> NoReturn:
+    raise DoesNotApply(why)
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law. `check(subject)` returns, or raises `Broken` (or whatever the subject itself raises)."""
+
+    id: str
+    """As in 'L4'; several laws may share one, of which they are sides."""
+    name: str
+    statement: str
+    why_not: Callable[[Subject], str]
+    """Why it says nothing about the subject; '' where it does."""
+    check: Callable[[Subject], None]
+    heavy: bool = False
+    """Whether it takes about a second: run over one card of each protocol and family, and over all on demand."""
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.name}"
+
+
+LAWS: list[Law] = []
+"""All laws, in the order of their files."""
+
+
+def law(
+    id: str,
+    *,
+    needs: str = "",
+    traits: str = "",
+    protocols: str = "TokenMixer",
+    pipeline: bool = False,
+    function: bool = False,
+    where: Callable[[Subject], str] = lambda s: "",
+    heavy: bool = False,
+) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Make a law of a function, whose docstring is the statement. The function stays what it is.
+
+    Args:
+        needs, traits: what the subject must claim, with blanks between.
+        protocols: of which kinds it may be.
+        pipeline: only for what fills slots of `regard.Attention`.
+        function: only for what has a form as a function of queries, keys and values.
+        where: why it doesn't apply, for whatever else may keep it from that.
+    """
+
+    def why_not(s: Subject) -> str:
+        if s.protocol not in protocols.split():
+            return f"it is a {s.protocol}"
+        for claimed, wanted, what in ((s.supports, needs, "support"), (s.traits, traits, "be")):
+            if missing := [w for w in wanted.split() if w not in claimed]:
+                return f"it does not claim to {what} {', '.join(missing)}"
+        if pipeline and not s.is_part:
+            return "it is no part of regard.Attention"
+        if function and s.form() is None:
+            return "it is no function of queries, keys and values"
+        return where(s)
+
+    def make(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        statement = inspect.cleandoc(check.__doc__ or "").replace("\n", " ")
+        LAWS.append(Law(id, check.__name__, statement, why_not, check, heavy))
+        return check
+
+    return make
+
+
+def applying(subject: Subject) -> Iterator[Law]:
+    """The laws that say something about it."""
+    return (one for one in LAWS if not one.why_not(subject))

@@ -1,0 +1,148 @@
+"""L3, L4, L6, L10, L12, L17: what may reach what, exactly, and nothing else does."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from regard.laws.agreement import close, hold, run, same
+from regard.laws.law import does_not_apply, law
+from regard.laws.subject import Subject, field_of, reaches
+from regard.pipeline.head_mixer import HeadMixer
+from regard.pipeline.layer import Attention
+
+BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
+FAR = 150
+"""Tokens; a mistake may show only behind a block of 64 or 128."""
+
+
+def check_field(s: Subject, got: Tensor, allowed: Tensor) -> None:
+    leaks = (got & ~allowed).nonzero().tolist()
+    hold(not leaks, f"outputs see tokens outside the receptive field: (query, key) {leaks[:5]}")
+    if not {"sparse", "routed"} & s.traits:
+        lost = (allowed & ~got).nonzero().tolist()
+        hold(not lost, f"outputs miss tokens of their receptive field: (query, key) {lost[:5]}")
+
+
+def check_span(s: Subject, module: Attention) -> None:
+    """A window of W sees W keys back, its own included, by count and not by the mask's own predicate."""
+    back, ahead = module.receptive_field().span
+    i, j = reaches(module, s.tokens(1)).nonzero().T
+    hold((i - j).max() <= back, f"a query sees {int((i - j).max()) + 1} keys back, more than {back + 1}")
+    hold((j - i).max() <= ahead, f"a query sees {int((j - i).max())} keys ahead, more than {ahead}")
+
+
+@law("L3")
+def receptive_field(s: Subject) -> None:
+    """Both ways: a token outside the receptive field has gradient exactly 0, one inside has not."""
+    for causal in s.causalities:
+        module = s.build(causal=causal)
+        told = hasattr(module, "receptive_field")
+        if told:
+            check_span(s, module)
+        got = reaches(module, s.tokens(1))
+        allowed = field_of(module, s.length) | torch.eye(s.length, dtype=torch.bool)
+        # Without a receptive field of its own only the leaks can be judged: nothing sees the future.
+        check_field(s, got, allowed if told else allowed & (got | ~allowed))
+
+
+@law("L17", needs="cross")
+def alignment_of_unequal_lengths(s: Subject) -> None:
+    """T != S: the last query stands where the last key stands; queries before the first key see nothing."""
+    for causal in s.crossings:
+        module = s.build(causal=causal)
+        for length, keys in ((5, 9), (9, 5), (1, 7)):
+            got = reaches(module, s.tokens(1, length), s.context(1, keys))
+            check_field(s, got, field_of(module, length, keys))
+
+
+@law("L4", needs="causal")
+def future_changes_nothing(s: Subject) -> None:
+    """The future times 100 changes no output bit for bit, also far behind the first tokens; nor does NaN there."""
+    module = s.build(causal=True)
+    for length, cuts in ((s.length, (0, s.length // 3, s.length - 2)), (FAR, (63, 64, 100, 128, FAR - 2))):
+        x = s.tokens(1 if length == FAR else None, length)
+        try:
+            want = module(x)
+        except ValueError as error:  # it may have room for fewer
+            hold(length == FAR, f"{length} tokens are refused: {error}")
+            continue
+        for last in cuts:
+            future = x.clone()
+            future[:, last + 1 :] *= 100
+            same(module(future)[:, : last + 1], want[:, : last + 1], f"of {length} tokens, those up to {last}")
+            if isinstance(module, Attention | HeadMixer) and length != FAR:
+                future[:, last + 1 :] = torch.nan
+                out = module(future)
+                same(out[:, : last + 1], want[:, : last + 1], "the past of NaN")
+                hold(not out[:, -1].isfinite().any(), "NaN in the last token does not reach its output")
+
+
+@law("L6", needs="causal")
+def prefixes(s: Subject) -> None:
+    """f(x[:t]) = f(x)[:t], and so for the gradients of a loss on the first t outputs."""
+    module, x = s.build(causal=True), s.tokens()
+    grad_out = s.tokens(seed=6)
+    for t in (1, 2, 5, s.length - 1):
+        part = grad_out.clone()
+        part[:, t:] = 0
+        whole = run(module, x, grad_out=part)
+        short = run(module, x[:, :t], grad_out=grad_out[:, :t])
+        close(whole["out"][:, :t], short["out"], "out")
+        same(whole["input0"][:, t:], torch.zeros_like(x[:, t:]), "gradient of the future")
+        close(whole["input0"][:, :t], short["input0"], "input0")
+        for key in whole.keys() - {"out", "input0"}:
+            close(whole[key], short[key], key)
+
+
+@law("L10", protocols=BATCHED)
+def batch_rows_do_not_meet(s: Subject) -> None:
+    """Another batch row changes nothing, in eval and in training; alone is as in the batch."""
+    for causal in s.causalities:
+        module = s.build(causal=causal)
+        given = (s.tokens(3),) if s.protocol in ("TokenMixer", "Pooler") and s.given is None else s.inputs()
+        batch = len(given[0])
+
+        def rows(change: Callable[[Tensor], Tensor], given=given, batch=batch) -> list[Tensor]:
+            return [change(g) if g.is_floating_point() and len(g) == batch else g for g in given]
+
+        def replaced(g: Tensor) -> Tensor:
+            return torch.cat([g[:1], 7 * g[1:2].flip(1), g[2:]])
+
+        for mode in ("eval", "training"):
+            module.train(mode == "training")
+            torch.manual_seed(0)
+            want = module(*given)
+            torch.manual_seed(0)
+            got = module(*rows(replaced))
+            same(got[0], want[0], f"in {mode}, row 0")
+            same(got[2:], want[2:], f"in {mode}, rows after 1")
+        module.eval()
+        close(module(*rows(lambda g: g[1:2])), module(*given)[1:2], "row 1 alone")
+
+
+@law("L12", protocols="GraphMixer")
+def order_of_nodes_and_edges_is_free(s: Subject) -> None:
+    """Nodes under other numbers, and edges in another order, give the same answers."""
+    module, (nodes, edges, *rest) = s.build(), s.inputs()
+    generator = torch.Generator().manual_seed(0)
+    order, shuffled = (torch.randperm(n, generator=generator) for n in (len(nodes), edges.shape[1]))
+    moved = [r[order] if len(r) == len(nodes) else r for r in rest]
+    if all(len(r) == len(nodes) for r in rest):
+        close(module(nodes, edges[:, shuffled], *rest), module(nodes, edges, *rest), "edges in another order")
+    if "position_free" in s.traits:
+        got = module(nodes[order], order.argsort()[edges], *moved)
+        close(got, module(nodes, edges, *rest)[order], "renumbered nodes")
+
+
+@law("L17", function=True, needs="causal")
+def one_query_is_the_last(s: Subject) -> None:
+    """A causal pass over the last queries alone equals the last rows of the whole pass."""
+    f = s.form()
+    if any(getattr(p, "halo", 0) for p in f.parts.values()):
+        does_not_apply("earlier rows of queries belong to its input")
+    q, k, v = f.qkv()
+    for kernel in ("eager", "chunked") if s.is_part else (None,):
+        whole = f(q, k, v, causal=True, kernel=kernel)
+        for t in (1, 5):
+            close(f(q[:, :, -t:], k, v, causal=True, kernel=kernel), whole[:, :, -t:], f"the last {t}")

@@ -1,0 +1,66 @@
+"""Every law of `regard.laws` over every card: one test a card, and one more for the laws that take their time.
+
+pytest tests/laws --card kerple --law L4        # one law of one card; both options may be repeated
+"""
+
+import time
+
+import pytest
+import torch
+
+import regard
+from regard.laws import LAWS, Broken, DoesNotApply, Law, Subject, of
+
+
+def holds(s: Subject, laws: list[Law], note) -> None:
+    """Put it through the laws; all that fail are said at once."""
+    failures = []
+    for law in laws:
+        if law.why_not(s):
+            continue
+        start, outcome, reason = time.process_time(), "holds", s.exceptions.get(law.id, "")
+        torch.manual_seed(0)
+        try:
+            law.check(s)
+        except DoesNotApply:
+            continue
+        except Exception as error:
+            outcome = "excepted" if reason else "fails"
+            if not reason:
+                kind = "" if isinstance(error, Broken) else f"{type(error).__name__}: "
+                failures.append((f"{law}: {kind}{error}", error))
+        note("law", (s.name, law.id, law.name, outcome, round(time.process_time() - start, 4)))
+    if failures:
+        raise Broken("\n".join(f"{s.name} breaks {text}" for text, _ in failures)) from failures[0][1]
+
+
+@pytest.mark.parametrize("name", regard.mechanisms())
+def test_laws(name: str, laws: list[Law], record_property) -> None:
+    holds(of(name), [law for law in laws if not law.heavy], record_property)
+
+
+def kinds() -> set[str]:
+    """The first card of each protocol and family."""
+    first = {}
+    for name in regard.mechanisms():
+        card = regard.card(name)
+        first.setdefault((card.protocol, card.family), name)
+    return set(first.values())
+
+
+FIRST = kinds()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.slow) for n in regard.mechanisms()]
+)
+def test_heavy_laws(name: str, laws: list[Law], record_property) -> None:
+    holds(of(name), [law for law in laws if law.heavy], record_property)
+
+
+def test_every_law_says_what_it_is() -> None:
+    assert len({law.name for law in LAWS}) == len(LAWS)
+    for law in LAWS:
+        assert law.statement, law.name
+        assert law.id[0] == "L", law.name
+        assert any(not law.why_not(of(name)) for name in regard.mechanisms()), f"{law} is about nothing"
