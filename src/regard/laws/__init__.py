@@ -8,8 +8,9 @@ A law returns, or raises `Broken`, which says what is off and by how much. `LAWS
 
 from importlib import import_module
 
-from regard.laws.agreement import Broken
-from regard.laws.law import LAWS, DoesNotApply, Law, law
+from regard.laws.agreement import Broken, DoesNotApply
+from regard.laws.check import Finding, Report, check, suite
+from regard.laws.law import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
 FILES = ("structure",)
@@ -18,4 +19,17 @@ FILES = ("structure",)
 for _name in FILES:
     import_module(f"regard.laws.{_name}")
 
-__all__ = ["FILES", "LAWS", "Broken", "DoesNotApply", "Law", "Subject", "law", "of"]
+__all__ = [
+    "FILES",
+    "LAWS",
+    "Broken",
+    "DoesNotApply",
+    "Finding",
+    "Law",
+    "Report",
+    "Subject",
+    "check",
+    "law",
+    "of",
+    "suite",
+]
