@@ -38,16 +38,18 @@ def check(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from regard.laws import check as run
-    from regard.laws.check import Finding, chosen
+    from regard.laws.checking import Finding, chosen
     from regard.models.mixer import parse
 
     asked = words(law) or None
+    screen = terminal.console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        console=terminal.console(stderr=True),
+        console=screen,
         transient=True,
+        disable=not screen.is_terminal,
     )
     with bars:
         task = bars.add_task("laws", total=len(chosen(None if asked is None else set(asked), heavy)))

@@ -9,7 +9,7 @@ A law returns, or raises `Broken`, which says what is off and by how much. `LAWS
 from importlib import import_module
 
 from regard.laws.agreement import Broken, DoesNotApply
-from regard.laws.check import Finding, Report, check, suite
+from regard.laws.checking import Finding, Report, check, suite
 from regard.laws.law import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
