@@ -119,7 +119,7 @@ def masks_as_values_and_tensors(s: Subject) -> None:
 @law("L7", function=True, needs="mask", where=lambda s: "" if asks(s, "bias") else "it takes no bias")
 def masks_as_biases(s: Subject) -> None:
     """-inf and finfo.min in a bias mean what False in a mask means, fully masked rows included."""
-    f = s.form()
+    f: Any = s.form()
     q, k, v = f.qkv()
     allowed = pairs(s.batch, s.length)
     allowed[0, 0, 3] = False
@@ -161,7 +161,7 @@ def no_keys_at_all(s: Subject) -> None:
 @law("L9", function=True)
 def nan_reaches_what_sees_it(s: Subject) -> None:
     """NaN or inf in one token makes exactly the rows that see it non-finite, on every kernel."""
-    f = s.form()
+    f: Any = s.form()
     across = bool(f.parts.keys() & {"score_mix", "weight_mix"})
     H, G, T, S = s.heads, f.shape.num_kv_heads, 5, 7
     mask = masks.padding(lengths=torch.tensor([S] + [4] * (s.batch - 1))) if asks(s, "mask") else None

@@ -25,7 +25,7 @@ def stream(module: Any, x: Tensor, sizes: list[int], **options: masks.Mask) -> T
         if isinstance(state, KVCache):
             hold(state.length == done, f"after {done} tokens the cache says {state.length}")
             kept = all(b.dtype == x.dtype and b.device == x.device for b in state.buffers.values())
-            hold(kept, f"the cache has another dtype or device than the tokens: {state}")
+            hold(kept, "the cache has another dtype or device than the tokens")
     hold(done == x.shape[1], f"the chunks hold {done} tokens of {x.shape[1]}")
     return torch.cat(outs, 1)
 

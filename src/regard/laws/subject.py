@@ -57,7 +57,7 @@ class Subject:
         return self.card is not None and self.card.is_part
 
     @property
-    def groups(self) -> Mapping[str, int]:
+    def groups(self) -> Mapping[str, Any]:
         """The option that gives it fewer key heads than query heads; none where it has such by itself."""
         own = self.card is not None and self.card.made is not None and self.card.made.slot == "num_kv_heads"
         return {} if own else {"num_kv_heads": 2}

@@ -1,5 +1,7 @@
 """L11 to L14 and L16: heads, order of tokens, grouped keys, scale, shifts."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def permutation(n: int, seed: int = 0) -> Tensor:
 def order_of_heads_is_free(s: Subject) -> None:
     """Permuting the heads of all tensors leaves the layer unchanged."""
     H, D, dim = 11, 4, 20  # 11 is no other size here
-    shape = {"dim": dim, "num_heads": H, "head_dim": D}
+    shape: dict[str, Any] = {"dim": dim, "num_heads": H, "head_dim": D}
     module, x = s.build(**shape), s.tokens()[..., :dim]
     if module.num_kv_heads != H:
         does_not_apply("it has fewer key heads than query heads")
@@ -41,23 +43,26 @@ def order_of_heads_is_free(s: Subject) -> None:
 def heads_do_not_meet(s: Subject) -> None:
     """Changing the projections of one key head and its queries changes the output of those heads only."""
     module, x = s.build(), s.tokens()
-    q, k, v, o = (getattr(module, f"{name}_proj", None) for name in "qkvo")
-    if not all(isinstance(p, nn.Linear) for p in (q, k, v, o)):
+    projections: list[Any] = [getattr(module, f"{name}_proj", None) for name in "qkvo"]
+    q, k, v, o = projections
+    if not all(isinstance(p, nn.Linear) for p in projections):
         does_not_apply("it has no q_proj, k_proj, v_proj and o_proj that could be changed head by head")
-    rows = s.width * s.heads
-    if o.in_features != rows or o.out_features != rows or q.out_features != rows:
-        does_not_apply("its projections are not num_heads * head_dim wide")
+    width = o.in_features // s.heads
+    groups = max(1, v.out_features // max(1, width))
+    parts = [p.out_features // groups for p in (q, k, v)]  # of each group of heads
+    whole = all(n * groups == p.out_features for n, p in zip(parts, (q, k, v), strict=True)) and parts[2] == width
+    if not whole or o.in_features != o.out_features or s.heads % groups:
+        does_not_apply("its projections don't consist of heads of one width")
     nn.init.eye_(o.weight)
     want = module(x)
-    for proj in (k, v):
-        proj.weight[: s.width] *= -2
-    group = rows // (k.out_features // s.width)
-    q.weight[:group] *= -2
-    got = module(x)
-    same(got[..., group:], want[..., group:], "other heads")
-    for h in range(0, group, s.width):
-        own = slice(h, h + s.width)
-        hold(not torch.allclose(got[..., own], want[..., own]), f"head {h // s.width} does not follow its projections")
+    for n, proj in zip(parts, (q, k, v), strict=True):
+        proj.weight[:n] *= -2
+    group = s.heads // groups
+    got = (module(x) - want).unflatten(-1, (s.heads, width))
+    same(got[..., group:, :], torch.zeros_like(got[..., group:, :]), "other heads")
+    for h in range(group):
+        own = got[..., h, :]
+        hold(not torch.allclose(own, torch.zeros_like(own)), f"head {h} does not follow its projections")
 
 
 @law("L12", needs="bidirectional", traits="position_free")
@@ -94,7 +99,7 @@ def order_of_what_is_read_is_free(s: Subject) -> None:
 @law("L12", needs="bidirectional mask", traits="position_free", function=True)
 def order_of_keys_and_mask_is_free(s: Subject) -> None:
     """Keys, values and the mask's columns permuted together change nothing."""
-    f = s.form()
+    f: Any = s.form()
     q, k, v = f.qkv()
     size = (s.batch, 1, s.length, s.length)
     allowed = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.6
@@ -148,7 +153,8 @@ def summed(grad: Tensor, shape: torch.Size, G: int) -> Tensor:
 @law("L14", function=True, where=lambda s: "" if asks(s, "scale") else "it takes no scale")
 def scale_is_a_factor(s: Subject) -> None:
     """Default 1/sqrt(D); a scale is a factor of q; powers of two move between q and k bit for bit."""
-    f, D = s.form(), s.width
+    f: Any = s.form()
+    D = s.width
     q, k, v = f.qkv()
     want = f(q, k, v)
     same(f(q, k, v, scale=D**-0.5), want, "scale 1/sqrt(D)")
@@ -172,7 +178,8 @@ def shift_of_positions(s: Subject) -> None:
 @law("L16", function=True, traits="shift_invariant", needs="mask")
 def shift_of_everything(s: Subject) -> None:
     """What stands behind a few hidden keys comes out as if they weren't there: in biases and values too."""
-    f, hidden = s.form(), 3
+    f: Any = s.form()
+    hidden = 3
     if f.arguments()["mask"] is not None and not f.parts["mask"].is_shift_invariant:
         does_not_apply("its mask is no matter of distances alone")
     for causal in s.causalities:

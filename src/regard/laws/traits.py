@@ -22,7 +22,7 @@ MIXERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer"
 
 def weights(s: Subject, causal: bool, allowed: Tensor) -> Tensor:
     """(B, H, T, S): what one-hot values show."""
-    f = s.form()
+    f: Any = s.form()
     q, k, _ = f.qkv()
     one_hot = torch.eye(s.length, dtype=torch.float64).expand(*k.shape[:2], s.length, s.length)
     return f(q, k, one_hot, causal=causal, mask=allowed).detach()
@@ -31,12 +31,13 @@ def weights(s: Subject, causal: bool, allowed: Tensor) -> Tensor:
 @law("L15", function=True, traits="linear_in_values", needs="mask")
 def weights_are_as_the_traits_say(s: Subject) -> None:
     """Masked weights are exactly 0; by trait, rows sum to 1, nothing is negative, some allowed are 0, and not else."""
+    f: Any = s.form()
     for causal in s.causalities:
         size = (s.batch, 1, s.length, s.length)
         drawn = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.7
         drawn |= torch.eye(s.length, dtype=torch.bool)
         a = weights(s, causal, drawn)
-        allowed = s.form().arguments(causal, drawn)["mask"].dense(s.length).expand_as(a)
+        allowed = f.arguments(causal, drawn)["mask"].dense(s.length).expand_as(a)
         same(a[~allowed], torch.zeros_like(a[~allowed]), "masked weights")
         if "normalised" in s.traits:
             close(a.sum(-1), torch.ones_like(a.sum(-1)), "sum of weights")
@@ -53,7 +54,7 @@ def weights_are_as_the_traits_say(s: Subject) -> None:
 @law("L15", function=True, traits="linear_in_values")
 def function_is_linear_in_values(s: Subject) -> None:
     """f(q, k, a v + b w) = a f(q, k, v) + b f(q, k, w)."""
-    f = s.form()
+    f: Any = s.form()
     q, k, v = f.qkv()
     w = torch.randn_like(v)
     close(f(q, k, 2.5 * v - 0.7 * w), 2.5 * f(q, k, v) - 0.7 * f(q, k, w))
@@ -62,23 +63,31 @@ def function_is_linear_in_values(s: Subject) -> None:
 # --- L56: the layer as it is built --------------------------------------------------------------------------
 
 
-def bare(s: Subject, module: Any) -> nn.Linear:
-    """Its value projection; biases of values and outputs are taken away, and so is what mixes the outputs."""
-    v, o = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
-    if s.protocol == "FeatureMixer" or not isinstance(v, nn.Linear):
+def maps(part: Any) -> list[nn.Linear]:
+    """The linear map, or several under one name; none where it is something else."""
+    if isinstance(part, nn.Linear):
+        return [part]
+    found = part.children() if isinstance(part, nn.Module) else ()
+    return [one for one in found if isinstance(one, nn.Linear)]
+
+
+@torch.no_grad()
+def bare(s: Subject, module: Any) -> list[nn.Linear]:
+    """Its value projections; biases of values and outputs are taken away, and so is what mixes the outputs."""
+    values, outs = maps(getattr(module, "v_proj", None)), maps(getattr(module, "o_proj", None))
+    if s.protocol == "FeatureMixer" or not values:
         does_not_apply("it has no v_proj that maps tokens to values")
-    if o is not None and not (isinstance(o, nn.Linear) and o.in_features == o.out_features):
+    if any(o.in_features != o.out_features for o in outs) or (not outs and getattr(module, "o_proj", None) is not None):
         does_not_apply("its o_proj is no square map, so outputs are no means of values")
-    with torch.no_grad():
-        for proj in (v, o):
-            if proj is not None and proj.bias is not None:
-                proj.bias.zero_()
-        if o is not None:
-            nn.init.eye_(o.weight)
-    return v
+    for proj in values + outs:
+        if proj.bias is not None:
+            proj.bias.zero_()
+    for o in outs:
+        nn.init.eye_(o.weight)
+    return values
 
 
-def built(s: Subject) -> Iterator[tuple[Any, nn.Linear]]:
+def built(s: Subject) -> Iterator[tuple[Any, list[nn.Linear]]]:
     """Its layers, causal or not, and their value projections."""
     for causal in s.causalities:
         module = s.build(causal=causal)
@@ -99,20 +108,32 @@ def reads(s: Subject) -> int:
 
 
 @torch.no_grad()
-def shown(s: Subject, module: Any, v: nn.Linear, column: Tensor | float) -> Tensor:
+def shown(s: Subject, module: Any, values: list[nn.Linear], column: Tensor | float) -> Tensor:
     """Its weights times the column: what comes of values that are the first channel, less what comes of none."""
-    given = source(s, column)
-    nn.init.zeros_(v.weight)
+    given, at, met = source(s, column), reads(s), []
+    for v in values:
+        nn.init.zeros_(v.weight)
+    hook = values[0].register_forward_pre_hook(lambda _, inputs: met.append(inputs[0][..., 0]))
     nothing = module(*given)
-    v.weight[:, 0] = 1
-    return module(*given) - nothing
+    want = given[at][..., 0].clone()
+    if met and met[0].shape == want.shape and not torch.equal(met[0], want):  # as where positions are added
+        given[at][..., 0] += want - met[0]
+        met.clear()
+        nothing = module(*given)
+        if not torch.allclose(met[0], want):
+            does_not_apply("its v_proj reads something else than the tokens")
+    hook.remove()
+    for v in values:
+        v.weight[:, 0] = 1
+    out: Tensor = module(*given)
+    return out - nothing
 
 
-def layer_weights(s: Subject, module: Any, v: nn.Linear) -> Iterator[Tensor]:
+def layer_weights(s: Subject, module: Any, values: list[nn.Linear]) -> Iterator[Tensor]:
     """For every token in turn the weights with which it is read; each time, the token alone has a 1 to show."""
     count = source(s)[reads(s)].shape[-2]
     for one in torch.eye(count, dtype=torch.float64):
-        yield shown(s, module, v, one)
+        yield shown(s, module, values, one)
 
 
 @law("L56", traits="linear_in_values", protocols=MIXERS)
@@ -120,11 +141,14 @@ def layer_weights(s: Subject, module: Any, v: nn.Linear) -> Iterator[Tensor]:
 def layer_is_linear_in_values(s: Subject) -> None:
     """A layer's output, before it is projected, is linear in the value projection."""
     given = source(s)
-    for module, v in built(s):
-        one, other = torch.randn(2, *v.weight.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for module, values in built(s):
+        one, other = torch.randn(
+            2, *values[0].weight.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+        )
         outs = []
         for weight in (one, other, 2.5 * one - 0.7 * other):
-            v.weight.copy_(weight)
+            for v in values:
+                v.weight.copy_(weight)
             outs.append(module(*given))
         hold(not torch.allclose(outs[0], outs[1]), "the value projection changes nothing")
         close(outs[2], 2.5 * outs[0] - 0.7 * outs[1], "output")
@@ -133,34 +157,34 @@ def layer_is_linear_in_values(s: Subject) -> None:
 @law("L56", traits="normalised", protocols=MIXERS)
 def equal_values_come_out(s: Subject) -> None:
     """Where all tokens have the same value, a layer of normalised weights gives that value."""
-    for module, v in built(s):
-        got = shown(s, module, v, 3.0)
+    for module, values in built(s):
+        got = shown(s, module, values, 3.0)
         close(got, torch.full_like(got, 3.0), "weighted sum of values that are all 3")
 
 
 @law("L56", traits="nonnegative", protocols=MIXERS)
 def layer_weights_are_not_negative(s: Subject) -> None:
     """No token's value counts negatively; with weights that sum to 1, outputs lie within the range of the values."""
-    for module, v in built(s):
-        for n, got in enumerate(layer_weights(s, module, v)):
+    for module, values in built(s):
+        for n, got in enumerate(layer_weights(s, module, values)):
             hold((got >= 0).all(), f"the value of token {n} has the weight {got.min():.3g}")
 
 
 @law("L56", traits="sparse", protocols=MIXERS)
 def some_layer_weights_are_zero(s: Subject) -> None:
     """A token that may be seen, as the layer itself says, has weight exactly 0 somewhere."""
-    for module, v in built(s):
+    for module, values in built(s):
         if not hasattr(module, "receptive_field"):
             does_not_apply("it doesn't say which tokens may be seen")
         allowed = module.receptive_field().dense(s.length).expand(s.batch, s.heads, s.length, s.length)
-        a = torch.stack([g.unflatten(-1, (s.heads, -1))[..., 0] for g in layer_weights(s, module, v)], -1)
+        a = torch.stack([g.unflatten(-1, (s.heads, -1))[..., 0] for g in layer_weights(s, module, values)], -1)
         hold((a.transpose(1, 2)[allowed] == 0).any(), "no weight is 0")
 
 
 @law("L56", traits="routed", protocols="TokenMixer FeatureMixer")
 def content_decides_what_is_seen(s: Subject) -> None:
     """Which tokens count at all for an output differs from input to input."""
-    (x,) = s.inputs()
+    x = s.tokens(6) if s.protocol == "TokenMixer" and s.given is None else s.inputs()[0]
     for causal in s.causalities:
         module = s.build(causal=causal)
         seen = [reaches(module if s.protocol == "TokenMixer" else Rows(module, x.shape[2:]), row) for row in rows(x)]
