@@ -19,10 +19,10 @@ compare: $(VENV)/.installed  ## train the default mechanisms on real text and wr
 	$(BIN)/regard compare $(ARGS)
 
 test: $(VENV)/.installed  ## the suite, but for what is marked slow
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(VENV)/.installed  ## the slow tests too: every card compiled, memory at length, a detector trained
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .

@@ -63,9 +63,13 @@ def laws(request):
     return [law for law in LAWS if not asked or {law.id, law.name} & asked]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """With --card, what is parametrised over cards runs for those alone, slow or not, and nothing else does."""
     if cards := set(config.getoption("card")):
+        if unknown := cards - set(regard.mechanisms()):
+            raise pytest.UsageError(f"unknown cards {sorted(unknown)}; `regard list` shows all")
+        config.option.markexpr = ""
         items[:] = [item for item in items if _card(item) in cards]
 
 

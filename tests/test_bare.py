@@ -24,6 +24,7 @@ def without(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, above)), "COLUMNS": "80"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bare.EXTRAS)
 def test_each_extra_may_be_missing(name: str, tmp_path: Path) -> None:
     """The whole catalogue is imported and listed without it."""

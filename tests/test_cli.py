@@ -367,6 +367,7 @@ WITHOUT = {
 }
 
 
+@pytest.mark.slow
 def test_everything_that_needs_no_extra_runs_without():
     """In a process where none of them can be imported and there is no compiler."""
     modules = [{"scikit-learn": "sklearn"}.get(name, name) for name in (*WITHOUT, "torch_geometric")]

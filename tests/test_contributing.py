@@ -42,6 +42,7 @@ def test_the_example_is_a_mechanism(example: Path) -> None:
         regard.create("soft_cap", dim=24, num_heads=6, cap=-1)
 
 
+@pytest.mark.slow
 def test_the_example_passes_its_own_test_and_the_linter(example: Path) -> None:
     """In a process of its own, where the file stands in the room as if it had been there always."""
     code = f"import regard.scores\n\nregard.scores.__path__.append({str(example)!r})\n"

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regard import heads, inspect, kinds, masks, normalizers, positions, scores, stages
+    from regard import heads, inspect, kinds, laws, masks, normalizers, positions, scores, stages
     from regard.cards import Card, Cost, Paper
     from regard.catalog import analyses, card, create, mechanisms
     from regard.inspect.effective import effective_weights
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from regard.integrations.transformers import swap
     from regard.integrations.transformers_heads import scale_heads
     from regard.kernels import Plan
+    from regard.laws import check
     from regard.pipeline import Attention, HeadMixer, KVCache, attention, plan
     from regard.stages import share
 
@@ -29,6 +30,7 @@ _FROM = {
     "analyses": "regard.catalog",
     "attention": "regard.pipeline",
     "card": "regard.catalog",
+    "check": "regard.laws",
     "create": "regard.catalog",
     "effective_weights": "regard.inspect.effective",
     "mechanisms": "regard.catalog",
@@ -51,11 +53,13 @@ __all__ = [
     "analyses",
     "attention",
     "card",
+    "check",
     "create",
     "effective_weights",
     "heads",
     "inspect",
     "kinds",
+    "laws",
     "masks",
     "mechanisms",
     "normalizers",

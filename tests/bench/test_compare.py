@@ -254,6 +254,7 @@ def test_the_callers_own_mechanisms_say_what_they_are(config):
     assert validate(digits).specs == ["stubs:Mapped", "softmax"]
 
 
+@pytest.mark.slow
 def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar):
     pytest.importorskip("plotly")
     out = io.StringIO()
@@ -297,6 +298,7 @@ sys.exit(compare.execute(config, train=train).exit_code)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_and_repeats_nothing(tmp_path):
     draw, done = random.Random(0), set()
     for kill in range(7):
@@ -348,7 +350,9 @@ def gone(pid, seconds):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_the_run_with_a_hint_and_its_worker_with_it(config, tmp_path, number, code):
     job, worker = hanging(config, tmp_path)
     with job:
@@ -360,6 +364,7 @@ def test_a_signal_ends_the_run_with_a_hint_and_its_worker_with_it(config, tmp_pa
     assert read(config.out) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_no_worker_outlives_a_run_that_was_killed(config, tmp_path):
     job, worker = hanging(config, tmp_path)
@@ -371,6 +376,7 @@ def test_no_worker_outlives_a_run_that_was_killed(config, tmp_path):
 # --- For real
 
 
+@pytest.mark.slow
 def test_real_workers_train_fail_and_continue(config):
     """Good and faulty mechanisms side by side; the loss of the good one is the same in another process."""
     mechanisms = ("stubs:Good", "stubs:Raises", "stubs:Diverges", "alibi")

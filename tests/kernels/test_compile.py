@@ -80,6 +80,7 @@ def test_new_lengths(case: str) -> None:
     few_graphs(case, train=False)
 
 
+@pytest.mark.slow
 def test_new_lengths_in_training() -> None:
     few_graphs("all at once", train=True)
 

@@ -3,7 +3,10 @@
 pytest tests/laws --card kerple --law L4        # one law of one card; both options may be repeated
 """
 
+import inspect
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,20 +42,31 @@ def test_laws(name: str, laws: list[Law], record_property) -> None:
     holds(of(name), [law for law in laws if not law.heavy], record_property)
 
 
-def kinds() -> set[str]:
+def first() -> set[str]:
     """The first card of each protocol and family."""
-    first = {}
+    found: dict[tuple[str, str], str] = {}
     for name in regard.mechanisms():
-        card = regard.card(name)
-        first.setdefault((card.protocol, card.family), name)
-    return set(first.values())
+        found.setdefault((regard.card(name).protocol, regard.card(name).family), name)
+    return set(found.values())
 
 
-FIRST = kinds()
+def changed() -> set[str]:
+    """The cards whose files differ from those of the main branch, or from the last commit; none without git."""
+    root = Path(regard.__file__).parent
+    for base in ("origin/main...", "HEAD"):
+        git = ["git", "-C", str(root), "diff", "--name-only", "--relative", base]
+        done = subprocess.run(git, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
+            files = {(root / line).resolve() for line in done.stdout.splitlines()}
+            return {n for n in regard.mechanisms() if Path(inspect.getfile(regard.card(n).builder)).resolve() in files}
+    return set()
+
+
+NOW = first() | changed()
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.slow) for n in regard.mechanisms()]
+    "name", [pytest.param(n, marks=[] if n in NOW else pytest.mark.slow) for n in regard.mechanisms()]
 )
 def test_heavy_laws(name: str, laws: list[Law], record_property) -> None:
     holds(of(name), [law for law in laws if law.heavy], record_property)

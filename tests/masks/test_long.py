@@ -29,7 +29,12 @@ print((peak - before) * unit / 2**20, seconds, layout.num_blocks, count)
 @pytest.mark.parametrize(
     ("mask", "blocks", "count"),
     [
-        ("masks.causal() & masks.window(512)", 5 * 2048 - 10, 512 * 2**18 - 512 * 511 // 2),
+        pytest.param(
+            "masks.causal() & masks.window(512)",
+            5 * 2048 - 10,
+            512 * 2**18 - 512 * 511 // 2,
+            marks=pytest.mark.slow,
+        ),
         ("masks.causal() & documents", 64 * (32 * 33 // 2), 64 * (4096 * 4097 // 2)),
         (
             "masks.causal() & (masks.window(256) | masks.global_tokens(1))",

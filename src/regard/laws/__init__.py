@@ -8,14 +8,31 @@ A law returns, or raises `Broken`, which says what is off and by how much. `LAWS
 
 from importlib import import_module
 
-from regard.laws.agreement import Broken
-from regard.laws.law import LAWS, DoesNotApply, Law, law
+from regard.laws.agreement import Broken, DoesNotApply
+from regard.laws.checking import Finding, Report, check, suite
+from regard.laws.law import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
-FILES = ("structure", "modules", "numerics", "gradients", "reference")
+FILES = (
+    *("supported", "structure", "masking", "symmetry", "traits", "streaming"),
+    *("reference", "numerics", "gradients", "modules"),
+)
 """In the order of the report."""
 
 for _name in FILES:
     import_module(f"regard.laws.{_name}")
 
-__all__ = ["FILES", "LAWS", "Broken", "DoesNotApply", "Law", "Subject", "law", "of"]
+__all__ = [
+    "FILES",
+    "LAWS",
+    "Broken",
+    "DoesNotApply",
+    "Finding",
+    "Law",
+    "Report",
+    "Subject",
+    "check",
+    "law",
+    "of",
+    "suite",
+]

@@ -5,7 +5,7 @@ Every function returns nothing, or raises `Broken` with the difference.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -14,6 +14,14 @@ from torch import Tensor
 
 class Broken(AssertionError):
     """A law does not hold; the message says what differs and by how much."""
+
+
+class DoesNotApply(Exception):
+    """Raised by a law that finds, while it looks, that it has nothing to say about the subject."""
+
+
+def does_not_apply(why: str) -> NoReturn:
+    raise DoesNotApply(why)
 
 
 def hold(condition: object, what: str) -> None:

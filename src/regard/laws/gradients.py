@@ -10,8 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from regard import masks
-from regard.laws.agreement import Broken, hold, says
-from regard.laws.law import LAYERS, does_not_apply, law
+from regard.laws.agreement import Broken, does_not_apply, hold, says
+from regard.laws.law import LAYERS, law
 from regard.laws.modules import drops
 from regard.laws.subject import Subject
 

@@ -9,20 +9,11 @@ def future_changes_nothing(s: Subject) -> None:
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn
 
 from regard.laws.subject import Subject
 
 LAYERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer Loss"
 """Protocols of modules that take tensors and give one."""
-
-
-class DoesNotApply(Exception):
-    """Raised by a law that finds, while it looks, that it has nothing to say about the subject."""
-
-
-def does_not_apply(why: str) -> NoReturn:
-    raise DoesNotApply(why)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from regard.laws.agreement import close, hold, near, refused, run, same
-from regard.laws.law import LAYERS, does_not_apply, law
+from regard.laws.agreement import close, does_not_apply, hold, near, refused, run, same
+from regard.laws.law import LAYERS, law
 from regard.laws.subject import Subject
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.laws.agreement import Broken, close, hold, naive_precision, near, run, same, says
-from regard.laws.law import LAYERS, does_not_apply, law
+from regard.laws.agreement import Broken, close, does_not_apply, hold, naive_precision, near, run, same, says
+from regard.laws.law import LAYERS, law
 from regard.laws.subject import Subject, no_worse_than_naive
 
 FINE, FINER = 1e-6, 1e-7
@@ -27,9 +27,7 @@ def only_what_torch_can(s: Subject) -> Iterator[None]:
 
 
 def not_routed(s: Subject) -> str:
-    return (
-        "in half precision content may route to other keys: another output altogether" if "routed" in s.traits else ""
-    )
+    return "in half precision content may route to other keys" if "routed" in s.traits else ""
 
 
 def half_precision(s: Subject, dtype: torch.dtype) -> None:
@@ -131,7 +129,7 @@ def larger_logits_are_no_less_exact(s: Subject) -> None:
         with torch.no_grad():
             module.q_proj.weight *= 10
 
-    given = [(s.tokens(dtype=torch.bfloat16, seed=100 + n),) for n in range(8)]
+    given: list[tuple[Tensor, ...]] = [(s.tokens(dtype=torch.bfloat16, seed=100 + n),) for n in range(8)]
     no_worse_than_naive(s, torch.bfloat16, given, grow)
 
 

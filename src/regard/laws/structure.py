@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regard.laws.agreement import close, hold, run, same
-from regard.laws.law import does_not_apply, law
+from regard.laws.agreement import close, does_not_apply, hold, run, same
+from regard.laws.law import law
 from regard.laws.subject import Subject, field_of, reaches
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.layer import Attention

@@ -176,7 +176,10 @@ def perturb(module: nn.Module, seed: int = 1, size: float = 0.3) -> None:
             p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype), alpha=size)
 
 
-def takes(module: nn.Module, argument: str) -> bool:
+def takes(module: Any, argument: str) -> bool:
+    """Whether `forward` has an argument of that name; an adapter says so for what it stands around."""
+    if hasattr(module, "takes"):
+        return module.takes(argument)
     return argument in inspect.signature(module.forward).parameters
 
 

@@ -1,0 +1,243 @@
+"""`regard.check`: put anybody's attention through the laws, and say law by law what holds."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from regard.laws.agreement import Broken, DoesNotApply
+from regard.laws.foreign import subject
+from regard.laws.law import LAWS, Law
+from regard.laws.subject import Subject
+
+Outcome = Literal["holds", "fails", "excepted", "does not apply"]
+SIZES = ("batch", "length", "heads")
+SMALL = (1, 2, 3, 4, 5, 6, 8, 10)
+PATIENCE = 5.0
+"""Seconds in which a smaller input is looked for, a law."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one law."""
+
+    law: Law
+    outcome: Outcome
+    why: str = ""
+    """The difference where it fails, else the reason."""
+    sizes: Mapping[str, int] | None = None
+    """Of the smallest input at which it fails: B, T, M and H."""
+    seconds: float = 0.0
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "law": self.law.id,
+            "name": self.law.name,
+            "statement": self.law.statement,
+            "outcome": self.outcome,
+            "why": self.why,
+            "sizes": None if self.sizes is None else dict(self.sizes),
+            "seconds": round(self.seconds, 4),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, in the order of the laws."""
+
+    name: str
+    supports: tuple[str, ...]
+    traits: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing fails."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.outcome == "fails")
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        found = [finding.data() for finding in self.findings]
+        claims = {"supports": list(self.supports), "traits": list(self.traits)}
+        return {"name": self.name, "ok": self.ok, **claims, "laws": found}
+
+    def lines(self) -> Iterator[tuple[str, str, str]]:
+        """(outcome, law, text), a row each."""
+        for finding in self.findings:
+            at = finding.sizes and "at " + ", ".join(f"{axis}={size}" for axis, size in finding.sizes.items()) + ": "
+            text = f"{at or ''}{finding.why}" if finding.why else finding.law.statement
+            yield finding.outcome, str(finding.law), text
+
+    def __str__(self) -> str:
+        rows = [f"{outcome:15}{law}\n{' ' * 15}{text}" for outcome, law, text in self.lines()]
+        return "\n".join([*rows, self.summary()])
+
+    def summary(self) -> str:
+        """One line."""
+        count = {
+            o: sum(f.outcome == o for f in self.findings) for o in ("holds", "fails", "excepted", "does not apply")
+        }
+        return f"{self.name}: " + ", ".join(f"{n} {outcome}" for outcome, n in count.items() if n)
+
+
+def check(
+    thing: object,
+    *,
+    protocol: str | None = None,
+    supports: Iterable[str] | None = None,
+    traits: Iterable[str] = (),
+    dim: int | None = None,
+    heads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    inputs: Callable[..., tuple[Any, ...]] | None = None,
+    laws: Iterable[str] | None = None,
+    heavy: bool = False,
+    seen: Callable[[Finding], None] | None = None,
+) -> Report:
+    """Put an attention through every law that speaks of it.
+
+    Args:
+        thing: a mechanism's name or card; a class, or a function that makes a module; a built module; a function of
+            queries, keys and values (B, H, T, D); or 'package.module:Thing'. `regard.laws.foreign` says how it is
+            called, and in which form masks reach it.
+        protocol: what it takes and gives, see `regard.kinds`; default TokenMixer, (B, T, M) -> (B, T, M).
+        supports: what it claims to be able to do, see `regard.cards.FEATURES`; default what its signatures say.
+        traits: which properties it claims, see `regard.cards.TRAITS`; default none.
+        dim, heads: M and H of the instances; default 24 and 6.
+        options: arguments to build it with.
+        inputs: f(shape) -> the positional arguments of `forward`, where the protocol alone does not say them.
+        laws: ids or names, to look at those alone.
+        heavy: the laws that take a second or more, too: compilation, export, training.
+        seen: called with every finding when it is there.
+
+    Raises:
+        ValueError, TypeError: it can't be found, built or called; unknown protocols, features, traits and laws.
+    """
+    asked = None if laws is None else set(laws)
+    if asked is not None and (unknown := asked - {n for law in LAWS for n in (law.id, law.name)}):
+        raise ValueError(f"check: laws are unknown (got {sorted(unknown)}); expected ids or names of regard.laws.LAWS")
+    findings = []
+    with _undisturbed():
+        s = subject(
+            thing,
+            protocol=protocol,
+            supports=supports,
+            traits=traits,
+            dim=dim,
+            heads=heads,
+            options=options,
+            inputs=inputs,
+        )
+        for law in chosen(asked, heavy):
+            findings.append(look(law, s))
+            if seen is not None:
+                seen(findings[-1])
+    return Report(s.name, tuple(sorted(s.supports)), tuple(sorted(s.traits)), tuple(findings))
+
+
+def chosen(asked: set[str] | None, heavy: bool) -> list[Law]:
+    """The laws to look at: those named, or all, the heavy ones if they are wanted."""
+    if asked is not None:
+        return [law for law in LAWS if {law.id, law.name} & asked]
+    return [law for law in LAWS if heavy or not law.heavy]
+
+
+def look(law: Law, s: Subject) -> Finding:
+    """What is found of one law; where it fails, at the smallest sizes at which it still does."""
+    start = time.perf_counter()
+    if why := law.why_not(s):
+        return Finding(law, "does not apply", why)
+    error = attempt(law, s)
+    if isinstance(error, DoesNotApply):
+        return Finding(law, "does not apply", str(error))
+    if error is None:
+        return Finding(law, "holds", seconds=time.perf_counter() - start)
+    if reason := s.exceptions.get(law.id, ""):
+        return Finding(law, "excepted", reason, seconds=time.perf_counter() - start)
+    smallest, error = shrunk(law, s, error)
+    sizes = {"B": smallest.batch, "T": smallest.length, "M": smallest.dim, "H": smallest.heads}
+    return Finding(law, "fails", said(error), sizes, time.perf_counter() - start)
+
+
+def attempt(law: Law, s: Subject) -> Exception | None:
+    """What the law raises, if anything."""
+    torch.manual_seed(0)
+    try:
+        law.check(s)
+    except Exception as error:
+        return error
+    return None
+
+
+def said(error: Exception) -> str:
+    """In one line; an error that is no law's own is named."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return text if isinstance(error, Broken) else f"{type(error).__name__}: {text}"
+
+
+def shrunk(law: Law, s: Subject, error: Exception) -> tuple[Subject, Exception]:
+    """The smallest sizes at which it fails in the same way, found greedily, axis by axis."""
+    end = time.perf_counter() + PATIENCE
+    for axis in SIZES if s.given is None else ():
+        for size in SMALL:
+            if size >= getattr(s, axis) or time.perf_counter() > end:
+                break
+            if axis == "heads" and s.dim % size:
+                continue
+            smaller = replace(s, **{axis: size})
+            found = attempt(law, smaller)
+            if type(found) is type(error):
+                s, error = smaller, found
+                break
+    return s, error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The caller's random numbers and settings are as before."""
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def suite(thing: object, **claims: Any) -> Callable[..., None]:
+    """A test for pytest, one case a law, to be given a name in a test file:
+
+        test_my_attention = regard.laws.suite("mypackage.attention:MyAttention", traits={"position_free"})
+
+    Args:
+        thing, claims: as in `check`. Laws that don't apply are no cases.
+    """
+    import pytest
+
+    heavy, asked = claims.pop("heavy", False), claims.pop("laws", None)
+    with _undisturbed():
+        s = subject(thing, **claims)
+        cases = [law for law in chosen(None if asked is None else set(asked), heavy) if not law.why_not(s)]
+
+    @pytest.mark.parametrize("law", [pytest.param(law, id=f"{law.id}-{law.name}") for law in cases])
+    def test(law: Law) -> None:
+        with _undisturbed():
+            finding = look(law, s)
+        if finding.outcome == "does not apply":
+            pytest.skip(finding.why)
+        if finding.outcome == "excepted":
+            pytest.xfail(finding.why)
+        if finding.outcome == "fails":
+            at = ", ".join(f"{axis}={size}" for axis, size in (finding.sizes or {}).items())
+            pytest.fail(f"{s.name} breaks {law} at {at}: {finding.why}\n{law.statement}", pytrace=False)
+
+    return test

@@ -1,0 +1,183 @@
+"""L15, L56: what a mechanism's traits say of its weights, seen from outside.
+
+A function shows its weights where the values are one-hot. A layer does where its value projection reads one channel
+of the tokens, with which they can be told apart: L56 holds for what fills slots and for what does not.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.laws.agreement import close, hold, same
+from regard.laws.law import does_not_apply, law
+from regard.laws.subject import Subject, reaches
+
+MIXERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer"
+
+
+# --- L15: the function of queries, keys and values ----------------------------------------------------------
+
+
+def weights(s: Subject, causal: bool, allowed: Tensor) -> Tensor:
+    """(B, H, T, S): what one-hot values show."""
+    f = s.form()
+    q, k, _ = f.qkv()
+    one_hot = torch.eye(s.length, dtype=torch.float64).expand(*k.shape[:2], s.length, s.length)
+    return f(q, k, one_hot, causal=causal, mask=allowed).detach()
+
+
+@law("L15", function=True, traits="linear_in_values", needs="mask")
+def weights_are_as_the_traits_say(s: Subject) -> None:
+    """Masked weights are exactly 0; by trait, rows sum to 1, nothing is negative, some allowed are 0, and not else."""
+    for causal in s.causalities:
+        size = (s.batch, 1, s.length, s.length)
+        drawn = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.7
+        drawn |= torch.eye(s.length, dtype=torch.bool)
+        a = weights(s, causal, drawn)
+        allowed = s.form().arguments(causal, drawn)["mask"].dense(s.length).expand_as(a)
+        same(a[~allowed], torch.zeros_like(a[~allowed]), "masked weights")
+        if "normalised" in s.traits:
+            close(a.sum(-1), torch.ones_like(a.sum(-1)), "sum of weights")
+        if "nonnegative" in s.traits:
+            hold((a >= 0).all(), f"a weight is {a.min():.3g}: the trait 'nonnegative' says else")
+        elif s.card is not None:
+            hold((a < 0).any(), "the trait 'nonnegative' is missing")
+        some = bool((a[allowed] == 0).any())
+        if some or s.card is not None:
+            told = f"{'some' if some else 'no'} allowed weights are 0: the trait 'sparse' says else"
+            hold(some == ("sparse" in s.traits), told)
+
+
+@law("L15", function=True, traits="linear_in_values")
+def function_is_linear_in_values(s: Subject) -> None:
+    """f(q, k, a v + b w) = a f(q, k, v) + b f(q, k, w)."""
+    f = s.form()
+    q, k, v = f.qkv()
+    w = torch.randn_like(v)
+    close(f(q, k, 2.5 * v - 0.7 * w), 2.5 * f(q, k, v) - 0.7 * f(q, k, w))
+
+
+# --- L56: the layer as it is built --------------------------------------------------------------------------
+
+
+def bare(s: Subject, module: Any) -> nn.Linear:
+    """Its value projection; biases of values and outputs are taken away, and so is what mixes the outputs."""
+    v, o = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
+    if s.protocol == "FeatureMixer" or not isinstance(v, nn.Linear):
+        does_not_apply("it has no v_proj that maps tokens to values")
+    if o is not None and not (isinstance(o, nn.Linear) and o.in_features == o.out_features):
+        does_not_apply("its o_proj is no square map, so outputs are no means of values")
+    with torch.no_grad():
+        for proj in (v, o):
+            if proj is not None and proj.bias is not None:
+                proj.bias.zero_()
+        if o is not None:
+            nn.init.eye_(o.weight)
+    return v
+
+
+def built(s: Subject) -> Iterator[tuple[Any, nn.Linear]]:
+    """Its layers, causal or not, and their value projections."""
+    for causal in s.causalities:
+        module = s.build(causal=causal)
+        yield module, bare(s, module)
+
+
+def source(s: Subject, column: Tensor | float | None = None) -> tuple[Tensor, ...]:
+    """What it is called with; the first channel of the tokens that it reads values from is `column`."""
+    given = [g.clone() for g in s.inputs()]
+    if column is not None:
+        given[reads(s)][..., 0] = column
+    return tuple(given)
+
+
+def reads(s: Subject) -> int:
+    """Which of its inputs the values come from."""
+    return 1 if s.protocol in ("CrossMixer", "Pointer") else 0
+
+
+@torch.no_grad()
+def shown(s: Subject, module: Any, v: nn.Linear, column: Tensor | float) -> Tensor:
+    """Its weights times the column: what comes of values that are the first channel, less what comes of none."""
+    given = source(s, column)
+    nn.init.zeros_(v.weight)
+    nothing = module(*given)
+    v.weight[:, 0] = 1
+    return module(*given) - nothing
+
+
+def layer_weights(s: Subject, module: Any, v: nn.Linear) -> Iterator[Tensor]:
+    """For every token in turn the weights with which it is read; each time, the token alone has a 1 to show."""
+    count = source(s)[reads(s)].shape[-2]
+    for one in torch.eye(count, dtype=torch.float64):
+        yield shown(s, module, v, one)
+
+
+@law("L56", traits="linear_in_values", protocols=MIXERS)
+@torch.no_grad()
+def layer_is_linear_in_values(s: Subject) -> None:
+    """A layer's output, before it is projected, is linear in the value projection."""
+    given = source(s)
+    for module, v in built(s):
+        one, other = torch.randn(2, *v.weight.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        outs = []
+        for weight in (one, other, 2.5 * one - 0.7 * other):
+            v.weight.copy_(weight)
+            outs.append(module(*given))
+        hold(not torch.allclose(outs[0], outs[1]), "the value projection changes nothing")
+        close(outs[2], 2.5 * outs[0] - 0.7 * outs[1], "output")
+
+
+@law("L56", traits="normalised", protocols=MIXERS)
+def equal_values_come_out(s: Subject) -> None:
+    """Where all tokens have the same value, a layer of normalised weights gives that value."""
+    for module, v in built(s):
+        got = shown(s, module, v, 3.0)
+        close(got, torch.full_like(got, 3.0), "weighted sum of values that are all 3")
+
+
+@law("L56", traits="nonnegative", protocols=MIXERS)
+def layer_weights_are_not_negative(s: Subject) -> None:
+    """No token's value counts negatively; with weights that sum to 1, outputs lie within the range of the values."""
+    for module, v in built(s):
+        for n, got in enumerate(layer_weights(s, module, v)):
+            hold((got >= 0).all(), f"the value of token {n} has the weight {got.min():.3g}")
+
+
+@law("L56", traits="sparse", protocols=MIXERS)
+def some_layer_weights_are_zero(s: Subject) -> None:
+    """A token that may be seen, as the layer itself says, has weight exactly 0 somewhere."""
+    for module, v in built(s):
+        if not hasattr(module, "receptive_field"):
+            does_not_apply("it doesn't say which tokens may be seen")
+        allowed = module.receptive_field().dense(s.length).expand(s.batch, s.heads, s.length, s.length)
+        a = torch.stack([g.unflatten(-1, (s.heads, -1))[..., 0] for g in layer_weights(s, module, v)], -1)
+        hold((a.transpose(1, 2)[allowed] == 0).any(), "no weight is 0")
+
+
+@law("L56", traits="routed", protocols="TokenMixer FeatureMixer")
+def content_decides_what_is_seen(s: Subject) -> None:
+    """Which tokens count at all for an output differs from input to input."""
+    (x,) = s.inputs()
+    for causal in s.causalities:
+        module = s.build(causal=causal)
+        seen = [reaches(module if s.protocol == "TokenMixer" else Rows(module, x.shape[2:]), row) for row in rows(x)]
+        hold(any(not torch.equal(seen[0], other) for other in seen[1:]), "every input is seen along the same pattern")
+
+
+def rows(x: Tensor) -> list[Tensor]:
+    """Every entry of the batch, a map (C, Y, X) as its tokens (Y X, C)."""
+    return list((x if x.dim() == 3 else x.flatten(2).mT).split(1))
+
+
+class Rows:
+    """A layer over maps of one size, called with their tokens (B, Y X, C)."""
+
+    def __init__(self, module: Any, size: torch.Size) -> None:
+        self.module, self.size = module, size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x.mT.unflatten(-1, self.size))
+        return out.flatten(2).mT
