@@ -153,7 +153,9 @@ class Card:
     example: Mapping[str, Any] = field(default_factory=dict)
     """Options that make a small instance (dim 24, 6 heads, T of about 12) exercise the mechanism."""
     tries: Mapping[str, Any] = field(default_factory=dict)
-    """Option -> another value that makes a difference at that size, where a test could not guess one."""
+    """Option -> another value that makes a difference at that size, where a test could not guess one; or all options
+    that must change together, as a mapping; or `...` where the option says how something is computed or kept, and so
+    changes no output."""
     auxiliary: str = ""
     """A method of the module that takes what `forward` takes and gives a loss; training adds it, times the module's
     option `auxiliary_weight`."""

@@ -49,6 +49,7 @@ m[C] = max s, z[C] = sum exp(s - m[C]), o[C] = sum exp(s - m[C]) v over a chunk'
     ),
     verified="third-party",
     example={"chunk": 4},
+    tries={"chunk": ...},
 )
 
 

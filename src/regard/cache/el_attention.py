@@ -49,6 +49,7 @@ out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
     ),
     verified="third-party",
     example={"folded": 64},
+    tries={"folded": ...},
 )
 
 

@@ -14,7 +14,7 @@ def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(5)
     nodes = torch.randn(12, shape.dim, generator=generator, dtype=torch.float64)
     pos = torch.rand(12, 3, generator=generator, dtype=torch.float64)
-    return nodes, nearest(pos, 4), pos
+    return nodes, nearest(pos, 4)[:, 1:], pos  # the first point does not see itself, which self_loops changes
 
 
 CARD = Card(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from regard import masks
 from regard.kernels import KERNELS
-from regard.laws.agreement import close, close_all, hold, run, same, says
-from regard.laws.law import does_not_apply, law
+from regard.laws.agreement import close, close_all, does_not_apply, hold, run, same, says
+from regard.laws.law import law
 from regard.laws.subject import Subject, field_of, moves_freely, pairs, reaches, takes
 
 POISON = (0.0, 1e4, float("nan"))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from regard import masks
-from regard.laws.agreement import close, hold, refused, says
-from regard.laws.law import LAYERS, does_not_apply, law
+from regard.laws.agreement import close, does_not_apply, hold, refused, says
+from regard.laws.law import LAYERS, law
 from regard.laws.subject import Subject, takes
 
 

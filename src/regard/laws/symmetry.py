@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from regard import masks
-from regard.laws.agreement import close, close_all, hold, run, same
-from regard.laws.law import does_not_apply, law
+from regard.laws.agreement import close, close_all, does_not_apply, hold, run, same
+from regard.laws.law import law
 from regard.laws.masking import asks
 from regard.laws.subject import Subject, takes
 from regard.pipeline.layer import Attention

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.laws.agreement import close, hold, same
-from regard.laws.law import does_not_apply, law
+from regard.laws.agreement import close, does_not_apply, hold, same
+from regard.laws.law import law
 from regard.laws.subject import Subject, reaches
 
 MIXERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer"
