@@ -13,7 +13,10 @@ from regard.laws.checking import Finding, Report, check, suite
 from regard.laws.law import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
-FILES = ("supported", "structure", "masking", "symmetry", "traits", "streaming")
+FILES = (
+    *("supported", "structure", "masking", "symmetry", "traits", "streaming"),
+    *("reference", "numerics", "gradients", "modules"),
+)
 """In the order of the report."""
 
 for _name in FILES:

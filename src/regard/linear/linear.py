@@ -32,6 +32,7 @@ streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) .
     differs=("No constant is added to the denominator: it is a sum of positive terms.",),
     verified="reconstructed",
     tasks=("profile",),
+    exceptions={"L25": "below -87 exp(k) leaves float32, so gradients through a sum of nothing else are not finite"},
 )
 
 
