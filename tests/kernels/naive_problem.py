@@ -126,7 +126,7 @@ def _seen(d: Description, tree: Tree, b: Tensor, h: Tensor, i: Tensor, j: Tensor
             tiles = tiles.expand(d.B, d.H, *tiles.shape[2:])
             return tiles[b, h, (i - (S - d.T)) // given[2], j // given[3]]
         case "predicate":
-            return (i + 2 * j + b) % given[0] != h % given[0]
+            return (i + 2 * j + b * given[1]) % given[0] != h * given[2] % given[0]
     assert kind == "neighborhood", kind
     return neighbours(*given)
 
