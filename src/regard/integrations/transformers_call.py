@@ -155,7 +155,9 @@ def _mask(
     given = given.formed() if isinstance(given, LazyMask) else given
     if not isinstance(given, Tensor):  # FlexAttention's BlockMask, whose queries count from 0
         mod: Callable[..., Tensor] = given.mask_mod
-        return predicate(lambda b, h, i, j: mod(b, h, i - (S - T), j)), None, 0, S, None
+        batch, heads = given.shape[:2]
+        rule = predicate(lambda b, h, i, j: mod(b, h, i - (S - T), j), batch=batch, heads=heads)
+        return rule, None, 0, S, None
     if given.dim() == 2:
         return padding(given.bool()), None, 0, S, given.bool()
     given = given[..., :S]

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.kernels import sdpa
 from regard.kernels.cost import MASKED, Cost, asked, checked, formed, passed, products
-from regard.kernels.problem import Keys, Problem, attend
+from regard.kernels.problem import Keys, Problem, attend, nothing
 from regard.masks import BlockLayout, Mask
 from regard.masks.algebra import And, by_value
+from regard.masks.selection import Chosen
 
 BLOCK = 128
 SMALLEST = 16
@@ -40,6 +41,11 @@ def why_not(p: Problem) -> list[str]:
         reasons.append("no mask, so there are no empty blocks to leave out")
     if p.halo:
         reasons.append(f"a stage reads {p.halo} earlier query rows, which may need other key blocks")
+    reasons += [
+        f"{name} {type(mix).__name__} reads neighbouring keys, of which some may be left out"
+        for name, mix in p.mixes
+        if mix.sees == "rows"
+    ]
     if p.first_key:
         reasons.append("the cache has dropped keys already; what is left is dense")
     return reasons
@@ -146,13 +152,15 @@ def _buckets(p: Problem, layout: BlockLayout) -> Tensor:
     whole = F.pad(full.cumsum(0), (1, 0))[ptr]
     plain = whole[row + 1] - whole[row] == count
     q = F.pad(p.q, (0, 0, 0, nq * bq - T)).reshape(B * H * nq, bq, D)
-    k, v = (F.pad(z, (0, 0, 0, nk * bk - S)).reshape(B * G * nk, bk, -1) for z in (p.k, p.v))
+    # Gradients of a block's keys are summed over all query blocks that see it: in float32, though keys are narrower.
+    wide = torch.promote_types(q.dtype, torch.float32) if torch.is_grad_enabled() else q.dtype
+    k, v = (F.pad(z, (0, 0, 0, nk * bk - S)).reshape(B * G * nk, bk, -1).to(wide) for z in (p.k, p.v))
     source = (b * G + h // (H // G)) * nk  # the first block of the item's keys
 
     def attend_to(items: Tensor, n: int, masked: bool) -> Tensor:
         chosen = cols[start[items, None] + torch.arange(n, device=items.device)]
         at = (source[items, None] + chosen).flatten()
-        keys, values = (z.index_select(0, at).view(len(items), 1, n * bk, -1) for z in (k, v))
+        keys, values = (z.index_select(0, at).view(len(items), 1, n * bk, -1).to(q.dtype) for z in (k, v))
         mask = _allowed(p, b[items], h[items], r[items], chosen, (bq, bk)) if masked else None
         queries = q.index_select(0, items).unsqueeze(1)
         return F.scaled_dot_product_attention(queries, keys, values, mask, p.dropout, scale=p.scale).squeeze(1)
@@ -162,8 +170,7 @@ def _buckets(p: Problem, layout: BlockLayout) -> Tensor:
         for masked in (False, True):
             items = ((count == n) & (plain != masked)).nonzero().flatten()
             if n == 0:
-                # Zeros, with a graph behind them.
-                outs.append(q.new_zeros(len(items), bq, V) + 0 * (p.q.sum() + p.k.sum() + p.v.sum()))
+                outs.append(nothing(p, len(items), bq, V))
                 order.append(items)
                 continue
             size = max(1, GATHER_BYTES // (n * bk * (D + V) * q.element_size()))
@@ -188,8 +195,9 @@ def _allowed(p: Problem, b: Tensor, h: Tensor, r: Tensor, chosen: Tensor, block:
     j = (chosen[:, :, None] * bk + torch.arange(bk, device=r.device)).flatten(1)[:, None]
     allowed = (j < S).expand(-1, bq, -1)
     for mask in p.mask.parts if isinstance(p.mask, And) else [p.mask]:
-        # What is made of these very blocks allows all of a stored one.
-        if mask is not None and mask.grain != block:
+        # What chose these very blocks allows all of a stored one.
+        chose = isinstance(mask, Chosen) and (mask.block, mask.T, mask.S) == (block, T, S)
+        if mask is not None and not chose:
             row, head = b[:, None, None] % mask.batch, h[:, None, None] % mask.heads
             allowed = allowed & mask(row, head, i, j.clamp(max=S - 1))
     return allowed[:, None]

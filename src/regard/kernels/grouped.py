@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regard.kernels import native
 from regard.kernels.cost import Cost, io, products
-from regard.kernels.problem import CAUSAL, Problem
+from regard.kernels.problem import CAUSAL, Problem, nothing
 from regard.masks import blocks
 from regard.masks.algebra import And
 from regard.masks.selection import Chosen
@@ -78,9 +78,7 @@ def _past(
     B, H, T, _ = tiles.shape
     chosen = int(tiles.sum(3).max()) if tiles.numel() else 0
     if chosen == 0:
-        # Zeros that weigh nothing, with a graph behind them.
-        none = p.q.new_zeros(B, H, T, 1, p.v.shape[3]) + 0 * (p.q.sum() + p.k.sum() + p.v.sum())
-        return none, torch.full((B, H, T, 1), -torch.inf)
+        return nothing(p, B, H, T, 1, p.v.shape[3]), torch.full((B, H, T, 1), -torch.inf)
     row, total, walk = _groups(tiles, bk, p.k.shape[2])
     slot = tiles.cumsum(3) - 1
     where = torch.full((B, H, T, chosen + 1), total)  # one slot and one row too many, for what is not chosen

@@ -107,9 +107,9 @@ def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple
         if p.mask is None:
             yield at, [(part, True) for part in parts]
             continue
-        i_lo, i_hi = (torch.tensor(first_query + n) for n in (at.start, at.stop - 1))
-        stops = (starts + keys).clamp(max=S)
-        verdict = p.mask.to("cpu").judge(Tiles(i_lo, i_hi, starts + p.first_key, stops - 1 + p.first_key))
+        i_lo, i_hi = (torch.tensor(first_query + n).view(1, 1, 1, 1) for n in (at.start, at.stop - 1))
+        j_lo, j_hi = (n.view(1, 1, 1, -1) + p.first_key for n in (starts, (starts + keys).clamp(max=S) - 1))
+        verdict = p.mask.to("cpu").judge(Tiles(i_lo, i_hi, j_lo, j_hi))
         # Masks that differ by batch row or head answer for each; a tile counts if any needs it.
         may = verdict.may.reshape(-1, verdict.may.shape[-1]).any(0).expand(len(parts))
         full = verdict.full.reshape(-1, verdict.full.shape[-1]).all(0).expand(len(parts))

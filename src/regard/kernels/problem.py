@@ -133,6 +133,8 @@ def mixed(p: Problem, site: str, z: Tensor, rows: Rows, at: slice, keys: Keys) -
 
 def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     """Outputs of query rows `rows`, given that they may attend to no key outside `keys`. The whole pipeline."""
+    if p.k[:, :, keys].shape[2] == 0:  # as everywhere where there is no key: zeros, whatever stages make of nothing
+        return nothing(p, *p.q[:, :, rows].shape[:3], p.v.shape[3])
     first = max(0, rows.start - p.halo)
     at = slice(first, rows.stop)
     part = rectangle(p, at, keys)
@@ -145,6 +147,12 @@ def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     if p.position_values is not None:
         out = out + p.position_values.values(weights, told(p, part, "position", at, keys))
     return out[:, :, rows.start - first :].to(p.v.dtype)
+
+
+def nothing(p: Problem, *shape: int) -> Tensor:
+    """Zeros with a graph behind them, so that gradients are zero and not missing."""
+    # Sums of nothing: sums of all could overflow, and 0 * inf is NaN.
+    return p.q.new_zeros(shape) + sum(t[..., :0].sum() for t in (p.q, p.k, p.v))
 
 
 def softmax(scores: Float[Tensor, "B H t S"], allowed: Tensor | None) -> Float[Tensor, "B H t S"]:

@@ -17,6 +17,7 @@ from regard.kernels.problem import (
     by_rows,
     chunk_rows,
     key_range,
+    nothing,
     position_bias,
     rectangle,
 )
@@ -36,8 +37,7 @@ def why_not(p: Problem) -> list[str]:
 def run(p: Problem) -> Tensor:
     """(B, H, T, V)."""
     if p.q.numel() == 0 or p.k.numel() == 0:
-        # An empty product with a graph behind it: zeros, and zero gradients.
-        return p.q.new_zeros(*p.q.shape[:3], p.v.shape[3]) + 0 * (p.q.sum() + p.k.sum() + p.v.sum())
+        return nothing(p, *p.q.shape[:3], p.v.shape[3])
     T, S = p.q.size(2), p.k.size(2)
     if not _biased(p):
         if p.mask is None or (T == 1 and p.mask == CAUSAL):

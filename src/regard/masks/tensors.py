@@ -258,6 +258,15 @@ class Predicate(Mask):
     """Any function of (b, h, i, j)."""
 
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    sizes: tuple[int, int] = (1, 1)
+
+    @property
+    def batch(self) -> int:
+        return self.sizes[0]
+
+    @property
+    def heads(self) -> int:
+        return self.sizes[1]
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
         return self.function(b, h, i, j)
@@ -266,8 +275,29 @@ class Predicate(Mask):
         return f"predicate({getattr(self.function, '__name__', repr(self.function))})"
 
 
-def predicate(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
-    """Your own rule: `function(b, h, i, j) -> bool tensor` on index tensors. Layouts look into every tile."""
+def predicate(
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, batch: int | None = None, heads: int | None = None
+) -> Mask:
+    """Your own rule: `function(b, h, i, j) -> bool tensor` on index tensors. Layouts look into every tile.
+
+    A rule that reads b (or h) says for how many batch rows (or heads) it is made; others serve any number.
+    """
     if not callable(function):
         raise TypeError(f"predicate: function must be callable (got {type(function).__name__})")
-    return Predicate(function)
+    sizes = []
+    for axis, (index, name, size) in enumerate((("b", "batch", batch), ("h", "heads", heads))):
+        if size is None and _reads(function, axis):
+            raise ValueError(f"predicate: {name} is missing (got a function that reads {index}); expected its size")
+        sizes.append(1 if size is None else checks.integer(f"predicate: {name}", size))
+    return Predicate(function, (sizes[0], sizes[1]))
+
+
+def _reads(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], axis: int) -> bool:
+    """Whether the function's answer has that one of its indices in its shape. False where it can't be asked."""
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    index = [zero.expand(2, 1, 1, 1).movedim(0, n) if n == axis else zero for n in range(4)]
+    try:
+        answer = function(*index)
+        return isinstance(answer, Tensor) and answer.dim() == 4 and answer.shape[axis] == 2
+    except Exception:  # it may have no position 0, or a device of its own; a kernel that asks in earnest will say so
+        return False

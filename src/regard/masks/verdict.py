@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """Bounds of tiles; the four tensors broadcast against each other."""
+    """Bounds of tiles, each (1, 1, rows or 1, columns or 1), so that masks can tell batch rows and heads apart."""
 
-    i_lo: Int[Tensor, "..."]
-    i_hi: Int[Tensor, "..."]
-    j_lo: Int[Tensor, "..."]
-    j_hi: Int[Tensor, "..."]
+    i_lo: Int[Tensor, "1 1 #r #c"]
+    i_hi: Int[Tensor, "1 1 #r #c"]
+    j_lo: Int[Tensor, "1 1 #r #c"]
+    j_hi: Int[Tensor, "1 1 #r #c"]
 
 
 @dataclass(frozen=True)

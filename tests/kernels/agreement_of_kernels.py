@@ -1,0 +1,143 @@
+"""Putting a described problem to every kernel that calls itself able, and making a failing one small."""
+
+from collections.abc import Container, Iterator
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from kernels import naive_problem
+from kernels.problems import DTYPES, JOINED, Built, Description, Tree, build, cut
+from laws.subject import close, near
+from regard.kernels import KERNELS
+from regard.kernels.plan import execute
+
+SLOW = {"triton": 12, "flex": 4}
+"""One problem in so many goes to these too: an interpreter, and what torch traces anew at every call."""
+
+ZERO = 1e-12
+"""What counts as 0 in float64."""
+DRAWS, ANOTHER = 3, 1_000_000
+"""How many draws of the tensors a problem in half precision has, and from which seeds."""
+
+
+def able(d: Description, built: Built) -> Iterator[tuple[str, bool]]:
+    """(kernel, with gradients) of all that can run the problem, with gradients where they can."""
+    p = built.problem()
+    for name, module in KERNELS.items():
+        if d.seed % SLOW.get(name, 1):
+            continue
+        if not module.why_not(p):
+            yield name, True
+            continue
+        with torch.no_grad():
+            if not module.why_not(p):
+                yield name, False
+
+
+def run(built: Built, kernel: str, grads: bool) -> dict[str, Tensor]:
+    """What the kernel gives: the output, and the gradients if wanted."""
+    with torch.set_grad_enabled(grads):
+        out = execute(built.problem(), kernel)
+    found = {"out": out.detach()}
+    if grads:
+        leaves = list(built.wanted.values())
+        got = torch.autograd.grad(out, leaves, built.grad, allow_unused=True)
+        filled = (torch.zeros_like(t) if g is None else g for g, t in zip(got, leaves, strict=True))
+        found.update(zip(built.wanted, filled, strict=True))
+    return found
+
+
+def failures(d: Description, only: Container[str] = KERNELS) -> dict[str, str]:
+    """Kernel -> what is wrong with it."""
+    # Of few roundings none can be said to be the worst: in half precision the bounds come from several draws.
+    draws = [replace(d, seed=d.seed + n * ANOTHER) for n in range(DRAWS if d.dtype in ("bf16", "fp16") else 1)]
+    built = [build(each) for each in draws]
+    want = [naive_problem.run(each) for each in built]
+    plain = want if d.dtype == "fp64" else [naive_problem.run(each, DTYPES[d.dtype]) for each in built]
+    wrong = {}
+    with cut(d.cut):
+        for kernel, grads in able(d, built[0]):
+            if kernel not in only:
+                continue
+            try:
+                got = [run(each, kernel, grads) for each in built]
+                for name in got[0]:
+                    agrees(name, *(torch.stack([found[name] for found in each]) for each in (got, want, plain)))
+            except Exception as error:  # whatever it is, it is the finding
+                wrong[kernel] = f"{type(error).__name__}: {error}"
+    return wrong
+
+
+def agrees(name: str, got: Tensor, want: Tensor, plain: Tensor) -> None:
+    """By T64, T32 or TLP."""
+    if got.dtype == torch.float64:
+        return close(got, want, name)
+    if name != "out" and not bool((want.abs() > ZERO).any()):
+        # What is summed in float32 is 0 to float32's digits, whatever it is rounded to afterwards.
+        plain, got = plain.float(), got.float()
+    return near(got, want, plain, name, grad=name != "out")
+
+
+# --- making small -------------------------------------------------------------------------------------------------
+
+
+def smallest(d: Description, kernel: str, tries: int = 200) -> Description:
+    """Greedily: any simpler description on which the kernel still fails takes the place of d."""
+    found = True
+    while found and tries > 0:
+        found = False
+        for simpler in simpler_than(d):
+            tries -= 1
+            if tries <= 0:
+                break
+            try:
+                if not failures(simpler, (kernel,)):
+                    continue
+            except Exception:  # no problem at all, such as a window that no longer fits
+                continue
+            d, found = simpler, True
+            break
+    return d
+
+
+def simpler_than(d: Description) -> Iterator[Description]:
+    """One thing less, or smaller; the greatest steps first."""
+    for f in fields(d):
+        value = getattr(d, f.name)
+        if value != f.default and f.name not in ("seed", "dtype", "B", "H", "G", "T", "S", "D", "V"):
+            yield replace(d, **{f.name: f.default})
+    if d.mask is not None:
+        for tree in simpler_trees(d.mask):
+            yield replace(d, mask=tree)
+    for n, layout in enumerate(d.layouts):
+        if layout != "plain":
+            yield replace(d, layouts=(*d.layouts[:n], "plain", *d.layouts[n + 1 :]))
+    for axis in d.bias if len(d.bias) > 1 else "":
+        yield replace(d, bias=d.bias.replace(axis, ""))
+    if d.H > d.G:
+        yield replace(d, H=d.G)
+    if d.G > 1:
+        yield replace(d, G=1, H=d.H // d.G)
+    sizes = {name: getattr(d, name) for name in ("B", "T", "S", "D", "V", "first_key", "cut")}
+    for name, size in sizes.items():
+        least = 4 if name == "D" else 1
+        for smaller in (least, size // 2, size - 1):
+            if least <= smaller < size and not (name == "D" and smaller % 2):
+                yield replace(d, **{name: smaller})
+    if d.T == d.S and d.T > 1:
+        yield replace(d, T=d.T - 1, S=d.S - 1)
+
+
+def simpler_trees(tree: Tree) -> Iterator[Tree]:
+    """Parts in place of the whole, then simpler parts."""
+    if tree[0] not in JOINED:
+        return
+    parts = tree[1:]
+    yield from parts
+    if len(parts) > 2 or (len(parts) > 1 and tree[0] == "per_head"):
+        for n in range(len(parts)):
+            yield (tree[0], *parts[:n], *parts[n + 1 :])
+    for n, part in enumerate(parts):
+        for simpler in simpler_trees(part):
+            yield (tree[0], *parts[:n], simpler, *parts[n + 1 :])
