@@ -83,14 +83,19 @@ def _cells(reporter):
     return [cell for r in reports for key, cell in getattr(r, "user_properties", ()) if key == "law"]
 
 
+def _reason(card, id, name):
+    from regard.laws import of
+
+    return of(card).reason(id, name)
+
+
 def _stale(cells):
-    """Exceptions that no cell needs."""
+    """(card, what it is excepted from) that no cell needs."""
     outcomes = defaultdict(set)
-    for card, id, _, outcome, _ in cells:
-        outcomes[card, id].add(outcome)
-    return {
-        cell for cell, found in outcomes.items() if regard.card(cell[0]).exceptions.get(cell[1]) and found == {"holds"}
-    }
+    for card, id, name, outcome, _ in cells:
+        for key in {id, f"{id} {name}"} & regard.card(card).exceptions.keys():
+            outcomes[card, key].add(outcome)
+    return {key for key, found in outcomes.items() if found == {"holds"}}
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -100,17 +105,17 @@ def pytest_terminal_summary(terminalreporter):
     write, took = terminalreporter.write_line, defaultdict(float)
     for _, id, name, _, seconds in cells:
         took[f"{id} {name}"] += seconds
-    excepted = sorted({(card, id) for card, id, _, outcome, _ in cells if outcome == "excepted"})
+    excepted = sorted({tuple(cell[:3]) for cell in cells if cell[3] == "excepted"})
     out, total, cards = sum(c[3] == "excepted" for c in cells), sum(took.values()), len({c[0] for c in cells})
     terminalreporter.section("laws")
     write(f"{len(cells)} cells of {cards} cards, {out} excepted ({100 * out / len(cells):.1f} %)")
     write(f"{total:.0f} s of CPU, {total / cards:.2f} a card; most by")
     for name, seconds in sorted(took.items(), key=lambda item: -item[1])[:8]:
         write(f"  {seconds:6.1f} s  {name}")
-    for card, id in excepted:
-        write(f"  {card} is excepted from {id}: {regard.card(card).exceptions[id]}")
-    for card, id in sorted(_stale(cells)):
-        write(f"  {card} is excepted from {id} without need: every cell passed")
+    for card, id, name in excepted:
+        write(f"  {card} is excepted from {id} {name}: {_reason(card, id, name)}")
+    for card, key in sorted(_stale(cells)):
+        write(f"  {card} is excepted from {key} without need: every cell passed")
 
 
 @pytest.hookimpl(trylast=True)

@@ -162,7 +162,7 @@ class Card:
     tasks: tuple[str, ...] = ()
     """Tasks of `regard compare` that show this mechanism when none is named."""
     exceptions: Mapping[str, str] = field(default_factory=dict)
-    """Law id -> why this mechanism is excepted. Counted and shown."""
+    """Law id, or id and name as 'L10 batch_rows_do_not_meet' -> why this mechanism is excepted. Counted and shown."""
     preset: Mapping[str, Any] = field(default_factory=dict)
     """Options that are fixed, where one class stands under several cards."""
     base: "Card | None" = None

@@ -491,9 +491,7 @@ class Built:
     def problem(self) -> Problem:
         """What kernels are given, by way of `regard.attention`'s own checks."""
         d = self.given
-        p = checked_problem(
-            self.q, self.k, self.v, mask=self.mask, bias=self.bias, scale=d.scale, **self.stages
-        )
+        p = checked_problem(self.q, self.k, self.v, mask=self.mask, bias=self.bias, scale=d.scale, **self.stages)
         return replace(p, first_key=d.first_key)
 
 
@@ -575,5 +573,3 @@ def cut(block: int) -> Iterator[None]:
             patch.setattr(grouped, "GROUP", block)
             patch.setattr(native_blocks, "BLOCK", native_blocks.PANEL)
         yield
-
-

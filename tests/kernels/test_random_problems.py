@@ -189,7 +189,9 @@ def a_learned_bias_is_not_summed(patch: Patch) -> None:
 @bug("native")
 def strides_are_forgotten(patch: Patch) -> None:
     real = native._vectors
-    patch.setattr(native, "_vectors", lambda x, lanes: real(x.mT.contiguous().view(x.shape) if x.stride(3) != 1 else x, lanes))
+    patch.setattr(
+        native, "_vectors", lambda x, lanes: real(x.mT.contiguous().view(x.shape) if x.stride(3) != 1 else x, lanes)
+    )
 
 
 @bug("sdpa")

@@ -21,7 +21,7 @@ def holds(s: Subject, laws: list[Law], note) -> None:
     for law in laws:
         if law.why_not(s):
             continue
-        start, outcome, reason = time.process_time(), "holds", s.exceptions.get(law.id, "")
+        start, outcome, reason = time.process_time(), "holds", s.reason(law.id, law.name)
         torch.manual_seed(0)
         try:
             law.check(s)

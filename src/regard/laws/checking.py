@@ -160,7 +160,7 @@ def look(law: Law, s: Subject) -> Finding:
         return Finding(law, "does not apply", str(error))
     if error is None:
         return Finding(law, "holds", seconds=time.perf_counter() - start)
-    if reason := s.exceptions.get(law.id, ""):
+    if reason := s.reason(law.id, law.name):
         return Finding(law, "excepted", reason, seconds=time.perf_counter() - start)
     smallest, error = shrunk(law, s, error)
     sizes = {"B": smallest.batch, "T": smallest.length, "M": smallest.dim, "H": smallest.heads}

@@ -35,7 +35,7 @@ class Subject:
     given: Callable[[HeadShape], tuple[Any, ...]] | None = None
     """What it is called with, where its protocol alone doesn't say."""
     exceptions: Mapping[str, str] = field(default_factory=dict)
-    """Law id -> why it need not hold."""
+    """Law id, or id and name -> why it need not hold."""
     card: Card | None = None
     """Its card in the catalogue; None for anything else."""
     function: "Callable[..., Tensor] | None" = None
@@ -45,6 +45,10 @@ class Subject:
     dim: int = 24
     heads: int = 6
     """No two of the sizes that can be mixed up are equal."""
+
+    def reason(self, id: str, name: str) -> str:
+        """Why it is excepted from the law; '' if it is not."""
+        return self.exceptions.get(f"{id} {name}", "") or self.exceptions.get(id, "")
 
     @property
     def width(self) -> int:

@@ -37,7 +37,9 @@ y = irfft(Y);  f0, b, a: one number for each head and frequency""",
     ),
     verified="third-party",
     example={"max_length": 48},
-    exceptions={"L43": "no projections: a real factor for each head and frequency cannot fit any target whatever"},
+    exceptions={
+        "L43 training": "no projections: a real factor for each head and frequency cannot fit any target whatever"
+    },
 )
 
 Activation = Literal["modrelu", "gelu"]

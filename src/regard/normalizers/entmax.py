@@ -68,6 +68,7 @@ def _solve(x: Float[Tensor, "N S"], alpha: float | Float[Tensor, "N 1"]) -> Floa
             h = total.pow(alpha - 1)
             slope = power.sum(-1, keepdim=True) * h / total.clamp(min=tiny)
         step = ((h - 1) / slope.clamp(min=tiny)).clamp_(min=0)
+        step.masked_fill_(step <= eps, 0)  # a row that has arrived stays: others must not move its last bit
         tau += step
         if early and not bool((step > eps).any()):
             break
