@@ -1,5 +1,6 @@
 """L1, L39: every kernel gives what the reference gives, and runs when named."""
 
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,7 +35,7 @@ def agree(s: Subject, causalities: list[bool]) -> None:
     )
     for causal in causalities:
         module, x = s.build(causal=causal), s.tokens(length=LONG)
-        options = {"mask": mask} if "mask" in module.supports else {}
+        options: dict[str, Any] = {"mask": mask} if "mask" in module.supports else {}
         module.kernel, ran = "eager", []
         want = run(module, x, **options)
         for kernel in (*KERNELS, "auto"):
