@@ -12,7 +12,7 @@ from regard.laws.agreement import Broken
 from regard.laws.law import LAWS, DoesNotApply, Law, law
 from regard.laws.subject import Subject, of
 
-FILES = ("structure",)
+FILES = ("structure", "limits")
 """In the order of the report."""
 
 for _name in FILES:
