@@ -49,6 +49,7 @@ TRAITS = frozenset(
         "head_independent",
         "sparse",
         "routed",
+        "straight_through",
     }
 )
 """Mathematical properties that switch laws on.
@@ -61,6 +62,7 @@ shift_invariant   adding a constant to all positions changes nothing
 head_independent  a head's output depends on its own projections only
 sparse            some allowed weights are exactly 0
 routed            content decides which of the allowed keys a query sees
+straight_through  some gradient passes a bound or a rounding as if it weren't there, so that it is no slope there
 """
 
 PLAIN = frozenset(

@@ -70,3 +70,54 @@ class Mapped(nn.Module):
 
     def forward(self, x):
         return self.mix(x)
+
+
+class Peeks(Good):
+    """Sees one token ahead."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.cat([x[:, 1:], 0 * x[:, :1]], 1)
+
+
+class PeeksLate(Good):
+    """Sees one token ahead once it has been trained."""
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.ahead = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x) + self.ahead * torch.cat([x[:, 1:], 0 * x[:, :1]], 1).detach()
+
+
+class PeeksInTraining(Good):
+    """Sees all that comes, while it is trained."""
+
+    def forward(self, x):
+        return super().forward(x) + (x.mean(1, keepdim=True) if self.training else 0)
+
+
+class ReadsTheBatch(Good):
+    """Knows what the other examples hold, while it is trained."""
+
+    def forward(self, x):
+        return super().forward(x) + (x.mean(0).cumsum(1) * 0.1 if self.training else 0)
+
+
+class Forgets(Good):
+    """No two calls are alike."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+class ByFourier(Good):
+    """The running sum as a convolution by Fourier transforms: causal but for rounding."""
+
+    def forward(self, x):
+        T = x.shape[1]
+        ones = torch.fft.rfft(torch.ones(T, dtype=x.dtype), 2 * T)[:, None]
+        return torch.fft.irfft(torch.fft.rfft(self.proj(x), 2 * T, 1) * ones, 2 * T, 1)[:, :T] / T

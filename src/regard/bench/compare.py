@@ -92,7 +92,8 @@ def _planned(checked: Checked, cells: Sequence[Cell], known: dict[str, Result | 
         settings = mine.get(other.mechanism, {**cells[0].settings, "code": other.settings.get("code")})
         differing |= {name for name in settings if other.settings.get(name) != settings[name]}
     reused = [result for result in known.values() if result is not None]
-    return Planned(checked.task.metric, list(cells), reused, len(others), sorted(differing), checked.unfit)
+    counts = (list(cells), reused, len(others), sorted(differing))
+    return Planned(checked.task.metric, *counts, checked.unfit, checked.others)
 
 
 def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: OnEvent, train: Any) -> Result | None:

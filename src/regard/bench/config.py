@@ -76,6 +76,8 @@ class Checked:
     """The mechanisms, spelled out."""
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Those that 'all' leaves out -> why."""
+    others: Sequence[str] = ()
+    """A line for each of the catalogue's that is another mechanism at this size."""
 
 
 def validate(config: CompareConfig) -> Checked:
@@ -87,7 +89,7 @@ def validate(config: CompareConfig) -> Checked:
         _check_numbers(config)
         _check_choices(config, task)
     specs, unfit = _mechanisms(config, task)
-    return Checked(config, task, specs, unfit)
+    return Checked(config, task, specs, unfit, _others(config, task, specs))
 
 
 @contextlib.contextmanager
@@ -179,6 +181,21 @@ def _mechanisms(config: CompareConfig, task: Task) -> tuple[list[str], dict[str,
     if not specs:
         raise CompareError(f"no mechanism of the catalogue fits the task {task.name} at this size")
     return list(dict.fromkeys(specs)), unfit
+
+
+def _others(config: CompareConfig, task: Task, specs: Sequence[str]) -> list[str]:
+    """What is to be said of mechanisms that are others at this size. The caller's own run in workers alone."""
+    import torch
+
+    from regard.bench.match import sizes
+    from regard.bench.probing import another
+
+    size, found = sizes(task, vars(config)), []
+    with torch.random.fork_rng(devices=[]):
+        for spec in map(parse, specs):
+            if not spec.own:
+                found.append(another(task.model(spec, size), task, spec, torch.device("cpu")))
+    return list(filter(None, found))
 
 
 def _fitting(text: str, config: CompareConfig, task: Task, size: Size) -> Spec:

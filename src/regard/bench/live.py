@@ -74,6 +74,8 @@ class Live:
         )
         for reason, names in _alike(event.unfit).items():
             self._say(f"left out: {', '.join(names)}: {reason}")
+        for said in event.named:
+            self._say(f"note: {said}")
         if event.reused:
             self._say(f"{len(event.reused)} of {self._total} cells are in {Path(self.config.out)} already")
         if event.others:
@@ -107,7 +109,7 @@ def label(cell: Cell) -> str:
 def line(result: Result) -> str:
     """One finished cell in one line."""
     if result.status == "failed":
-        return f"{label(result.cell)}: FAILED: {result.reason}"
+        return f"{label(result.cell)}: {'REFUSED' if result.refused else 'FAILED'}: {result.reason}"
     metric = result.metric
     return (
         f"{label(result.cell)}: {metric.write(result.heldout[metric.main])} {metric.name}, "
@@ -206,7 +208,8 @@ def closing_lines(config: CompareConfig, outcome: Outcome, report: str) -> list[
     notes = {f"{result.cell.mechanism}: {note}": None for result in outcome.results for note in result.notes}
     lines += [terminal.line(note) for note in notes]
     for result in outcome.failed:
-        lines.append(terminal.line(f"failed: {label(result.cell)}: {result.reason}"))
+        what = "refused" if result.refused else "failed"
+        lines.append(terminal.line(f"{what}: {label(result.cell)}: {result.reason}"))
     if outcome.failed and not outcome.signal:
         lines.append("failed cells stay as they are; --retry-failed runs them again")
     if outcome.signal:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -62,6 +63,11 @@ class Result:
     """What could not be measured and why, one line each."""
     metric: Metric = field(default_factory=Metric)
     """What was measured; the default is that of `text`, as in rows of old."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether it failed because the mechanism is not what it claims to be: it breaks the law named first."""
+        return self.status == "failed" and re.match(r"L\d+: ", self.reason) is not None
 
     def __post_init__(self) -> None:
         # As JSON gives it back, from a worker or from the store.

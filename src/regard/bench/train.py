@@ -20,6 +20,7 @@ from regard.bench.decoding import generation_speed, state_after
 from regard.bench.machine import processor
 from regard.bench.match import flops, matched, parameters, sizes
 from regard.bench.memory import PeakMemory
+from regard.bench.probing import another, refuse_what_breaks_laws
 from regard.bench.record import Cell, Result
 from regard.models.lm import LanguageModel
 from regard.models.mixer import parse
@@ -38,17 +39,20 @@ class TrainingError(ValueError):
 def train(
     cell: Cell, task: Task, *, progress: Progress = lambda step, loss: None, checkpoint: Path | None = None
 ) -> Result:
-    """Train and measure `cell`. Raises TrainingError, or whatever the mechanism raises."""
+    """Train and measure `cell`. Raises TrainingError, Refused, or whatever the mechanism raises."""
     began, want = time.perf_counter(), cell.settings
     device = torch.device(want["device"])
     mechanism = parse(cell.mechanism)
     size = matched(task, mechanism, sizes(task, want), want["match"])
     torch.manual_seed(cell.seed)
     model: Any = task.model(mechanism, size).to(device)
+    excepted = refuse_what_breaks_laws(model, task, mechanism, device, "before training")
+    same = another(model, task, mechanism, device)
     cost = flops(task, model)
     memory = PeakMemory(device)
     curve, speed = fit(model, task, want, cell.seed, device, progress)
     peak = memory.bytes()
+    refuse_what_breaks_laws(model, task, mechanism, device, "after training")
     model.eval()
     heldout, notes = task.measure(model, want["batch"], device)
     if not math.isfinite(heldout[task.metric.main]):
@@ -78,7 +82,7 @@ def train(
             "python": platform.python_version(),
             "threads": str(torch.get_num_threads()),
         },
-        notes=notes,
+        notes=[*filter(None, [same]), *excepted, *notes],
     )
 
 

@@ -15,7 +15,7 @@ from regard.laws.subject import Subject, of
 
 FILES = (
     *("supported", "structure", "masking", "symmetry", "traits", "streaming"),
-    *("reference", "numerics", "gradients", "modules"),
+    *("reference", "numerics", "limits", "gradients", "modules"),
 )
 """In the order of the report."""
 

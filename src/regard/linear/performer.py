@@ -98,7 +98,7 @@ def performer_attention(
         phi_q, phi_k = relu_features(q, w), relu_features(k, w)
     else:
         z_q, z_k = project(q, w), project(k, w)
-        peaks = z_k.detach().amax(-1)
+        peaks = z_k.amax(-1)  # in the graph, like every maximum here: beside eps it doesn't cancel
         if keep is not None:
             peaks = peaks.masked_fill(~keep[:, None], -torch.inf)
         peaks = torch.cat([top.unsqueeze(-1), peaks], -1)  # one before the first key, so that it is never empty
@@ -110,7 +110,7 @@ def performer_attention(
             tops = peaks.amax(-1, keepdim=True).expand_as(peaks)
         top, largest = tops[..., -1].clone(), tops[..., 1:, None]
         phi_k = softmax_features(k, z_k, torch.where(largest == -torch.inf, 0.0, largest), eps)
-        phi_q = softmax_features(q, z_q, z_q.detach().amax(-1, keepdim=True), eps)
+        phi_q = softmax_features(q, z_q, z_q.amax(-1, keepdim=True), eps)
     phi_k = repeat_heads(hide(phi_k, keep), H)
     out, sums = feature_attention(phi_q, phi_k, repeat_heads(v, H), decay, causal=causal, state=past)
     return out, PerformerState(sums, top)

@@ -31,7 +31,7 @@ CARD = Card(
     "kerple",
     equation="score[h,i,j] = q_i . k_j / sqrt(D) - r1[h] log(1 + r2[h] |i - j|),   r1, r2 > 0 trained",
     papers=PAPERS,
-    traits=PLAIN - {"position_free"},
+    traits=PLAIN - {"position_free"} | {"straight_through"},
     cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
     claim="The kernel is conditionally positive definite, and extrapolates best in log form: "
     "tests/positions/test_kerple.py.",
@@ -45,7 +45,7 @@ POWER = Card(
     equation="score[h,i,j] = q_i . k_j / sqrt(D) - r1[h] |i - j|^r2[h],   r1 > 0, 0 < r2 <= 2 trained",
     papers=PAPERS,
     gist="KERPLE's power kernel: scores fall with a trained power of distance, for each head.",
-    traits=PLAIN - {"position_free"},
+    traits=PLAIN - {"position_free"} | {"straight_through"},
     cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
     claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: tests/positions/test_kerple.py.",
     differs=DIFFERS,

@@ -110,12 +110,12 @@ def failures(results: Sequence[Result]) -> str:
     failed = [r for r in results if r.status != "done"]
     if not failed:
         return ""
-    alike: dict[tuple[str, str], list[int]] = {}
+    alike: dict[tuple[str, str, bool], list[int]] = {}
     for r in failed:
-        alike.setdefault((r.cell.mechanism, r.reason or "no reason recorded"), []).append(r.cell.seed)
+        alike.setdefault((r.cell.mechanism, r.reason or "no reason recorded", r.refused), []).append(r.cell.seed)
     items = "".join(
         f"<li><strong>{text(name, 80)}</strong> (seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, seeds))}): {text(reason)}</li>"
-        for (name, reason), seeds in alike.items()
+        f"{', '.join(map(str, seeds))}){' is refused' * refused}: {text(reason)}</li>"
+        for (name, reason, refused), seeds in alike.items()
     )
     return f'<div class="warning"><h2>Failed: {plural(len(failed), "run")}</h2><ul>{items}</ul></div>'

@@ -26,7 +26,8 @@ def table(group: Group, cards: Cards) -> str:
         cells = [_heldout_cell(metric, row.heldout.get(n), group.best(n) if compared else None) for n in labels]
         cells += [_measure_cell(row.measures.get(name), name, leading.get(name)) for name in measures]
         runs = len(row.done) + len(row.failed)
-        note = f"<small>{len(row.failed)} of {plural(runs, 'run')} failed</small>" if row.failed else ""
+        what = "refused" if row.failed and all(r.refused for r in row.failed) else "failed"
+        note = f"<small>{len(row.failed)} of {plural(runs, 'run')} {what}</small>" if row.failed else ""
         body.append(f'<tr><th scope="row">{cards.link(row)}{note}</th>{"".join(cells)}</tr>')
     return f'{scroll("Table of results", head, body)}<p class="note">{_legend(group)}</p>{_notes(group)}'
 

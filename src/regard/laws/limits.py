@@ -1,0 +1,290 @@
+"""L51, L59, L61: what holds beyond small sizes: peaked scores, a million keys, the memory of long passes."""
+
+import copy
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.cost import costs
+from regard.laws.agreement import hold
+from regard.laws.law import LAYERS, does_not_apply, law
+from regard.laws.subject import Form, Subject
+from regard.pipeline.function import plan
+
+WIDTH = 64
+"""Of a head, in models that are used."""
+SPREADS = (0.5, 1.0, 1.4)
+"""Standard deviations of queries and keys. With 1.4 at that width, scores reach 8 and features of kernels e^10."""
+NOISE = (0.02, 0.3, 1.0)
+"""What parameters are moved by, the more the more what is spread: far from where they start, bounds on them are met."""
+SHORT = 6
+"""Tokens."""
+STEP = 3e-7
+"""Of the differences: what they lose by rounding and by curvature is about the same, and small."""
+
+
+# --- L51 ----------------------------------------------------------------------------------------------------
+
+
+@law("L51", protocols=LAYERS)
+def gradients_are_slopes(s: Subject) -> None:
+    """With heads 64 wide, and queries and keys as spread as in trained models, gradients are the output's slopes."""
+    seed = zlib.crc32(s.name.encode())
+    causal = s.causalities[seed % len(s.causalities)] if s.causalities else None
+    module, given = spread(s, SPREADS[seed // 2 % len(SPREADS)], causal)
+    compare_slopes(s, module, given, [list(differentiated(module, given))])
+
+
+@law("L51", protocols=LAYERS, heavy=True)
+def every_gradient_is_a_slope(s: Subject) -> None:
+    """So for every input and parameter by itself, with queries and keys spread 0.5, 1.0 and 1.4, causal and not.
+
+    A gradient that goes straight through is judged where it doesn't have to: near the parameters' start.
+    """
+    for causal in s.causalities or [None]:
+        for size, noise in zip(SPREADS, NOISE, strict=True):
+            module, given = spread(s, size, causal, NOISE[0] if "straight_through" in s.traits else noise)
+            compare_slopes(s, module, given, [[name] for name in differentiated(module, given)], f"spread {size}: ")
+
+
+@law("L51", protocols=LAYERS, traits="straight_through")
+def gradients_go_straight_through(s: Subject) -> None:
+    """Some parameter that is held at a bound has a gradient, though moving it changes nothing."""
+    module, given = spread(s, SPREADS[1], None, noise=2.0)
+    leaves = differentiated(module, given)
+    out = module(*given)
+    grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), allow_unused=True)
+    held = 0
+    for x, g in zip(leaves.values(), grads, strict=True):
+        for entry in range(min(x.numel(), 8)):
+            if g is not None and g.flatten()[entry] != 0:
+                direction = torch.zeros_like(x).flatten().index_fill_(0, torch.tensor(entry), 1.0).view_as(x)
+                held += slope(lambda: module(*given).square().sum(), {x: direction}, STEP) == 0
+    hold(held, "every gradient is a slope: nothing goes straight through")
+
+
+def spread(s: Subject, size: float, causal: bool | None, noise: float = NOISE[0]) -> tuple[Any, tuple[Tensor, ...]]:
+    """A module with heads 64 wide, and inputs with which its queries and keys have this standard deviation."""
+    try:
+        wide = replace(s, dim=2 * WIDTH, heads=2)
+        module, given = wide.build(causal=causal, noise=noise), wide.inputs()
+    except ValueError:  # its small instance goes with the subject's own heads
+        wide = replace(s, dim=s.heads * WIDTH)
+        module, given = wide.build(causal=causal, noise=noise), wide.inputs()
+    if s.protocol in ("TokenMixer", "Pooler") and s.given is None:
+        given = (given[0][:1, :SHORT],)
+    if not isinstance(module, nn.Module):
+        return module, tuple(size * g if g.is_floating_point() else g for g in given)
+    projections = [p for name in ("q_proj", "k_proj") if isinstance(p := getattr(module, name, None), nn.Linear)]
+    if not projections:
+        return module, tuple(size * g if g.is_floating_point() else g for g in given)
+    made: dict[nn.Module, Tensor] = {}
+    hooks = [p.register_forward_hook(lambda p, args, out: made.update({p: out.detach()})) for p in projections]
+    module(*given)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        for p, out in made.items():
+            for parameter in p.parameters():
+                parameter.mul_(size / out.std())
+    return module, given
+
+
+def differentiated(module: Any, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What has gradients: inputs and parameters, by name."""
+    found = {f"input{n}": g.requires_grad_() for n, g in enumerate(given) if g.is_floating_point()}
+    parameters = module.named_parameters() if isinstance(module, nn.Module) else ()
+    return found | {name: p for name, p in parameters if p.requires_grad}
+
+
+def compare_slopes(
+    s: Subject, module: Any, given: tuple[Tensor, ...], groups: list[list[str]], where: str = ""
+) -> None:
+    """Gradients next to differences along random directions, each of which moves the tensors of one group."""
+    generator = torch.Generator().manual_seed(8)
+    leaves = differentiated(module, given)
+    with torch.enable_grad():
+        out = module(*given)
+        weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+        found = torch.autograd.grad((out * weights).sum(), list(leaves.values()), allow_unused=True)
+    grads = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found, strict=True)}
+    whole = float(torch.stack([g.norm() for g in grads.values()]).norm())
+    rounding = 16 * torch.finfo(out.dtype).eps * float((out * weights).detach().norm()) / STEP + 1e-9 * whole
+    settled = False
+    for group in groups:
+        for _ in range(3):  # a direction along which a selection changes tells nothing
+            directions = {name: torch.randn(leaves[name].shape, generator=generator).double() for name in group}
+            moved = {leaves[name]: d for name, d in directions.items()}
+            one, two = (slope(lambda: (module(*given) * weights).sum(), moved, n * STEP) for n in (3, 1))
+            terms = torch.cat([(grads[name] * d).flatten() for name, d in directions.items()])
+            usual = max(float(terms.norm()), abs(two))
+            if abs(one - two) <= 1e-6 * usual + rounding:
+                break
+        else:
+            continue
+        settled = True
+        off = abs(float(terms.sum()) - two)
+        what = group[0] if len(group) == 1 else "all together"
+        said = f"{where}{what}: the gradient says {float(terms.sum()):.8g}, differences {two:.8g}"
+        hold(off <= 1e-5 * usual + rounding, said)
+    if not settled and {"routed", "sparse"} & s.traits:
+        does_not_apply("its selection changes along every direction")
+    hold(settled, f"{where}differences do not settle: {one:.8g} and {two:.8g}; no step is small enough")
+
+
+@torch.no_grad()
+def slope(value: Callable[[], Tensor], moved: dict[Tensor, Tensor], step: float) -> float:
+    """The central difference."""
+    ends = []
+    for sign in (1, -1):
+        before = {x: x.clone() for x in moved}
+        for x, direction in moved.items():
+            x.add_(direction, alpha=sign * step)
+        ends.append(float(value()))
+        for x, old in before.items():
+            x.copy_(old)
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+# --- L59 ----------------------------------------------------------------------------------------------------
+
+MANY = 10**6
+"""Keys: sums of as many float32 numbers, one after another, are off by 1e-3."""
+SOME = 10**5
+"""Keys, for what takes more memory or time for each."""
+OFF = 1e-5
+
+
+@torch.no_grad()
+def rows(s: Subject, keys: int) -> None:
+    """Weights of rows of so many scores, in float32: their sum, the sum of their sizes, and their mean place."""
+    normalizer = s.form().parts["normalizer"]
+    generator = torch.Generator().manual_seed(3)
+    place = torch.linspace(0, 1, keys, dtype=torch.float64)
+    for name, scores in (("equal", torch.zeros(keys)), ("random", torch.randn(keys, generator=generator))):
+        scores = scores.expand(1, s.heads if getattr(normalizer, "num_heads", 0) else 1, 1, keys)
+        got, want = normalizer.float()(scores).double(), normalizer.double()(scores.double())
+        for what, by in (("sum of weights", torch.ones_like(place)), ("mean place", place)):
+            off = float(((got - want) * by).sum(-1).abs().max())
+            hold(off <= OFF, f"{keys} {name} scores: the {what} is off by {off:.2g}")
+        off = float((got.abs().sum(-1) - want.abs().sum(-1)).abs().max())
+        hold(off <= OFF, f"{keys} {name} scores: the sum of the weights' sizes is off by {off:.2g}")
+        if "normalised" in s.traits:
+            off = float((got.sum(-1) - 1).abs().max())
+            hold(off <= OFF, f"{keys} {name} scores: the weights sum to 1 up to {off:.2g}")
+
+
+def no_normaliser(s: Subject) -> str:
+    form = s.form() if s.is_part else None
+    return "" if form is not None and "normalizer" in form.parts else "it is no normaliser"
+
+
+@law("L59", where=no_normaliser)
+def long_rows_sum(s: Subject) -> None:
+    """Weights of 100,000 scores, in float32, have the sums and means that they have in float64."""
+    rows(s, SOME)
+
+
+@law("L59", where=no_normaliser, heavy=True)
+def very_long_rows_sum(s: Subject) -> None:
+    """Weights of 1,000,000 scores, in float32, have the sums and means that they have in float64."""
+    rows(s, MANY)
+
+
+@law("L59", function=True, heavy=True)
+@torch.no_grad()
+def one_query_of_a_million_keys(s: Subject) -> None:
+    """In every kernel, a query that likes all keys the same gives in float32 the mean of values that it gives in
+    float64, and weights that sum to 1 whatever it likes.
+    """
+    f, generator = s.form(), torch.Generator().manual_seed(3)
+    (H, G, D) = f.shape.num_heads, f.shape.num_kv_heads, f.shape.head_dim
+    q, k = torch.randn(1, H, 1, D, generator=generator), torch.randn(1, G, MANY, D, generator=generator)
+    ones = torch.ones_like(k)
+    v = torch.linspace(0, 1, MANY)[:, None] * ones
+    want = f(0 * q.double(), k.double(), v.double(), kernel="eager" if s.is_part else None)
+    for part in f.parts.values():
+        if isinstance(part, nn.Module):
+            part.float()
+    for kernel in able(f, q, k, v) if s.is_part else (None,):
+        off = float((f(0 * q, k, v, kernel=kernel).double() - want).abs().max())
+        hold(off <= OFF, f"kernel {kernel}: equal scores of {MANY} keys give values that are off by {off:.2g}")
+        if "normalised" in s.traits and "values" not in changes(f):
+            off = float((f(q, k, ones, kernel=kernel).double() - 1).abs().max())
+            hold(off <= OFF, f"kernel {kernel}: weights of {MANY} keys sum to 1 up to {off:.2g}")
+
+
+def changes(f: Form) -> list[str]:
+    """What the position has a part in."""
+    position = f.parts.get("position")
+    return [what for what in ("bias", "values") if position is not None and position.changes(what)]
+
+
+def able(f: Form, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """The kernels that can run this here."""
+    whole = plan(q, k, v, **f.arguments())
+    return [whole.kernel, *(name for name in whole.costs if name != whole.kernel)]
+
+
+@law("L59", protocols="TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer", heavy=True)
+@torch.no_grad()
+def long_inputs_in_float32(s: Subject) -> None:
+    """A mixer of linear cost gives in float32 what it gives in float64 for 1,000,000 tokens, and so does one query of
+    anything else for 100,000.
+    """
+    for causal in s.causalities or [None]:
+        exact, given = long_inputs(s, causal)
+        module = copy.deepcopy(exact).float()
+        try:
+            got = module(*(g.float() if g.is_floating_point() else g for g in given)).double()
+        except ValueError as error:
+            does_not_apply(f"it has no room for so many: {error}")
+        want = exact(*given)
+        off, size = float((got - want).abs().max()), float(want.abs().max())
+        said = f"causal={causal}, {tuple(given[-1].shape)}: off by {off:.2g}, where {size:.2g} is the largest"
+        hold(off <= OFF * (1 + size), said)
+
+
+def long_inputs(s: Subject, causal: bool | None) -> tuple[Any, tuple[Tensor, ...]]:
+    """A module in float64, as narrow as it can be, and tokens much alike, of which each counts."""
+    if s.given is not None:
+        does_not_apply("its inputs have their own sizes")
+    try:
+        s = replace(s, dim=8, heads=2)
+        module = s.build(causal=causal, noise=0.02)
+    except ValueError:  # its small instance goes with the subject's own sizes
+        s = replace(s, dim=Subject.dim, heads=Subject.heads)
+        module = s.build(causal=causal, noise=0.02)
+
+    def alike(n: int, seed: int = 2) -> Tensor:
+        return 0.1 * s.tokens(1, n, seed=seed) + 1
+
+    if s.protocol == "FeatureMixer":
+        if not linear(s):
+            does_not_apply("its cost grows with the square of pixels")
+        side = math.isqrt(SOME)
+        return module, (alike(side * side).mT.reshape(1, s.dim, side, side),)
+    if s.protocol == "GraphMixer":  # everybody tells one
+        edges = torch.stack([torch.arange(SOME), torch.zeros(SOME, dtype=torch.long)])
+        return module, (alike(SOME)[0], edges)
+    if s.protocol in ("CrossMixer", "Pointer"):
+        return module, (alike(1), alike(SOME, 5))
+    if s.protocol == "Pooler" or (linear(s) and not s.is_part):
+        return module, (alike(MANY),)
+    if "cross" not in s.supports or causal not in s.crossings:
+        does_not_apply("it has no query alone")
+    return module, (alike(1), alike(SOME, 5))
+
+
+def linear(s: Subject) -> bool:
+    """Whether its card says that time grows in proportion to tokens, up to a logarithm."""
+    if s.card is None:
+        return False
+    own = {k: v for k, v in s.example.items() if k in s.card.options}
+    one, ten = (costs(s.card, own, batch=1, heads=s.heads, length=n, width=s.width)["time"] for n in (SOME, MANY))
+    return isinstance(one, float) and isinstance(ten, float) and ten <= 13 * one
