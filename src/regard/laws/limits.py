@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.cost import costs
-from regard.laws.agreement import hold
-from regard.laws.law import LAYERS, does_not_apply, law
+from regard.laws.agreement import does_not_apply, hold
+from regard.laws.law import LAYERS, law
 from regard.laws.subject import Form, Subject
 from regard.pipeline.function import plan
 
