@@ -163,7 +163,8 @@ def look(law: Law, s: Subject) -> Finding:
     if reason := s.reason(law.id, law.name):
         return Finding(law, "excepted", reason, seconds=time.perf_counter() - start)
     smallest, error = shrunk(law, s, error)
-    sizes = {"B": smallest.batch, "T": smallest.length, "M": smallest.dim, "H": smallest.heads}
+    length = getattr(error, "length", None) or smallest.length
+    sizes = {"B": smallest.batch, "T": length, "M": smallest.dim, "H": smallest.heads}
     return Finding(law, "fails", said(error), sizes, time.perf_counter() - start)
 
 

@@ -46,6 +46,11 @@ class Subject:
     heads: int = 6
     """No two of the sizes that can be mixed up are equal."""
 
+    @property
+    def nan_safe(self) -> bool:
+        """Whether what masks hide may hold NaN; most code multiplies it by zero, and has NaN everywhere."""
+        return self.card is not None or "+" in self.name or "nan_safe" in self.traits
+
     def reason(self, id: str, name: str) -> str:
         """Why it is excepted from the law; '' if it is not."""
         return self.exceptions.get(f"{id} {name}", "") or self.exceptions.get(id, "")
