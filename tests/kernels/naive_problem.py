@@ -1,5 +1,7 @@
-"""The problems of `problems` in plain sums, written without the pipeline: masks by their definitions, every stage by its
-formula over whole matrices, gradients by autograd."""
+"""The problems of `problems` in plain sums, written without the pipeline.
+
+Masks by their definitions, every stage by its formula over whole matrices, gradients by autograd.
+"""
 
 import math
 from itertools import product
@@ -236,9 +238,7 @@ def position_bias(
     return 0.0
 
 
-def mix(
-    d: Description, name: str, z: Tensor, allowed: Tensor, own: Parameters, *, on_weights: bool = False
-) -> Tensor:
+def mix(d: Description, name: str, z: Tensor, allowed: Tensor, own: Parameters, *, on_weights: bool = False) -> Tensor:
     match name:
         case "capped":
             return 1.5 * (z / 1.5).tanh()
@@ -258,9 +258,7 @@ def heads_mixed(z: Tensor, weight: Tensor, allowed: Tensor) -> Tensor:
     """Of each group of heads; pairs that no head may see count 0."""
     z = torch.where(allowed.any(1, keepdim=True), z, 0)
     group = weight.shape[-1]
-    parts = [
-        torch.einsum("gh,bhts->bgts", weight[n], z[:, n * group : (n + 1) * group]) for n in range(len(weight))
-    ]
+    parts = [torch.einsum("gh,bhts->bgts", weight[n], z[:, n * group : (n + 1) * group]) for n in range(len(weight))]
     return torch.cat(parts, 1)
 
 
