@@ -13,7 +13,7 @@ from regard.laws.check import Finding, Report, check, suite
 from regard.laws.law import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
-FILES = ("structure",)
+FILES = ("structure", "together", "transforms")
 """In the order of the report."""
 
 for _name in FILES:
