@@ -31,6 +31,11 @@ def transformed(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
+def recomputing() -> bool:
+    """Whether backward is at work, as when a checkpoint runs `forward` once more: what it moved must not move twice."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on there. Devices without any, as meta, know no answer."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -244,7 +244,7 @@ def reaches(
     """Which queries may attend to any marked key. Takes t x s steps only where the mask is more than causality and
     padding."""
     if mask is None or j.numel() == 0:
-        return marked.any(-1, keepdim=True).expand(-1, -1, len(i))
+        return marked.any(-1, keepdim=True).expand(-1, -1, i.shape[0])
     others: list[Mask] = []
     past = False
     for part in mask.parts if isinstance(mask, And) else (mask,):
@@ -256,7 +256,7 @@ def reaches(
             others.append(part)
     if not others:
         if not past:
-            return marked.any(-1, keepdim=True).expand(-1, -1, len(i))
+            return marked.any(-1, keepdim=True).expand(-1, -1, i.shape[0])
         last = i - j[0]  # the place of the last key that each query may see
         so_far = marked.cumsum(-1)[..., last.clamp(0, j.shape[0] - 1)] > 0
         return so_far & (last >= 0)
@@ -267,7 +267,7 @@ def reaches(
 
     if torch.compiler.is_compiling():  # a loop would tie the graph to one length
         return hit(i)
-    return torch.cat([hit(i[n : n + chunk]) for n in range(0, max(1, len(i)), chunk)], -1)
+    return torch.cat([hit(i[n : n + chunk]) for n in range(0, max(1, i.shape[0]), chunk)], -1)
 
 
 def _finite(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -4,7 +4,8 @@ Masks and biases that torch takes only as a tensor are formed for a chunk of que
 these may reach.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +93,16 @@ def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
     return term.expand(-1, -1, len(p.i[rows]), len(p.j[keys]))
 
 
+def torch_kernels(q: Tensor, k: Tensor, v: Tensor) -> AbstractContextManager[Any]:
+    """Those of torch's that can run this: the fused ones know neither forward mode nor vmap's rules."""
+    return sdpa_kernel(SDPBackend.MATH) if transformed(q, k, v) else nullcontext()
+
+
 def _torch(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     grouped = bool(q.size(1) != k.size(1))  # a size is a tensor while torch.jit traces
-    # torch's fused kernels know neither forward mode nor vmap's rules.
-    plain = sdpa_kernel(SDPBackend.MATH) if transformed(q, k, v) else nullcontext()
-    with plain:
+    with torch_kernels(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, mask, p.dropout, is_causal, scale=p.scale, enable_gqa=grouped)
 
 

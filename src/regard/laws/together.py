@@ -20,11 +20,10 @@ def grouped(s: Subject) -> list[dict[str, int]]:
 
 
 def hidden(s: Subject, length: int) -> Tensor:
-    """(B, S) bool: each row hides other keys, at the start, within and at the end; row 0 none at the start."""
+    """(B, S) bool: padding in front and behind, of another length in each row; row 0 has none in front."""
     keep = torch.ones(s.batch, length, dtype=torch.bool)
     for row in range(s.batch):
         keep[row, length - 1 - row :] = False
-        keep[row, row + 1] = False
         keep[row, :row] = False
     return keep
 
@@ -107,7 +106,7 @@ def mask_of_a_causal_layer(s: Subject) -> None:
 
 @law("L49", needs="padding causal")
 def padding_of_a_causal_layer(s: Subject) -> None:
-    """Hidden tokens in front, within and behind hold anything: the real ones' outputs are the same bit for bit."""
+    """Hidden tokens in front and behind hold anything: the real ones' outputs are the same bit for bit."""
     for options in grouped(s):
         module, x, keep = s.build(causal=True, **options), s.tokens(), hidden(s, s.length)
         mask = masks.padding(keep)
@@ -156,6 +155,12 @@ def mask_of_a_stream(s: Subject) -> None:
             close(got, module(x, mask=mask), f"{mask!r}, {options}")
 
 
+def unchanged(got: Tensor, want: Tensor, what: str) -> None:
+    """Bit for bit, NaN at the same places."""
+    hold(torch.equal(got.isnan(), want.isnan()), f"{what}: NaN at other places")
+    same(got.nan_to_num(), want.nan_to_num(), what)
+
+
 def dropped(s: Subject, causal: bool) -> Iterator[tuple[str, dict[str, Any], tuple[Tensor, ...], dict[str, Any]]]:
     """Name, build options, inputs and call options of each feature that may stand beside another."""
     x, keep = s.inputs(), hidden(s, s.length)
@@ -179,14 +184,14 @@ def dropout_beside_the_rest(s: Subject) -> None:
         for name, options, given, call in dropped(s, causal):
             want = s.build(causal=causal, **options)(*given, **call)
             module = s.build(causal=causal, dropout=0.5, **options)
-            same(module(*given, **call), want, f"{name} and dropout in eval")
+            unchanged(module(*given, **call), want, f"{name} and dropout in eval")
             torch.manual_seed(0)
             got = module.train()(*given, **call)
             off = (got != want) & want.isfinite()
             hold(off.any(), f"{name}: dropout changes nothing in training")
             hold(got[want.isfinite()].isfinite().all(), f"{name}: dropout makes NaN or inf")
             zero = s.build(causal=causal, dropout=0.0, **options).train()
-            same(zero(*given, **call), want, f"{name} and dropout=0 in training")
+            unchanged(zero(*given, **call), want, f"{name} and dropout=0 in training")
 
 
 @law("L49", needs="compile", protocols="TokenMixer CrossMixer Pooler Pointer", heavy=True)

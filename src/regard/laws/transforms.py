@@ -90,6 +90,8 @@ def gradients_of_each_sample(s: Subject) -> None:
     if any(len(g) != len(given[0]) for g in given):
         does_not_apply("its inputs have no batch in common")
     params = dict(module.named_parameters())
+    if not params:
+        does_not_apply("it has no parameters")
 
     def loss(params: dict[str, Tensor], *one: Tensor) -> Tensor:
         return torch.func.functional_call(module, params, tuple(g[None] for g in one)).square().sum()
@@ -127,7 +129,7 @@ def forward_mode(s: Subject) -> None:
 
 @law("L50", protocols=ALL)
 def second_derivatives(s: Subject) -> None:
-    """torch.func.hessian in two directions is what differentiating backward twice gives."""
+    """torch.func.hessian in two directions, forwards through backward, is what backward through backward gives."""
     module, (leaves, filled) = s.build(), floating(s)
     generator = torch.Generator().manual_seed(3)
     ways = [[torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in leaves] for _ in range(2)]
@@ -138,13 +140,11 @@ def second_derivatives(s: Subject) -> None:
 
     with or_refused("hessian"):
         got = torch.func.hessian(f)(torch.zeros(2, dtype=leaves[0].dtype))
-        a = torch.zeros(2, dtype=leaves[0].dtype, requires_grad=True)
-        (first,) = torch.autograd.grad(f(a), a, create_graph=True)
-        want = torch.stack([torch.autograd.grad(g, a, retain_graph=True)[0] for g in first])
+        want = torch.func.jacrev(torch.func.jacrev(f))(torch.zeros(2, dtype=leaves[0].dtype)).detach()
         close(got.detach(), want, "hessian")
 
 
-@law("L50", protocols=ALL)
+@law("L50", protocols=ALL, heavy=True)
 def fake_tensors(s: Subject) -> None:
     """Under FakeTensorMode, where there are shapes and no data, outputs have the real ones' shapes and dtypes."""
     for name, module, given, call in calls(s):
@@ -225,6 +225,7 @@ def inference_then_steps(s: Subject) -> None:
 @law("L50", protocols=BATCHED)
 def autocast(s: Subject) -> None:
     """Under autocast outputs are about as exact as in half precision, in a stream as in the full pass."""
+    chooses = "routed" in s.traits
     for causal in s.causalities:
         exact, wide, half = (
             s.build(causal=causal, dtype=torch.float32).to(d) for d in (torch.float64, torch.float32, torch.bfloat16)
@@ -233,18 +234,21 @@ def autocast(s: Subject) -> None:
         want, naive = exact(*cast(given, torch.float64)), half(*cast(given, torch.bfloat16))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             got = wide(*given)
-            compare(got, want, naive, f"autocast, causal={causal}")
+            compare(got, want, naive, f"autocast, causal={causal}", chooses=chooses)
             if causal and "streaming" in s.supports:
-                compare(stream(wide, *given, [1, 3, s.length - 4]), want, naive, "autocast in step")
+                compare(stream(wide, *given, [1, 3, s.length - 4]), want, naive, "autocast in step", chooses=chooses)
 
 
 def cast(given: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(g.to(dtype) if g.is_floating_point() else g for g in given)
 
 
-def compare(got: Tensor, want: Tensor, naive: Tensor, what: str) -> None:
-    """Against float64, twice as far off as the module in half precision at most; what stays in float32 is better."""
+def compare(got: Tensor, want: Tensor, naive: Tensor, what: str, *, chooses: bool) -> None:
+    """Against float64, three times as far off as the module in half precision at most."""
     hold(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    if chooses:  # other roundings choose other keys
+        hold(got.isfinite().all(), f"{what}: NaN or inf")
+        return
     near(got.to(naive.dtype), want.detach(), naive.detach(), what, grad=True)
 
 

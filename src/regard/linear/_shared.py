@@ -9,6 +9,7 @@ from torch import Tensor
 from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.pipeline.head_mixer import HeadMixer
+from regard.pipeline.tokens import shown
 from regard.tracing import as_it_is
 
 
@@ -98,10 +99,17 @@ class RecurrentMixer(HeadMixer):
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
 
-    def step(self, x: Float[Tensor, "B t M"], state: Any) -> tuple[Float[Tensor, "B t M"], Any]:
-        """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
+    def step(
+        self, x: Float[Tensor, "B t M"], state: Any, *, mask: Bool[Tensor, "B t"] | None = None
+    ) -> tuple[Float[Tensor, "B t M"], Any]:
+        """The next t tokens: what `forward` would give at these positions, and the state with them in it.
+
+        Args:
+            mask: True = a real token, of these t. Hidden ones leave nothing behind.
+        """
         self._check_streams()
         tokens(self, "x", x, self.dim)
+        x = shown(self, x, mask)
         expected = type(self.empty_state(0, device=x.device, dtype=torch.float32))
         if not isinstance(state, expected):
             wanted = f"the {expected.__name__} of init_state"
@@ -110,7 +118,7 @@ class RecurrentMixer(HeadMixer):
             refuse(self, "state", "has another batch than x", state[0].shape[0], f"{x.shape[0]} sequences")
         q, k, v = self.split(x, x)
         with as_it_is(q.device):
-            out, state = self.run(q, k, v, None, state)
+            out, state = self.run(q, k, v, mask, state)
         return self.merge(out.to(q.dtype)), state
 
     def _check_streams(self) -> None:

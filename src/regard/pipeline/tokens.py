@@ -27,6 +27,16 @@ def key_padding(who: object, mask: Mask | Tensor | None, x: Float[Tensor, "B S M
     refuse(who, "mask", "can only hide keys", got, f"masks.padding or bool ({B}, {S})")
 
 
+def shown(who: object, x: Float[Tensor, "B t M"], mask: Tensor | None) -> Float[Tensor, "B t M"]:
+    """The tokens of a step with zeros for hidden ones, whatever they hold; a mask that is no (B, t) bool is refused."""
+    if mask is None:
+        return x
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        refuse(who, "mask", "can only hide tokens of this step", got, f"bool {tuple(x.shape[:2])}, True = a real token")
+    return x.masked_fill(~mask[..., None], 0)
+
+
 def quarantine(x: Float[Tensor, "B T M"]) -> tuple[Float[Tensor, "B T M"], Bool[Tensor, "B T"] | None]:
     """Tokens that hold NaN or inf set to zero, and which they were (None: none).
 
