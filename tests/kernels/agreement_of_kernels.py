@@ -4,11 +4,11 @@ from collections.abc import Container, Iterator
 from dataclasses import fields, replace
 
 import torch
+from laws.subject import close, near
 from torch import Tensor
 
 from kernels import naive_problem
 from kernels.problems import DTYPES, JOINED, Built, Description, Tree, build, cut
-from laws.subject import close, near
 from regard.kernels import KERNELS
 from regard.kernels.plan import execute
 

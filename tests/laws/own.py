@@ -22,9 +22,7 @@ class Right(nn.Module):
         allowed = self.allowed(x, source, mask)
         repeat = self.heads // self.groups
         q, k, v = (z.unflatten(-1, (-1, self.width)).transpose(1, 2) for z in self.project(x, source, mask))
-        # Hidden tokens may hold anything, NaN too.
-        seen = allowed.any(-2).any(1)[:, None, :, None]
-        k, v = (z.masked_fill(~seen, 0).repeat_interleave(repeat, 1) for z in (k, v))
+        k, v = (z.repeat_interleave(repeat, 1) for z in (k, v))
         weights = self.weights(self.scores(q, k), allowed)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
@@ -121,6 +119,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     T, S = q.shape[2], k.shape[2]
     allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
     allowed = allowed if mask is None else allowed & mask
-    v = v.masked_fill(~allowed.any(-2)[..., None], 0) if mask is not None else v
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, torch.finfo(q.dtype).min)
     return scores.softmax(-1).masked_fill(~allowed, 0) @ v
