@@ -28,7 +28,12 @@ def hidden(s: Subject, length: int) -> Tensor:
     return keep
 
 
-def poisoned(x: Tensor, keep: Tensor, value: float = torch.nan) -> Tensor:
+def worst(s: Subject) -> float:
+    """What hidden tokens may hold at worst."""
+    return torch.nan if s.nan_safe else 1e3
+
+
+def poisoned(x: Tensor, keep: Tensor, value: float) -> Tensor:
     """`value` wherever a token is hidden."""
     return x.masked_fill(~keep[..., None], value)
 
@@ -60,7 +65,7 @@ def padding_of_a_context(s: Subject) -> None:
         module, x, context = s.build(causal=causal, **options), s.tokens(), s.context()
         keep = hidden(s, context.shape[1])
         keep[0] = True
-        got = module(x, poisoned(context, keep), mask=masks.padding(keep))
+        got = module(x, poisoned(context, keep, worst(s)), mask=masks.padding(keep))
         if not causal:  # where the order counts, cutting moves the rest
             close(got[:1], module(x[:1], context[:1]), f"nothing hidden, {options}")
             if "position_free" in s.traits:
@@ -112,7 +117,7 @@ def padding_of_a_causal_layer(s: Subject) -> None:
         mask = masks.padding(keep)
         want = module(poisoned(x, keep, 0.0), mask=mask)[keep]
         hold(want.isfinite().all(), f"a real token's output is not finite, {options}")
-        for value in (1e4, torch.nan):
+        for value in (1e4, worst(s)):
             same(module(poisoned(x, keep, value), mask=mask)[keep], want, f"{value} in hidden tokens, {options}")
 
 
@@ -135,7 +140,7 @@ def padding_of_a_stream(s: Subject) -> None:
         hold("mask" in inspect.signature(module.step).parameters, "step takes no mask")
         keep = hidden(s, s.length)
         keep[-1, : s.length // 2] = False  # a whole chunk
-        x = poisoned(x, keep)
+        x = poisoned(x, keep, worst(s))
         want = module(x, mask=masks.padding(keep))
         for sizes in ([1] * s.length, [2, 1, s.length - 3]):
             got = stream(module, x, sizes, keep)
