@@ -175,7 +175,7 @@ def dropped(s: Subject, causal: bool) -> Iterator[tuple[str, dict[str, Any], tup
     for options in grouped(s)[1:]:
         yield "gqa", options, x, {}
     if "padding" in s.supports:
-        yield "padding", {}, (poisoned(x[0], keep),), {"mask": masks.padding(keep)}
+        yield "padding", {}, (poisoned(x[0], keep, worst(s)),), {"mask": masks.padding(keep)}
     if "mask" in s.supports:
         yield "mask", {}, x, {"mask": pairs(s.batch, s.length)}
     if "cross" in s.supports and causal in s.crossings:

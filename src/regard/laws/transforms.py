@@ -16,7 +16,7 @@ from regard import masks
 from regard.laws.agreement import Broken, close, does_not_apply, hold, near, same
 from regard.laws.law import law
 from regard.laws.subject import Subject, pairs
-from regard.laws.together import hidden, poisoned, stream
+from regard.laws.together import hidden, poisoned, stream, worst
 
 BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
 ALL = f"{BATCHED} GraphMixer Loss"
@@ -325,15 +325,17 @@ def compiled_masks(s: Subject) -> None:
         if "padding" in s.supports:
             nothing = keep.clone()
             nothing[-1] = False
-            cases.append(("NaN in padding", poisoned(x, keep), masks.padding(keep)))
-            cases.append(("a row without keys", poisoned(x, nothing), masks.padding(nothing)))
+            cases.append(("NaN in padding", poisoned(x, keep, worst(s)), masks.padding(keep)))
+            cases.append(("a row without keys", poisoned(x, nothing, worst(s)), masks.padding(nothing)))
         if "mask" in s.supports:
             some = pairs(s.batch, s.length)
             some[..., 2] = False
             some[:, :, 1] = False
-            cases.append(("NaN behind a mask", poisoned(x, torch.arange(s.length).expand(s.batch, -1) != 2), some))
+            cases.append(
+                ("NaN behind a mask", poisoned(x, torch.arange(s.length).expand(s.batch, -1) != 2, worst(s)), some)
+            )
         behind = torch.arange(s.length).expand(s.batch, -1) != s.length // 2
-        cases.append(("NaN in a token", poisoned(x, behind), None))
+        cases.append(("NaN in a token", poisoned(x, behind, torch.nan), None))
         for name, given, mask in cases:
             call = {} if mask is None else {"mask": mask}
             torch._dynamo.reset()
