@@ -46,6 +46,7 @@ y = BN(W(a x))                       pointwise""",
         "align_corners=True aligns the outermost pixels, as it did on the torch that it was written for.",
     ),
     verified="third-party",
+    defaults={"inner_dim": "code", "subsample": "code", "normalize": "code"},
 )
 
 CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
