@@ -91,6 +91,11 @@ Protocols = Literal[
 """What a mechanism takes and gives; see `regard.stages`."""
 
 
+SOURCES = ("paper", "code", "ours")
+"""Where an option's default comes from: the paper's own setting, published code (its authors', unless it names others),
+or this library's choice."""
+
+
 @dataclass(frozen=True)
 class Paper:
     title: str
@@ -160,6 +165,8 @@ class Card:
     """Option -> another value that makes a difference at that size, where a test could not guess one; or all options
     that must change together, as a mapping; or `...` where the option says how something is computed or kept, and so
     changes no output."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Option -> where its default comes from (SOURCES), and after a comma the place there, as "paper, section 4.1"."""
     auxiliary: str = ""
     """A method of the module that takes what `forward` takes and gives a loss; training adds it, times the module's
     option `auxiliary_weight`."""
@@ -178,6 +185,10 @@ class Card:
         for given, known, what in ((self.supports, FEATURES, "feature"), (self.traits, TRAITS, "trait")):
             if unknown := given - known:
                 raise ValueError(f"card {self.name!r}: unknown {what} {sorted(unknown)}; known: {sorted(known)}")
+        for option, source in self.defaults.items():
+            if source.partition(",")[0] not in SOURCES:
+                where = f"card {self.name!r}: the default of {option!r} comes from"
+                raise ValueError(f"{where} an unknown source {source!r}; known: {', '.join(SOURCES)}")
         if self.protocol not in typing.get_args(Protocols):
             raise ValueError(f"card {self.name!r}: unknown protocol {self.protocol!r}; known: {Protocols}")
         if not self.papers or not all(isinstance(paper, Paper) for paper in self.papers):
@@ -247,6 +258,8 @@ class Card:
         made = _required(self.made, self)
         text = (_file_says(made.builder) or (made.builder.__doc__ or "").partition(MARK)[0]).strip()
         object.__setattr__(self, "gist", self.gist or text.partition("\n")[0].strip())
+        for name in self.defaults.keys() - made.signature.parameters.keys():
+            raise ValueError(f"card {self.name!r}: says where the default of an unknown option {name!r} comes from")
         for name in self.preset.keys() - made.signature.parameters.keys():
             raise ValueError(f"card {self.name!r}: the preset names an unknown option {name!r}")
         register(self)

@@ -90,6 +90,7 @@ def data(card: "Card") -> Entry:
         "traits": sorted(card.traits),
         "cost": {"time": card.cost.time, "state": card.cost.state},
         "options": {name: None if v is Parameter.empty else literal(v) for name, v in card.options.items()},
+        "defaults": {name: card.defaults[name] for name in card.options if name in card.defaults},
         "required": [name for name, default in card.options.items() if default is Parameter.empty],
         "variant_of": None if card.base is None else card.base.name,
         "preset": {name: literal(value) for name, value in card.preset.items()},

@@ -4,6 +4,7 @@ import pytest
 
 import regard
 from laws import built
+from regard.cards import SOURCES, Card
 from regard.models.mixer import parse
 
 
@@ -46,3 +47,17 @@ def test_an_option_that_changes_nothing_is_named() -> None:
     assert not built.idle("window", rows)
     same = [row | {"eval": rows[0]["eval"], "train": rows[0]["train"]} for row in rows]
     assert built.idle("window", same) == ["window"]
+
+
+def test_defaults_say_where_they_come_from(record_property) -> None:
+    """How many options do not yet is counted, and reported beside the result."""
+    said = [card.defaults.get(option, "") for card in map(regard.card, regard.mechanisms()) for option in card.options]
+    record_property("options whose default has no source", said.count(""))
+    assert {source.partition(",")[0] for source in said} - {""} == set(SOURCES)
+    papers = regard.card("softmax").papers
+    with pytest.raises(
+        ValueError, match="default of 'a' comes from an unknown source 'memory'; known: paper, code, ours"
+    ):
+        Card("wrong", equation="y = x", papers=papers, defaults={"a": "memory"})
+    with pytest.raises(ValueError, match="says where the default of an unknown option 'b' comes from"):
+        Card("wrong", equation="y = x", papers=papers, defaults={"b": "ours"}).function(lambda x: x)

@@ -113,6 +113,7 @@ def _option(card: Card, name: str, default: object, own: Mapping[str, Any]) -> s
     assert card.made is not None
     others = [repr(value) for value in _values(card.made.signature.parameters[name].annotation) if value != default]
     words += f"  or {', '.join(others)}" if others else ""
+    words += f"  (default: {card.defaults[name]})" if name in card.defaults else ""
     return f"{words}  (here {own[name]!r})" if name in own else words
 
 

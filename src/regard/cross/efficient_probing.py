@@ -37,6 +37,7 @@ CARD = Card(
     ),
     verified="third-party",
     tasks=("digits",),
+    defaults={"reduction": "code", "bias": "code"},
 )
 
 

@@ -53,6 +53,7 @@ y = W_o concat over heads of (sum over l, p of weight * V_l(loc)),   V = W_v mem
     verified="third-party",
     example={"num_levels": 3, "num_points": 2},
     tasks=("boxes",),
+    defaults={"num_levels": "code", "num_points": "code"},
 )
 
 

@@ -53,6 +53,7 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
     verified="third-party",
     example={"degree": 2},
     tasks=("nodes",),
+    defaults={"degree": "code"},
 )
 
 

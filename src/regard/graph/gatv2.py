@@ -41,6 +41,7 @@ y_i = sum_j alpha_ij W_src h_j""",
         "Biases of the projections start at 0, where the code leaves torch's start.",
     ),
     verified="third-party",
+    defaults={"self_loops": "code, PyG", "share_weights": "code, PyG", "negative_slope": "code"},
 )
 
 

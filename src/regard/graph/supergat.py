@@ -45,6 +45,7 @@ edge loss: mean over edges and sampled non-edges of BCE(sigmoid(mean over heads 
     verified="third-party",
     auxiliary="auxiliary_loss",
     tasks=("nodes",),
+    defaults={"negative_slope": "paper", "edge_sample_ratio": "code, PyG"},
 )
 
 Form = Literal["MX", "SD", "GO", "DP"]

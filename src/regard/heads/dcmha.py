@@ -37,6 +37,7 @@ y = Compose_post(softmax(Compose_pre(q k^T / sqrt(D)))) v""",
     ),
     verified="reconstructed",
     tries={"hidden": 5},
+    defaults={"rank": "code", "hidden": "code"},
 )
 
 

@@ -29,6 +29,7 @@ CARD = Card(
     differs=("The gate has a projection of its own, not rows interleaved with the query's.",),
     verified="third-party",
     tasks=("text",),
+    defaults={"site": "paper", "combine": "paper", "activation": "paper", "shared": "paper"},
 )
 HEADWISE = CARD.variant(
     "gated_headwise",

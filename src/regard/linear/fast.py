@@ -41,6 +41,7 @@ factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi
         "The code's dropout of features is not there.",
     ),
     verified="third-party",
+    defaults={"order": "code", "norm": "ours"},
 )
 
 Norm = Literal["token", "sequence", "none"]

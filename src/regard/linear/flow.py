@@ -39,6 +39,7 @@ causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is s
         "No dropout after the output projection.",
     ),
     verified="third-party",
+    defaults={"bound": "code", "eps": "code"},
 )
 
 

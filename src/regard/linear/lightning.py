@@ -40,6 +40,7 @@ streaming:  S <- exp(-s_h) S + k^T v,   o = q S""",
     claim="Constant state, and the tiled form is exact: tests/linear/test_lightning.py; `python -m benchmarks.linear`.",
     differs=("The gate's activation is an option; the released weights have none.",),
     verified="third-party",
+    defaults={"eps": "code", "gate": "code", "position": "paper, abstract"},
 )
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}

@@ -41,6 +41,7 @@ c: the largest column sum of A;   conv: depthwise over positions, one kernel a h
     ),
     verified="third-party",
     example={"num_landmarks": 4, "conv_width": 3},
+    defaults={"iterations": "code, transformers", "conv_width": "code, transformers"},
 )
 
 Coefficient = Literal["exact", "original"]

@@ -47,6 +47,7 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
     verified="third-party",
     example={"num_features": 8},
     tasks=("mqar",),
+    defaults={"eps": "code, the official factory", "orthogonal": "paper", "kernel": "paper"},
 )
 
 

@@ -25,6 +25,7 @@ out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each 
     differs=(HIDDEN, "The output projection, which follows outside in the released code, belongs to the layer."),
     verified="third-party",
     example={"kernel_size": 5},
+    defaults={"head_ratio": "code", "kernel_size": "code, transformers"},
 )
 
 

@@ -38,6 +38,7 @@ dz  = g * (dp - sum(g dp) / sum(g)),   g_s = p_s^(2 - alpha) on the support, els
     claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
     differs=("tau is found by Newton steps instead of bisection or sorting.",),
     verified="third-party",
+    defaults={"alpha": "paper"},
 )
 
 _STEPS = 16

@@ -45,6 +45,7 @@ LINEAR = Card(
     claim="Scores at distance d equal plain rotary scores at d / factor: tests/positions/test_rotary.py.",
     verified="third-party",
     example={"factor": 2.0},
+    defaults={"base": "paper"},
 )
 
 NTK_AWARE = Card(
@@ -66,6 +67,7 @@ NTK_AWARE = Card(
     claim="The first frequency is kept and the last divided by the factor: tests/positions/test_rotary.py.",
     verified="third-party",
     example={"factor": 2.0},
+    defaults={"base": "paper"},
 )
 
 

@@ -38,6 +38,7 @@ r = clip(j - i, -K, K)""",
     ),
     verified="third-party",
     example={"max_distance": 3},
+    defaults={"max_distance": "paper, base model", "per_head": "paper, big model"},
 )
 
 

@@ -19,6 +19,7 @@ CARD = Card(
         "Added to the input of this layer; the paper adds it once, at the bottom of the stack.",
         "The paper's scaling of the token embeddings by sqrt(M) belongs to the embedding and isn't done here.",
     ),
+    defaults={"base": "paper"},
 )
 
 

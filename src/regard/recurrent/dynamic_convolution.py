@@ -30,6 +30,15 @@ alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s
     differs=("With padding, the alignment starts at the first real token.",),
     verified="reconstructed",
     example={"hidden": 8, "static_filters": 3, "dynamic_filters": 2, "filter_length": 5, "prior_length": 4},
+    defaults={
+        "hidden": "code, bshall/Tacotron",
+        "static_filters": "paper",
+        "dynamic_filters": "paper",
+        "filter_length": "paper",
+        "prior_length": "paper",
+        "prior_alpha": "paper",
+        "prior_beta": "paper",
+    },
 )
 
 

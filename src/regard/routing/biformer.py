@@ -40,6 +40,7 @@ out = (softmax(q k^T / sqrt(M)) v + depthwise(v)) Wo          M: the width of al
     "keys of a query (16 of 196 for a 14 x 14 map, 7 x 7 regions, 4 chosen); all regions are full attention.",
     verified="reconstructed",
     example={"regions": 3, "topk": 2, "kernel": 3},
+    defaults={"kernel": "code, the classification models"},
 )
 
 

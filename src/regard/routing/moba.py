@@ -53,6 +53,7 @@ out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
     verified="third-party",
     example={"block": 3, "topk": 2},
     tasks=("mqar(block=8)",),
+    defaults={"block": "paper, at 8K tokens", "topk": "paper, at 8K tokens"},
 )
 
 

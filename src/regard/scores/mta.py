@@ -44,6 +44,12 @@ y = concat_h( N(A' v) * sigmoid(N(A' v) w + b) ) W_o,   N = RMS norm of a head (
     verified="third-party",
     example={"query_size": 3, "key_size": 3, "head_group": 2},
     tries={"layer": 3},
+    defaults={
+        "query_size": "code, released language models",
+        "key_size": "code, released language models",
+        "head_group": "code, released language models",
+        "layer": "code, released language models",
+    },
 )
 
 

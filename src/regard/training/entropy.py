@@ -47,6 +47,7 @@ loss = weight / L sum over layers of 1/H sum over heads, batch and rows of (d^2 
     verified="third-party",
     example={"num_layers": 2, "weight": 1.0, "margin": 0.05},
     tries={"context_size": 9},
+    defaults={"margin": "paper", "weight": "paper", "per": "code"},
 )
 
 

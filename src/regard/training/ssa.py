@@ -43,6 +43,7 @@ else       (in eval, and for the last training steps) dense attention""",
     ),
     verified="reconstructed",
     exceptions={"L29": "training draws the sources from torch's generator, as dropout does"},
+    defaults={"ratio": "paper, abstract"},
 )
 
 

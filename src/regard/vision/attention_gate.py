@@ -48,6 +48,7 @@ y = BN(W(a x))                       pointwise""",
     ),
     verified="third-party",
     exceptions={"L10 batch_rows_do_not_meet_in_training": "the authors' batch normalisation reads the whole batch"},
+    defaults={"inner_dim": "code", "subsample": "code", "normalize": "code"},
 )
 
 CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}

@@ -39,6 +39,7 @@ SPATIAL = Card(
     ),
     verified="third-party",
     example={"window": 3},
+    defaults={"window": "code", "bias": "code"},
 )
 
 CHANNEL = Card(
@@ -56,6 +57,7 @@ Q, K, V (N, C), N all the pixels; scale="tokens" divides by sqrt(N) instead""",
         "K, in that order.",
     ),
     verified="third-party",
+    defaults={"bias": "code", "scale": "code"},
 )
 
 

@@ -26,6 +26,7 @@ DW_near: depthwise, (2d - 1) x (2d - 1);  DW_far: depthwise, ceil(K / d) x ceil(
     "tests/vision/test_large_kernel.py.",
     verified="third-party",
     example={"kernel": 5, "dilation": 2},
+    defaults={"kernel": "paper", "dilation": "paper"},
 )
 
 Weights = tuple[Tensor, Tensor]

@@ -29,6 +29,7 @@ the rest of the channels stay; zeros come in at the border""",
     differs=("Fewer channels than n_div are refused, where the code would move nothing.",),
     verified="third-party",
     example={"n_div": 5},
+    defaults={"n_div": "code"},
 )
 
 
