@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import masking_utils as rules
 
+from regard.integrations import transformers_call
 from regard.integrations.transformers_masks import LazyMask, lazy_mask, recognise, structure
 from regard.masks import causal, full
 
@@ -82,6 +84,14 @@ def test_rules_of_others_are_not_guessed():
     mask = lazy_mask(lambda **_: None, **asked(rule, "square", None))
     assert mask.structure is None
     assert torch.equal(mask[0, 0], (torch.arange(9)[:, None] + torch.arange(9)) % 2 == 0)
+
+
+def test_a_flex_mask_differs_by_batch_row():
+    keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    given = create_block_mask(lambda b, h, i, j: keep[b, j], 2, None, 5, 5, device="cpu", BLOCK_SIZE=16)
+    q = torch.zeros(2, 1, 5, 4)
+    mask = transformers_call._mask(torch.nn.Identity(), q, q, given, False)[0]
+    assert torch.equal(mask.dense(5), keep[:, None, None].expand(2, 1, 5, 5))
 
 
 def test_a_lazy_mask_is_formed_when_touched_and_then_is_a_plain_tensor():

@@ -106,6 +106,13 @@ def test_block_sparse_runs_stages_and_biases(monkeypatch: pytest.MonkeyPatch) ->
     agrees("block_sparse", given, [bias, *position.parameters()], **options)
 
 
+@pytest.mark.parametrize("kernel", ["block_sparse", "window", "chunked", "sdpa"])
+def test_rows_without_keys_are_0_whatever_the_inputs_sum_to(kernel: str) -> None:
+    q, k, v = (torch.full((1, 1, 33, 64), 60.0, dtype=torch.float16) for _ in range(3))
+    out = regard.attention(q, k, v, mask=masks.window(1) & masks.nothing(), kernel=kernel)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
 def test_block_sparse_skips_empty_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work follows the blocks that hold something: 1/8 of them here."""
     seen = []
