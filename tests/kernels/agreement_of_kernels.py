@@ -4,13 +4,13 @@ from collections.abc import Container, Iterator
 from dataclasses import fields, replace
 
 import torch
-from laws.subject import close, near
 from torch import Tensor
 
 from kernels import naive_problem
 from kernels.problems import DTYPES, JOINED, Built, Description, Tree, build, cut
 from regard.kernels import KERNELS
 from regard.kernels.plan import execute
+from regard.laws.agreement import close, near
 
 SLOW = {"triton": 16, "flex": 12}
 """One problem in so many goes to these too: an interpreter, and what torch traces anew at every call."""
