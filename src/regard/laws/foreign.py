@@ -271,7 +271,7 @@ class Adapter(nn.Module):
             return named
         if keep is not None and causal is None and not self.qkv:
             return named | {self.pairs: keep[:, None, None]}
-        allowed = whole.dense(x.shape[1], source.shape[1]).to(x.device)
+        allowed = whole.to(x.device).dense(x.shape[1], source.shape[1], device=x.device)
         if not self.qkv:
             return named | {self.pairs: allowed.expand(x.shape[0], -1, -1, -1)}
         heads = _said(self.inner, "num_heads", None) or 1
@@ -312,7 +312,7 @@ def _called(
     elif causal:
         put("causality", True, *WORDS["causal"])
     if whole is not None:
-        allowed = whole.dense(q.shape[2], k.shape[2]).expand(q.shape[0], -1, -1, -1)
+        allowed = whole.to(q.device).dense(q.shape[2], k.shape[2], device=q.device).expand(q.shape[0], -1, -1, -1)
         put("mask", allowed, "mask", "attn_mask")
     if bias is not None:
         put("bias", bias, "bias", "attn_bias")
