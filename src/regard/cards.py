@@ -50,6 +50,7 @@ TRAITS = frozenset(
         "sparse",
         "routed",
         "straight_through",
+        "nan_safe",
     }
 )
 """Mathematical properties that switch laws on.
@@ -63,6 +64,7 @@ head_independent  a head's output depends on its own projections only
 sparse            some allowed weights are exactly 0
 routed            content decides which of the allowed keys a query sees
 straight_through  some gradient passes a bound or a rounding as if it weren't there, so that it is no slope there
+nan_safe          what a mask hides may hold NaN; every card is held to it, other code where it claims it
 """
 
 PLAIN = frozenset(

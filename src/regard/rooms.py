@@ -12,7 +12,7 @@ from typing import Any
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("rooms", "checks", "terminal"),
-    ("shapes", "cards", "kinds", "cost"),
+    ("shapes", "cards", "kinds", "cost", "tracing"),
     ("masks",),
     ("stages",),
     ("kernels",),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import regard
 from cache.naive_chunk_attention import naive_chunk_attention, naive_stored_tokens
-from laws.subject import close, tokens
 from regard.cache import PrefixTree
 from regard.cache.chunk_attention import ChunkAttention
+from regard.laws.agreement import close
+from regard.laws.subject import tokens
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A165.npz"
 HEADS, WIDTH, VALUES = 2, 3, 4

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import regard
 from cache.naive_el_attention import naive_el_attention
-from laws.subject import close
 from regard import KVCache, masks
 from regard.cache.el_attention import ELAttention, fold_keys, unfold_values
+from regard.laws.agreement import close
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B163.npz"
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import regard
 from cross.naive_efficient_probing import naive_efficient_probing
-from laws.subject import close, close_all, run
 from regard.cross.efficient_probing import EfficientProbing, efficient_probing
+from regard.laws.agreement import close, close_all, run
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A157.npz"
 

@@ -6,9 +6,10 @@ from torch import Tensor
 
 import regard
 from detection.naive_conditional import naive_conditional_cross, naive_scaled_sine, naive_sine
-from laws.subject import close, perturb
 from regard.detection.conditional import ConditionalCrossAttention, conditional_attention
 from regard.detection.places import pixel_centres, sine_embedding
+from regard.laws.agreement import close
+from regard.laws.subject import perturb
 
 ROLES = {
     "qcontent": "q_proj",

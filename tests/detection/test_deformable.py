@@ -9,10 +9,11 @@ from torch import Tensor
 
 import regard
 from detection.naive_deformable import naive_deformable
-from laws.subject import close, perturb
 from regard.detection.deformable import DeformableAttention
 from regard.detection.places import pixel_centres
 from regard.detection.sampling import deformable_attention, sampling_locations
+from regard.laws.agreement import close
+from regard.laws.subject import perturb
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B083.npz"
 PARTS = {"off": "offset_proj", "a": "weight_proj", "v": "v_proj", "o": "o_proj"}

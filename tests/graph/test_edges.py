@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from laws.subject import close
 from regard.graph._edges import check_edges, edge_mean, edge_softmax, edge_sum, with_loops
+from regard.laws.agreement import close
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

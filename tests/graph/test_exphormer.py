@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from graph.naive_exphormer import naive_edges, naive_exphormer
-from laws.subject import close, perturb
 from regard.graph.expander import expander, spectral_gap
 from regard.graph.exphormer import Exphormer, edge_attention
+from regard.laws.agreement import close
+from regard.laws.subject import perturb
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B033.npz"
 EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 0, 0, 2], [1, 0, 1, 3, 0, 2, 1, 4, 4]])

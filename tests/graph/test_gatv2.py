@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import regard
 from graph.naive_gatv2 import naive_gatv2, with_loops
-from laws.subject import close, perturb
 from regard.graph._edges import edge_softmax, edge_sum
 from regard.graph.gatv2 import GATv2, gatv2
+from regard.laws.agreement import close
+from regard.laws.subject import perturb
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A176.npz"
 EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 0, 0, 2], [1, 0, 1, 3, 0, 2, 1, 4, 4]])  # a loop, a double edge

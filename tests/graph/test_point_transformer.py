@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from graph.naive_point import naive_point
-from laws.subject import close, perturb
 from regard.graph.point_transformer import PointTransformer, nearest, vector_attention
+from regard.laws.agreement import close
+from regard.laws.subject import perturb
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A032.npz"
 

@@ -7,9 +7,10 @@ from torch import Tensor
 import regard
 from graph.naive_gatv2 import with_loops
 from graph.naive_supergat import naive_edge_loss, naive_supergat
-from laws.subject import close, perturb
 from regard.graph import supergat as module
 from regard.graph.supergat import SuperGAT, edge_scores, sample_non_edges
+from regard.laws.agreement import close
+from regard.laws.subject import perturb
 
 EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 0, 0, 2], [1, 0, 1, 3, 0, 2, 1, 4, 4]])
 NON_EDGES = torch.tensor([[0, 5, 5, 1], [3, 1, 2, 5]])

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close
 from regard import masks
 from regard.inspect.effective import effective_weights, measured_weights, reads, values_of
 from regard.kernels.problem import combine
+from regard.laws.agreement import close
 from regard.pipeline.head_mixer import HeadMixer
 
 

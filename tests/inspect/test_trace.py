@@ -14,7 +14,6 @@ from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import regard
-from laws.subject import close
 from regard import masks
 from regard.inspect import layers as layers_of_traces
 from regard.inspect.capture.masks import as_mask
@@ -22,6 +21,7 @@ from regard.inspect.layers import LayerTrace
 from regard.inspect.statistics import head_statistics
 from regard.inspect.trace import Trace, trace
 from regard.integrations.transformers import scale_heads, swap
+from regard.laws.agreement import close
 from regard.models.lm import LMConfig, language_model
 
 CASES = [(name, kernel) for name, host in HOSTS.items() for kernel in host.kernels]

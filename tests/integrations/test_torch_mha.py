@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from laws.subject import close
 from regard import masks
 from regard.integrations.torch_mha import MultiheadAttention
+from regard.laws.agreement import close
 
 B, T, S, M, H = 2, 5, 7, 12, 3
 

@@ -4,34 +4,34 @@ from collections.abc import Container, Iterator
 from dataclasses import fields, replace
 
 import torch
+from laws.subject import close, near
 from torch import Tensor
 
 from kernels import naive_problem
 from kernels.problems import DTYPES, JOINED, Built, Description, Tree, build, cut
-from laws.subject import close, near
 from regard.kernels import KERNELS
 from regard.kernels.plan import execute
 
-SLOW = {"triton": 12, "flex": 4}
+SLOW = {"triton": 16, "flex": 12}
 """One problem in so many goes to these too: an interpreter, and what torch traces anew at every call."""
 
-ZERO = 1e-12
-"""What counts as 0 in float64."""
+ZERO, FLOOR = 1e-12, 1e-6
+"""What counts as 0 in float64, and T32's floor, both relative to the largest gradient."""
 DRAWS, ANOTHER = 3, 1_000_000
-"""How many draws of the tensors a problem in half precision has, and from which seeds."""
+"""How many draws of its tensors a problem below float64 has, and from which seeds."""
 
 
-def able(d: Description, built: Built) -> Iterator[tuple[str, bool]]:
-    """(kernel, with gradients) of all that can run the problem, with gradients where they can."""
-    p = built.problem()
+def able(d: Description, built: list[Built]) -> Iterator[tuple[str, bool]]:
+    """(kernel, with gradients) of all that can run each of the problem's draws, with gradients where they can."""
+    problems = [each.problem() for each in built]
     for name, module in KERNELS.items():
         if d.seed % SLOW.get(name, 1):
             continue
-        if not module.why_not(p):
+        if not any(map(module.why_not, problems)):
             yield name, True
             continue
         with torch.no_grad():
-            if not module.why_not(p):
+            if not any(map(module.why_not, problems)):
                 yield name, False
 
 
@@ -50,32 +50,36 @@ def run(built: Built, kernel: str, grads: bool) -> dict[str, Tensor]:
 
 def failures(d: Description, only: Container[str] = KERNELS) -> dict[str, str]:
     """Kernel -> what is wrong with it."""
-    # Of few roundings none can be said to be the worst: in half precision the bounds come from several draws.
-    draws = [replace(d, seed=d.seed + n * ANOTHER) for n in range(DRAWS if d.dtype in ("bf16", "fp16") else 1)]
+    # A handful of roundings is no measure: below float64 the bounds come from several draws.
+    draws = [replace(d, seed=d.seed + n * ANOTHER) for n in range(1 if d.dtype == "fp64" else DRAWS)]
     built = [build(each) for each in draws]
     want = [naive_problem.run(each) for each in built]
     plain = want if d.dtype == "fp64" else [naive_problem.run(each, DTYPES[d.dtype]) for each in built]
+    largest = 1 + max((float(t.abs().max()) for each in want for t in each.values() if t.numel()), default=0.0)
     wrong = {}
     with cut(d.cut):
-        for kernel, grads in able(d, built[0]):
+        for kernel, grads in able(d, built):
             if kernel not in only:
                 continue
             try:
                 got = [run(each, kernel, grads) for each in built]
                 for name in got[0]:
-                    agrees(name, *(torch.stack([found[name] for found in each]) for each in (got, want, plain)))
+                    agrees(
+                        name, *(torch.stack([found[name] for found in each]) for each in (got, want, plain)), largest
+                    )
             except Exception as error:  # whatever it is, it is the finding
                 wrong[kernel] = f"{type(error).__name__}: {error}"
     return wrong
 
 
-def agrees(name: str, got: Tensor, want: Tensor, plain: Tensor) -> None:
-    """By T64, T32 or TLP."""
+def agrees(name: str, got: Tensor, want: Tensor, plain: Tensor, largest: float) -> None:
+    """By T64, T32 or TLP; `largest` of all that is looked at."""
     if got.dtype == torch.float64:
         return close(got, want, name)
-    if name != "out" and not bool((want.abs() > ZERO).any()):
-        # What is summed in float32 is 0 to float32's digits, whatever it is rounded to afterwards.
-        plain, got = plain.float(), got.float()
+    zero = name != "out" and want.numel() and float(want.abs().max()) <= ZERO * largest
+    if zero and float(got.double().abs().mean()) <= FLOOR * largest:
+        # Terms cancel, to the last digit where a plain computation has one term only: no bound comes from there.
+        return None
     return near(got, want, plain, name, grad=name != "out")
 
 

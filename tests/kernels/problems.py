@@ -371,6 +371,11 @@ def draw_mask(r: random.Random, d: Description, *, numbered: bool = False, heads
 # --- drawing ------------------------------------------------------------------------------------------------------
 
 
+def dealt(name: str, options: list[Any], n: int) -> Any:
+    """The n-th card from a deck that is shuffled anew whenever it is empty: all options occur, and equally often."""
+    return random.Random(f"{name} {n // len(options)}").sample(options, len(options))[n % len(options)]
+
+
 def draw(seed: int) -> Description:
     """The problem of that number."""
     r = random.Random(seed)
@@ -381,7 +386,7 @@ def draw(seed: int) -> Description:
     d = Description(seed, r.choice((1, 2, 3)), H, G, *lengths, D, r.choice((1, 3, D, D, 10)))
     if r.random() < 0.4:
         d = replace(d, S=d.T)
-    d = replace(d, dtype=r.choice(("fp64", "fp64", "fp64", "fp32", "fp32", "bf16", "fp16")))
+    d = replace(d, dtype=dealt("dtype", ["fp64"] * 4 + ["fp32"] * 2 + ["bf16", "fp16"], seed))
     if r.random() < 0.3:
         d = replace(d, scale=r.choice((0.1, 0.5, 1.0)))
     if r.random() < 0.4:
@@ -392,7 +397,8 @@ def draw(seed: int) -> Description:
         # Where all tokens are equal, gradients are 0, and a plain computation finds that without any rounding.
         d = replace(d, layouts=tuple("plain" if layout == "one token" else layout for layout in d.layouts))
     d = replace(d, cut=r.choice((0, 0, 4, 4, 5, 8)))
-    return r.choice((_any, _any, _any, _masked, _masked, _masked, _biased, _banded, _special, _empty))(r, d)
+    kinds = (_any, _any, _any, _any, _masked, _masked, _masked, _biased, _biased, _banded, _special, _empty)
+    return dealt("kind", list(kinds), seed)(r, d)
 
 
 def _masked(r: random.Random, d: Description) -> Description:
@@ -419,8 +425,8 @@ def _any(r: random.Random, d: Description) -> Description:
     """Any stages, mask and bias."""
     d = replace(d, T=min(d.T, 21), S=min(d.S, 21))
     for slot, names in STAGES.items():
-        if r.random() < (0.7 if slot == "position" else 0.25):
-            d = replace(d, **{slot: r.choice(list(names))})
+        empty = [""] * (len(names) * (1 if slot == "position" else 3) // 2)
+        d = replace(d, **{slot: dealt(slot, [*names, *empty], d.seed // 3)})
     if d.normalizer in SELECTING and d.dtype in ("bf16", "fp16"):
         d = replace(d, dtype="fp32")
     if r.random() < 0.3:

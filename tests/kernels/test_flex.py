@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from regard import masks
 from regard.kernels import Problem, flex
+from regard.laws.agreement import close
 from regard.normalizers import Entmax
 from regard.pipeline.function import problem as _problem
 from regard.positions import Alibi, Kerple, Shaw

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laws.subject import close, near, same
 from linear.naive_linear_scan import naive_linear_scan
 from regard.kernels.linear_scan import Scan, linear_scan
+from regard.laws.agreement import close, near, same
 
 B, H, K, V = 2, 3, 4, 5
 DECAYS = ["none", "head", "time", "feature"]

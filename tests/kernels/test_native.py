@@ -12,11 +12,11 @@ from torch import Tensor
 
 import regard
 from kernels.test_kernels import MASKS
-from laws.subject import naive_precision, near
 from regard import masks
 from regard.kernels import native
 from regard.kernels.native import build
 from regard.kernels.problem import Problem, attend
+from regard.laws.agreement import naive_precision, near
 from regard.masks import Mask
 from regard.normalizers import Entmax
 from regard.normalizers.entmax import entmax

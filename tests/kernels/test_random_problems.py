@@ -17,7 +17,7 @@ from regard.kernels import KERNELS, eager, native, online, problem, sdpa
 from regard.kernels.native import build as native_build
 from regard.masks import patterns, tensors
 
-FIXED = range(240)
+FIXED = range(192)
 """The seeds of `make test`."""
 MORE = [range(start, start + 100) for start in range(1000, 4000, 100)]
 """Those of the slow test."""
@@ -81,7 +81,7 @@ def test_everything_occurs() -> None:
     trained: Counter[str] = Counter()
     occurs: Counter[str] = Counter()
     for d in map(draw, FIXED):
-        for kernel, grads in able(d, build(d)):
+        for kernel, grads in able(d, [build(d)]):
             kernels[kernel] += 1
             trained[kernel] += grads
         occurs.update({d.dtype, *d.layouts, *d.parts, *(f"{slot} {name}" for slot, name in d.stages.items())})

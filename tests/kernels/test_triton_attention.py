@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import naive_precision, near, same
 from regard import masks
 from regard.kernels import Problem
 from regard.kernels import triton_attention as kernel
 from regard.kernels._triton_walk import Walk, make, walk
+from regard.laws.agreement import naive_precision, near, same
 from regard.masks import Mask
 from regard.normalizers import Entmax
 from regard.pipeline.function import problem as _problem

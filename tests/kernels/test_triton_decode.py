@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.subject import close, near, same
 from regard.cache import PrefixTree
 from regard.kernels import triton_decode as kernel
+from regard.laws.agreement import close, near, same
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Without a GPU the interpreter stands in for it (see conftest)."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels.test_linear_scan import agree, run
-from laws.subject import near, same
 from regard.kernels import triton_scan as kernel
 from regard.kernels.linear_scan import linear_scan
+from regard.laws.agreement import near, same
 
 DECAYS = ["none", "head", "time", "feature"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

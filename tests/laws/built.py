@@ -16,6 +16,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import DIM, HEADS, causalities, inputs, perturb, tokens
 from regard import index
+from regard.laws.subject import of, perturb, tokens
 from regard.models.mixer import Spec, parse
 
 FOLDER = Path(__file__).parent / "rows"
@@ -42,7 +43,8 @@ REFUSALS = (ValueError, TypeError, RuntimeError, IndexError)
 
 def measure(spec: Spec, causal: bool) -> Row:
     """The row of one way to build a card; where something is refused, the error's name stands for the numbers."""
-    options = {"dim": DIM, "num_heads": HEADS, **spec.options}
+    plain = of(spec.name)
+    options = {"dim": plain.dim, "num_heads": plain.heads, **spec.options}
     torch.manual_seed(0)
     row: Row = {"row": str(spec), "causal": causal}
     try:
@@ -80,7 +82,8 @@ def arguments(name: str, module: Any, options: Mapping[str, Any]) -> tuple[dict[
     Apart from them, those that `forward` could do without: in training it does what the options then say.
     """
     taken = inspect.signature(module.forward).parameters
-    given = dict(zip(taken, inputs(name, dim=options["dim"], num_heads=options["num_heads"]), strict=False))
+    sized = replace(of(name), dim=options["dim"], heads=options["num_heads"])
+    given = dict(zip(taken, sized.inputs(), strict=False))
     maps = regard.card(name).protocol == "FeatureMixer"
     if maps and options.get("axes"):
         given = {key: t.reshape(*t.shape[:2], *_sides(t[0, 0].numel(), options["axes"])) for key, t in given.items()}
@@ -144,7 +147,7 @@ def _shape(t: Tensor) -> str:
 
 def rows(name: str) -> list[Row]:
     """All rows of a card, measured anew; other values of its options are looked for."""
-    return shorten(name, [measured(spec, causal) for causal in causalities(name) for spec in specs(name)])
+    return shorten(name, [measured(spec, causal) for causal in of(name).causalities for spec in specs(name)])
 
 
 def shorten(name: str, measured: list[Row]) -> list[Row]:
@@ -227,13 +230,13 @@ def how(card: regard.Card, option: str) -> bool:
 
 def shows(base: Spec, spec: Spec) -> bool:
     """Whether the second can be run for some causality, and the first can't or gives clearly other numbers."""
-    pairs = [(measured(base, causal), measured(spec, causal)) for causal in causalities(base.name)]
+    pairs = [(measured(base, causal), measured(spec, causal)) for causal in of(base.name).causalities]
     return any(isinstance(after.get("eval"), list) and differ(before, after) for before, after in pairs)
 
 
 def builds(base: Spec, spec: Spec) -> bool:
     """Whether the second is built with other tensors than the first."""
-    pairs = [(measured(base, causal), measured(spec, causal)) for causal in causalities(base.name)]
+    pairs = [(measured(base, causal), measured(spec, causal)) for causal in of(base.name).causalities]
     return any(after["start"] and differ(before, after) for before, after in pairs)
 
 
@@ -248,7 +251,7 @@ def measured(spec: Spec, causal: bool) -> Row:
 
 
 def whole(spec: Spec) -> bool:
-    return all(isinstance(measured(spec, causal).get("eval"), list) for causal in causalities(spec.name))
+    return all(isinstance(measured(spec, causal).get("eval"), list) for causal in of(spec.name).causalities)
 
 
 def changed(spec: Spec, **options: Any) -> Spec:

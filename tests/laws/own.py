@@ -22,9 +22,7 @@ class Right(nn.Module):
         allowed = self.allowed(x, source, mask)
         repeat = self.heads // self.groups
         q, k, v = (z.unflatten(-1, (-1, self.width)).transpose(1, 2) for z in self.project(x, source, mask))
-        # Hidden tokens may hold anything, NaN too.
-        seen = allowed.any(-2).any(1)[:, None, :, None]
-        k, v = (z.masked_fill(~seen, 0).repeat_interleave(repeat, 1) for z in (k, v))
+        k, v = (z.repeat_interleave(repeat, 1) for z in (k, v))
         weights = self.weights(self.scores(q, k), allowed)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
@@ -53,7 +51,11 @@ class LooksAhead(Right):
 
     def allowed(self, x, source, mask):
         allowed = super().allowed(x, source, mask)
-        return allowed | allowed.roll(1, -1) & (torch.arange(allowed.shape[-1]) > 0) if self.causal else allowed
+        return (
+            allowed | allowed.roll(1, -1) & (torch.arange(allowed.shape[-1], device=x.device) > 0)
+            if self.causal
+            else allowed
+        )
 
 
 class LooksAheadLate(Right):
@@ -61,7 +63,7 @@ class LooksAheadLate(Right):
 
     def allowed(self, x, source, mask):
         allowed = super().allowed(x, source, mask)
-        late = (torch.arange(allowed.shape[-1]) > 64) if self.causal else False
+        late = (torch.arange(allowed.shape[-1], device=x.device) > 64) if self.causal else False
         return allowed | (allowed.roll(1, -1) & late) if self.causal else allowed
 
 
@@ -119,8 +121,8 @@ class NormOverPadding(Right):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """A function of queries, keys and values."""
     T, S = q.shape[2], k.shape[2]
-    allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
+    allowed = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    allowed = allowed.tril(S - T) if causal else allowed
     allowed = allowed if mask is None else allowed & mask
-    v = v.masked_fill(~allowed.any(-2)[..., None], 0) if mask is not None else v
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, torch.finfo(q.dtype).min)
     return scores.softmax(-1).masked_fill(~allowed, 0) @ v

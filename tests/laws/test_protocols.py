@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws import subject
-from laws.subject import build, inputs, tokens
 from regard import catalog, kinds, masks
 from regard.cards import Protocols
 from regard.kinds import Kept
 from regard.laws import protocols as law
+from regard.laws.subject import of, tokens
+
+
+def names(protocol: str) -> list[str]:
+    """Cards that follow it."""
+    return [name for name in regard.mechanisms() if regard.card(name).protocol == protocol]
 
 
 def test_every_protocol_is_decided() -> None:
@@ -70,10 +74,10 @@ PYRAMID = [law.maps_keep_their_sizes, law.maps_of_a_batch_are_independent, law.m
 
 
 @pytest.mark.parametrize("holds", PYRAMID, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", [*subject.names(protocols="PyramidMixer"), "right"])
+@pytest.mark.parametrize("name", [*names("PyramidMixer"), "right"])
 def test_pyramids(name: str, holds) -> None:
-    module = Pyramid().double() if name == "right" else build(name)
-    holds(module, maps() if name == "right" else inputs(name)[0])
+    module = Pyramid().double() if name == "right" else of(name).build()
+    holds(module, maps() if name == "right" else of(name).inputs()[0])
 
 
 @pytest.mark.parametrize(
@@ -123,10 +127,10 @@ class Hiding(Small):
         return [regard.Attention(24, 6)]
 
 
-@pytest.mark.parametrize("name", [*subject.names(protocols="Model"), "right"])
+@pytest.mark.parametrize("name", [*names("Model"), "right"])
 def test_models(name: str) -> None:
-    module = Small().double() if name == "right" else build(name)
-    law.model_repeats_itself(module, (tokens(),) if name == "right" else inputs(name))
+    module = Small().double() if name == "right" else of(name).build()
+    law.model_repeats_itself(module, (tokens(),) if name == "right" else of(name).inputs())
     law.model_shows_its_mixers(module)
 
 
@@ -186,10 +190,10 @@ def qkv(n: int = 9) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(2, h, n, d).double() for h, d in ((4, 3), (2, 3), (2, 5)))
 
 
-@pytest.mark.parametrize("name", [*subject.names(protocols="CachePolicy"), "right"])
+@pytest.mark.parametrize("name", [*names("CachePolicy"), "right"])
 def test_cache_policies(name: str) -> None:
     def make(budget: int):
-        return Newest(budget) if name == "right" else build(name, budget=budget)
+        return Newest(budget) if name == "right" else of(name).build(budget=budget)
 
     law.policy_with_room_is_exact(make(64), *qkv())
     law.policy_keeps_its_budget(make(4), 4, *qkv())
@@ -252,12 +256,12 @@ def model() -> nn.Module:
     return Small().double()
 
 
-@pytest.mark.parametrize("name", [*subject.names(protocols="Steer"), "right"])
+@pytest.mark.parametrize("name", [*names("Steer"), "right"])
 def test_steering(name: str) -> None:
-    steer = Louder() if name == "right" else build(name)
+    steer = Louder() if name == "right" else of(name).build()
     law.steering_ends(steer, model(), (tokens(),))
     law.neutral_steering_changes_nothing(
-        Louder(1.0) if name == "right" else build(name, strength=0), model(), (tokens(),)
+        Louder(1.0) if name == "right" else of(name).build(strength=0), model(), (tokens(),)
     )
 
 
@@ -292,10 +296,10 @@ class Adds(Decay):
         yield
 
 
-@pytest.mark.parametrize("name", [*subject.names(protocols="Training"), "right"])
+@pytest.mark.parametrize("name", [*names("Training"), "right"])
 def test_trainings(name: str) -> None:
-    law.training_leaves_the_model(Decay() if name == "right" else build(name), model(), (tokens(),))
-    law.neutral_training_is_training(Decay(0.0) if name == "right" else build(name, strength=0), model, (tokens(),))
+    law.training_leaves_the_model(Decay() if name == "right" else of(name).build(), model(), (tokens(),))
+    law.neutral_training_is_training(Decay(0.0) if name == "right" else of(name).build(strength=0), model, (tokens(),))
 
 
 def test_wrong_trainings() -> None:

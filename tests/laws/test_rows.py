@@ -1,12 +1,13 @@
 """L48: built as written, through `create`: the committed rows of every card hold (see laws/built.py)."""
 
+import pytest
+
 import regard
 from laws import built
-from laws.subject import ALL, law
 from regard.models.mixer import parse
 
 
-@law("L48", protocols=ALL)
+@pytest.mark.parametrize("name", regard.mechanisms())
 def test_rows(name: str) -> None:
     """Defaults, starting values and outputs are the committed ones, and every option has a row that it changes."""
     rows = built.read(built.file(name)).get(name, [])

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from linear.naive_agent import naive_agent
+from regard.laws.agreement import close
 from regard.linear.agent import AgentAttention, agent_attention, pooling, stretching
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from linear.naive_agent import naive_agent, naive_agent_biases, naive_depthwise, naive_pool
+from regard.laws.agreement import close
 from regard.linear.agent_grid import GridAgentAttention
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B106.npz"

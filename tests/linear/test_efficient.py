@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from linear.naive_efficient import naive_efficient
 from regard import masks
+from regard.laws.agreement import close
 from regard.linear.efficient import EfficientAttention, efficient_attention
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B010.npz"

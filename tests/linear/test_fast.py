@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import build, close, tokens
 from linear.naive_fast import naive_fast, naive_fast_normalise
+from regard.laws.agreement import close
+from regard.laws.subject import of, tokens
 from regard.linear import FastAttention, fast_attention
 from regard.linear.fast import monomials, normalise, taylor
 
@@ -137,7 +138,7 @@ def test_normalised_by_the_longest_real_token() -> None:
 
 def test_module_is_the_function() -> None:
     for causal, norm in ((True, "token"), (False, "sequence"), (False, "none")):
-        module, x = build("fast", causal=causal, norm=norm), tokens(1, 5)
+        module, x = of("fast").build(causal=causal, norm=norm), tokens(1, 5)
         q, k, v = module.split(x, x)
         if norm != "none":
             q, k = (naive_fast_normalise(z, per_token=norm == "token") for z in (q, k))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from linear.naive_flow import naive_flow
 from regard import masks
+from regard.laws.agreement import close
 from regard.linear.conserved_flow import _flows, _through, causal_flow_attention, flow_attention
 from regard.linear.flow import FlowAttention
 

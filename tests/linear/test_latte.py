@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import build, close, same, tokens
 from linear.naive_latte import naive_latte, naive_latte_weights
+from regard.laws.agreement import close, same
+from regard.laws.subject import of, tokens
 from regard.linear import Latte, causal_latte_attention, latte_attention
 
 
@@ -93,14 +94,14 @@ def test_large_logits_in_single_precision(size: float) -> None:
 
 @torch.no_grad()
 def test_the_state_does_not_grow() -> None:
-    module = build("latte", causal=True)
+    module = of("latte").build(causal=True)
     states = [module.step(tokens(1, n), module.init_state(1, 1))[1] for n in (1, 300)]
     assert [[t.untyped_storage().nbytes() for t in s] for s in states] == [[8 * 6 * 5 * 4, 8 * 6 * 5]] * 2
 
 
 def test_the_module_is_the_function() -> None:
     for causal in (False, True):
-        module, x = build("latte", causal=causal), tokens(1, 5)
+        module, x = of("latte").build(causal=causal), tokens(1, 5)
         assert module.q_proj.weight.shape == (6 * 5, 24)
 
         def heads(z: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import regard
-from laws.subject import build, close, tokens
 from linear.naive_lightning import naive_layer_factor, naive_lightning, naive_lrpe, naive_simple_rms_norm, naive_slopes
+from regard.laws.agreement import close
+from regard.laws.subject import of, tokens
 from regard.linear import LightningAttention, lightning_attention
 from regard.linear.lightning import lrpe
 
@@ -102,7 +103,7 @@ def test_transformers_minimax_layer() -> None:
 
 
 def test_layer_equals_the_loops() -> None:
-    module, x = build("lightning"), tokens(1, 7)
+    module, x = of("lightning").build(), tokens(1, 7)
     got = module(x)
 
     def heads(z: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def test_rotated_products_depend_on_distance_only() -> None:
 @torch.no_grad()
 def test_the_state_does_not_grow() -> None:
     """As many bytes after 10 tokens as after 1000."""
-    module = build("lightning")
+    module = of("lightning").build()
     states = [module.step(tokens(1, n), module.init_state(1, 1))[1] for n in (10, 1000)]
     assert [s.length for s in states] == [10, 1000]
     assert states[0].kv.untyped_storage().nbytes() == states[1].kv.untyped_storage().nbytes() == 8 * 6 * 8 * 4
@@ -134,8 +135,8 @@ def test_the_state_does_not_grow() -> None:
 @pytest.mark.parametrize("gate", ["identity", "silu", "sigmoid"])
 @pytest.mark.parametrize("position", ["lrpe", "none"])
 def test_options_change_something(gate: str, position: str) -> None:
-    plain, x = build("lightning"), tokens()
-    module = build("lightning", gate=gate, position=position)
+    plain, x = of("lightning").build(), tokens()
+    module = of("lightning").build(gate=gate, position=position)
     assert (module.theta is None) == (position == "none")
     if position == "lrpe":
         assert torch.equal(module(x), plain(x)) == (gate == "identity")

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import build, close, same, tokens
+from regard.laws.agreement import close, same
+from regard.laws.subject import of, tokens
 from regard.linear import LinearAttention, linear_attention
 
 
@@ -59,7 +60,7 @@ def test_it_is_the_recurrence_of_the_paper() -> None:
 
 @torch.no_grad()
 def test_the_state_does_not_grow() -> None:
-    module = build("linear", causal=True)
+    module = of("linear").build(causal=True)
     _, one = module.step(tokens(2, 1), module.init_state(2, 1))
     _, many = module.step(tokens(2, 500), module.init_state(2, 1))
     assert one.sums.shape == many.sums.shape == (2, 6, 4, 5)

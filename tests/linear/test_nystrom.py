@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from linear.naive_nystrom import naive_nystrom
+from regard.laws.agreement import close
 from regard.linear.nystrom import (
     NystromAttention,
     landmark_values,

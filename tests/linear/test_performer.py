@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import build, close, same, tokens
 from linear.naive_performer import naive_features_attention, naive_performer, naive_performer_relu, naive_relu_features
 from linear.naive_performer import naive_softmax_attention as exact_attention
 from regard.kernels.linear_scan import linear_scan
+from regard.laws.agreement import close, same
+from regard.laws.subject import of, tokens
 from regard.linear import Performer, performer_attention, random_directions
 from regard.linear.performer import PerformerState, project, relu_features, softmax_features
 
@@ -185,7 +186,7 @@ def test_hidden_keys_do_not_move_the_maximum() -> None:
 
 @torch.no_grad()
 def test_the_state_does_not_grow() -> None:
-    module = build("performer", causal=True)
+    module = of("performer").build(causal=True)
     states = [module.step(tokens(1, n), module.init_state(1, 1))[1] for n in (1, 300)]
     assert isinstance(states[0], PerformerState)
     assert [[t.untyped_storage().nbytes() for t in s] for s in states] == [[8 * 6 * 8 * 5, 8 * 6]] * 2

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import regard
-from laws.subject import close
 from regard import masks
+from regard.laws.agreement import close
 from regard.masks.grids import Axis, Neighborhood
 from vision.naive_neighborhood import naive_window
 

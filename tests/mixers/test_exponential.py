@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.subject import close, same
+from regard.laws.agreement import close, same
 from regard.mixers.exponential import BLOCK, exponential_sum, lags
 
 LENGTHS = (1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7, 9 * BLOCK + 1)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from mixers.naive_fftnet import naive_fftnet, naive_fftnet_b
 from regard import masks
+from regard.laws.agreement import close
 from regard.mixers.fftnet import FFTNet, modrelu, spectral_filter
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A113.npz"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.subject import close
 from mixers.naive_gss import naive_gss
+from regard.laws.agreement import close
 from regard.mixers.gss import GatedStateSpace, GSSState, diagonal_state_space
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A179.npz"

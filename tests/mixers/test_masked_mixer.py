@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from mixers.naive_masked_mixer import (
     naive_masked_mixer,
     naive_masked_mixer_block,
@@ -17,6 +16,7 @@ from mixers.naive_masked_mixer import (
     naive_masked_mixer_heads,
 )
 from regard import masks
+from regard.laws.agreement import close
 from regard.mixers.masked_mixer import MaskedMixer, masked_mix
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B076.npz"

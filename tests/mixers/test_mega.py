@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
-from laws.subject import close, same
 from mixers.naive_mega import naive_ema, naive_mega
+from regard.laws.agreement import close, same
 from regard.mixers.mega import Mega, MegaState
 from regard.mixers.mega_attention import Laplace
 from regard.mixers.mega_average import damped_ema

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, same
 from mixers.naive_span_conv import naive_span_conv
+from regard.laws.agreement import close, same
 from regard.mixers.convbert import MixedAttention
 from regard.mixers.span_conv import SpanConvolution, SpanHeads, dynamic_convolution
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.models.detector import (
     NOTHING,
     Detections,

@@ -8,7 +8,7 @@ from tests.normalizers.naive_topk import naive_gradient, naive_topk
 from torch import Tensor
 
 import regard
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.normalizers import Softmax, TopK
 from regard.normalizers.topk import topk
 

@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, perturb, run, tokens
 from regard import masks
 from regard.kernels import KERNELS
+from regard.laws.agreement import close, close_all, run
+from regard.laws.subject import perturb, tokens
 from regard.pipeline import Attention, Weighted
 from regard.pipeline.function import problem
 from regard.stages import (

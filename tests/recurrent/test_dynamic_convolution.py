@@ -6,8 +6,9 @@ from scipy.stats import betabinom
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, perturb, run, same, tokens
 from recurrent.naive_location import naive_dca, naive_location
+from regard.laws.agreement import close, close_all, run, same
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import DynamicConvolutionAttention
 from regard.recurrent.dynamic_convolution import beta_binomial
 

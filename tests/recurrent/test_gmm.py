@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, perturb, run, same, tokens
 from recurrent.naive_location import naive_gmm, naive_location
+from regard.laws.agreement import close, close_all, run, same
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import GMMAttention
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, perturb, run, tokens
 from recurrent.naive_luong import naive_luong
+from regard.laws.agreement import close, close_all, run
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import LuongAttention
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "B091.npz"

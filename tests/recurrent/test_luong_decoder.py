@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laws.subject import close, perturb, same, tokens
+from regard.laws.agreement import close, same
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import LocalLuongAttention, LuongAttention, LuongDecoder
 
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, perturb, run, same, tokens
 from recurrent.naive_luong import naive_luong
 from recurrent.test_luong import weights_of
+from regard.laws.agreement import close, close_all, run, same
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import LocalLuongAttention, LuongAttention
 
 SHORT = {"monotonic": "m", "predictive": "p"}

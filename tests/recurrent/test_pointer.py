@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, run, tokens
 from recurrent.naive_pointer import naive_pointer
+from regard.laws.agreement import close, close_all, run
+from regard.laws.subject import tokens
 from regard.recurrent import PointerAttention, pointer_log_probs
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A190.npz"

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.subject import close, perturb, same, tokens
 from recurrent.naive_pointer import naive_ptr_net
+from regard.laws.agreement import close, same
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import PointerNetwork
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "A190.npz"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, perturb, run, same, tokens
 from recurrent.naive_sentinel import naive_sentinel, naive_visual_sentinel
+from regard.laws.agreement import close, close_all, run, same
+from regard.laws.subject import perturb, tokens
 from regard.recurrent import SentinelAttention, adaptive_attention
 from regard.recurrent.sentinel import sentinel_cell
 

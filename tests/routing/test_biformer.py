@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import regard
-from laws.subject import close
 from regard import masks
+from regard.laws.agreement import close
 from regard.routing import BiLevelRouting
 from regard.routing.biformer import region_attention, route_regions
 from routing.naive_biformer import naive_biformer

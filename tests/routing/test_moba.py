@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from regard import masks
+from regard.laws.agreement import close
 from regard.routing import kept
 from regard.routing.moba import MoBA, moba
 from routing.naive_moba import naive_moba, naive_moba_blocks

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
 import regard
-from laws.subject import close, tokens
 from regard import masks
+from regard.laws.agreement import close
+from regard.laws.subject import tokens
 from regard.routing import RoutingAttention
 from regard.routing.clusters import clustered_attention, gathered_tokens, nearest
 from routing.naive_routing_transformer import naive_official_centroids, naive_routes, naive_routing_transformer

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
 from regard import masks
+from regard.laws.agreement import close
 from regard.routing import kept
 from regard.routing.xattention import XAttention, antidiagonal_mass, xattention
 from routing.naive_xattention import naive_xattention, naive_xattention_blocks, naive_xattention_sums

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.timeseries.exponential_smoothing import (
     ExponentialSmoothingAttention,
     SmoothingState,

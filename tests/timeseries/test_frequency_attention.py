@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.timeseries.frequency_attention import FrequencyAttention, frequency_attention
 from timeseries.naive_frequency_attention import naive_frequency_attention
 

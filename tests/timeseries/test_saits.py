@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, same
+from regard.laws.agreement import close, same
 from regard.timeseries.saits import SAITS, DiagonallyMaskedLayer, Estimates, hide, saits_loss
 from timeseries.naive_saits import naive_diagonal_attention, naive_mae, naive_saits
 

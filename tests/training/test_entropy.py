@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, run
+from regard.laws.agreement import close, close_all, run
 from regard.training import EntropyRegularizer, HeadTemperature, row_entropy
 from training.naive_entropy import naive_entropy, naive_row_entropy, naive_temperature_attention
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, same, tokens
+from regard.laws.agreement import close, same
+from regard.laws.subject import tokens
 from regard.training import HeadMask, head_importance, mask_important, mask_random, unmask
 from training.naive_headmask import naive_head_importance, naive_headmask, naive_most_important
 

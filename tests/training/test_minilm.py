@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, close_all, run
+from regard.laws.agreement import close, close_all, run
 from regard.training import MiniLMLoss, minilm_loss
 from training.naive_minilm import naive_minilm
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, tokens
+from regard.laws.agreement import close
+from regard.laws.subject import tokens
 from regard.training import SubsampledAttention, attend_in_windows, attend_to_some, local_shuffle, ssa
 from training.naive_ssa import naive_ssa
 

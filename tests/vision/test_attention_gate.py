@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.vision import AttentionGate
 from vision.naive_attention_gate import naive_attention_gate, naive_attention_map
 from vision.shared import filled, gradients, leaves, normal, vectors

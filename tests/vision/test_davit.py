@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.models.florence2 import modeling_florence2 as florence
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.vision import ChannelAttention, WindowAttention, channel_attention, window_attention
 from vision.naive_davit import naive_davit_channels, naive_davit_window
 from vision.shared import filled, gradients, leaves, normal, vectors

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import regard
-from laws.subject import close
+from regard.laws.agreement import close
 from regard.vision import HaloAttention, halo_attention
 from vision.naive_halo import naive_halo
 from vision.shared import filled, gradients, leaves, normal, vectors

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laws.subject import close, same
+from regard.laws.agreement import close, same
 from regard.vision import LargeKernelAttention, VANAttention, large_kernel_attention
 from vision.naive_large_kernel import naive_large_kernel, naive_van_attention
 from vision.shared import filled, gradients, leaves, normal, vectors

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close, same
 from regard import masks
 from regard.kernels import neighborhood as kernel
 from regard.kernels.problem import Problem
+from regard.laws.agreement import close, same
 from regard.vision import NeighborhoodAttention, neighborhood_attention
 from vision.naive_neighborhood import naive_neighborhood
 from vision.shared import filled, gradients, leaves, normal, vectors

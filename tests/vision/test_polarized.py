@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laws.subject import close, same
+from regard.laws.agreement import close, same
 from regard.vision import PolarizedAttention
 from vision.naive_polarized import naive_polarized
 from vision.shared import filled, gradients, leaves, normal, vectors

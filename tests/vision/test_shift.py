@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from laws.subject import close, same
+from regard.laws.agreement import close, same
 from regard.vision.shift import Shift, shift
 from vision.naive_shift import naive_shift, naive_shift_block
 from vision.shared import gradients, leaves, normal, vectors

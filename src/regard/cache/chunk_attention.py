@@ -15,11 +15,12 @@ from torch import Tensor
 from regard.cache.prefix_tree import PrefixTree
 from regard.cards import PLAIN, Card, Paper
 from regard.checks import refuse, tokens, whole
-from regard.masks import causal as past
+from regard.masks import Mask
 from regard.pipeline.function import attention
 from regard.pipeline.head_mixer import Projections
 from regard.pipeline.layer import Attention
 from regard.pipeline.streaming import check_streams
+from regard.tracing import autocasts
 
 CARD = Card(
     "chunk_attention",
@@ -113,9 +114,13 @@ class ChunkAttention(Attention):
         return Branches(tree, tuple(tree.add() for _ in range(batch_size)), capacity)
 
     def step(  # type: ignore[override]
-        self, x: Float[Tensor, "B t M"], state: Branches
+        self, x: Float[Tensor, "B t M"], state: Branches, *, mask: Mask | None = None
     ) -> tuple[Float[Tensor, "B t M"], Branches]:
-        """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
+        """The next t tokens: what `forward` would give at these positions, and the state with them in it.
+
+        Args:
+            mask: over absolute positions, e.g. `padding` of the whole sequence's keys.
+        """
         check_streams(self)
         tokens(self, "x", x, self.dim)
         if not isinstance(state, Branches):
@@ -124,20 +129,29 @@ class ChunkAttention(Attention):
         (B, t, _), tree = x.shape, state.tree
         if len(state.sequences) != B:
             refuse(self, "x", "has another batch than the state", B, f"{len(state.sequences)} sequences")
+        if not (mask is None or isinstance(mask, Mask)):
+            refuse(self, "mask", "has the wrong type", type(mask).__name__, "a regard.masks.Mask", error=TypeError)
         if (end := state.length + t) > state.capacity:
             new = f"with {t} new token{'s' * (t != 1)} exceeds capacity {state.capacity}"
             refuse(self, "x", new, f"{state.length} held before", f"a state with capacity >= {end}")
         where = torch.arange(state.length, state.length + t, device=x.device)
         q, k, v, _, _ = self._project(x, x, where, where, where)
+        if autocasts(x.device):  # the tree keeps the dtype it was made with
+            q, k, v = (z.to(tree.k.dtype) for z in (q, k, v))
         state = Branches(tree, tuple(map(tree.fork, state.sequences)), state.capacity)
         wanted = torch.is_grad_enabled() and (k.requires_grad or tree.k.requires_grad)
         # Single tokens are generated ones, which are not worth a name each.
         tree.append(state.sequences, k, v, tokens=None if wanted or t == 1 else _names(x))
-        if t == 1:
+        if t == 1 and mask is None:
             out = tree.attend(q[:, :, 0], state.sequences)[:, :, None]
         else:
             rows = [(q[b : b + 1], *(z[None] for z in tree.keys(s))) for b, s in enumerate(state.sequences)]
-            outs = [attention(*row, mask=past(), kernel=self.kernel) for row in rows]
+            field = self.receptive_field() if mask is None else self.receptive_field() & mask
+            allowed = None if mask is None else field.at(where, torch.arange(end, device=x.device))
+            outs = [
+                attention(*row, mask=field if allowed is None else allowed[b % len(allowed)][None], kernel=self.kernel)
+                for b, row in enumerate(rows)
+            ]
             out = torch.cat(outs) if outs else q
         return self._finish(out, x), state
 

@@ -333,11 +333,12 @@ class PrefixTree:
         return twin
 
     def _write(self, places: Tensor, k: Float[Tensor, "G n D"], v: Float[Tensor, "G n V"]) -> None:
-        if torch.is_grad_enabled() and any(z.requires_grad for z in (k, v, self.k, self.v)):
+        graph = torch.is_grad_enabled() and any(z.requires_grad for z in (k, v, self.k, self.v))
+        if graph or (self.k.is_inference() and not torch.is_inference_mode_enabled()):
             self.k, self.v = (
                 self.k.index_copy(1, places, k),
                 self.v.index_copy(1, places, v),
-            )  # a graph may hold the old
+            )  # a graph may hold the old; those made under inference_mode nobody may write to outside of it
         else:
             self.k.index_copy_(1, places, k)
             self.v.index_copy_(1, places, v)

@@ -15,6 +15,7 @@ from regard.detection.sampling import Sampling, deformable_attention, sampling_l
 from regard.masks import Mask
 from regard.pipeline.tokens import key_padding
 from regard.shapes import HeadShape
+from regard.tracing import readable
 
 
 def example_inputs(shape: HeadShape) -> tuple[Tensor, ...]:
@@ -154,7 +155,5 @@ class DeformableAttention(nn.Module):
     @checked(L="num_levels")
     def _make_up(self, shapes: Int[Tensor, "L 2"], tokens: int) -> None:
         """Refuse maps that are not what the context is made of."""
-        if torch.compiler.is_compiling() or shapes.is_meta:
-            return
-        if bool((shapes < 1).any()) or int(shapes.prod(-1).sum()) != tokens:
+        if readable(shapes) and (bool((shapes < 1).any()) or int(shapes.prod(-1).sum()) != tokens):
             refuse(self, "shapes", "don't make up the context", shapes.tolist(), f"maps of {tokens} tokens together")

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from regard.tracing import transformed
+
 Sampling = Literal["bilinear", "discrete"]
 
 
@@ -67,13 +69,11 @@ def deformable_attention(
     # Pixels outside point at a row that the sum leaves out, so that not even NaN times 0 comes from them.
     at = at.masked_fill(outside, B * S * H)
     rows = torch.cat([value.reshape(B * S * H, D), value.new_zeros(1, D)])
-    out = F.embedding_bag(
-        at.flatten(3).flatten(0, 2),
-        rows,
-        mode="sum",
-        per_sample_weights=share.to(value.dtype).flatten(3).flatten(0, 2),
-        padding_idx=B * S * H,
-    )
+    picked, shares = at.flatten(3).flatten(0, 2), share.to(value.dtype).flatten(3).flatten(0, 2)
+    if transformed(value, shares):  # embedding_bag has no forward mode
+        out = (shares[:, None] @ F.embedding(picked, rows)).squeeze(1)
+    else:
+        out = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=shares, padding_idx=B * S * H)
     return out.view(*locations.shape[:3], D)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard.checks import fits, refuse
+from regard.tracing import readable
 
 
 def check_edges(who: object, edge_index: Int[Tensor, "2 E"], sources: int, targets: int) -> None:
@@ -19,7 +20,7 @@ def check_edges(who: object, edge_index: Int[Tensor, "2 E"], sources: int, targe
             who, "edge_index", "has the wrong dtype", edge_index.dtype, "torch.int32 or torch.int64", error=TypeError
         )
     # Reading values would break a compiled graph in two; a wrong index then fails in the gather instead.
-    if torch.compiler.is_compiling() or edge_index.is_meta or not edge_index.shape[1]:
+    if not edge_index.shape[1] or not readable(edge_index):
         return
     (low_source, low_target), (high_source, high_target) = (z.tolist() for z in edge_index.aminmax(dim=1))
     if low_source < 0 or high_source >= sources or low_target < 0 or high_target >= targets:
@@ -42,7 +43,7 @@ def check_graph(who: object, graph: Int[Tensor, "N"] | None, num_graphs: int) ->
         if num_graphs != 1:
             refuse(who, "graph", "must tell which graph each node is in", None, f"a number for each, of {num_graphs}")
         return
-    if not torch.compiler.is_compiling() and bool(((graph < 0) | (graph >= num_graphs)).any()):
+    if readable(graph) and bool(((graph < 0) | (graph >= num_graphs)).any()):
         refuse(who, "graph", "names unknown graphs", graph.unique().tolist(), f"0 to {num_graphs - 1}")
 
 

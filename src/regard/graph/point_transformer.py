@@ -8,6 +8,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, refuse, whole
 from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
 from regard.shapes import HeadShape
+from regard.tracing import readable
 
 
 def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
@@ -63,7 +64,7 @@ def nearest(
         if cloud is not None:
             distance = distance.masked_fill(cloud[start : start + rows, None] != cloud, torch.inf)
         near = distance.topk(k, largest=False)
-        if near.values.isinf().any():
+        if readable(near.values) and near.values.isinf().any():
             refuse("nearest", "k", "exceeds the points of a cloud", k, "as many in every cloud, or a lower k")
         found.append(near.indices)
     source = torch.cat(found)

@@ -99,7 +99,7 @@ def values_of(
         return lambda v: execute(replace(p, v=v), layer.kernel), p.v
     if isinstance(layer, HeadMixer) and reads(layer):
         q, k, v, keep = projected(layer, x, context, mask)
-        return lambda values: layer.mix(q, k, values, keep), v
+        return lambda values: layer.mixed(q, k, values, keep, alone=context is None), v
     wanted = "a regard.Attention or HeadMixer; for others, measured_weights of a function of values"
     wrong = "is no layer of queries, keys and values that regard knows"
     refuse(WHO, "layer", wrong, type(layer).__name__, wanted, error=TypeError)

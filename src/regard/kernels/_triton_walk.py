@@ -77,7 +77,7 @@ def _lists(line: Tensor, at: Tensor, tile: Tensor, lines: int, device: torch.dev
     """Sorted by line, and full blocks before partial ones."""
     key = 2 * line + (tile >= 0)
     order = key.argsort(stable=True)
-    edges = torch.searchsorted(key[order], torch.arange(2 * lines + 1))
+    edges = torch.searchsorted(key[order], torch.arange(2 * lines + 1, device="cpu"))
     found = (edges[::2], edges[1::2], at[order], tile[order])
     return Lists(*(x.to(device=device, dtype=torch.int32).contiguous() for x in found))
 
@@ -97,4 +97,4 @@ def _tiles(mask: Mask, where: Tensor, layout: BlockLayout, device: torch.device)
     for some, out in zip(where.to(device).split(size), tiles.split(size), strict=True):
         b, h, r, c = some[:, :, None, None].unbind(1)
         out.copy_(mask(b, h, (r * bq + row).clamp(max=T - 1) + S - T, (c * bk + column).clamp(max=S - 1)))
-    return tiles, torch.arange(len(where))
+    return tiles, torch.arange(len(where), device="cpu")

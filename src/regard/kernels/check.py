@@ -12,6 +12,7 @@ from regard.checks import refuse
 from regard.kernels.problem import Problem
 from regard.masks import Mask, dense
 from regard.stages import SLOTS
+from regard.tracing import readable
 
 WHO = "attention"
 _OF_THE_LAYER = ("heads", "gate")
@@ -105,21 +106,26 @@ def check_bias(p: Problem) -> Problem:
         refuse(WHO, "bias", "does not broadcast to the scores", tuple(bias.shape), wanted)
     if bias.device != p.q.device:
         refuse(WHO, "bias", "is on another device than q", bias.device, str(p.q.device))
-    if torch.compiler.is_compiling() or bias.is_meta or bias.numel() == 0:
+    if bias.numel() == 0:
         return p
     values = bias.detach()
+    # Half of the dtype's most negative number is nobody's bias: it is the finfo.min idiom, which averages a fully
+    # masked row over all its values instead of giving 0.
+    lowest = torch.finfo(values.dtype).min / 2
+    if not readable(bias, p.q):
+        return _masked(p, bias, values <= lowest)
     low, high = (float(x) for x in values.aminmax())
     if math.isnan(low) or high == math.inf:
         refuse(WHO, "bias", "holds NaN or +inf", f"{low} to {high}", "finite terms, or -inf to mask a pair")
     if low == 0 and high == 1 and bool(((values == 0) | (values == 1)).all()):
         wanted = 'additive terms; pass mask=bias.bool() if True means "may attend"'
         refuse(WHO, "bias", "looks boolean", "only 0 and 1", wanted)
-    # Half of the dtype's most negative number is nobody's bias: it is the finfo.min idiom, which averages a fully
-    # masked row over all its values instead of giving 0.
-    masked = values <= torch.finfo(values.dtype).min / 2
-    if not bool(masked.any()):
-        return p
-    allowed = dense(~masked.expand(-1, -1, T, S))
+    return _masked(p, bias, values <= lowest) if low <= lowest else p
+
+
+def _masked(p: Problem, bias: Tensor, masked: Tensor) -> Problem:
+    """These entries as a mask."""
+    allowed = dense(~masked.expand(-1, -1, p.q.shape[2], p.k.shape[2]))
     return replace(p, bias=bias.masked_fill(masked, 0.0), mask=allowed if p.mask is None else p.mask & allowed)
 
 

@@ -55,7 +55,7 @@ def run(p: Problem) -> Tensor:
     B, H, _, T, S = p.shape
     bk = choice.block[1]
     tiles = choice.tiles.expand(B, H, T, -1)
-    i, first = torch.arange(S - T, S)[:, None], torch.arange(tiles.shape[3]) * bk
+    i, first = torch.arange(S - T, S, device="cpu")[:, None], torch.arange(tiles.shape[3], device="cpu") * bk
     whole = tiles
     parts = []
     if isinstance(p.mask, And):  # causal
@@ -78,14 +78,15 @@ def _past(
     B, H, T, _ = tiles.shape
     chosen = int(tiles.sum(3).max()) if tiles.numel() else 0
     if chosen == 0:
-        return nothing(p, B, H, T, 1, p.v.shape[3]), torch.full((B, H, T, 1), -torch.inf)
+        return nothing(p, B, H, T, 1, p.v.shape[3]), torch.full((B, H, T, 1), -torch.inf, device="cpu")
     row, total, walk = _groups(tiles, bk, p.k.shape[2])
     slot = tiles.cumsum(3) - 1
-    where = torch.full((B, H, T, chosen + 1), total)  # one slot and one row too many, for what is not chosen
+    # One slot and one row too many, for what is not chosen.
+    where = torch.full((B, H, T, chosen + 1), total, device="cpu")
     where.scatter_(3, slot.masked_fill(~tiles, chosen), row.masked_fill(~tiles, total))
     where = where[..., :chosen]
-    query = torch.zeros(B, H, total + 1, dtype=torch.long)
-    query.scatter_(2, where.flatten(2), torch.arange(T)[:, None].expand(B, H, T, chosen).flatten(2))
+    query = torch.zeros(B, H, total + 1, dtype=torch.long, device="cpu")
+    query.scatter_(2, where.flatten(2), torch.arange(T, device="cpu")[:, None].expand(B, H, T, chosen).flatten(2))
     q = p.q.gather(2, query[..., :total, None].expand(-1, -1, -1, p.q.shape[3]))
     out, lse = native.with_lse(replace(p, q=q, mask=None), walk)
     lse = torch.cat([lse, lse.new_full((B, H, 1), -torch.inf)], 2).gather(2, where.flatten(2)).view(where.shape)
@@ -105,18 +106,20 @@ def _groups(tiles: Bool[Tensor, "B H T n"], bk: int, S: int) -> tuple[Int[Tensor
     # Every block of rows sees the pieces of its one block of keys.
     piece = next(w for w in (256, 128, 64, native.PANEL) if bk % w == 0)
     each = bk // piece
-    owner = torch.full((B * H, rows), n)
+    owner = torch.full((B * H, rows), n, device="cpu")
     pairs = size.flatten(0, 1)
-    block = torch.arange(n).repeat(B * H).repeat_interleave(pairs.flatten())
-    bh = torch.arange(B * H).repeat_interleave(pairs.sum(1))
-    at = torch.arange(len(block)) - (pairs.sum(1).cumsum(0) - pairs.sum(1))[bh]
+    block = torch.arange(n, device="cpu").repeat(B * H).repeat_interleave(pairs.flatten())
+    bh = torch.arange(B * H, device="cpu").repeat_interleave(pairs.sum(1))
+    at = torch.arange(len(block), device="cpu") - (pairs.sum(1).cumsum(0) - pairs.sum(1))[bh]
     owner[bh, at] = block
-    cols = owner[..., None] * each + torch.arange(each)
+    cols = owner[..., None] * each + torch.arange(each, device="cpu")
     stored = cols * piece < S
     row_ptr = torch.nn.functional.pad(stored.sum(2).flatten().cumsum(0), (1, 0))
     cols = cols[stored]
     shape, tile = (B, H, rows, -(-S // piece)), torch.full_like(cols, -1, dtype=torch.int32)
-    walk = native.walk((GROUP, piece), shape, row_ptr, cols, tile, torch.empty(0, GROUP, piece, dtype=torch.bool))
+    walk = native.walk(
+        (GROUP, piece), shape, row_ptr, cols, tile, torch.empty(0, GROUP, piece, dtype=torch.bool, device="cpu")
+    )
     return row, rows * GROUP, walk
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.checks import choice, fits, refuse, whole
+from regard.tracing import as_it_is, autocasts
 
 CHUNK = 64
 """Tokens a chunk, by `python -m benchmarks.scan_chunks`: over 16 to 256, widths 16 to 128, all decays, with and without
@@ -65,8 +66,8 @@ def linear_scan(
         ValueError: shapes that don't fit together; a form that can't run here.
     """
     _check(q, k, v, decay, state, form, chunk)
-    if torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
+    if autocasts(q.device):
+        with as_it_is(q.device):
             return linear_scan(q, k, v, decay, state=state, form=form, chunk=chunk)
     wide = torch.promote_types(q.dtype, torch.float32)
     (B, H, T, K), V = q.shape, v.shape[3]

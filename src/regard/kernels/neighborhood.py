@@ -18,6 +18,7 @@ from torch import Tensor
 from regard.kernels.cost import MASKED, Cost, checked, products
 from regard.kernels.problem import Problem
 from regard.kernels.problem import softmax as masked_softmax
+from regard.kernels.sdpa import torch_kernels
 from regard.masks.grids import Axis, Neighborhood
 
 TILE = {1: 32, 2: 8, 3: 4}
@@ -60,7 +61,8 @@ def run(p: Problem, table: Float[Tensor, "H *offsets"] | None = None) -> Float[T
         # Tiles come first and (batch, head) second, so that one mask for each tile serves all heads.
         q_tile, k_slab, v_slab = (_gather(z, at) for z, at in ((p.q, queries), (k, keys), (v, keys)))
         if table is None:
-            out = F.scaled_dot_product_attention(q_tile, k_slab, v_slab, seen[:, None], p.dropout, scale=p.scale)
+            with torch_kernels(p.q, p.k, p.v):
+                out = F.scaled_dot_product_attention(q_tile, k_slab, v_slab, seen[:, None], p.dropout, scale=p.scale)
         else:
             out = _biased(p, q_tile, k_slab, v_slab, seen, F.embedding(tiles.offsets(part), table.flatten(1).T))
         outs.append(out)

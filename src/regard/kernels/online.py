@@ -99,7 +99,7 @@ def _with_graph(p: Problem, grad: Tensor, tensors: Sequence[Tensor], needed: Seq
 def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
     """Query chunks, and for each the key chunks that may hold an allowed pair, with whether all of theirs are."""
     T, S = p.q.shape[2], p.k.shape[2]
-    starts = torch.arange(0, S, keys)
+    starts = torch.arange(0, S, keys, device="cpu")
     first_query = p.first_key + S - T
     for start in range(0, T, rows):
         at = slice(start, min(start + rows, T))
@@ -107,7 +107,7 @@ def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple
         if p.mask is None:
             yield at, [(part, True) for part in parts]
             continue
-        i_lo, i_hi = (torch.tensor(first_query + n).view(1, 1, 1, 1) for n in (at.start, at.stop - 1))
+        i_lo, i_hi = (torch.tensor(first_query + n, device="cpu").view(1, 1, 1, 1) for n in (at.start, at.stop - 1))
         j_lo, j_hi = (n.view(1, 1, 1, -1) + p.first_key for n in (starts, (starts + keys).clamp(max=S) - 1))
         verdict = p.mask.to("cpu").judge(Tiles(i_lo, i_hi, j_lo, j_hi))
         # Masks that differ by batch row or head answer for each; a tile counts if any needs it.

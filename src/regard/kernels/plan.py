@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from regard.kernels import (
@@ -23,6 +22,7 @@ from regard.kernels.cost import Cost, rates
 from regard.kernels.problem import CAUSAL, Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes
 from regard.stages import IN_KERNELS
+from regard.tracing import as_it_is, readable, transformed
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
@@ -39,6 +39,9 @@ KERNELS: dict[str, ModuleType] = {
 }
 """By preference where predictions tie. Each module has `run`, `why_not` and `cost`, functions of the problem."""
 
+
+TORCH = (sdpa, chunked, eager)
+"""Those that take nothing but torch's own operations, for which torch has rules for everything."""
 
 FEW = 2**16
 """Queries times keys times widths up to which nobody can make good what launching more than one kernel costs."""
@@ -65,7 +68,7 @@ class Plan:
 
 def choose(p: Problem, kernel: str = "auto") -> Plan:
     """The plan for this problem. A kernel named outright is taken or refused, never replaced."""
-    cannot = {name: module.why_not(p) for name, module in KERNELS.items()}
+    cannot = {name: _reasons(p, module) for name, module in KERNELS.items()}
     if kernel != "auto":
         _named(p, kernel)
     costs = {name: module.cost(p) for name, module in KERNELS.items() if not cannot[name]}
@@ -89,12 +92,19 @@ def _named(p: Problem, kernel: str) -> ModuleType:
     """The kernel of that name, if it can run this."""
     if kernel not in KERNELS:
         raise ValueError(f"attention: unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
-    if reasons := KERNELS[kernel].why_not(p):
-        able = [name for name, module in KERNELS.items() if not module.why_not(p)]
+    if reasons := _reasons(p, KERNELS[kernel]):
+        able = [name for name, module in KERNELS.items() if not _reasons(p, module)]
         raise ValueError(
             f"attention: kernel {kernel!r} can't run this: {'; '.join(reasons)}; these can: {', '.join(able)}"
         )
     return KERNELS[kernel]
+
+
+def _reasons(p: Problem, module: ModuleType) -> list[str]:
+    """Why this kernel can't run this here."""
+    if module not in TORCH and transformed(p.q, p.k, p.v):
+        return ["torch.func and forward-mode AD go through torch's own operations only"]
+    return module.why_not(p)
 
 
 def execute(p: Problem, kernel: str = "auto") -> Tensor:
@@ -103,11 +113,8 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
     module = _named(p, kernel) if kernel != "auto" else sdpa if empty else _auto(p)
     if empty:
         module = sdpa  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
-    device = "cpu" if p.q.is_cpu else p.q.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _run(p, module)
-    return _run(p, module)
+    with as_it_is(p.q.device):
+        return _run(p, module)
 
 
 def _run(p: Problem, module: ModuleType) -> Tensor:
@@ -116,8 +123,8 @@ def _run(p: Problem, module: ModuleType) -> Tensor:
 
 def _auto(p: Problem) -> ModuleType:
     """What `choose` would say, without its price where the answer is plain."""
-    if torch.compiler.is_compiling():
-        return _compiling(p)
+    if not readable(p.q, p.k, p.v):
+        return _unseen(p)
     if not _plain(p):
         return KERNELS[choose(p).kernel]
     if p.q.numel() * p.k.size(2) <= FEW:
@@ -126,8 +133,9 @@ def _auto(p: Problem) -> ModuleType:
     return min(able, key=lambda module: rates().seconds(module.cost(p)))
 
 
-def _compiling(p: Problem) -> ModuleType:
-    """What `choose` would take, without its words and predictions: those would tie the graph to one length."""
+def _unseen(p: Problem) -> ModuleType:
+    """What `choose` would take of torch's own operations, without its words and predictions: those would tie a graph to
+    one length, and ask masks for their tiles, which takes data."""
     if not sdpa.why_not(p):
         return sdpa
     return chunked if p.q.shape[0] * score_bytes(p) > MATERIALISE else eager

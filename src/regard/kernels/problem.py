@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.masks import Mask, causal
+from regard.masks import Mask, causal, full
+from regard.masks.algebra import And
+from regard.masks.tensors import Kept, Lengths
 from regard.stages import SLOTS, Filled, Made, Rows
+from regard.tracing import readable, transformed
 
 
 @dataclass(eq=False)
@@ -69,7 +72,7 @@ def beyond_softmax(p: Problem) -> list[str]:
 
 Keys = slice | Tensor
 
-CAUSAL = causal()
+CAUSAL, FULL = causal(), full()
 SMALL = 4096
 """Entries up to which joining three tensors is cheaper than two more calls."""
 
@@ -173,7 +176,7 @@ def by_rows(p: Problem, run: Callable[[slice], Tensor], rows: int) -> Tensor:
     if size >= T:
         return run(slice(0, T))
     chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transformed(p.q, p.k, p.v):  # torch.func knows no checkpoints
         return torch.cat([run(chunk) for chunk in chunks], 2)
     # Dropout is the only randomness; without it there is no generator state worth saving.
     outs = [checkpoint(run, c, use_reentrant=False, preserve_rng_state=p.dropout > 0) for c in chunks]
@@ -218,10 +221,11 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
 
     A kernel multiplies masked weights (0) with whatever stands in the masked slot, and 0 * NaN is NaN; torch's CPU
     flash kernel on the other hand turns NaN queries into 0. So non-finite slots are zeroed first, and the rows that
-    see one are set to NaN afterwards. Looking for them costs one sum over each input; it is left out while compiling,
-    where a branch on data can't be taken, and on accelerators, where it would wait for the device.
+    see one are set to NaN afterwards. Looking for them costs one sum over each input; where nobody may look (while
+    compiling, for one) all of it is done unasked. On accelerators, where a look would wait for the device, it is left
+    out of eager calls.
     """
-    if torch.compiler.is_compiling() or not p.q.is_cpu or _finite(p.q, p.k, p.v):
+    if readable(p.q, p.k, p.v) and (not p.q.is_cpu or _finite(p.q, p.k, p.v)):
         return run(p)
     bad_q, bad_k = ~_rows_finite(p.q), ~(_rows_finite(p.k) & _rows_finite(p.v))
     clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
@@ -237,16 +241,41 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     return out.masked_fill(hit[..., None], math.nan)
 
 
-def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor, chunk: int = 1024) -> Tensor:
+def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor) -> Tensor:
     """Which query rows (B, H, T) attend to anything while bad themselves, or attend to a bad key (B, H, S)."""
-    if mask is None:
-        return (bad_q | bad_k.any(-1, keepdim=True)) if j.numel() else torch.zeros_like(bad_q)
-    parts = []
-    for start in range(0, len(i), chunk):
-        allowed = mask.at(i[start : start + chunk], j)
-        hit = (allowed & bad_k[:, :, None]).any(-1) | (allowed.any(-1) & bad_q[:, :, start : start + chunk])
-        parts.append(hit)
-    return torch.cat(parts, -1)
+    return (bad_q & reaches(mask, i, j, torch.ones_like(bad_k))) | reaches(mask, i, j, bad_k)
+
+
+def reaches(
+    mask: Mask | None, i: Int[Tensor, "t"], j: Int[Tensor, "s"], marked: Bool[Tensor, "B H s"], chunk: int = 1024
+) -> Bool[Tensor, "B H t"]:
+    """Which queries may attend to any marked key. Takes t x s steps only where the mask is more than causality and
+    padding."""
+    if mask is None or j.numel() == 0:
+        return marked.any(-1, keepdim=True).expand(-1, -1, i.shape[0])
+    others: list[Mask] = []
+    past = False
+    for part in mask.parts if isinstance(mask, And) else (mask,):
+        if isinstance(part, Kept | Lengths):
+            marked = marked & part.at(j[-1:], j)[:, :, 0]
+        elif part == CAUSAL:
+            past = True
+        elif part != FULL:
+            others.append(part)
+    if not others:
+        if not past:
+            return marked.any(-1, keepdim=True).expand(-1, -1, i.shape[0])
+        last = i - j[0]  # the place of the last key that each query may see
+        so_far = marked.cumsum(-1)[..., last.clamp(0, j.shape[0] - 1)] > 0
+        return so_far & (last >= 0)
+    rest = And((*others, CAUSAL)) if past else others[0] if len(others) == 1 else And(tuple(others))
+
+    def hit(rows: Tensor) -> Tensor:
+        return (rest.at(rows, j) & marked[:, :, None]).any(-1)
+
+    if torch.compiler.is_compiling():  # a loop would tie the graph to one length
+        return hit(i)
+    return torch.cat([hit(i[n : n + chunk]) for n in range(0, max(1, i.shape[0]), chunk)], -1)
 
 
 def _finite(q: Tensor, k: Tensor, v: Tensor) -> bool:

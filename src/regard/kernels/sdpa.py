@@ -4,9 +4,13 @@ Masks and biases that torch takes only as a tensor are formed for a chunk of que
 these may reach.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regard.kernels.cost import Cost, checked, formed, maps, products, reached
 from regard.kernels.problem import (
@@ -21,6 +25,7 @@ from regard.kernels.problem import (
     position_bias,
     rectangle,
 )
+from regard.tracing import readable, transformed
 
 BIAS_BYTES = 8 * 2**20
 """Mask and bias formed at once stay within this."""
@@ -45,7 +50,7 @@ def run(p: Problem) -> Tensor:
         # torch aligns is_causal top-left, so it means the same only for a square.
         if T == S and p.first_key == 0 and p.mask == CAUSAL:
             return _torch(p, p.q, p.k, p.v, is_causal=True)
-    if torch.compiler.is_compiling():  # a loop would tie the graph to one length
+    if not readable(p.q, p.k, p.v):  # a loop would tie a graph to one length
         return fused(p, slice(0, T), slice(0, S))
     return by_rows(p, lambda rows: fused(p, rows, key_range(p, rows)), _rows(p))
 
@@ -88,12 +93,17 @@ def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
     return term.expand(-1, -1, len(p.i[rows]), len(p.j[keys]))
 
 
+def torch_kernels(q: Tensor, k: Tensor, v: Tensor) -> AbstractContextManager[Any]:
+    """Those of torch's that can run this: the fused ones know neither forward mode nor vmap's rules."""
+    return sdpa_kernel(SDPBackend.MATH) if transformed(q, k, v) else nullcontext()
+
+
 def _torch(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, p.dropout, is_causal, scale=p.scale, enable_gqa=q.size(1) != k.size(1)
-    )
+    grouped = bool(q.size(1) != k.size(1))  # a size is a tensor while torch.jit traces
+    with torch_kernels(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, mask, p.dropout, is_causal, scale=p.scale, enable_gqa=grouped)
 
 
 def _biased(p: Problem) -> bool:

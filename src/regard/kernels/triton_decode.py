@@ -87,8 +87,8 @@ def pieces(
     count, most = len(found), max((f[4] for f in found), default=1)
     for row, (stretches, position) in enumerate(zip(own, before, strict=True)):
         cut([row], stretches, position)
-    columns = torch.tensor(found, dtype=torch.int32).view(-1, 5).T.contiguous().to(device)
-    of = torch.tensor(row_of, dtype=torch.int32)
+    columns = torch.tensor(found, dtype=torch.int32, device="cpu").view(-1, 5).T.contiguous().to(device)
+    of = torch.tensor(row_of, dtype=torch.int32, device="cpu")
     ends = torch.bincount(of, minlength=len(own)).cumsum(0)
     bounds = torch.cat([ends.new_zeros(1), ends])
     of, order, bounds = (z.to(torch.int32).to(device) for z in (of, of.argsort(stable=True), bounds))

@@ -14,8 +14,8 @@ from regard.laws.law import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
 FILES = (
-    *("supported", "structure", "masking", "symmetry", "traits", "streaming"),
-    *("reference", "numerics", "limits", "gradients", "modules"),
+    *("supported", "together", "structure", "masking", "symmetry", "traits", "streaming"),
+    *("reference", "numerics", "limits", "gradients", "modules", "transforms"),
 )
 """In the order of the report."""
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 
 class Broken(AssertionError):
-    """A law does not hold; the message says what differs and by how much."""
+    """A law does not hold; the message says what differs and by how much.
+
+    Args:
+        length: how many tokens it takes, where the law has looked for that itself.
+    """
+
+    def __init__(self, what: str, *, length: int | None = None):
+        super().__init__(what)
+        self.length = length
 
 
 class DoesNotApply(Exception):

@@ -153,6 +153,7 @@ def chosen(asked: set[str] | None, heavy: bool) -> list[Law]:
 def look(law: Law, s: Subject) -> Finding:
     """What is found of one law; where it fails, at the smallest sizes at which it still does."""
     start = time.perf_counter()
+    s = replace(s, drawn=[])
     if why := law.why_not(s):
         return Finding(law, "does not apply", why)
     error = attempt(law, s)
@@ -163,7 +164,9 @@ def look(law: Law, s: Subject) -> Finding:
     if reason := s.reason(law.id, law.name):
         return Finding(law, "excepted", reason, seconds=time.perf_counter() - start)
     smallest, error = shrunk(law, s, error)
-    sizes = {"B": smallest.batch, "T": smallest.length, "M": smallest.dim, "H": smallest.heads}
+    batches, lengths = zip(*smallest.drawn) if smallest.drawn else ((smallest.batch,), (smallest.length,))
+    length = getattr(error, "length", None) or max(lengths)
+    sizes = {"B": max(batches), "T": length, "M": smallest.dim, "H": smallest.heads}
     return Finding(law, "fails", said(error), sizes, time.perf_counter() - start)
 
 
@@ -193,7 +196,7 @@ def shrunk(law: Law, s: Subject, error: Exception) -> tuple[Subject, Exception]:
                 break
             if axis == "heads" and s.dim % size:
                 continue
-            smaller = replace(s, **{axis: size})
+            smaller = replace(s, **{axis: size}, drawn=[])
             found = attempt(law, smaller)
             if type(found) is type(error):
                 s, error = smaller, found

@@ -80,7 +80,9 @@ def subject(
         dim, heads = _said(thing, "dim", dim), _said(thing, "num_heads", heads)
     found = _sized(found, dim, heads, None)
     probe = _built(found)
-    claims = frozenset(probe.claims() if claimed is None and isinstance(probe, Adapter) else claimed or probe.supports)
+    if claimed is None:
+        claimed = frozenset(probe.supports) | frozenset(getattr(made, "claims", ()))
+    claims = frozenset(claimed)
     for given, known, what in ((claims, FEATURES, "supports"), (found.traits, TRAITS, "traits")):
         for word in given:
             choice("check", sorted(known), **{what: word})
@@ -156,9 +158,9 @@ def _module(thing: Any, name: object, options: dict[str, Any]) -> Callable[..., 
     words = {given: next((w for w in names if w in parameters), None) for given, names in WORDS.items()}
     if anything:
         words |= {given: words[given] or given for given in ("dim", "num_heads", "causal")}
-    needed = {
-        n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
+    claims = {feature for feature, given in (("dropout", "dropout"), ("gqa", "num_kv_heads")) if words[given]}
+    rest = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = {word for word, p in parameters.items() if p.default is p.empty and p.kind not in rest}
 
     def make(*, dim: int, num_heads: int, causal: bool, device: Any = None, dtype: Any = None, **own: Any) -> nn.Module:
         given: dict[str, Any] = {"dim": dim, "num_heads": num_heads, "causal": causal, **own}
@@ -183,6 +185,7 @@ def _module(thing: Any, name: object, options: dict[str, Any]) -> Callable[..., 
             raise TypeError(f"check: {name} made a {type(made).__name__}; expected a torch.nn.Module")
         return _adapted(made, causal, told=words["causal"] is not None).to(device=device, dtype=dtype)
 
+    make.claims = claims  # type: ignore[attr-defined]
     return make
 
 

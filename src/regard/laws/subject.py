@@ -45,6 +45,13 @@ class Subject:
     dim: int = 24
     heads: int = 6
     """No two of the sizes that can be mixed up are equal."""
+    drawn: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    """(B, T) of all tokens that were drawn for it."""
+
+    @property
+    def nan_safe(self) -> bool:
+        """Whether what masks hide may hold NaN; most code multiplies it by zero, and has NaN everywhere."""
+        return self.card is not None or "+" in self.name or "nan_safe" in self.traits
 
     def reason(self, id: str, name: str) -> str:
         """Why it is excepted from the law; '' if it is not."""
@@ -93,6 +100,7 @@ class Subject:
     ) -> Tensor:
         """N(0, 1) tokens (B, T, M)."""
         B, T = self.batch if batch is None else batch, self.length if length is None else length
+        self.drawn.append((B, T))
         return tokens(B, T, dim=self.dim, seed=seed, dtype=dtype)
 
     def context(self, batch: int | None = None, length: int = 7, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -291,6 +299,7 @@ class Form:
         batch = self.subject.batch if batch is None else batch
         length = self.subject.length if length is None else length
         keys, s = length if keys is None else keys, self.shape
+        self.subject.drawn.append((batch, max(length, keys)))
         sizes = (
             (batch, s.num_heads, length, s.head_dim),
             (batch, s.num_kv_heads, keys, s.head_dim),

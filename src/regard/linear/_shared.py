@@ -1,6 +1,5 @@
 """What this room's recurrent mechanisms share: attention through features, repeated key heads, and streaming."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.pipeline.head_mixer import HeadMixer
+from regard.pipeline.tokens import shown
+from regard.tracing import as_it_is
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
@@ -60,12 +61,6 @@ def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     return out[..., :-1] / torch.where(total == 0, 1.0, total)
 
 
-def full_precision(z: Tensor) -> AbstractContextManager[Any]:
-    """Autocast must not narrow the sums again."""
-    kind = z.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 class RecurrentMixer(HeadMixer):
     """A HeadMixer whose causal form carries a state of constant size. Subclasses give `run` and `empty_state`."""
 
@@ -85,7 +80,7 @@ class RecurrentMixer(HeadMixer):
         raise NotImplementedError
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-        with full_precision(q):
+        with as_it_is(q.device):
             return self.run(q, k, v, keep, None)[0].to(q.dtype)
 
     def init_state(
@@ -104,10 +99,17 @@ class RecurrentMixer(HeadMixer):
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
 
-    def step(self, x: Float[Tensor, "B t M"], state: Any) -> tuple[Float[Tensor, "B t M"], Any]:
-        """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
+    def step(
+        self, x: Float[Tensor, "B t M"], state: Any, *, mask: Bool[Tensor, "B t"] | None = None
+    ) -> tuple[Float[Tensor, "B t M"], Any]:
+        """The next t tokens: what `forward` would give at these positions, and the state with them in it.
+
+        Args:
+            mask: True = a real token, of these t. Hidden ones leave nothing behind.
+        """
         self._check_streams()
         tokens(self, "x", x, self.dim)
+        x = shown(self, x, mask)
         expected = type(self.empty_state(0, device=x.device, dtype=torch.float32))
         if not isinstance(state, expected):
             wanted = f"the {expected.__name__} of init_state"
@@ -115,8 +117,8 @@ class RecurrentMixer(HeadMixer):
         if state[0].shape[0] != x.shape[0]:
             refuse(self, "state", "has another batch than x", state[0].shape[0], f"{x.shape[0]} sequences")
         q, k, v = self.split(x, x)
-        with full_precision(q):
-            out, state = self.run(q, k, v, None, state)
+        with as_it_is(q.device):
+            out, state = self.run(q, k, v, mask, state)
         return self.merge(out.to(q.dtype)), state
 
     def _check_streams(self) -> None:

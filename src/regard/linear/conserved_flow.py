@@ -54,7 +54,7 @@ def flow_attention(
     refined_in = _through(sinks, (sources / outgoing).sum(2, keepdim=True), eps)
     refined_out = _through(sources, (sinks / incoming).sum(2, keepdim=True), eps).clamp(-bound, bound)
     competition = n_sources * softmax(refined_out.mT, None if keep is None else keep[:, None, None]).mT
-    allocation = torch.sigmoid(refined_in * (n_sinks / n_sources))
+    allocation = torch.sigmoid(refined_in * n_sinks / n_sources)
     return (allocation * ((sinks / incoming) @ (sources.mT @ (competition * values)))).to(v.dtype)
 
 

@@ -3,14 +3,12 @@
 from typing import Unpack
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import number, refuse
+from regard.checks import number
 from regard.linear._shared import RecurrentMixer
 from regard.linear.conserved_flow import FlowState, causal_flow_attention, flow_attention, flow_state
-from regard.masks import Mask
 from regard.pipeline.head_mixer import Projections
 
 CARD = Card(
@@ -63,17 +61,10 @@ class FlowAttention(RecurrentMixer):
         number(self, above=0, eps=eps)
         self.bound, self.eps = bound, eps
 
-    def forward(
-        self,
-        x: Float[Tensor, "B T M"],
-        context: Float[Tensor, "B S C"] | None = None,
-        *,
-        mask: Mask | Bool[Tensor, "B S"] | Bool[Tensor, "B 1 1 S"] | None = None,
-    ) -> Float[Tensor, "B T M"]:
-        """Hidden tokens of x are left out as sinks and as sources alike, so a mask goes with x alone."""
-        if context is not None and mask is not None:
-            refuse(self, "mask", "hides tokens of x, not of context", "both", "one of the two")
-        return super().forward(x, context, mask=mask)
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, alone: bool) -> Tensor:
+        if alone:  # hidden tokens are left out as sinks and as sources alike
+            return self.mix(q, k, v, keep)
+        return flow_attention(q, k, v, keep=keep, bound=self.bound, eps=self.eps)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         # Under autocast products come out in half precision, unlike the room's other mechanisms'.

@@ -17,6 +17,7 @@ from regard.checks import checked, whole
 from regard.kernels.linear_scan import linear_scan
 from regard.linear._shared import RecurrentMixer, widened
 from regard.normalizers.softmax import softmax
+from regard.tracing import transformed
 
 CARD = Card(
     "latte",
@@ -80,7 +81,7 @@ def causal_latte_attention(
     past = b.new_full((*b.shape[:2], 1, b.shape[3]), -torch.inf) if state is None else state.log_sums.unsqueeze(2)
     if keep is not None:
         b = b.masked_fill(~keep[:, None, :, None], -torch.inf)
-    log_sums = torch.cat([past, b], 2).logcumsumexp(2)
+    log_sums = _log_sums(torch.cat([past, b], 2))
     earlier, now = log_sums[:, :, :-1], log_sums[:, :, 1:]
     started = now > -torch.inf  # before the first real key nothing is held, so nothing decays
     safe = torch.where(started, now, 0.0)
@@ -89,6 +90,16 @@ def causal_latte_attention(
         a.softmax(-1), (b - safe).exp(), v, decay, state=None if state is None else state.averages
     )
     return out, LatteState(averages, log_sums[:, :, -1].clone())
+
+
+def _log_sums(z: Float[Tensor, "B H T L"]) -> Float[Tensor, "B H T L"]:
+    """log sum_{s<=t} exp(z_s)."""
+    if not transformed(z):
+        return z.logcumsumexp(2)
+    # Forwards through backward, torch's (2.13) is wrong behind a -inf; so low a number is as good as that.
+    low = torch.finfo(z.dtype).min / 4
+    sums = z.clamp(min=low).logcumsumexp(2)
+    return sums.masked_fill(sums <= low / 2, -torch.inf)
 
 
 @CARD.module

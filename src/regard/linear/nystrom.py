@@ -12,6 +12,7 @@ from regard.kernels.check import check_inputs
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
+from regard.tracing import as_it_is
 
 CARD = Card(
     "nystromformer",
@@ -109,7 +110,7 @@ def nystrom_attention(
     check_inputs(q, k, v)
     wide, m = torch.promote_types(v.dtype, torch.float32), means.shape[1]
     # The inverse multiplies rounding errors: half precision would drown it, under autocast too.
-    with torch.autocast(q.device.type, enabled=False):
+    with as_it_is(q.device):
         query = q.to(wide) * q.shape[-1] ** -0.5
         key, value = (repeat_heads(z.to(wide), q.shape[1]) for z in (k, v))
         if keep is not None:

@@ -141,7 +141,10 @@ def judged(mask: "Mask", T: int, S: int, block: tuple[int, int]) -> Iterator[Jud
         if first_j > last_j:
             continue
         column = int(first_j) // bk
-        r, c = torch.arange(row, last_row)[:, None], torch.arange(column, int(last_j) // bk + 1)
+        r, c = (
+            torch.arange(row, last_row, device="cpu")[:, None],
+            torch.arange(column, int(last_j) // bk + 1, device="cpu"),
+        )
         r, c = r[None, None], c[None, None, None]
         i_hi, j_hi = (r * bq + bq).clamp(max=T) - 1 + S - T, (c * bk + bk).clamp(max=S) - 1
         verdict = mask.judge(Tiles(r * bq + S - T, i_hi, c * bk, j_hi))
@@ -149,7 +152,7 @@ def judged(mask: "Mask", T: int, S: int, block: tuple[int, int]) -> Iterator[Jud
         where = verdict.may.broadcast_to(shape).nonzero()
         known = (verdict.some, verdict.full, verdict.may_full)
         found = (x.broadcast_to(shape)[tuple(where.T)] for x in known)
-        yield Judged(where + torch.tensor([0, 0, row, column]), *found)
+        yield Judged(where + torch.tensor([0, 0, row, column], device="cpu"), *found)
 
 
 def areas(where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, "n"]:
@@ -161,10 +164,10 @@ def areas(where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> 
 def inspect(mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, "n"]:
     """How many entries of each block are allowed, by asking the predicate."""
     bq, bk = block
-    counts = [torch.zeros(0, dtype=torch.long)]
+    counts = [torch.zeros(0, dtype=torch.long, device="cpu")]
     for some in where.split(max(1, BUDGET // (bq * bk))):
         b, h, r, c = some[:, :, None, None].unbind(1)
-        t, j = r * bq + torch.arange(bq)[:, None], c * bk + torch.arange(bk)
+        t, j = r * bq + torch.arange(bq, device="cpu")[:, None], c * bk + torch.arange(bk, device="cpu")
         allowed = mask(b, h, t + S - T, j) & (t < T) & (j < S)
         counts.append(allowed.broadcast_to(len(some), bq, bk).sum((1, 2)))
     return torch.cat(counts)
@@ -174,7 +177,7 @@ def layout(mask: "Mask", T: int, S: int, block: int | tuple[int, int]) -> BlockL
     """Exact: stored if and only if a block allows something, full if and only if it allows everything."""
     block = pair(block)
     B, H, nq = mask.batch, mask.heads, -(-T // block[0])
-    none = torch.zeros(0, dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long, device="cpu")
     rows, cols, fulls = [none], [none], [none.bool()]
     for where, some, full, may_full in judged(mask, T, S, block):
         unsure = ~some | (full != may_full)
@@ -186,7 +189,7 @@ def layout(mask: "Mask", T: int, S: int, block: int | tuple[int, int]) -> BlockL
         cols.append(c)
         fulls.append(full[some])
     row, order = torch.cat(rows).sort(stable=True)
-    row_ptr = torch.searchsorted(row, torch.arange(B * H * nq + 1))
+    row_ptr = torch.searchsorted(row, torch.arange(B * H * nq + 1, device="cpu"))
     return BlockLayout(
         block, T, S, (B, H, nq, -(-S // block[1])), row_ptr, torch.cat(cols)[order], torch.cat(fulls)[order]
     )
@@ -198,7 +201,7 @@ def count(mask: "Mask", T: int, S: int) -> int:
         return 0
     if mask.is_shift_invariant:
         # Whole diagonals are allowed or not: sum their lengths.
-        distance = torch.arange(1 - T, S)
+        distance = torch.arange(1 - T, S, device="cpu")
         zero = torch.zeros_like(distance)
         size = torch.minimum(S - 1 - distance, zero + S - 1) - (S - T - distance).clamp(min=0) + 1
         return int(size[mask(zero, zero, distance, zero)].sum())

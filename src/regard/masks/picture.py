@@ -98,10 +98,10 @@ def _cells(
             raise ValueError(f"picture: {what} must lie in 0..{end - 1} (got {index})")
     bq, bk = max(1, -(-T // rows)), max(1, -(-S // cols))
     (i, i_lo, i_hi), (j, j_lo, j_hi) = _axis(S - T, S, bq), _axis(0, S, bk)
-    density = torch.zeros(len(i), len(j))
+    density = torch.zeros(len(i), len(j), device="cpu")
     if density.numel() == 0:
         return density, (bq, bk)
-    batch, head = torch.tensor(b), torch.tensor(h)
+    batch, head = torch.tensor(b, device="cpu"), torch.tensor(h, device="cpu")
     for r, positions in enumerate(i):
         allowed = mask(batch, head, positions[:, None, None], j).broadcast_to(i.shape[1], *j.shape)
         density[r] = allowed.float().mean((0, 2))
@@ -116,9 +116,9 @@ def _cells(
 
 def _axis(start: int, end: int, block: int) -> tuple[Int[Tensor, "n k"], Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Sampled positions within each block of start..end-1, and the block's first and last position."""
-    low = torch.arange(start, end, block)
+    low = torch.arange(start, end, block, device="cpu")
     high = (low + block).clamp(max=end) - 1
-    samples = torch.arange(min(block, SAMPLES))
+    samples = torch.arange(min(block, SAMPLES), device="cpu")
     if block > SAMPLES:
         # Uneven steps, so that regular patterns don't alias.
         samples = ((samples + samples * 0.618 % 1) * (block / SAMPLES)).long()

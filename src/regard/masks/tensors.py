@@ -62,7 +62,7 @@ class Documents(Mask):
         shape = (-1, 1, *low.shape[-2:])
         if self._sorted:
             return self.ids[:, low.flatten()].view(shape), self.ids[:, high.flatten()].view(shape)
-        offsets = torch.arange(int((high - low).max()) + 1)
+        offsets = torch.arange(int((high - low).max()) + 1, device=low.device)
         ids = self.ids[:, torch.minimum(low.flatten()[:, None] + offsets, high.flatten()[:, None])]
         return ids.amin(-1).view(shape), ids.amax(-1).view(shape)
 

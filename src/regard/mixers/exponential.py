@@ -15,6 +15,8 @@ from jaxtyping import Inexact
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.tracing import as_it_is
+
 BLOCK = 64
 """Most tokens whose sums are taken directly."""
 
@@ -49,7 +51,7 @@ def exponential_sum(
         state = powers.new_zeros(B, M, powers.shape[1])
     if T == 0:
         return x, state
-    with torch.autocast(x.device.type, enabled=False):
+    with as_it_is(x.device):
         size = powers.shape[-1] - 1
         count = -(-T // size)
         rest = T - (count - 1) * size

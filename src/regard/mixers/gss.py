@@ -14,7 +14,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, refuse, whole
 from regard.masks import Mask, causal, padding
 from regard.mixers.exponential import exponential_sum, lags, work_dtype
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
 
 CARD = Card(
     "gss",
@@ -149,14 +149,16 @@ class GatedStateSpace(nn.Module):
         return GSSState(torch.zeros(shape, device=device or self.skip.device, dtype=kind))
 
     @checked(M="dim")
-    def step(self, x: Float[Tensor, "B t M"], state: GSSState) -> tuple[Float[Tensor, "B t M"], GSSState]:
-        """The next t tokens."""
+    def step(
+        self, x: Float[Tensor, "B t M"], state: GSSState, *, mask: Bool[Tensor, "B t"] | None = None
+    ) -> tuple[Float[Tensor, "B t M"], GSSState]:
+        """The next t tokens. `mask`: True = a real one, of these t; hidden ones leave nothing behind."""
         if not isinstance(state, GSSState):
             wanted = "the GSSState of init_state"
             refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
         if x.shape[0] != len(state.h):
             refuse(self, "x", "has another batch than the state", x.shape[0], f"{len(state.h)} sequences")
-        y, h = self._run(x, state.h)
+        y, h = self._run(shown(self, x, mask), state.h, mask)
         return y, GSSState(h)
 
     def _run(self, x: Tensor, state: Tensor | None, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.masks import Mask, full, padding
 from regard.masks import causal as causal_mask
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
 
 CARD = Card(
     "masked_mixer",
@@ -183,8 +183,10 @@ class MaskedMixer(nn.Module):
         return MixerState((nothing,) * len(self.maps))
 
     @checked(M="dim")
-    def step(self, x: Float[Tensor, "B t M"], state: MixerState) -> tuple[Float[Tensor, "B t M"], MixerState]:
-        """The outputs of the next tokens, and the state after them."""
+    def step(
+        self, x: Float[Tensor, "B t M"], state: MixerState, *, mask: Bool[Tensor, "B t"] | None = None
+    ) -> tuple[Float[Tensor, "B t M"], MixerState]:
+        """The outputs of the next tokens, and the state after them. `mask`: True = a real one, of these t."""
         if not isinstance(state, MixerState):
             wanted = "the MixerState of init_state"
             refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
@@ -192,10 +194,12 @@ class MaskedMixer(nn.Module):
         self._fits(first + x.shape[1])
         if batch != x.shape[0]:
             refuse(self, "x", "has another batch than the state", x.shape[0], f"{batch} sequences")
-        y, past = self._split(x), []
+        y, past = self._split(shown(self, x, mask)), []
+        hidden = None if mask is None else ~mask[:, None, :, None]
         for n, (before, mixing) in enumerate(zip(state.past, self.maps, strict=True)):
             y = y if n == 0 else F.gelu(y)
-            past.append(torch.cat([before, y], 2))
+            y = y if hidden is None else y.masked_fill(hidden, 0)
+            past.append(torch.cat([before.to(y.dtype), y], 2))
             y = mixing(past[-1], first)
         return self._merge(y), MixerState(tuple(past))
 

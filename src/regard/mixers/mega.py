@@ -13,7 +13,8 @@ from regard.masks import Mask, causal, full, padding
 from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
 from regard.mixers.mega_average import DampedAverage
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
+from regard.tracing import readable
 
 CARD = Card(
     "mega",
@@ -56,6 +57,8 @@ class MegaState(NamedTuple):
     ema: Float[Tensor, "B M N"]
     k: Float[Tensor, "B s Z"]
     v: Float[Tensor, "B s E"]
+    keep: Bool[Tensor, "B s"]
+    """Which of them are of real tokens."""
     capacity: int
 
 
@@ -168,11 +171,13 @@ class Mega(nn.Module):
             torch.zeros(batch_size, 0, width, device=device, dtype=dtype) for width in (self.qk_dim, self.value_dim)
         )
         ema = torch.zeros(batch_size, self.dim, self.ema_dim, device=device, dtype=work_dtype(k))
-        return MegaState(ema, k, v, capacity)
+        return MegaState(ema, k, v, torch.ones(batch_size, 0, dtype=torch.bool, device=device), capacity)
 
     @checked(M="dim")
-    def step(self, x: Float[Tensor, "B t M"], state: MegaState) -> tuple[Float[Tensor, "B t M"], MegaState]:
-        """The next t tokens."""
+    def step(
+        self, x: Float[Tensor, "B t M"], state: MegaState, *, mask: Bool[Tensor, "B t"] | None = None
+    ) -> tuple[Float[Tensor, "B t M"], MegaState]:
+        """The next t tokens. `mask`: True = a real one, of these t; hidden ones are seen by nobody, now or later."""
         if not isinstance(state, MegaState):
             wanted = "the MegaState of init_state"
             refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
@@ -181,19 +186,28 @@ class Mega(nn.Module):
         held, t = state.k.shape[1], x.shape[1]
         if self.chunk is None and held + t > state.capacity:
             refuse(self, "state", f"has capacity {state.capacity}", f"{held + t} tokens", f"capacity >= {held + t}")
+        x = shown(self, x, mask)
         normed = self.norm(x)
-        average, ema = self.average(normed, state.ema)
+        average, ema = self.average(normed if mask is None else normed.masked_fill(~mask[..., None], 0), state.ema)
+        # Without hidden tokens, now or before, there is no mask to look at.
+        real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        seen = torch.cat([state.keep, real], 1)
+        hides = mask is not None or (readable(seen) and not bool(state.keep.all()))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             first = t if self.chunk is None else min(t, self.chunk - held)
-            old = torch.cat([state.k, k[:, :first]], 1), torch.cat([state.v, v[:, :first]], 1)
-            out = self.attention.whole(q[:, :first], *old, None)
-            return torch.cat([out, self.attention(q[:, first:], k[:, first:], v[:, first:], None)], 1)
+            old = torch.cat([state.k.to(k.dtype), k[:, :first]], 1), torch.cat([state.v.to(v.dtype), v[:, :first]], 1)
+            out = self.attention.whole(q[:, :first], *old, seen[:, : held + first] if hides else None)
+            rest = self.attention(
+                q[:, first:], k[:, first:], v[:, first:], mask[:, first:] if mask is not None else None
+            )
+            return torch.cat([out, rest], 1)
 
         y, k, v = self._gated(x, normed, average, attend)
-        k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
+        k, v = (torch.cat([old, new.to(old.dtype)], 1) for old, new in ((state.k, k), (state.v, v)))
         full_chunks = 0 if self.chunk is None else k.shape[1] // self.chunk * self.chunk
-        return y, MegaState(ema, k[:, full_chunks:], v[:, full_chunks:], state.capacity)
+        k, v, seen = (z[:, full_chunks:] for z in (k, v, seen))
+        return y, MegaState(ema, k, v, seen, state.capacity)
 
     def _gated(self, x: Tensor, normed: Tensor, average: Tensor, attend: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Everything but the moving average and the weights: outputs, keys and values."""

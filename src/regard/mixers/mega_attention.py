@@ -149,7 +149,7 @@ class ChunkAttention(nn.Module):
             if keep is None:
                 seen = torch.arange(S - T + 1, S + 1, device=q.device) if self.causal else q.new_full((T,), S)
             else:
-                seen = keep.cumsum(1) if self.causal else keep.sum(1, keepdim=True)
+                seen = keep.cumsum(1)[:, S - T :] if self.causal else keep.sum(1, keepdim=True)
             q, scale = (q / seen.clamp(min=1)[..., None]).to(q.dtype), 1.0
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"position": self.position, "normalizer": self.normalizer, "dropout": dropout}

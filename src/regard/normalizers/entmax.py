@@ -17,6 +17,7 @@ from regard.checks import checked, number, refuse
 from regard.kernels.native import rows as native
 from regard.normalizers.softmax import softmax
 from regard.stages import Normalizer
+from regard.tracing import readable, transformed
 
 CARD = Card(
     "entmax",
@@ -48,7 +49,7 @@ _BLOCK = 1 << 16
 def _solve(x: Float[Tensor, "N S"], alpha: float | Float[Tensor, "N 1"]) -> Float[Tensor, "N S"]:
     """(alpha - 1) z of each row -> p, in place. A row of only -inf gives 0."""
     tiny, eps = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
-    early = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    early = x.is_cpu and readable(x)
     top = x.amax(-1, keepdim=True)
     x -= top.masked_fill(top == -torch.inf, 0)
     tau = torch.full_like(top, -1.0)
@@ -96,18 +97,22 @@ def _pull_back(dp: Tensor, p: Tensor, alpha: float | Tensor) -> Tensor:
 
 def _pull_back_alpha(dp: Tensor, p: Tensor, alpha: Tensor) -> Tensor:
     """Gradient on the weights -> gradient on alpha."""
+    return (dp * _alpha_rate(p, alpha)).sum_to_size(alpha.shape)
+
+
+def _alpha_rate(p: Tensor, alpha: Tensor) -> Tensor:
+    """dp / dalpha."""
     support = p > 0
     safe = torch.where(support, p, 1)
     g = torch.where(support, safe.pow(2 - alpha), 0)
     h = g / g.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     e = p * safe.log()
-    rate = (p - h) / (alpha - 1) ** 2 - (e - h * e.sum(-1, keepdim=True)) / (alpha - 1)
-    return (dp * rate).sum_to_size(alpha.shape)
+    return (p - h) / (alpha - 1) ** 2 - (e - h * e.sum(-1, keepdim=True)) / (alpha - 1)
 
 
 def _in_blocks(x: Tensor, alpha: float | Tensor) -> Iterator[tuple[slice, float | Tensor]]:
     """Cut the rows of x (N, S) into pieces that fit in cache; in one piece where that does not help."""
-    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+    whole = not x.is_cpu or not readable(x)
     if whole:  # no loop: its count would tie a compiled graph to one length
         yield slice(None), alpha
         return
@@ -143,7 +148,9 @@ class _Entmax(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, alpha, _ = inputs
         ctx.alpha = alpha if isinstance(alpha, float) else None
-        ctx.save_for_backward(output, *(() if isinstance(alpha, float) else (alpha,)))
+        saved = (output, *(() if isinstance(alpha, float) else (alpha,)))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, dp: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -155,6 +162,8 @@ class _Entmax(torch.autograd.Function):
         elif ctx.needs_input_grad[0] and native.able(p, alpha):
             dz = native.entmax_backward(dp.reshape(-1, p.shape[-1]), p.view(-1, p.shape[-1]), alpha).view(p.shape)
         elif ctx.needs_input_grad[0]:
+            if not readable(p, dp):
+                return _pull_back(dp, p, alpha), _alpha_grad(ctx, dp, p, alpha), None
             dz = torch.empty_like(p)
             out, flat_dp, flat_p = (
                 dz.view(-1, p.shape[-1]),
@@ -163,8 +172,24 @@ class _Entmax(torch.autograd.Function):
             )
             for rows, each in _in_blocks(flat_p, _per_row(alpha, p)):
                 out[rows] = _pull_back(flat_dp[rows], flat_p[rows], each)
-        da = _pull_back_alpha(dp, p, alpha) if ctx.needs_input_grad[1] else None
-        return dz, da, None
+        return dz, _alpha_grad(ctx, dp, p, alpha), None
+
+
+def _alpha_grad(ctx, dp: Tensor, p: Tensor, alpha: float | Tensor) -> Tensor | None:
+    return _pull_back_alpha(dp, p, alpha) if ctx.needs_input_grad[1] and isinstance(alpha, Tensor) else None
+
+
+class _Transformed(_Entmax):
+    """With rules for torch.func and forward mode, which torch.compile refuses to see."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx, dz: Tensor | None, dalpha: Tensor | None, _: None) -> Tensor:
+        p, *rest = ctx.saved_tensors
+        alpha = rest[0] if rest else ctx.alpha
+        moved = torch.zeros_like(p) if dz is None else _pull_back(dz, p, alpha)  # the Jacobian is symmetric
+        return moved if dalpha is None else moved + dalpha * _alpha_rate(p, alpha)
 
 
 @checked()
@@ -193,7 +218,8 @@ def entmax(
             return softmax(scores, allowed)
     z = scores.to(torch.promote_types(scores.dtype, torch.float32))
     alpha = alpha.to(z.dtype) if isinstance(alpha, Tensor) else float(alpha)
-    return _Entmax.apply(z.contiguous(), alpha, allowed).to(scores.dtype)
+    kind = _Transformed if transformed(z, *([alpha] if isinstance(alpha, Tensor) else [])) else _Entmax
+    return kind.apply(z.contiguous(), alpha, allowed).to(scores.dtype)
 
 
 def entmax15(scores: Float[Tensor, "... S"], dim: int = -1) -> Float[Tensor, "... S"]:

@@ -80,6 +80,10 @@ class HeadMixer(nn.Module):
         """The mechanism. `keep` is True at real keys; q, k and v are finite."""
         raise NotImplementedError
 
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, alone: bool) -> Tensor:
+        """`mix`, for who does something else where queries and keys are of the same tokens (`alone`)."""
+        return self.mix(q, k, v, keep)
+
     def forward(
         self,
         x: Float[Tensor, "B T M"],
@@ -99,7 +103,7 @@ class HeadMixer(nn.Module):
         keep = key_padding(self, mask, source)
         x, bad = quarantine(x)
         clean, bad_source = (x, bad) if context is None else quarantine(context)
-        out = self.merge(self.mix(*self.split(x, clean), keep))
+        out = self.merge(self.mixed(*self.split(x, clean), keep, alone=context is None))
         if bad is None and bad_source is None:
             return out
         allowed = self.receptive_field()

@@ -75,7 +75,7 @@ class KVCache:
             }
             written = [end]
         else:
-            fresh = self.written[0] == self.length
+            fresh = self.written[0] == self.length and not self._sealed()
             buffers = dict(self.buffers) if fresh else {n: b.clone() for n, b in self.buffers.items()}
             written = self.written if fresh else [end]
             written[0] = end
@@ -110,6 +110,10 @@ class KVCache:
                 "fork() the cache before the tokens you may take back"
             )
         return replace(self, buffers={n: b[..., :length, :].clone() for n, b in self.buffers.items()}, length=length)
+
+    def _sealed(self) -> bool:
+        """Whether the buffers were made under torch.inference_mode, outside of which nobody may write to them."""
+        return not torch.is_inference_mode_enabled() and any(b.is_inference() for b in self.buffers.values())
 
     def _check(self, new: Mapping[str, Tensor]) -> None:
         if new.keys() != self.buffers.keys():

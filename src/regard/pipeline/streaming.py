@@ -11,6 +11,7 @@ from regard.masks import Mask
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.tokens import quarantine
 from regard.stages import Made, Tokens
+from regard.tracing import autocasts
 
 if TYPE_CHECKING:
     from regard.pipeline.layer import Attention
@@ -90,7 +91,10 @@ def step(layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None) -> tu
     new |= {MADE + name: value.key for name, value in made.items() if value.key is not None}
     if layer._halo():
         new |= {ASKED + name: value.query for name, value in made.items() if value.query is not None}
+    if autocasts(x.device):  # the cache keeps the dtype it was made with
+        new = {name: z.to(state.buffers[name].dtype) for name, z in new.items() if name in state.buffers}
     held, state = state.append(**new)
+    held = {name: z.to(q.dtype) if name in "qkv" else z for name, z in held.items()}
     first_key = state.length - held["k"].shape[-2]
     halo = min(layer._halo(), held["k"].shape[-2] - t)
     if halo:

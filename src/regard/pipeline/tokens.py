@@ -7,8 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import refuse
+from regard.kernels.problem import reaches
 from regard.masks import Mask
 from regard.masks.tensors import Kept, Lengths
+from regard.tracing import readable
 
 
 def key_padding(who: object, mask: Mask | Tensor | None, x: Float[Tensor, "B S M"]) -> Bool[Tensor, "B S"] | None:
@@ -25,17 +27,29 @@ def key_padding(who: object, mask: Mask | Tensor | None, x: Float[Tensor, "B S M
     refuse(who, "mask", "can only hide keys", got, f"masks.padding or bool ({B}, {S})")
 
 
+def shown(who: object, x: Float[Tensor, "B t M"], mask: Tensor | None) -> Float[Tensor, "B t M"]:
+    """The tokens of a step with zeros for hidden ones, whatever they hold; a mask that is no (B, t) bool is refused."""
+    if mask is None:
+        return x
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        refuse(who, "mask", "can only hide tokens of this step", got, f"bool {tuple(x.shape[:2])}, True = a real token")
+    return x.masked_fill(~mask[..., None], 0)
+
+
 def quarantine(x: Float[Tensor, "B T M"]) -> tuple[Float[Tensor, "B T M"], Bool[Tensor, "B T"] | None]:
     """Tokens that hold NaN or inf set to zero, and which they were (None: none).
 
-    Padding may hold anything, and 0 * NaN would reach every sum and weight gradient. Off the CPU and while compiling
-    the test would cost a synchronisation or a graph break: there x goes through as it is.
+    Padding may hold anything, and 0 * NaN would reach every sum and weight gradient. Where nobody may look (while
+    compiling, for one) it is done unasked. In eager calls off the CPU a look would wait for the device: there x goes
+    through as it is.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return x, None
-    with torch.no_grad():
-        if math.isfinite(float(x.sum(dtype=torch.float64))):
+    if readable(x):
+        if not x.is_cpu:
             return x, None
+        with torch.no_grad():
+            if math.isfinite(float(x.sum(dtype=torch.float64))):
+                return x, None
     bad = ~x.detach().isfinite().all(-1)
     return x.masked_fill(bad[..., None], 0.0), bad
 
@@ -52,11 +66,9 @@ def spoil(
     hit = out.new_zeros(out.shape[:2], dtype=torch.bool) if bad is None else bad
     if bad_source is None:
         return out.masked_fill(hit[..., None], math.nan)
-    if allowed is None:
-        hit = hit | bad_source.any(-1, keepdim=True)
-    else:
-        T, S = out.shape[1], bad_source.shape[1]
-        j = torch.arange(S, device=out.device)
-        seen = allowed.at(torch.arange(S - T, S, device=out.device), j) & bad_source[:, None, None]
-        hit = hit | seen.any(-1).any(1)
+    T, S = out.shape[1], bad_source.shape[1]
+    j = torch.arange(S, device=out.device)
+    heads = 1 if allowed is None else allowed.heads
+    marked = bad_source[:, None].expand(-1, heads, -1)
+    hit = hit | reaches(allowed, torch.arange(S - T, S, device=out.device), j, marked).any(1)
     return out.masked_fill(hit[..., None], math.nan)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Paper
 from regard.checks import checked, refuse, whole
 from regard.stages import Position
+from regard.tracing import readable
 
 CARD = Card(
     "learned",
@@ -54,7 +55,7 @@ class Learned(Position):
     @checked(M="dim")
     def embed(self, x: Float[Tensor, "B T M"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B T M"]:
         # Compiled code can't branch on data; there the lookup itself fails out of range.
-        if positions.numel() and not torch.compiler.is_compiling() and not positions.is_meta:
+        if positions.numel() and readable(positions):
             low, high = (int(p) for p in positions.aminmax())
             if low < 0 or high >= self.max_positions:
                 expected = f"0 to {self.max_positions - 1}; build it with a larger max_positions"

@@ -22,6 +22,7 @@ from regard.masks import window as near
 from regard.pipeline.function import attention
 from regard.pipeline.head_mixer import HeadMixer
 from regard.routing.clusters import clustered_attention, gathered_tokens, nearest
+from regard.tracing import recomputing
 
 COMPETE = "tokens of the whole sequence compete for places in a cluster, so later ones can change an earlier one's keys"
 
@@ -81,6 +82,8 @@ class RoutingAttention(HeadMixer):
 
     counts: Tensor
     sums: Tensor
+    _before: Tensor | None = None
+    """The centroids of the last training step before they moved: a checkpoint runs that step once more."""
 
     def __init__(
         self,
@@ -144,13 +147,15 @@ class RoutingAttention(HeadMixer):
         v: Float[Tensor, "B H T D"],
         keep: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B H T D"]:
-        L, centroids = self.num_local_heads, self.centroids
+        again = self.training and self._before is not None and recomputing()
+        L, centroids = self.num_local_heads, self._before if again else self.centroids
         mask: Mask = near(self.window) & past() if self.causal else near(self.window)
         mask = mask if keep is None else mask & padding(keep)
         local = [attention(q[:, :L], k[:, :L], v[:, :L], mask=mask)] if L else []
         x = _normed(q[:, L:])
         y = x if self.causal else _normed(k[:, L:])
-        if self.training:
+        if self.training and not again:
+            self._before = centroids
             for tokens in (x,) if self.causal else (x, y):
                 self._follow(tokens, keep)
         queries = nearest(x, centroids, size=self.size, keep=keep)

@@ -14,6 +14,7 @@ from regard.masks import Mask, full
 from regard.mixers.exponential import work_dtype
 from regard.pipeline.tokens import quarantine, spoil
 from regard.timeseries.exponential_smoothing import PAPERS
+from regard.tracing import as_it_is
 
 CARD = Card(
     "frequency_attention",
@@ -44,7 +45,7 @@ def frequency_attention(x: Float[Tensor, "B T M"], top_k: int, horizon: int = 0)
     bins = max(0, (T - 1) // 2)
     if bins == 0 or x.numel() == 0:
         return 0 * x[:, torch.arange(T + horizon, device=x.device) % max(T, 1)]
-    with torch.autocast(x.device.type, enabled=False):
+    with as_it_is(x.device):
         spectrum = torch.fft.rfft(x.to(work_dtype(x)), dim=1)
         strength = spectrum.detach()[:, 1 : bins + 1].abs()
         kept = 1 + strength.topk(min(top_k, bins), dim=1).indices

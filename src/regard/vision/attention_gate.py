@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, fits, refuse, whole
 from regard.shapes import HeadShape
+from regard.tracing import recomputing
 from regard.vision.maps import AXES
 
 
@@ -143,4 +144,10 @@ class AttentionGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C *sizes"], g: Float[Tensor, "B Cg *gating"]) -> Float[Tensor, "B C *sizes"]:
         """Gate skip features x by the signal g of a coarser grid."""
-        return self.norm(self.out(self.coefficients(x, g) * x))
+        z = self.out(self.coefficients(x, g) * x)
+        if self.training and recomputing():  # a checkpoint's second run: the running statistics have moved already
+            mean, variance = self.norm.running_mean.clone(), self.norm.running_var.clone()
+            return F.batch_norm(
+                z, mean, variance, self.norm.weight, self.norm.bias, True, self.norm.momentum, self.norm.eps
+            )
+        return self.norm(z)

@@ -16,6 +16,7 @@ from regard.kernels.problem import Problem, honest
 from regard.masks import neighborhood as neighborhood_mask
 from regard.masks.grids import Neighborhood
 from regard.shapes import head_shape
+from regard.tracing import as_it_is
 from regard.vision.maps import AXES, to_map, to_tokens
 
 CARD = Card(
@@ -105,7 +106,7 @@ def neighborhood_attention(
     flat_q, flat_k, flat_v = (z.flatten(2, -2) for z in (q, k, v))
     check_inputs(flat_q, flat_k, flat_v)
     p = Problem(flat_q, flat_k, flat_v, q.shape[-1] ** -0.5 if scale is None else scale, mask)
-    with torch.autocast(q.device.type, enabled=False):
+    with as_it_is(q.device):
         return honest(p, partial(kernel.run, table=bias)).unflatten(2, sizes)
 
 

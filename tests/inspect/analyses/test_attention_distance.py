@@ -7,8 +7,8 @@ import torch
 from tests.inspect.analyses.naive_attention_distance import naive_aligned, naive_distance
 from tests.inspect.analyses.test_rollout import maps
 
-from laws.subject import close
 from regard.inspect.analyses.attention_distance import aligned_maps, attention_distance
+from regard.laws.agreement import close
 
 
 def test_by_hand() -> None:

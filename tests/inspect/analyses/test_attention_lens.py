@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from tests.inspect.analyses.naive_attention_lens import naive_kl, naive_lens
 from torch import Tensor, nn
 
-from laws.subject import close
 from regard.inspect.analyses.attention_lens import AttentionLens, fit_lens, head_contributions, lens_loss
+from regard.laws.agreement import close
 
 
 def test_by_hand() -> None:

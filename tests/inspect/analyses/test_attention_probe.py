@@ -7,7 +7,6 @@ from tests.inspect.analyses.naive_attention_probe import naive_head_accuracy, na
 from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 
-from laws.subject import close
 from regard.inspect.analyses.attention_probe import (
     NO_WORD,
     AttentionProbe,
@@ -16,6 +15,7 @@ from regard.inspect.analyses.attention_probe import (
     head_accuracy,
     probe_accuracy,
 )
+from regard.laws.agreement import close
 
 L, H, T, E = 2, 3, 6, 4
 LENGTHS = [6, 4]

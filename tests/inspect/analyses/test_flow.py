@@ -10,9 +10,9 @@ from tests.inspect.analyses.naive_rollout import naive_flow, naive_steps
 from tests.inspect.analyses.test_rollout import maps, path, vectors
 from torch import Tensor
 
-from laws.subject import close
 from regard.inspect.analyses.flow import attention_flow
 from regard.inspect.analyses.rollout import attention_rollout
+from regard.laws.agreement import close
 
 
 def program(steps: list[list[list[float]]], source: int, sink: int) -> float:

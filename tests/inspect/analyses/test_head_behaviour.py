@@ -9,7 +9,6 @@ from tests.inspect.analyses.naive_head_behaviour import naive_distances, naive_e
 from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 
-from laws.subject import close
 from regard.inspect.analyses.head_behaviour import (
     attention_at_offset,
     attention_entropy,
@@ -18,6 +17,7 @@ from regard.inspect.analyses.head_behaviour import (
     head_behaviour,
     head_distances,
 )
+from regard.laws.agreement import close
 
 L, B, H, T = 2, 3, 2, 5
 VALID = torch.tensor([[True] * 5, [True, True, True, False, False], [False, True, True, True, True]])

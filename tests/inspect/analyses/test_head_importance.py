@@ -15,7 +15,6 @@ from tests.inspect.analyses.naive_head_importance import (
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from laws.subject import close
 from regard.inspect.analyses.head_importance import (
     ablate,
     gate_importance,
@@ -25,6 +24,7 @@ from regard.inspect.analyses.head_importance import (
     token_importance,
 )
 from regard.integrations.transformers import scale_heads
+from regard.laws.agreement import close
 
 VECTORS = Path(__file__).parents[2] / "vectors" / "B029.npz"
 

@@ -10,7 +10,6 @@ from tests.inspect.analyses.naive_lookback import naive_lookback
 from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor
 
-from laws.subject import close
 from regard.inspect.analyses.lookback import (
     LookbackLens,
     fit_lookback_lens,
@@ -18,6 +17,7 @@ from regard.inspect.analyses.lookback import (
     span_features,
     window_features,
 )
+from regard.laws.agreement import close
 
 VECTORS = Path(__file__).parents[2] / "vectors" / "B133.npz"
 

@@ -7,7 +7,6 @@ from tests.inspect.analyses.test_rollout import maps
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from laws.subject import close
 from regard.inspect.analyses.head_behaviour import attention_mass
 from regard.inspect.analyses.massive_activations import (
     attention_bias,
@@ -18,6 +17,7 @@ from regard.inspect.analyses.massive_activations import (
     massive_activations,
     replace_activations,
 )
+from regard.laws.agreement import close
 
 
 def planted() -> list[Tensor]:

@@ -7,9 +7,9 @@ from tests.inspect.minilm import minilm, needs_minilm
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from laws.subject import close
 from regard.inspect.analyses.attention_distance import aligned_maps
 from regard.inspect.analyses.offset_heads import offset_heads
+from regard.laws.agreement import close
 
 
 def shifted(grid: tuple[int, int], step: tuple[int, int], extra: int = 0) -> Tensor:

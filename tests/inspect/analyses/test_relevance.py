@@ -9,7 +9,6 @@ from tests.inspect.analyses.naive_relevance import NaiveStreams, naive_normalise
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from laws.subject import close
 from regard.inspect.analyses.relevance import (
     Relevance,
     attention_gradients,
@@ -18,6 +17,7 @@ from regard.inspect.analyses.relevance import (
     self_relevance,
     weighted_attention,
 )
+from regard.laws.agreement import close
 
 VECTORS = Path(__file__).parents[2] / "vectors" / "B150.npz"
 Pair = tuple[Tensor, Tensor]

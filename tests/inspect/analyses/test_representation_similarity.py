@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.inspect.analyses.naive_attention_distance import naive_cka
 
-from laws.subject import close
 from regard.inspect.analyses.representation_similarity import representation_similarity
+from regard.laws.agreement import close
 
 
 def test_equals_the_loops() -> None:

@@ -8,8 +8,8 @@ import torch
 from tests.inspect.analyses.naive_rollout import naive_rollout
 from torch import Tensor
 
-from laws.subject import close
 from regard.inspect.analyses.rollout import attention_rollout
+from regard.laws.agreement import close
 
 VECTORS = Path(__file__).parents[2] / "vectors" / "A175.npz"
 

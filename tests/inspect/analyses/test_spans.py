@@ -5,8 +5,8 @@ import torch
 from tests.inspect.analyses.naive_spans import naive_span
 from tests.inspect.analyses.test_rollout import maps
 
-from laws.subject import close
 from regard.inspect.analyses.spans import span_attention, spans_of
+from regard.laws.agreement import close
 
 
 def test_by_hand() -> None:

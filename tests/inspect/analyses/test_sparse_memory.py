@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from tests.inspect.analyses.naive_sparse_memory import drawn_caps, naive_beta, naive_intersection, naive_weights
 
-from laws.subject import close
 from regard.inspect.analyses.sparse_memory import (
     cap_intersection,
     circle_intersection,
@@ -17,6 +16,7 @@ from regard.inspect.analyses.sparse_memory import (
     sparse_memory_fit,
     sparse_memory_weights,
 )
+from regard.laws.agreement import close
 
 
 def test_by_hand() -> None:

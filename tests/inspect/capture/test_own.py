@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from laws.subject import close
 from regard.inspect.effective import effective_weights
 from regard.inspect.trace import trace
+from regard.laws.agreement import close
 from regard.normalizers.entmax import Entmax
 from regard.stages import Made, Mix, Rows, Score, Tokens
 

@@ -116,6 +116,6 @@ def _of_mixer(place: dict[str, Any], module: HeadMixer, x: Tensor, context: Tens
 
     def measure(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with undisturbed(module):
-            return measured_weights(lambda values: module.mix(q, k, values, keep), v)
+            return measured_weights(lambda values: module.mixed(q, k, values, keep, alone=context is None), v)
 
     return LayerTrace(**place, q=q, k=k, v=v, scale=1.0, mask=allowed, weight_rule=Measured(measure, q.dtype))

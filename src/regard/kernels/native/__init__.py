@@ -80,7 +80,7 @@ def _attend(p: Problem, walk: Walk | None, odd: list[bool]) -> tuple[Tensor, Ten
     table = None
     if p.position_bias is not None:
         # One query at S - 1 against keys 0 .. S + T - 2 meets every distance that occurs.
-        i, j = torch.tensor([S - 1]), torch.arange(S + T - 1)
+        i, j = torch.tensor([S - 1], device="cpu"), torch.arange(S + T - 1, device="cpu")
         rows = Rows(q=p.q[:, :, :1], k=p.k[:, :, :1], scores=p.q.new_empty(0), i=i, j=j)
         table = p.position_bias.bias(rows).float()[0, :, 0].contiguous()
     out, lse = _Native.apply(p, walk, odd, table, p.bias, p.q, p.k, p.v)
@@ -105,9 +105,9 @@ class _Native(torch.autograd.Function):
         work = torch.bfloat16 if tiles else torch.float32
         x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
         out = z.new_empty(*x.shape[:3], z.shape[3])
-        lse = torch.empty(x.shape[:3], dtype=torch.float32)
+        lse = torch.empty(x.shape[:3], dtype=torch.float32, device="cpu")
         name = "regard_attention_bf16" if tiles else "regard_attention"
-        flag = torch.zeros(1, dtype=torch.int32)
+        flag = torch.zeros(1, dtype=torch.int32, device="cpu")
         bias_ = None if bias is None else bias.float()
         call(name, p.scale, walk, table, bias_, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
         odd.append(bool(flag))
@@ -129,7 +129,7 @@ class _Native(torch.autograd.Function):
         tasks = q.shape[0] * k.shape[1]
         parts = max(1, min(-(-2 * torch.get_num_threads() // tasks), -(-k.shape[2] // ctx.walk.block[1])))
         dq = q.new_zeros(parts, *q.shape)
-        dk, dv = (torch.empty(t.shape) for t in (k, v))
+        dk, dv = (torch.empty(t.shape, device="cpu") for t in (k, v))
         dtable = None
         if table is not None and ctx.needs_input_grad[3]:
             dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)

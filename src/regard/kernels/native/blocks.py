@@ -62,7 +62,7 @@ def walk(
 ) -> Walk:
     """The walk over stored blocks as in `BlockLayout`; tile -1 is full, others count in `tiles`."""
     Bm, Hm, nq, nk = shape
-    line = torch.arange(Bm * Hm * nq).repeat_interleave(row_ptr.diff())
+    line = torch.arange(Bm * Hm * nq, device="cpu").repeat_interleave(row_ptr.diff())
     column = line // nq * nk + cols
     entry = column.argsort(stable=True)
     col_ptr = F.pad(torch.bincount(column, minlength=Bm * Hm * nk).cumsum(0), (1, 0))
@@ -81,17 +81,20 @@ def block_of(mask: Mask) -> tuple[int, int]:
 def _tiles(mask: Mask, layout: BlockLayout, head: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The mask inside these blocks (n, bq, bk), and which of them each block reads."""
     (bq, bk), Hm = layout.block, layout.shape[1]
-    index = torch.arange(len(r))
+    index = torch.arange(len(r), device="cpu")
     if mask.is_shift_invariant and len(r):
         _, index = torch.unique(c * bk - r * bq, return_inverse=True)
-        first = torch.full((int(index.max()) + 1,), len(r)).scatter_reduce_(0, index, torch.arange(len(r)), "amin")
+        first = torch.full((int(index.max()) + 1,), len(r), device="cpu").scatter_reduce_(
+            0, index, torch.arange(len(r), device="cpu"), "amin"
+        )
         head, r, c = head[first], r[first], c[first]
-    i = r[:, None, None] * bq + torch.arange(bq)[:, None] + layout.S - layout.T
-    j = c[:, None, None] * bk + torch.arange(bk)
+    i = r[:, None, None] * bq + torch.arange(bq, device="cpu")[:, None] + layout.S - layout.T
+    j = c[:, None, None] * bk + torch.arange(bk, device="cpu")
     if not mask.is_shift_invariant:
         i, j = i.clamp(max=layout.S - 1), j.clamp(max=layout.S - 1)
     b, h = (x[:, None, None] for x in (head // Hm, head % Hm))
     pieces = [
-        mask(b[at], h[at], i[at], j[at]).expand(-1, bq, bk).contiguous() for at in torch.arange(len(r)).split(256)
+        mask(b[at], h[at], i[at], j[at]).expand(-1, bq, bk).contiguous()
+        for at in torch.arange(len(r), device="cpu").split(256)
     ]
-    return torch.cat(pieces) if pieces else torch.empty(0, bq, bk, dtype=torch.bool), index
+    return torch.cat(pieces) if pieces else torch.empty(0, bq, bk, dtype=torch.bool, device="cpu"), index

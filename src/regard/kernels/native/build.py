@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from regard import tracing
+
 SOURCES = ("attention.cpp", "bf16.cpp", "rows.cpp")
 HEADERS = ("attention.h", "simd.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -43,10 +45,9 @@ def library() -> ctypes.CDLL:
 
 def readable(x: torch.Tensor) -> bool:
     """Whether x is memory that C++ can read: no tensor subclass, nothing that torch.func or torch.compile traces."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return False
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return active is None or not active()
+    return tracing.readable(x)
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,359 @@
+"""L50, L52, L53, L54: what torch does with functions, devices and graphs, a mechanism lets be done to itself."""
+
+import linecache
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from regard import masks
+from regard.laws.agreement import Broken, close, does_not_apply, hold, near, same
+from regard.laws.law import law
+from regard.laws.subject import Subject, pairs
+from regard.laws.together import hidden, poisoned, stream
+
+BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
+ALL = f"{BATCHED} GraphMixer Loss"
+
+
+def said(error: Exception) -> bool:
+    """Whether it is a refusal in one line: raised by a `raise` of the mechanism's own, and not from inside torch."""
+    kinds = (ValueError, TypeError, NotImplementedError, RuntimeError)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, kinds) or len(str(error).strip().splitlines()) != 1:
+        return False
+    file = trace.tb_frame.f_code.co_filename
+    raised = linecache.getline(file, trace.tb_lineno).strip().startswith("raise ")
+    return raised and not file.startswith(os.path.dirname(torch.__file__))
+
+
+@contextmanager
+def or_refused(what: str) -> Iterator[None]:
+    """What is inside works, or the mechanism says in one line that it does not support it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Broken:
+        raise
+    except Exception as error:
+        if not said(error):
+            raise Broken(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def floating(s: Subject) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Any, ...]]]:
+    """The inputs that may be differentiated, and how to put others in their place."""
+    given = s.inputs()
+    at = [n for n, g in enumerate(given) if g.is_floating_point()]
+
+    def filled(*leaves: Tensor) -> tuple[Any, ...]:
+        whole: list[Any] = list(given)
+        for n, leaf in zip(at, leaves, strict=True):
+            whole[n] = leaf
+        return tuple(whole)
+
+    return tuple(given[n] for n in at), filled
+
+
+def calls(s: Subject) -> Iterator[tuple[str, Any, tuple[Tensor, ...], dict[str, Any]]]:
+    """A module of each causality with what it is called with, and for mixers of tokens a call with padding, too."""
+    for causal in s.causalities:
+        module = s.build(causal=causal)
+        yield f"causal={causal}", module, s.inputs(), {}
+        if s.protocol == "TokenMixer" and s.given is None and "padding" in s.supports:
+            yield f"causal={causal} and padding", module, s.inputs(), {"mask": masks.padding(hidden(s, s.length))}
+
+
+@law("L50", protocols=BATCHED)
+def mapped_over_the_batch(s: Subject) -> None:
+    """torch.vmap over the batch, one sequence at a time, gives what the batch gives."""
+    for name, module, given, call in calls(s):
+        if call or any(len(g) != len(given[0]) for g in given):
+            continue
+        with or_refused(f"vmap, {name}"), torch.no_grad():
+            got = torch.vmap(lambda *one, m=module: m(*(g[None] for g in one))[0])(*given)
+            close(got, module(*given), f"vmap, {name}")
+
+
+@law("L50", protocols=BATCHED)
+def gradients_of_each_sample(s: Subject) -> None:
+    """vmap of grad gives each sample's gradients."""
+    module, given = s.build(), s.inputs()
+    if any(len(g) != len(given[0]) for g in given):
+        does_not_apply("its inputs have no batch in common")
+    params = dict(module.named_parameters())
+    if not params:
+        does_not_apply("it has no parameters")
+
+    def loss(params: dict[str, Tensor], *one: Tensor) -> Tensor:
+        return torch.func.functional_call(module, params, tuple(g[None] for g in one)).square().sum()
+
+    with or_refused("vmap of grad"):
+        got = torch.vmap(torch.func.grad(loss), (None, *(0 for _ in given)))(params, *given)
+        for row in range(len(given[0])):
+            one = loss(params, *(g[row] for g in given))
+            want = torch.autograd.grad(one, list(params.values()), allow_unused=True)
+            for (key, g), w in zip(got.items(), want, strict=True):
+                close(g[row], torch.zeros_like(g[row]) if w is None else w, f"{key} of sample {row}")
+
+
+@law("L50", protocols=ALL)
+def forward_mode(s: Subject) -> None:
+    """A Jacobian times a vector, forwards, is what backward says of it: w (J t) = (w J) t."""
+    for name, module, _, call in calls(s):
+        leaves, filled = floating(s)
+        generator = torch.Generator().manual_seed(3)
+        tangents = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in leaves)
+
+        def f(*given: Tensor, m: Any = module, call: Any = call, filled: Any = filled) -> Tensor:
+            return m(*filled(*given), **call)
+
+        with or_refused(f"jvp, {name}"):
+            out, forwards = torch.func.jvp(f, leaves, tangents)
+            wanted = [x.clone().requires_grad_() for x in leaves]
+            plain = f(*wanted)
+            close(out.detach(), plain.detach(), f"outputs beside a jvp, {name}")
+            w = torch.randn(plain.shape, generator=generator, dtype=plain.dtype)
+            back = torch.autograd.grad(plain, wanted, w, allow_unused=True)
+            want = sum(((g * t).sum() for g, t in zip(back, tangents, strict=True) if g is not None), torch.zeros(()))
+            close((forwards * w).sum().detach(), want.to(out.dtype), f"jvp, {name}")
+
+
+@law("L50", protocols=ALL)
+def second_derivatives(s: Subject) -> None:
+    """torch.func.hessian in two directions, forwards through backward, is what backward through backward gives."""
+    module, (leaves, filled) = s.build(), floating(s)
+    generator = torch.Generator().manual_seed(3)
+    ways = [[torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in leaves] for _ in range(2)]
+
+    def f(a: Tensor) -> Tensor:
+        moved = (x + a[0] * t + a[1] * u for x, t, u in zip(leaves, *ways, strict=True))
+        return module(*filled(*moved)).square().sum()
+
+    with or_refused("hessian"):
+        got = torch.func.hessian(f)(torch.zeros(2, dtype=leaves[0].dtype))
+        want = torch.func.jacrev(torch.func.jacrev(f))(torch.zeros(2, dtype=leaves[0].dtype)).detach()
+        close(got.detach(), want, "hessian")
+
+
+@law("L50", protocols=ALL, heavy=True)
+def fake_tensors(s: Subject) -> None:
+    """Under FakeTensorMode, where there are shapes and no data, outputs have the real ones' shapes and dtypes."""
+    for name, module, given, call in calls(s):
+        want = module(*given, **call)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with or_refused(f"fake tensors, {name}"), mode:
+            got = module(*(mode.from_tensor(g) for g in given), **call)
+            hold(got.shape == want.shape and got.dtype == want.dtype, f"fake tensors, {name}: {got.shape}")
+
+
+class Called(nn.Module):
+    """A module with the options of its call, as export wants it."""
+
+    def __init__(self, module: nn.Module, call: dict[str, Any]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.module(*given, **self.call)
+
+
+@law("L50", needs="compile", where=lambda s: "its inputs are its own" if s.given is not None else "", heavy=True)
+def exported_with_a_free_length(s: Subject) -> None:
+    """torch.export with a length that is free gives one graph, right at other lengths."""
+    longest = s.example.get("max_length", s.example.get("size", 512))
+    free = torch.export.Dim("T", min=2, max=min(longest, 512) if isinstance(longest, int) else 512)
+    for causal in s.causalities:
+        module, x = s.build(causal=causal), s.tokens()
+        with or_refused(f"export, causal={causal}"):
+            exported = torch.export.export(module, (x,), dynamic_shapes=({1: free},)).module()
+            for length in (s.length, 5, 31):
+                other = s.tokens(length=length, seed=8)
+                close(exported(other), module(other), f"exported, causal={causal}, at {length} tokens")
+
+
+@law("L50", protocols=ALL, heavy=True)
+def traced_by_jit(s: Subject) -> None:
+    """torch.jit.trace gives a graph that is right for other inputs of the shapes."""
+    for name, module, given, call in calls(s):
+        if call:
+            continue
+        with or_refused(f"jit.trace, {name}"), torch.no_grad():
+            traced = torch.jit.trace(module, given, check_trace=False)
+            others = tuple(1.7 * g.flip(1) if g.is_floating_point() and g.dim() > 1 else g for g in given)
+            others = others if s.given is None else given
+            close(traced(*others), module(*others), f"jit.trace, {name}")
+
+
+@law("L50", protocols=ALL)
+def inference_then_training(s: Subject) -> None:
+    """After calls under torch.inference_mode training goes on as if there had been none."""
+    module, fresh, (leaves, filled) = s.build(), s.build(), floating(s)
+    with torch.inference_mode():
+        module(*filled(*(x.clone() for x in leaves)))
+    results = []
+    for one in (module, fresh):
+        wanted = [x.clone().requires_grad_() for x in leaves]
+        one.train()
+        torch.manual_seed(0)
+        out = one(*filled(*wanted))
+        leaves_ = [*wanted, *one.parameters()]
+        grads = torch.autograd.grad(out.square().sum(), leaves_, allow_unused=True)
+        results.append([out.detach(), *(g for g in grads if g is not None)])
+    for n, (got, want) in enumerate(zip(*results, strict=True)):
+        same(got, want, f"result {n} after inference_mode")
+
+
+@law("L50", needs="streaming")
+def inference_then_steps(s: Subject) -> None:
+    """A state that was begun under torch.inference_mode can be stepped from outside of it."""
+    module, x = s.build(causal=True), s.tokens()
+    with torch.inference_mode():
+        _, state = module.step(x[:, :4].clone(), module.init_state(s.batch, s.length))
+    with torch.no_grad():
+        close(module.step(x[:, 4:], state)[0], module(x)[:, 4:], "steps after inference_mode")
+
+
+@law("L50", protocols=BATCHED)
+def autocast(s: Subject) -> None:
+    """Under autocast outputs are about as exact as in half precision, in a stream as in the full pass."""
+    chooses = "routed" in s.traits
+    for causal in s.causalities:
+        exact, wide, half = (
+            s.build(causal=causal, dtype=torch.float32).to(d) for d in (torch.float64, torch.float32, torch.bfloat16)
+        )
+        given = s.inputs(torch.float32)
+        want, naive = exact(*cast(given, torch.float64)), half(*cast(given, torch.bfloat16))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            got = wide(*given)
+            compare(got, want, naive, f"autocast, causal={causal}", chooses=chooses)
+            if causal and "streaming" in s.supports:
+                compare(stream(wide, *given, [1, 3, s.length - 4]), want, naive, "autocast in step", chooses=chooses)
+
+
+def cast(given: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(g.to(dtype) if g.is_floating_point() else g for g in given)
+
+
+def compare(got: Tensor, want: Tensor, naive: Tensor, what: str, *, chooses: bool) -> None:
+    """Against float64, three times as far off as the module in half precision at most."""
+    hold(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    if chooses:  # other roundings choose other keys
+        hold(got.isfinite().all(), f"{what}: NaN or inf")
+        return
+    near(got.to(naive.dtype), want.detach(), naive.detach(), what, grad=True)
+
+
+@law("L52", protocols=ALL)
+def checkpointed(s: Subject) -> None:
+    """Activation checkpointing gives the plain pass's outputs and gradients bit for bit, and buffers move once."""
+    for causal in s.causalities:
+        leaves, filled = floating(s)
+        results = []
+        for reentrant in (None, False, True):
+            module = s.build(causal=causal).train()
+            given = filled(*(x.clone().requires_grad_() for x in leaves))
+            torch.manual_seed(0)
+            out = module(*given) if reentrant is None else checkpoint(module, *given, use_reentrant=reentrant)
+            generator = torch.Generator().manual_seed(9)
+            (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum().backward()
+            found = {f"input {n}": g.grad for n, g in enumerate(given) if g.is_floating_point()}
+            found |= {f"gradient of {key}": p.grad for key, p in module.named_parameters()}
+            found |= {f"buffer {key}": b for key, b in module.named_buffers()}
+            results.append({"out": out.detach(), **found})
+        plain, *others = results
+        for got, kind in zip(others, ("", "reentrant "), strict=True):
+            for key, want in plain.items():
+                hold((got[key] is None) == (want is None), f"{kind}checkpoint: {key} is missing in one of the two")
+                if want is not None:
+                    same(got[key], want, f"{kind}checkpoint, causal={causal}: {key}")
+
+
+@law("L53", protocols=ALL)
+def built_on_another_device(s: Subject) -> None:
+    """Built under a default device everything it has stands there, and calls there give the right shapes."""
+    for causal in s.causalities:
+        given = s.inputs()
+        want = s.build(causal=causal)(*given)
+        with torch.device("meta"):
+            module = s.make(dim=s.dim, num_heads=s.heads, causal=causal, **s.example)
+        for key, t in (*module.named_parameters(), *module.named_buffers()):
+            hold(t.is_meta, f"{key} stands on {t.device}, not on the default device")
+        module = module.to(want.dtype).eval()
+        with or_refused("a call on meta tensors"):
+            got = module(*(g.to("meta") for g in given))
+            hold(got.is_meta and got.shape == want.shape and got.dtype == want.dtype, f"on meta: {got.shape}")
+
+
+@law("L53", protocols=ALL)
+def follows_its_inputs(s: Subject) -> None:
+    """Whatever the default device is, a call and its gradients are computed where its inputs are."""
+    for name, module, given, call in calls(s):
+        results = []
+        for device in ("cpu", "meta"):
+            leaves = tuple(g.clone().requires_grad_() if g.is_floating_point() else g for g in given)
+            torch.manual_seed(0)
+            with torch.device(device):
+                out = module(*leaves, **call)
+                out.square().sum().backward()
+            results.append([out.detach(), *(g.grad for g in leaves if g.grad is not None)])
+        for got, want in zip(*results, strict=True):
+            hold(got.device == want.device, f"{name}: a result stands on {got.device}")
+            same(got, want, f"{name} under another default device")
+    if "streaming" in s.supports:
+        module, x = s.build(causal=True), s.tokens()
+        with torch.no_grad():
+            want = stream(module, x, [3, 1, s.length - 4])
+            with torch.device("meta"):
+                same(stream(module, x, [3, 1, s.length - 4]), want, "a stream under another default device")
+
+
+@law("L54", needs="compile", heavy=True)
+def compiled_masks(s: Subject) -> None:
+    """Compiled equals eager for NaN in hidden tokens, in visible ones, and for rows that may see nothing."""
+    for causal in s.causalities:
+        module, x, keep = s.build(causal=causal), s.tokens(), hidden(s, s.length)
+        cases: list[tuple[str, Tensor, Any]] = []
+        if "padding" in s.supports:
+            nothing = keep.clone()
+            nothing[-1] = False
+            cases.append(("NaN in padding", poisoned(x, keep), masks.padding(keep)))
+            cases.append(("a row without keys", poisoned(x, nothing), masks.padding(nothing)))
+        if "mask" in s.supports:
+            some = pairs(s.batch, s.length)
+            some[..., 2] = False
+            some[:, :, 1] = False
+            cases.append(("NaN behind a mask", poisoned(x, torch.arange(s.length).expand(s.batch, -1) != 2), some))
+        behind = torch.arange(s.length).expand(s.batch, -1) != s.length // 2
+        cases.append(("NaN in a token", poisoned(x, behind), None))
+        for name, given, mask in cases:
+            call = {} if mask is None else {"mask": mask}
+            torch._dynamo.reset()
+            compiled = torch.compile(module, backend="eager", fullgraph=True)
+            close(compiled(given, **call), module(given, **call), f"{name}, causal={causal}")
+
+
+@law("L54", function=True, needs="compile mask", heavy=True)
+def compiled_bias(s: Subject) -> None:
+    """Compiled equals eager for a bias that hides by -inf or by the dtype's lowest number, a whole row included."""
+    f = s.form()
+    q, k, v = (t.detach() for t in f.qkv())
+    for low in (-torch.inf, torch.finfo(q.dtype).min):
+        bias = torch.randn(1, 1, s.length, s.length, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+        bias = bias.masked_fill(torch.ones(s.length, s.length, dtype=torch.bool).triu(3), low)
+        bias[:, :, 1] = low
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+            return f(q, k, v, bias=bias)
+
+        torch._dynamo.reset()
+        got = torch.compile(call, backend="eager", fullgraph=True)(q, k, v, bias)
+        close(got, call(q, k, v, bias), f"a bias of {low}")
