@@ -151,7 +151,7 @@ def summed(grad: Tensor, shape: torch.Size, G: int) -> Tensor:
 
 
 @law("L14", function=True, where=lambda s: "" if asks(s, "scale") else "it takes no scale")
-def scale_is_a_factor(s: Subject) -> None:
+def scale(s: Subject) -> None:
     """Default 1/sqrt(D); a scale is a factor of q; powers of two move between q and k bit for bit."""
     f: Any = s.form()
     D = s.width
