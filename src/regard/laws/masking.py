@@ -142,7 +142,7 @@ def says_nothing(s: Subject, got: dict[str, Tensor], dead: Tensor) -> None:
 
 @law("L8", needs="mask")
 def rows_that_see_nothing(s: Subject) -> None:
-    """Where a query may see no key at all, the output is exactly 0 (other code's: one and the same), without gradient."""
+    """Where a query may see no key at all, the output is exactly 0 (or other code's bias), without gradient."""
     last = s.length - 1
     for causal in s.causalities:
         module, x = s.build(causal=causal), s.tokens()

@@ -16,7 +16,7 @@ from regard import masks
 from regard.laws.agreement import Broken, close, does_not_apply, hold, near, same
 from regard.laws.law import law
 from regard.laws.subject import Subject, pairs
-from regard.laws.together import hidden, poisoned, stream, worst
+from regard.laws.together import hidden, poisoned, stream, unchanged, worst
 
 BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
 ALL = f"{BATCHED} GraphMixer Loss"
@@ -307,7 +307,7 @@ def follows_its_inputs(s: Subject) -> None:
             results.append([out.detach(), *(g.grad for g in leaves if g.grad is not None)])
         for got, want in zip(*results, strict=True):
             hold(got.device == want.device, f"{name}: a result stands on {got.device}")
-            same(got, want, f"{name} under another default device")
+            unchanged(got, want, f"{name} under another default device")
     if "streaming" in s.supports:
         module, x = s.build(causal=True), s.tokens()
         with torch.no_grad():
