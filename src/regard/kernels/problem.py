@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.kernels.sums import over_keys, summed_to_one
 from regard.masks import Mask, causal
 from regard.stages import SLOTS, Filled, Made, Rows
 
@@ -152,9 +153,9 @@ def softmax(scores: Float[Tensor, "B H t S"], allowed: Tensor | None) -> Float[T
     if scores.shape[-1] == 0:
         return scores
     if allowed is None:
-        return scores.softmax(-1)
+        return summed_to_one(scores.softmax(-1))
     alive = allowed.any(-1, keepdim=True)
-    weights = scores.masked_fill(~allowed & alive, -math.inf).softmax(-1)
+    weights = summed_to_one(scores.masked_fill(~allowed & alive, -math.inf).softmax(-1))
     return torch.where(alive, weights, weights.new_zeros(()))
 
 
@@ -202,7 +203,7 @@ def combine(weights: Float[Tensor, "B H t s"], v: Float[Tensor, "B G s V"]) -> F
     """Weights times values of each head's group."""
     B, H, t, s = weights.shape
     G = v.shape[1]
-    return (weights.reshape(B, G, H // G * t, s) @ v.to(weights.dtype)).view(B, H, t, v.shape[3])
+    return over_keys(weights.reshape(B, G, H // G * t, s), v.to(weights.dtype)).view(B, H, t, v.shape[3])
 
 
 def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
