@@ -9,8 +9,8 @@ def naive_softmax_features(x, Omega, is_query, eps=0.0, stabilise=True):
     """Positive random features of the softmax kernel (arXiv 2009.14794).
 
     phi(x_t)_j = r^(-1/2) (exp(Omega_j . x~_t - |x~_t|^2 / 2 - max) + eps), x~ = D^(-1/4) x. The max is over the r
-    features of the token for queries, over all tokens and features of the (batch, head) for keys, and constant for
-    gradients; stabilise=False leaves it out. x (B, H, T, D), Omega (r, D) -> (B, H, T, r).
+    features of the token for queries, over all tokens and features of the (batch, head) for keys, and has gradients
+    like all else; stabilise=False leaves it out. x (B, H, T, D), Omega (r, D) -> (B, H, T, r).
     """
     B, H, T, D = x.shape
     r = Omega.shape[0]
@@ -22,9 +22,9 @@ def naive_softmax_features(x, Omega, is_query, eps=0.0, stabilise=True):
             for t in range(T):
                 top = 0.0
                 if stabilise and is_query:
-                    top = max(z[t][j].item() for j in range(r))
+                    top = torch.stack(z[t]).max()
                 elif stabilise:
-                    top = max(z[s][j].item() for s in range(T) for j in range(r))
+                    top = torch.stack([z[s][j] for s in range(T) for j in range(r)]).max()
                 half = torch.einsum("d,d->", scaled[t], scaled[t]) / 2
                 for j in range(r):
                     out.append((torch.exp(z[t][j] - half - top) + eps) / math.sqrt(r))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, whole
+from regard.kernels.sums import over_keys
 from regard.masks import Mask
 from regard.normalizers.softmax import softmax
 from regard.pipeline.tokens import key_padding, quarantine
@@ -53,7 +54,7 @@ def efficient_probing(
     scores = queries @ x.mT * M**-0.5
     allowed = None if keep is None else keep[:, None, None].expand(-1, -1, Q, -1)
     weights = softmax(scores[:, None], allowed)[:, 0]
-    pooled = weights @ x
+    pooled = over_keys(weights, x)
     slices = torch.einsum("bqm,qcm->bqc", pooled, value_weight.view(Q, C // Q, M))
     if value_bias is not None:
         slices = slices + value_bias.view(Q, C // Q) * weights.sum(-1, keepdim=True)

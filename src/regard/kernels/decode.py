@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.kernels.cost import Cost, io, products
 from regard.kernels.problem import CAUSAL, Problem, all_finite, honest, softmax
+from regard.kernels.sums import over_keys
 from regard.tracing import readable
 
 
@@ -43,7 +44,7 @@ def _attend(p: Problem) -> tuple[Tensor, Tensor]:
     if p.mask is not None and p.mask != CAUSAL:  # the one query is the last: it sees all keys
         allowed = p.mask.at(p.i, p.j)
     weights = softmax(scores.view(B, H, 1, -1), allowed)
-    out = torch.bmm(weights.reshape(scores.shape), p.v.flatten(0, 1))
+    out = over_keys(weights.reshape(scores.shape), p.v.flatten(0, 1))
     return scores, out.view(B, H, 1, p.v.shape[3])
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.kernels.sums import over_keys, summed_to_one
 from regard.masks import Mask, causal, full
 from regard.masks.algebra import And
 from regard.masks.tensors import Kept, Lengths
@@ -163,9 +164,9 @@ def softmax(scores: Float[Tensor, "B H t S"], allowed: Tensor | None) -> Float[T
     if scores.shape[-1] == 0:
         return scores
     if allowed is None:
-        return scores.softmax(-1)
+        return summed_to_one(scores.softmax(-1))
     alive = allowed.any(-1, keepdim=True)
-    weights = scores.masked_fill(~allowed & alive, -math.inf).softmax(-1)
+    weights = summed_to_one(scores.masked_fill(~allowed & alive, -math.inf).softmax(-1))
     return torch.where(alive, weights, weights.new_zeros(()))
 
 
@@ -213,7 +214,7 @@ def combine(weights: Float[Tensor, "B H t s"], v: Float[Tensor, "B G s V"]) -> F
     """Weights times values of each head's group."""
     B, H, t, s = weights.shape
     G = v.shape[1]
-    return (weights.reshape(B, G, H // G * t, s) @ v.to(weights.dtype)).view(B, H, t, v.shape[3])
+    return over_keys(weights.reshape(B, G, H // G * t, s), v.to(weights.dtype)).view(B, H, t, v.shape[3])
 
 
 def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:

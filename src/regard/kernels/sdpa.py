@@ -25,6 +25,7 @@ from regard.kernels.problem import (
     position_bias,
     rectangle,
 )
+from regard.kernels.sums import MANY
 from regard.tracing import readable, transformed
 
 BIAS_BYTES = 8 * 2**20
@@ -36,6 +37,9 @@ def why_not(p: Problem) -> list[str]:
     reasons = beyond_softmax(p)
     if p.position_bias is not None and "scores" in p.position_bias.needs:
         reasons.append(f"position {type(p.position).__name__} reads the scores")
+    # Values of another width than keys leave torch its plain products, which lose more.
+    if p.q.is_cpu and p.k.shape[2] > (MANY if p.v.shape[3] != p.q.shape[3] else 16 * MANY):
+        reasons.append("over so many keys its float32 sums lose more than 1e-5")
     return reasons
 
 

@@ -5,6 +5,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def every_gradient_is_a_slope(s: Subject) -> None:
 
     A gradient that goes straight through is judged where it doesn't have to: near the parameters' start.
     """
-    for causal in s.causalities or [None]:
+    for causal in causalities(s):
         for size, noise in zip(SPREADS, NOISE, strict=True):
             module, given = spread(s, size, causal, NOISE[0] if "straight_through" in s.traits else noise)
             compare_slopes(s, module, given, [[name] for name in differentiated(module, given)], f"spread {size}: ")
@@ -66,6 +67,11 @@ def gradients_go_straight_through(s: Subject) -> None:
                 direction = torch.zeros_like(x).flatten().index_fill_(0, torch.tensor(entry), 1.0).view_as(x)
                 held += slope(lambda: module(*given).square().sum(), {x: direction}, STEP) == 0
     hold(held, "every gradient is a slope: nothing goes straight through")
+
+
+def causalities(s: Subject) -> list[bool | None]:
+    """What it can be built with, if it knows of causality at all."""
+    return [*s.causalities] or [None]
 
 
 def spread(s: Subject, size: float, causal: bool | None, noise: float = NOISE[0]) -> tuple[Any, tuple[Tensor, ...]]:
@@ -163,7 +169,7 @@ OFF = 1e-5
 @torch.no_grad()
 def rows(s: Subject, keys: int) -> None:
     """Weights of rows of so many scores, in float32: their sum, the sum of their sizes, and their mean place."""
-    normalizer = s.form().parts["normalizer"]
+    normalizer = formed(s).parts["normalizer"]
     generator = torch.Generator().manual_seed(3)
     place = torch.linspace(0, 1, keys, dtype=torch.float64)
     for name, scores in (("equal", torch.zeros(keys)), ("random", torch.randn(keys, generator=generator))):
@@ -202,7 +208,7 @@ def one_query_of_a_million_keys(s: Subject) -> None:
     """In every kernel, a query that likes all keys the same gives in float32 the mean of values that it gives in
     float64, and weights that sum to 1 whatever it likes.
     """
-    f, generator = s.form(), torch.Generator().manual_seed(3)
+    f, generator = formed(s), torch.Generator().manual_seed(3)
     (H, G, D) = f.shape.num_heads, f.shape.num_kv_heads, f.shape.head_dim
     q, k = torch.randn(1, H, 1, D, generator=generator), torch.randn(1, G, MANY, D, generator=generator)
     ones = torch.ones_like(k)
@@ -237,7 +243,7 @@ def long_inputs_in_float32(s: Subject) -> None:
     """A mixer of linear cost gives in float32 what it gives in float64 for 1,000,000 tokens, and so does one query of
     anything else for 100,000.
     """
-    for causal in s.causalities or [None]:
+    for causal in causalities(s):
         exact, given = long_inputs(s, causal)
         module = copy.deepcopy(exact).float()
         try:
@@ -288,3 +294,55 @@ def linear(s: Subject) -> bool:
     own = {k: v for k, v in s.example.items() if k in s.card.options}
     one, ten = (costs(s.card, own, batch=1, heads=s.heads, length=n, width=s.width)["time"] for n in (SOME, MANY))
     return isinstance(one, float) and isinstance(ten, float) and ten <= 13 * one
+
+
+# --- L61 ----------------------------------------------------------------------------------------------------
+
+LONG = 2**14
+SHARE = 16
+
+
+def no_chunks(s: Subject) -> str:
+    form = s.form() if s.is_part else None
+    return "" if form is not None else "no plan says that it computes in chunks"
+
+
+@law("L61", where=no_chunks, needs="causal", heavy=True)
+@torch.no_grad()
+def chunks_take_little_memory(s: Subject) -> None:
+    """Chunks take at 16,384 tokens at most 1/16 of the memory that the whole score matrix takes.
+
+    The matrix is measured at a quarter of the length, where it takes 1/16.
+    """
+    f, sizes = formed(s), {}
+    for part in f.parts.values():
+        if isinstance(part, nn.Module):
+            part.float()
+    for length, kernel in ((LONG // math.isqrt(SHARE), "eager"), (LONG, "chunked")):
+        q, k, v = (t.detach().float() for t in f.qkv(1, length))
+        sizes[kernel] = extra_memory(partial(f, q, k, v, causal=True, kernel=kernel))
+    chunks, whole = sizes["chunked"], sizes["eager"]
+    said = (
+        f"chunks of {LONG} tokens take {chunks / 2**20:.0f} MB, 1/{SHARE} of the whole matrix is {whole / 2**20:.0f} MB"
+    )
+    hold(chunks <= whole, said)
+
+
+def extra_memory(call: Callable[[], Any]) -> int:
+    """The most bytes that torch's allocator had handed out at once during the call, beyond what it had before."""
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    held = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def formed(s: Subject) -> Form:
+    """Its function form, where a law is about those that have one."""
+    form = s.form()
+    if form is None:
+        does_not_apply("it is no function of queries, keys and values")
+    return form

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
+from regard.kernels.sums import over_keys
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.tokens import shown
 from regard.tracing import as_it_is
@@ -45,7 +46,7 @@ def feature_attention(
     if causal:
         out, state = linear_scan(phi_q, phi_k, v, decay, state=state)
     else:
-        state = phi_k.mT @ v
+        state = over_keys(phi_k.mT, v)
         out = phi_q @ state
     return Scan(ratio(out), state)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.checks import checked
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import linear_scan
+from regard.kernels.sums import over_keys
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 
@@ -55,7 +56,7 @@ def flow_attention(
     refined_out = _through(sources, (sinks / incoming).sum(2, keepdim=True), eps).clamp(-bound, bound)
     competition = n_sources * softmax(refined_out.mT, None if keep is None else keep[:, None, None]).mT
     allocation = torch.sigmoid(refined_in * n_sinks / n_sources)
-    return (allocation * ((sinks / incoming) @ (sources.mT @ (competition * values)))).to(v.dtype)
+    return (allocation * ((sinks / incoming) @ over_keys(sources.mT, competition * values))).to(v.dtype)
 
 
 @checked()

@@ -41,6 +41,7 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
         "biases the estimate.",
         "The causal maximum is a running one, so that no output depends on later keys; earlier features decay as it "
         "grows.",
+        "The maxima have gradients: beside eps they do not cancel, and the port's gradients, without them, are off.",
         "No constant is added to the denominator.",
         "The relu kernel has D^(-1/4) and random directions, as the port; the authors' own has neither by default.",
     ),

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.kernels.sums import over_keys
 from regard.normalizers.softmax import softmax
 
 P = TypeVar("P")
@@ -70,7 +71,7 @@ def global_local_attention(
     g2g = l2l.new_ones(1, globals_, globals_) if masks.g2g is None else masks.g2g.bool()
     weights = softmax(scores / math.sqrt(D), _join(g2g, masks.g2l, (globals_, N))[:, None])
     weights = F.dropout(weights, dropout) if dropout else weights
-    return long_out, weights @ torch.cat([v.g2g, v.g2l], 2)
+    return long_out, over_keys(weights, torch.cat([v.g2g, v.g2l], 2))
 
 
 def window(z: Tensor, radius: int) -> Tensor:

@@ -57,7 +57,8 @@ def _solve(x: Float[Tensor, "N S"], alpha: float | Float[Tensor, "N 1"]) -> Floa
     for _ in range(_STEPS):
         rest = (x - tau).clamp_(min=0)
         if isinstance(alpha, float) and alpha == 1.5:
-            h = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+            # Not vector_norm, which on CPUs adds up a row's squares one after another.
+            h = rest.square().sum(-1, keepdim=True).sqrt()
             slope = rest.sum(-1, keepdim=True) / h.clamp(min=tiny)
         elif isinstance(alpha, float) and alpha == 2:
             h = rest.sum(-1, keepdim=True)

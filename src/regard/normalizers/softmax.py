@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import checked
+from regard.kernels.sums import summed_to_one
 from regard.stages import Normalizer
 
 
@@ -23,7 +24,7 @@ def softmax(scores: Float[Tensor, "... S"], allowed: Bool[Tensor, "..."] | None 
     # An empty row is replaced by zeros before and after: exp(-inf - -inf) never arises, so neither does a NaN
     # gradient.
     empty = z.detach().amax(-1, keepdim=True) == -torch.inf
-    weights = torch.softmax(z.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+    weights = summed_to_one(torch.softmax(z.masked_fill(empty, 0), -1)).masked_fill(empty, 0)
     return weights.to(scores.dtype)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import fits, refuse, whole
+from regard.kernels.sums import PIECE, needed
 from regard.positions._shared import work_dtype
 from regard.stages import Position, Rows
 
@@ -54,8 +55,11 @@ def relative_values(
     weights: Float[Tensor, "B H t s"], table: Float[Tensor, "*h R V"], index: Int[Tensor, "t s"]
 ) -> Float[Tensor, "B H t V"]:
     """sum_j weights[i, j] table[index[i, j]], by way of the sums of weights with equal index."""
-    by_offset = weights.new_zeros(*weights.shape[:-1], table.shape[-2])
-    return by_offset.scatter_add(-1, index.expand_as(weights), weights) @ table
+    index, none = index.expand_as(weights), weights.new_zeros(*weights.shape[:-1], table.shape[-2])
+    if not needed(weights):
+        return none.scatter_add(-1, index, weights) @ table
+    pieces = zip(index.split(PIECE, -1), weights.split(PIECE, -1), strict=True)
+    return torch.stack([none.scatter_add(-1, *piece) for piece in pieces]).sum(0) @ table
 
 
 @CARD.fills("position", closed=("value_dim",))

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.cards import Paper
+from regard.kernels.sums import over_keys
 from regard.recurrent._aligner import Aligner, Padding
 
 LOCATION_PAPER = Paper(
@@ -41,7 +42,7 @@ class LocationAligner(Aligner):
     def step(self, x: Float[Tensor, "B t M"], state: LocationState) -> tuple[Float[Tensor, "B t C"], LocationState]:
         """The next t decoder steps: context vectors and the state after them."""
         weights, at = self.advance(x, state.context, state.keep, state.at)
-        return weights @ state.context, state._replace(at=at)
+        return over_keys(weights, state.context), state._replace(at=at)
 
     def align(
         self, x: Float[Tensor, "B T M"], context: Float[Tensor, "B S C"], keep: Bool[Tensor, "B S"] | None

@@ -8,11 +8,13 @@
 #pragma once
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "simd.h"
 
 namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t FEW = 1 << 15;  // keys over which sums in floats are exact enough
 constexpr int64_t MOST = 256;  // queries or keys in a block, at most
 }  // namespace
 
@@ -117,7 +119,20 @@ void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& un
     std::fill(o, o + count * p.V, 0.0f);
     unit.at(p, b, h, first, count);
     int64_t line = (b % p.Bm * p.Hm + h % p.Hm) * cut(p.T, p.bq) + r;
+    // Of very many keys, every few blocks' sums move to doubles (V values and the weights' total a row): a float to which
+    // a million equal weights are added one after another is off by 3e-4.
+    const int64_t ld = p.V + 1;
+    std::vector<double> far(p.S > FEW ? count * ld : 0);
+    auto put_by = [&] {
+        for (int64_t i = 0; i < (far.empty() ? 0 : count); i++) {
+            for (int64_t d = 0; d < p.V; d++) far[i * ld + d] += o[i * p.V + d];
+            far[i * ld + p.V] += total[i];
+            std::fill(o + i * p.V, o + (i + 1) * p.V, 0.0f);
+            total[i] = 0.0f;
+        }
+    };
     for (int64_t e = p.row_ptr[line]; e < p.row_ptr[line + 1]; e++) {
+        if ((e - p.row_ptr[line]) % 4 == 0) put_by();
         int64_t start = p.cols[e] * p.bk, keys = std::min(p.bk, p.S - start);
         const uint8_t* tile = p.tile[e] < 0 ? nullptr : p.tiles + p.tile[e] * p.bq * p.bk;
         for (int64_t m = 0; m < count; m += STRIP) {
@@ -146,12 +161,18 @@ void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& un
                     float* out = o + (m + i) * p.V;
                     for (int64_t d = 0; d < p.V; d += W) store(out + d, load(out + d) * keep);
                     total[m + i] *= keep;
+                    for (int64_t d = 0; d < (far.empty() ? 0 : ld); d++) far[(m + i) * ld + d] *= keep;
                     top[m + i] = now;
                 }
                 total[m + i] += sum(mass);
             }
             unit.values(m, rows, start + lo, used, scores);
         }
+    }
+    put_by();
+    for (int64_t i = 0; i < (far.empty() ? 0 : count); i++) {
+        for (int64_t d = 0; d < p.V; d++) o[i * p.V + d] = float(far[i * ld + d]);
+        total[i] = float(far[i * ld + p.V]);
     }
     for (int64_t i = 0; i < count; i++) {
         if (!finite(o + i * p.V, p.V)) *p.odd = 1;

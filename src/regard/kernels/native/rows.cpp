@@ -16,19 +16,36 @@ enum { SOFTMAX = 2, HALFWAY = 3, SPARSEMAX = 4 };  // 2 alpha
 
 struct Sums { float h, slope; };
 
+constexpr int64_t PIECE = 256 * W;  // numbers whose sum a float holds well: sums of pieces are summed in double
+
+// sum(j) for j = 0, W, .. n - W.
+template <class Term>
+inline float total_of(int64_t n, Term term) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        vf part = {};
+        for (int64_t j = start, end = std::min(n, start + PIECE); j < end; j += W) part += term(j);
+        total += sum(part);
+    }
+    return float(total);
+}
+
 // What a Newton step asks for at tau. The row is filled up with -inf to whole vectors.
 template <bool SQUARE>
 inline Sums at(const float* x, int64_t n, float tau) {
-    vf a = {}, b = {};
-    for (int64_t j = 0; j < n; j += W) {
-        vf rest = max(load(x + j) - tau, vf{});
-        a += rest;
-        b += SQUARE ? rest * rest : (rest > 0.0f ? splat(1.0f) : vf{});
+    double total = 0, other = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        vf a = {}, b = {};
+        for (int64_t j = start, end = std::min(n, start + PIECE); j < end; j += W) {
+            vf rest = max(load(x + j) - tau, vf{});
+            a += rest;
+            b += SQUARE ? rest * rest : (rest > 0.0f ? splat(1.0f) : vf{});
+        }
+        total += sum(a), other += sum(b);
     }
-    float total = sum(a), other = sum(b);
-    if (!SQUARE) return {total, other};
-    float h = std::sqrt(other);
-    return {h, h > 0 ? total / h : 0};
+    if (!SQUARE) return {float(total), float(other)};
+    double h = std::sqrt(other);
+    return {float(h), h > 0 ? float(total / h) : 0};
 }
 
 template <bool SQUARE>
@@ -61,14 +78,12 @@ void solve(const float* z, float* p, int64_t n, float* x) {
         if (!(step > EPS)) break;
         tau += step;
     }
-    vf mass = {};
-    for (int64_t j = 0; j < wide; j += W) {
+    float part = 1.0f / total_of(wide, [=](int64_t j) {
         vf rest = max(load(x + j) - tau, vf{});
         if (SQUARE) rest *= rest;
         store(x + j, rest);
-        mass += rest;
-    }
-    float part = 1.0f / sum(mass);
+        return rest;
+    });
     for (int64_t j = 0; j < n; j++) p[j] = x[j] * part;
 }
 
@@ -134,14 +149,12 @@ void select(const float* z, float* p, int64_t n, int64_t k, float* x) {
     int64_t filled = (count + W - 1) / W * W;
     std::fill(found + count, found + filled, -INF);
     least = kth(found, filled, k, top);
-    vf mass = {};
-    for (int64_t i = 0; i < filled; i += W) {
+    const float part = 1.0f / total_of(filled, [=](int64_t i) {
         vf y = load(found + i);
         y = y >= least ? exp(y - top) : vf{};
         store(found + i, y);
-        mass += y;
-    }
-    const float part = 1.0f / sum(mass);
+        return y;
+    });
     for (int64_t i = 0; i < count; i++) p[at[i]] = found[i] * part;
 }
 
@@ -151,13 +164,9 @@ void pull_back(const float* p, const float* dp, float* dz, int64_t n, float* scr
     const float* g = TWICE == SOFTMAX ? p : scratch;
     if (TWICE != SOFTMAX)
         for (int64_t j = 0; j < n; j++) scratch[j] = TWICE == HALFWAY ? std::sqrt(p[j]) : p[j] > 0;
-    vf a = {}, b = {};
     int64_t whole = n / W * W;
-    for (int64_t j = 0; j < whole; j += W) {
-        a += load(g + j);
-        b += load(g + j) * load(dp + j);
-    }
-    float total = sum(a), mixed = sum(b);
+    float total = total_of(whole, [=](int64_t j) { return load(g + j); });
+    float mixed = total_of(whole, [=](int64_t j) { return load(g + j) * load(dp + j); });
     for (int64_t j = whole; j < n; j++) total += g[j], mixed += g[j] * dp[j];
     float mean = total > 0 ? mixed / total : 0;
     for (int64_t j = 0; j < whole; j += W) store(dz + j, load(g + j) * (load(dp + j) - mean));
