@@ -155,7 +155,8 @@ class Card:
     traits: AbstractSet[str] = frozenset()
     cost: Cost = field(default_factory=lambda: Cost("2*B*H*T*S*D", "2*S*G*D"))
     claim: str = ""
-    """What the paper claims, and which command or test shows it in small."""
+    """What the paper claims, and which test shows it in small, as `tests/FAMILY/test_NAME.py::test_IT`: one that fails
+    with plain softmax in the mechanism's place. A command besides stands in backticks."""
     differs: tuple[str, ...] = ()
     """Where this code departs from the paper, one sentence each."""
     verified: Literal["equation", "third-party", "reconstructed"] = "equation"

@@ -86,6 +86,13 @@ def test_equals_transformers_llama(name, groups):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)  # its softmax is always fp32
 
 
+def test_any_key_is_one_layer_away_from_any_query():
+    layer = build("softmax", causal=False)
+    x = torch.randn(1, 40, 8, dtype=torch.float64)
+    change = torch.autograd.functional.jacobian(layer, x).square().sum((0, 2, 3, 5))
+    assert (change > 0).all()
+
+
 def test_the_cache_shrinks_by_the_heads_shared():
     sizes = {}
     for name, options in (("softmax", {}), ("gqa", {"num_kv_heads": 2}), ("mqa", {})):

@@ -37,6 +37,19 @@ def test_equals_the_formula(seed: int) -> None:
         assert (result - torch.nn.functional.rms_norm(z, (D,), weight, eps)).abs().max() < 1e-12
 
 
+def test_logits_are_bounded_whatever_the_input() -> None:
+    """sqrt(D) max|w_q w_k|, where plain products of the same queries and keys are many times that."""
+    part = QKNorm(4).double()
+    with torch.no_grad():
+        part.q_weight.copy_(normal(1, 4))
+        part.k_weight.copy_(normal(2, 4))
+        bound = math.sqrt(4) * (part.q_weight * part.k_weight).abs().max()
+        for size in (1.0, 1e3, 1e6):
+            q, k = size * normal(3, 2, 3, 50, 4), size * normal(4, 2, 3, 60, 4)
+            q, k, _ = part(q, k, k)
+            assert (q @ k.mT / math.sqrt(4)).abs().max() <= bound
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"QKNorm: head_dim is too small \(got 0\); expected an int >= 1"):
         QKNorm(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import regard
+from laws.measured import flops
 from linear.naive_agent import naive_agent, naive_agent_biases, naive_depthwise, naive_pool
 from regard.laws.agreement import close
 from regard.linear.agent_grid import GridAgentAttention
@@ -73,6 +74,14 @@ def test_grid_of_unequal_sides():
     leaves, direction = [x, *module.parameters()], normal(*got.shape)
     for g, w in zip(*(torch.autograd.grad(z, leaves, direction) for z in (got, want)), strict=True):
         close(g, w)
+
+
+def test_cost_is_linear_in_places():
+    def cost(size: tuple[int, int]) -> int:
+        layer = GridAgentAttention(8, 2, size=size, num_agents=4).double()
+        return flops(lambda: layer(normal(1, 8, *size)))
+
+    assert cost((16, 32)) == 8 * cost((8, 8)) > 0
 
 
 def test_refusals():

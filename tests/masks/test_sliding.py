@@ -1,10 +1,14 @@
 """The sliding windows against Longformer's own layer."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
+import regard
+from laws.measured import flops
 from regard import masks
 from regard.masks.sliding import DILATED, WINDOW
 
@@ -44,9 +48,31 @@ def test_window_is_longformers(w):
 
 def test_stacked_windows_see_layers_times_as_far():
     """l layers reach l * (W - 1) keys back, and l * (W - 1) * d when dilated."""
-    for mask, reach in ((masks.window(4), 3), (masks.dilated(4, 3), 9)):
-        one = (masks.causal() & mask).dense(40)[0, 0].double()
+    for card, options, reach in ((WINDOW, {"window": 4}, 3), (DILATED, {"window": 4, "dilation": 3}, 9)):
+        one = (masks.causal() & card.parts({}, options)["mask"]).dense(40)[0, 0].double()
         back = torch.arange(40)[:, None] - torch.arange(40)
         for layers in (1, 2, 3):
             seen = torch.linalg.matrix_power(one, layers) > 0
             assert back[seen].max() == layers * reach
+
+
+def test_cost_of_a_window_is_linear_in_length():
+    layer = regard.create("window", dim=16, num_heads=2, causal=True, window=32)
+    with torch.no_grad():
+        one, two, four = (flops(partial(layer, torch.randn(1, T, 16))) for T in (512, 1024, 2048))
+    assert one > 0
+    assert two <= 2.1 * one
+    assert four <= 2.1 * two
+
+
+def test_a_dilated_window_allows_as_many_pairs_as_a_plain_one():
+    """Where the sequence is long enough for both: its first keys are nearer than the window is wide."""
+    seen = {
+        name: (masks.causal() & card.parts({}, options)["mask"]).dense(60)[0, 0].sum(-1)
+        for name, card, options in (
+            ("plain", WINDOW, {"window": 4}),
+            ("dilated", DILATED, {"window": 4, "dilation": 3}),
+        )
+    }
+    assert torch.equal(seen["dilated"][9:], seen["plain"][9:])
+    assert (seen["dilated"][9:] == 4).all()

@@ -1,5 +1,6 @@
 """ETSformer's smoothing layers against loops, the T x T matrix, and the authors' numbers (B143)."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from laws.measured import largest
 from regard.laws.agreement import close
 from regard.timeseries.exponential_smoothing import (
     ExponentialSmoothingAttention,
@@ -68,6 +70,14 @@ def test_smoothing_equals_its_matrix(T: int) -> None:
     close(weights.sum(-1), torch.ones(3, T, dtype=torch.float64))
     want = torch.einsum("htj,bjhd->bthd", weights, torch.cat([before.expand(2, 1, 3, 2), v], 1))
     close(exponential_smoothing(v, a, before), want)
+
+
+def test_no_square_matrix() -> None:
+    """Twice as long a series makes tensors twice as large, where the matrix would be four times as large."""
+    a, before = torch.tensor([0.1, 0.9, 0.999], dtype=torch.float64), normal(3, 3, 2)
+    sizes = [largest(partial(exponential_smoothing, normal(1, 1, T, 3, 2), a, before)) for T in (512, 1024, 2048)]
+    assert sizes[2] <= 2.1 * sizes[1] <= 2.1 * 2.1 * sizes[0]
+    assert sizes[2] < 2048**2 / 8
 
 
 def test_constant_series_stay_as_they_are() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.models.florence2 import modeling_florence2 as florence
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 
+from laws.measured import flops
 from regard.laws.agreement import close
 from regard.vision import ChannelAttention, WindowAttention, channel_attention, window_attention
 from vision.naive_davit import naive_davit_channels, naive_davit_window
@@ -86,6 +87,13 @@ def test_channels_know_no_order_of_pixels_and_one_channel_alone_is_its_value() -
     close(layer(x[..., order]), layer(x)[..., order])
     q, k, v = (normal(n, 2, 6, 20, 1) for n in range(3))
     close(channel_attention(q, k, v), v)
+
+
+@pytest.mark.parametrize("kind", ["channel", "window"])
+def test_cost_is_linear_in_pixels(kind: str) -> None:
+    layer = filled(ChannelAttention(8, 2) if kind == "channel" else WindowAttention(8, 2, window=4))
+    small, large = normal(0, 1, 8, 8, 8), normal(0, 1, 8, 16, 32)
+    assert flops(lambda: layer(large)) == 8 * flops(lambda: layer(small)) > 0
 
 
 def test_bad_input() -> None:

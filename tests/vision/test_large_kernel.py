@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from laws.measured import flops
 from regard.laws.agreement import close, same
 from regard.vision import LargeKernelAttention, VANAttention, large_kernel_attention
 from vision.naive_large_kernel import naive_large_kernel, naive_van_attention
@@ -55,6 +56,12 @@ def test_reach_is_that_of_a_large_kernel() -> None:
     far = (torch.arange(25) - 12).abs() <= 11
     same(seen, far[:, None] & far)
     assert sum(p.numel() for p in layer.parameters()) == 2 * (25 + 49) + 2 * 2 + 3 * 2
+
+
+def test_cost_is_linear_in_pixels() -> None:
+    layer = filled(LargeKernelAttention(4))
+    small, large = normal(0, 1, 4, 8, 8), normal(0, 1, 4, 16, 32)
+    assert flops(lambda: layer(large)) == 8 * flops(lambda: layer(small)) > 0
 
 
 def test_map_is_neither_softmax_nor_sigmoid() -> None:

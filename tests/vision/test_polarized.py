@@ -1,9 +1,12 @@
 """Polarized self-attention against loops over pixels, and two public implementations' numbers (A024)."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from laws.measured import flops
 from regard.laws.agreement import close, same
 from regard.vision import PolarizedAttention
 from vision.naive_polarized import naive_polarized
@@ -123,6 +126,14 @@ def test_inputs_are_left_alone_and_channels_last_is_the_same() -> None:
     x = normal(5, 2, 8, 3, 4)
     close(layer(x.to(memory_format=torch.channels_last)), layer(x))
     same(x, normal(5, 2, 8, 3, 4))
+
+
+@every_form
+def test_cost_is_linear_in_pixels(form: str, layout: str) -> None:
+    """What is done to the pooled channels does not grow at all, hence differences."""
+    layer = filled(PolarizedAttention(8, layout=layout, form=form))
+    one, two, three = (flops(partial(layer, normal(0, 1, 8, 8, width))) for width in (8, 16, 24))
+    assert three - two == two - one > 0
 
 
 def test_bad_input() -> None:

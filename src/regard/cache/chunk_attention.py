@@ -39,8 +39,8 @@ m[C] = max s, z[C] = sum exp(s - m[C]), o[C] = sum exp(s - m[C]) v over a chunk'
     ),
     supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
     traits=PLAIN,
-    claim="Faster decoding and less memory where sequences share a long prompt, with exact results: "
-    "benchmarks/prefix_tree.py measures both against separate caches.",
+    claim="Less memory where sequences share a long prompt, with exact results; `python -m benchmarks.prefix_tree` "
+    "measures the time, too: tests/cache/test_chunk_attention.py::test_rows_with_one_prompt_store_it_once.",
     differs=(
         "A layer has no token ids, so tokens are known by their features (equal features give equal keys and values).",
         "A full last chunk is shared too, and forks share half-filled chunks.",

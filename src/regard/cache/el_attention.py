@@ -40,8 +40,8 @@ out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
     supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("2*B*H*T*S*M", "S*M"),
-    claim="The same result as multi-head attention from a smaller state: tests/cache/test_el_attention.py compares "
-    "with torch's own layer and counts half of the bytes of a key/value cache.",
+    claim="The same result as multi-head attention from a smaller state: half of the bytes of a key/value cache: "
+    "tests/cache/test_el_attention.py::test_the_state_is_half_of_a_key_value_cache.",
     differs=(
         "Grouped keys, causal self-attention and several queries at a time are served too.",
         "Calls with many queries (a prompt, training) build keys and values, use them and let them go: cheaper, and "

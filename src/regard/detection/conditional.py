@@ -40,8 +40,10 @@ first layer: W_qp qpos is added to the content query, and W_kp pos to the conten
     supports={"bidirectional", "padding", "compile"},
     traits={"normalised", "nonnegative"},
     cost=Cost("(5*T + 3*S)*M*M + 3*T*S*M", ""),
-    claim="The place alone finds the region: heads attend to bands near the reference, and training is 6.7 to 10 times "
-    "shorter. In small: tests/detection/test_conditional.py; tests/models/test_detector.py trains it.",
+    claim="The place alone finds the region, and training is 6.7 to 10 times shorter. In small: a head attends near "
+    "its reference, and a detector learns faster than with plain cross-attention: "
+    "tests/detection/test_conditional.py::test_the_place_alone_finds_the_reference, "
+    "tests/models/test_detector.py::test_learns_to_box_and_where_to_look_helps.",
     differs=(
         "The transform, the MLP, belongs to the layer; assign one module to all layers to share it as the paper does.",
         "No dropout of the weights.",

@@ -48,7 +48,9 @@ y = W_o concat over heads of (sum over l, p of weight * V_l(loc)),   V = W_v mem
     traits={"nonnegative"},
     cost=Cost("(S + T)*M*M + T*H*num_levels*num_points*(3*M + 4*D)", ""),
     claim="As good as DETR in a tenth of the epochs: a query reads at most 4 H sum(K) pixels, near its reference, "
-    "however large the maps: tests/detection/test_deformable.py; tests/models/test_detector.py trains it.",
+    "however large the maps, and a detector learns faster than with plain cross-attention: "
+    "tests/detection/test_deformable.py::test_reads_few_pixels_however_large_the_maps, "
+    "tests/models/test_detector.py::test_learns_to_box_and_where_to_look_helps.",
     differs=("Maps with padding: scale the references by the valid part of each map before the call.",),
     verified="third-party",
     example={"num_levels": 3, "num_points": 2},

@@ -25,8 +25,8 @@ discrete: sample = V_l[row, column],  column = trunc(loc_x X_l + 1/2), row = tru
     supports={"bidirectional", "padding", "compile"},
     traits={"nonnegative"},
     cost=Cost("(S + T)*M*M + T*H*num_levels*4*(3*M + 4*D)", ""),
-    claim="Discrete sampling needs no grid_sample and reads a quarter of the pixels; points can differ by level: "
-    "tests/detection/test_deformable.py.",
+    claim="Discrete sampling needs no grid_sample and reads a quarter of the pixels: "
+    "tests/detection/test_deformable.py::test_reads_few_pixels_however_large_the_maps.",
     differs=(
         "Discrete sampling clamps rows and columns each by its own size, which the authors' code marks as to fix.",
     ),

@@ -42,7 +42,9 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
     supports={"bidirectional", "compile"},
     traits={"nonnegative"},
     cost=Cost("3*N*M*M + 3*(E + 2*degree*N + 2*virtual*N)*M", ""),
-    claim="Edges grow linearly with N while the spectral gap stays open: tests/graph/test_exphormer.py.",
+    claim="Edges grow linearly with N while the spectral gap stays open, so that news spreads in few layers: "
+    "tests/graph/test_exphormer.py::test_expanders_are_regular_sparse_and_well_connected, "
+    "tests/graph/test_exphormer.py::test_an_expander_spreads_news_in_few_layers.",
     differs=(
         "The attention alone: message passing beside it, norms and the feed-forward are the host's.",
         "In `forward` virtual nodes read the nodes before these read them, there being no next layer; `mix` is the "

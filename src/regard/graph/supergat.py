@@ -33,7 +33,8 @@ edge loss: mean over edges and sampled non-edges of BCE(sigmoid(mean over heads 
     supports={"bidirectional", "dropout", "compile"},
     traits={"position_free"},
     cost=Cost("N*M*H*D + 4*E*H*D", ""),
-    claim="The edge loss teaches the scores to tell links from non-links: tests/graph/test_supergat.py.",
+    claim="The edge loss teaches the scores to tell links from non-links: "
+    "tests/graph/test_supergat.py::test_edge_loss_teaches_to_tell_edges.",
     differs=(
         "The paper tunes the weight of the edge loss on each set of data, and the authors' settings reach from 7e-8 to "
         "140 (their command line starts at 0); the default of auxiliary_weight is that of torch_geometric's example.",

@@ -29,7 +29,9 @@ y = Compose_post(softmax(Compose_pre(q k^T / sqrt(D)))) v""",
     ),
     traits={"linear_in_values", "position_free", "shift_invariant"},
     cost=Cost("2*B*H*T*S*D + 16*B*H*T*S*rank + 8*B*(T+S)*H*(M + 2*rank*H)", "S*(2*G*D + M)"),
-    claim="Matches models of 1.7 to 2 times the compute; in small: tests/heads/test_dcmha.py.",
+    claim="Matches models of 1.7 to 2 times the compute, at full size only. In small: heads are composed anew for "
+    "every pair, by the query and by the key in ways of their own: "
+    "tests/heads/test_dcmha.py::test_query_and_key_sides_differ.",
     differs=(
         "No static base projection; it is off in the authors' PyTorch code as well.",
         "The part before and the part after the softmax own their weights separately instead of sharing tensors with "

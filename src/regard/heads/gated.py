@@ -25,7 +25,8 @@ CARD = Card(
     ),
     traits={"linear_in_values", "position_free", "shift_invariant", "head_independent"},
     cost=Cost("2*B*H*T*S*D + B*T*M*H*D", "2*S*G*D"),
-    claim="A head can put out nothing without a sink token: tests/heads/test_sigmoid_gate.py.",
+    claim="A head can put out nothing without a sink token: "
+    "tests/heads/test_sigmoid_gate.py::test_a_head_can_do_nothing_without_a_sink.",
     differs=("The gate has a projection of its own, not rows interleaved with the query's.",),
     verified="third-party",
     tasks=("text",),

@@ -20,7 +20,9 @@ CARD = Card(
     ),
     traits={"position_free", "shift_invariant"},
     cost=Cost("2*B*H*T*S*D + 3*B*G*S*D**2", "2*S*G*D"),
-    claim="Starts as plain attention bit for bit: tests/heads/test_knocking.py.",
+    claim="All heads share one map, which starts as plain attention bit for bit and knocks before the scores: "
+    "tests/heads/test_knocking.py::test_the_layer_knocks_before_the_scores, "
+    "tests/heads/test_knocking.py::test_starts_as_plain_attention.",
     differs=("The paper names the maps diagonal at the start; that the diagonal is 1 is inferred.",),
 )
 LINEAR = CARD.variant(
@@ -30,7 +32,8 @@ LINEAR = CARD.variant(
     equation="q_h <- q_h T_q,   k_h <- k_h T_k,   v_h <- v_h T_v,   the same T for every h",
     traits={"linear_in_values", "position_free", "shift_invariant"},
     cost=Cost("2*B*H*T*S*D + B*(H*T + 2*G*S)*D**2", "2*S*G*D"),
-    claim="Can be folded into the projections after training: tests/heads/test_knocking.py.",
+    claim="Can be folded into the projections after training: "
+    "tests/heads/test_knocking.py::test_linear_can_be_folded_into_the_projections.",
 )
 
 

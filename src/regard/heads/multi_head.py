@@ -14,7 +14,8 @@ CARD = Card(
     equation="y = softmax(q k^T / sqrt(D)) v",
     papers=(Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "equation 1; section 3.2"),),
     traits=PLAIN,
-    claim="Any key is one step away from any query.",
+    claim="Any key is one layer away from any query: "
+    "tests/heads/test_multi_head.py::test_any_key_is_one_layer_away_from_any_query.",
     verified="third-party",
 )
 
@@ -34,7 +35,8 @@ MQA = Card(
     supports=CARD.supports - {"gqa"},
     traits=PLAIN,
     cost=Cost("2*B*H*T*S*D", "2*S*D"),
-    claim="Little loss of quality for much faster decoding; the state formula shows the factor H.",
+    claim="Little loss of quality for much faster decoding, at full size only. In small: the state is H times "
+    "smaller: tests/heads/test_multi_head.py::test_the_cache_shrinks_by_the_heads_shared.",
     verified="third-party",
 )
 
@@ -52,7 +54,8 @@ GQA = Card(
     ),
     gist="Grouped-query attention: query heads share keys and values in G groups.",
     traits=PLAIN,
-    claim="Quality close to multi-head at a speed close to multi-query; state is H / G times smaller.",
+    claim="Quality close to multi-head at a speed close to multi-query, at full size only. In small: the state is H / "
+    "G times smaller: tests/heads/test_multi_head.py::test_the_cache_shrinks_by_the_heads_shared.",
     verified="third-party",
 )
 

@@ -28,7 +28,8 @@ CARD = Card(
         ),
     ),
     traits=PLAIN,
-    claim="Logits stay within sqrt(D) * max|w_q w_k| whatever the size of the input.",
+    claim="Logits stay within sqrt(D) * max|w_q w_k| whatever the size of the input: "
+    "tests/heads/test_qk_norm.py::test_logits_are_bounded_whatever_the_input.",
     differs=(
         "The paper gives queries and keys length 1 and has one learned number in place of 1 / sqrt(D); here the length "
         "is sqrt(D), the scale stays 1 / sqrt(D), and each channel has a learned weight. With all weights 1 that is "

@@ -3,11 +3,13 @@
 transformers looks up by name, in two registries, how a layer attends (AttentionInterface) and which mask its model
 builds for that (AttentionMaskInterface). An `Interception` registers a function and a mask function together under a
 name of its own and points the model's configs at it. The name stands in the config, so that interceptions nest: what
-was there before is what `original` gives.
+was there before is what `original` gives. Which layers it is for stands on the layers, so that a copy of the model (by
+deepcopy, or the replicas of DataParallel) attends as the model does, until that is restored.
 """
 
 import functools
 import itertools
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -37,7 +39,43 @@ class ForOriginal(Protocol):
 
 
 _numbers = itertools.count()
+_HERE = uuid.uuid4().hex[:8]
+"""What tells this process's names from those in models that were made elsewhere."""
 _live: "dict[str, Interception]" = {}
+"""By every name that a config may have for it."""
+
+
+def unique(what: str) -> str:
+    """A name that nothing else has."""
+    return f"{what}_{_HERE}_{next(_numbers)}"
+
+
+class _Marks:
+    """The interceptions that a layer is meant by. It goes where the layer's copies go, but not into a file."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+
+    def __deepcopy__(self, memo: Any) -> "_Marks":
+        return _Marks(self.names)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "pickle: the model attends through regard.swap or regard.scale_heads, whose functions live in this process "
+            "alone; restore it first, or save its state_dict"
+        )
+
+
+def _marks(module: nn.Module) -> frozenset[str]:
+    held = module.__dict__.get("_regard_marks")
+    return frozenset() if held is None else held.names
+
+
+def _mark(module: nn.Module, names: frozenset[str]) -> None:
+    if names:
+        module.__dict__["_regard_marks"] = _Marks(names)
+    else:
+        module.__dict__.pop("_regard_marks", None)
 
 
 class Interception:
@@ -60,20 +98,30 @@ class Interception:
         check_model(model)
         from transformers import AttentionInterface, AttentionMaskInterface
 
-        self.name = f"regard_{next(_numbers)}"
+        self.name = unique("regard")
         self._function, self._wraps = function, mask is None
-        self._model = weakref.ref(model)
         self._configs = list(_configs(model))
-        self._base = {id(config): config._attn_implementation for config in self._configs}
-        self._default = model.config._attn_implementation
-        self._modules: weakref.WeakSet[Any] = weakref.WeakSet(model.modules())
-        AttentionInterface.register(self.name, self._attend)
+        before = [config._attn_implementation for config in self._configs]
+        self._base: dict[str, str | None] = {self.name: model.config._attn_implementation}
+        """What stood in a config before, by the name that stands there now: one for each of the earlier names."""
+        for earlier in before:
+            if earlier not in self._base.values():
+                self._base[f"{self.name}_{len(self._base)}"] = earlier
+        self._modules: weakref.WeakSet[Any] = weakref.WeakSet(m for m in model.modules() if _asks(m) is not None)
         builds = self.original_mask if mask is None else functools.partial(mask, self.original_mask)
-        AttentionMaskInterface.register(self.name, builds)
-        _live[self.name] = self
-        self._finalizer = weakref.finalize(model, _retire, self.name)
+        for name in self._base:
+            AttentionInterface.register(name, self._attend)
+            AttentionMaskInterface.register(name, builds)
+            _live[name] = self
+        self._finalizer = weakref.finalize(model, _retire, tuple(self._base))
+        for module in self._modules:
+            _mark(module, _marks(module) | {self.name})
         try:
             model.set_attn_implementation(self.name)
+            names = {earlier: name for name, earlier in self._base.items()}
+            for config, earlier in zip(self._configs, before, strict=True):
+                if config._attn_implementation == self.name:
+                    config._attn_implementation = {"": names[earlier]}  # a dict leaves the sub-configs as they are
         except BaseException:
             self.restore()
             raise
@@ -82,6 +130,11 @@ class Interception:
     def wraps(self) -> bool:
         """Whether it goes on with the masks of what it stands on: it may add to that, but not take its place."""
         return self._wraps
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called in a config."""
+        return tuple(self._base)
 
     @property
     def active(self) -> bool:
@@ -94,24 +147,33 @@ class Interception:
 
     def original_name(self, module: nn.Module) -> str | None:
         """The name of that function: "eager", "sdpa", ..., or that of an earlier interception."""
-        return self._base.get(id(module.config), self._default)
+        return self._before(module.config)
+
+    def _before(self, config: Any) -> str | None:
+        """What stood in this config, or in the one that it is a copy of."""
+        name = getattr(config, "_attn_implementation", None)
+        while name in _live:
+            held = _live[name]
+            if held is self:
+                return self._base[name]
+            name = held._base[name]
+        return self._base[self.name]
 
     def restore(self) -> None:
         """Put back what was there before. Calling it again does nothing."""
         if not self.active:
             return
         for config in self._configs:
-            before = self._base[id(config)]
-            if config._attn_implementation == self.name:
-                config._attn_implementation = {"": before}  # a dict leaves the sub-configs as they are
-            for later in _live.values():
-                if later._base.get(id(config)) == self.name:
-                    later._base[id(config)] = before
+            if config._attn_implementation in self._base:
+                config._attn_implementation = {"": self._base[config._attn_implementation]}
         for later in _live.values():
-            if later._default == self.name:
-                later._default = self._default
+            for name, before in later._base.items():
+                if before in self._base:
+                    later._base[name] = self._base[before]
+        for module in self._modules:
+            _mark(module, _marks(module) - {self.name})
         self._finalizer.detach()
-        _retire(self.name)
+        _retire(tuple(self._base))
 
     def __enter__(self) -> "Interception":
         return self
@@ -121,7 +183,7 @@ class Interception:
 
     def _attend(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Any]:
         # Another model may share the config object, and with it the name: it goes on as before.
-        if module in self._modules:
+        if self.name in _marks(module):
             return self._function(self._run_original, module, *args, **options)
         return self._run_original(module, *args, **options)
 
@@ -142,14 +204,15 @@ class Interception:
         """The mask that the original functions would have been given, for the arguments of a mask function."""
         from transformers import AttentionMaskInterface
 
-        name = self._base.get(id(options.get("config")), self._default)
+        name = self._before(options.get("config"))
         registry = AttentionMaskInterface()
         return registry[name](**options) if name in registry else None
 
 
 def interceptions(model: nn.Module) -> list[Interception]:
     """Those that are active on the model, the earliest first."""
-    return [held for held in _live.values() if held._model() is model]
+    marked = frozenset().union(*map(_marks, model.modules()))
+    return [held for name, held in _live.items() if name in marked]
 
 
 def resolve(module: nn.Module, name: str | None) -> AttentionFunction:
@@ -176,13 +239,14 @@ def _configs(model: nn.Module) -> Iterator[Any]:
         waiting = [part for part in parts if part is not None] + waiting
 
 
-def _retire(name: str) -> None:
-    """Nothing is kept under this name any more; whoever still uses it is told."""
+def _retire(names: tuple[str, ...]) -> None:
+    """Nothing is kept under these names any more; whoever still uses one is told."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, _ended)
-    AttentionMaskInterface.register(name, _ended)
-    _live.pop(name, None)
+    for name in names:
+        AttentionInterface.register(name, _ended)
+        AttentionMaskInterface.register(name, _ended)
+        _live.pop(name, None)
 
 
 def _ended(*args: Any, **options: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from regard.integrations.interface import Interception, Layer, check_model, interceptions
+from regard.integrations.interface import Interception, Layer, check_model, interceptions, unique
 from regard.integrations.interface import layers as attention_layers
 from regard.integrations.slots import (
     About,
@@ -114,15 +115,21 @@ class Swap:
         self.model, self.notes = model, list(notes)
         self.layers = tuple(layer for layer, _, _ in chosen)
         self.parts = {layer.name: parts for layer, parts, _ in chosen}
-        self._attending = _Attending(
-            {id(layer.module): _Entry(parts, heads, Row(layer.name)) for layer, parts, heads in chosen}, measure
-        )
+        attending, called = _Attending(unique("_regard_swap"), measure), _Called()
+        self._entries: list[_Entry] = []
         self._undo: list[Callable[[], None]] = []
         try:
-            for layer, parts, _ in chosen:
-                self._undo += _placed(layer.module, parts)
-            self._undo += _listening(model, self._attending)
-            interception = Interception(model, self._attending, mask=lazy_mask)
+            for layer, parts, here in chosen:
+                name, undo = _placed(layer.module, parts)
+                self._undo += undo
+                entry = _Entry(name or parts, here, Row(layer.name), called)
+                setattr(layer.module, attending.place, entry)
+                self._undo.append(partial(delattr, layer.module, attending.place))
+                self._entries.append(entry)
+                if parts.gate is not None:
+                    self._undo += _fed(layer.module, attending.place)
+            self._undo += _listening(model, called)
+            interception = Interception(model, attending, mask=lazy_mask)
             self._undo.append(interception.restore)
         except BaseException:
             self.restore()
@@ -135,11 +142,11 @@ class Swap:
 
     def report(self) -> Report:
         """What was computed since the swap began, by layer: calls, density, kept mass. Print it."""
-        return Report(tuple(entry.row for entry in self._attending.entries.values()))
+        return Report(tuple(entry.row for entry in self._entries))
 
     def forget(self) -> None:
         """Start the report anew."""
-        for entry in self._attending.entries.values():
+        for entry in self._entries:
             entry.row = Row(entry.row.layer)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -158,27 +165,44 @@ class Swap:
 
 
 @dataclass(eq=False)
+class _Called:
+    """How a model was called. Its layers and its hooks have the same one, and so those of its copy among themselves."""
+
+    asked: bool = False
+    """Whether with output_attentions=True, which not all models pass on to their layers."""
+
+
+@dataclass(eq=False)
 class _Entry:
-    parts: Parts
+    """What stands on a swapped layer, and goes where its copies go."""
+
+    held: Parts | str
+    """The parts; those with parameters stand in the layer itself, under this name."""
     heads: Bool[Tensor, "H"] | None
     row: Row
+    called: _Called
+
+    def parts(self, module: nn.Module) -> Parts:
+        return getattr(module, self.held) if isinstance(self.held, str) else self.held
 
 
 class _Attending:
-    """The attention function of a swapped model. It holds no part of the model, which the registry would keep alive."""
+    """The attention function of a swapped model. What it is to do in a layer stands on the layer."""
 
-    def __init__(self, entries: dict[int, _Entry], measure: str) -> None:
-        self.entries, self.measure = entries, measure
-        self.asked = False
-        """Whether the model was called with output_attentions=True, which not all of them pass on to their layers."""
+    def __init__(self, place: str, measure: str) -> None:
+        self.place, self.measure = place, measure
+
+    def entry(self, module: nn.Module) -> _Entry | None:
+        """None for a layer that stays as it was."""
+        return getattr(module, self.place, None)
 
     def __call__(
         self, original: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        entry = self.entries.get(id(module))
+        entry = self.entry(module)
         if entry is None:
             return original(module, q, k, v, mask, **options)
-        call, parts = read(module, q, k, v, mask, **options), entry.parts
+        call, parts = read(module, q, k, v, mask, **options), entry.parts(module)
         changed = parts.applied(call)
         if parts.sparse:
             count(entry.row, call.problem, changed, mass=self.measure == "mass")
@@ -186,7 +210,7 @@ class _Attending:
         else:
             entry.row.calls += 1
         out = parts.gated(compute(changed, parts.kernel))
-        seen = weights(changed, parts.kernel) if call.wants_weights or self.asked else None
+        seen = weights(changed, parts.kernel) if call.wants_weights or entry.called.asked else None
         if entry.heads is None:
             return out, seen
         here = entry.heads.to(out.device)
@@ -225,42 +249,51 @@ def _fill(
     return found, notes
 
 
-def _placed(module: nn.Module, parts: Parts) -> list[Callable[[], None]]:
-    """Put the parts into the layer, and give what takes them out again."""
-    undo: list[Callable[[], None]] = []
-    if any(True for _ in parts.children()):
-        held = next((p for p in module.parameters() if p.is_floating_point()), None)
-        if held is not None:
-            parts.to(held.device, held.dtype)
-        for part in parts.children():
-            start_as_original(part)
-        parts.train(module.training)
-        names = (name for n in range(1, 100) if not hasattr(module, name := "regard" if n == 1 else f"regard{n}"))
-        name = next(names)
-        module.add_module(name, parts)
-        undo.append(lambda: delattr(module, name))
-    if parts.gate is not None:
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            parts.x = incoming(args, kwargs)
-
-        def after(*_: Any) -> None:
-            parts.x = None
-
-        undo += [module.register_forward_pre_hook(before, with_kwargs=True).remove]
-        undo += [module.register_forward_hook(after).remove]
-    return undo
+def _placed(module: nn.Module, parts: Parts) -> tuple[str, list[Callable[[], None]]]:
+    """Put parts that hold something into the layer. Gives the name there ("" = not there), and what takes them out."""
+    if not any(True for _ in parts.children()):
+        return "", []
+    held = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if held is not None:
+        parts.to(held.device, held.dtype)
+    for part in parts.children():
+        start_as_original(part)
+    parts.train(module.training)
+    names = (name for n in range(1, 100) if not hasattr(module, name := "regard" if n == 1 else f"regard{n}"))
+    name = next(names)
+    module.add_module(name, parts)
+    return name, [partial(delattr, module, name)]
 
 
-def _listening(model: nn.Module, attending: _Attending) -> list[Callable[[], None]]:
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        attending.asked = bool(kwargs.get("output_attentions"))
+# Hooks of a copied module are called with the copy, and what `partial` holds is copied with it: closures would go on to
+# mean the original.
 
-    def after(*_: Any) -> None:
-        attending.asked = False
 
-    hook = model.register_forward_pre_hook(before, with_kwargs=True)
-    return [hook.remove, model.register_forward_hook(after, always_call=True).remove]
+def _fed(module: nn.Module, place: str) -> list[Callable[[], None]]:
+    """The layer's gate gets the tokens that come in."""
+    hook = module.register_forward_pre_hook(partial(_feed, place), with_kwargs=True)
+    return [hook.remove, module.register_forward_hook(partial(_clear, place)).remove]
+
+
+def _feed(place: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    getattr(module, place).parts(module).x = incoming(args, kwargs)
+
+
+def _clear(place: str, module: nn.Module, *_: Any) -> None:
+    getattr(module, place).parts(module).x = None
+
+
+def _listening(model: nn.Module, called: _Called) -> list[Callable[[], None]]:
+    hook = model.register_forward_pre_hook(partial(_hear, called), with_kwargs=True)
+    return [hook.remove, model.register_forward_hook(partial(_forget, called), always_call=True).remove]
+
+
+def _hear(called: _Called, _: nn.Module, args: Any, kwargs: Any) -> None:
+    called.asked = bool(kwargs.get("output_attentions"))
+
+
+def _forget(called: _Called, *_: Any) -> None:
+    called.asked = False
 
 
 def _wanted(model: nn.Module, which: Which) -> tuple[Layer, ...]:

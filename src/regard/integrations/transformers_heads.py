@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.integrations.interface import Interception, check_model, layers
+from regard.integrations.interface import Interception, check_model, layers, unique
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +35,10 @@ def scale_heads(
         raise ValueError(
             f"scale_heads: gates must have a row for each of the {len(attending)} attention layers, got {len(gates)}"
         )
-    rows = {id(layer.module): row for layer, row in zip(attending, gates)}
+    place = unique("_regard_gate")  # stands on the layer, and so on its copies
 
     def scaled(original: Any, module: nn.Module, query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any]:
-        gate = rows[id(module)]
+        gate = gates[getattr(module, place)]
         if gate.shape != (query.shape[1],):
             raise ValueError(
                 f"scale_heads: gates of {type(module).__name__} must be ({query.shape[1]},), one for each head, "
@@ -47,5 +47,11 @@ def scale_heads(
         out, seen = original(module, query, *args, **options)
         return out * gate.to(out)[:, None], seen
 
-    with Interception(model, scaled):
-        yield model
+    for n, layer in enumerate(attending):
+        setattr(layer.module, place, n)
+    try:
+        with Interception(model, scaled):
+            yield model
+    finally:
+        for layer in attending:
+            delattr(layer.module, place)

@@ -24,7 +24,8 @@ CARD = Card(
         ),
     ),
     traits=PLAIN,
-    claim="At T = 16384 many times less memory than the full score matrix: `python -m benchmarks.memory`.",
+    claim="Never holds more than a tile of the score matrix; `python -m benchmarks.memory` measures the peak: "
+    "tests/kernels/test_chunked.py::test_no_more_than_a_tile_of_scores_at_once.",
     differs=(
         "Backward recomputes each tile from the kept log-sum-exp instead of checkpointing the forward.",
         "Key chunks that no query of a chunk may see are skipped.",

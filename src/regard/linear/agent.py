@@ -30,7 +30,8 @@ a: adaptive average pooling of q to n cells;   conv: depthwise, 3 wide;   B1, B2
     supports={"bidirectional", "padding", "gqa", "compile"},
     traits={"shift_invariant", "head_independent"},
     cost=Cost("2*B*H*(T + S)*num_agents*D + 3*B*T*H*D", ""),
-    claim="Linear in length; equal to a generalised linear attention: tests/linear/test_agent.py.",
+    claim="Linear in length, and a generalised linear attention: tests/linear/test_agent.py::test_no_square_matrix, "
+    "tests/linear/test_agent.py::test_is_a_generalised_linear_attention.",
     differs=(
         "On a sequence pooling, bias tables and convolution have one axis, and each bias is one table of 7 entries "
         "stretched over the real tokens; 'agent_grid' is the paper's form.",

@@ -21,7 +21,7 @@ conv: depthwise, 3 x 3;   a: adaptive average pooling of the map of queries to s
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("4*B*H*Y*X*num_agents*D + 9*B*Y*X*H*D", ""),
-    claim="Linear in the number of places; the authors' numbers: tests/linear/test_agent_grid.py.",
+    claim="Linear in the number of places: tests/linear/test_agent_grid.py::test_cost_is_linear_in_places.",
     differs=("Maps need not be square.", "No dropout of the two attention maps."),
     verified="third-party",
     example={"size": (8, 8), "num_agents": 9},

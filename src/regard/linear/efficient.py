@@ -30,7 +30,9 @@ scaling:  rho_q = q / sqrt(S),   rho_k = k / sqrt(S):   the same as (q k^T / S) 
     supports={"bidirectional", "padding", "cross", "gqa", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*D*V", ""),
-    claim="Linear in length, and with scaling equal to dot-product attention: tests/linear/test_efficient.py.",
+    claim="Linear in length, and with scaling equal to dot-product attention: "
+    "tests/linear/test_efficient.py::test_no_square_matrix, "
+    "tests/linear/test_efficient.py::test_scaling_is_dot_product_attention.",
     differs=(
         "Several heads, as in the authors' code; the paper has one.",
         "The residual of the authors' module belongs to the model around it.",

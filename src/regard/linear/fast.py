@@ -33,7 +33,9 @@ factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*D**(order + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
-    claim="Equals the explicit polynomial attention matrix, in time linear in T: tests/linear/test_fast.py.",
+    claim="Equals the explicit polynomial attention matrix, in memory linear in T: "
+    "tests/linear/test_fast.py::test_equals_the_explicit_matrix, "
+    "tests/linear/test_fast.py::test_backward_keeps_no_features.",
     differs=(
         "Queries and keys are divided by their own norm; the code divides all by the largest of the sequence, which "
         "shows the future to the past: that is norm='sequence', for bidirectional layers only.",

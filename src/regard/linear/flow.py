@@ -31,7 +31,8 @@ causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is s
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
     traits={"nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"},
     cost=Cost("B*H*(T + S)*D*V", "H*(D*V + 4*D + 1) + 1"),
-    claim="Linear in length; flows are conserved on both sides: tests/linear/test_flow.py.",
+    claim="Linear in length; flows are conserved on both sides: tests/linear/test_flow.py::test_no_square_matrix, "
+    "tests/linear/test_flow.py::test_flows_are_conserved.",
     differs=(
         "Factors S and T / S, the bound on conserved outgoing flow and, in the causal form, the divisions by the "
         "number of tokens so far come from the authors' code.",

@@ -21,7 +21,9 @@ WINDOW = Card(
     papers=PAPERS,
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, window - 1)*G*D"),
-    claim="Cost grows linearly with length; l layers of window W see about l * W tokens: tests/masks/test_sliding.py.",
+    claim="Cost grows linearly with length; l layers of window W see about l * W tokens: "
+    "tests/masks/test_sliding.py::test_cost_of_a_window_is_linear_in_length, "
+    "tests/masks/test_sliding.py::test_stacked_windows_see_layers_times_as_far.",
     differs=(SIDES, "No separate global tokens and no second set of projections: add `| global_tokens(n)`."),
     verified="third-party",
     example={"window": 4},
@@ -41,7 +43,9 @@ DILATED = Card(
     gist="Dilated window attention: each query sees every d-th key of a window d times as wide.",
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*min(S, 2*window - 1)*D", "2*min(S, (window - 1)*dilation)*G*D"),
-    claim="At the cost of the plain window, l layers see about l * W * d tokens.",
+    claim="With as many pairs as the plain window, l layers see about l * W * d tokens: "
+    "tests/masks/test_sliding.py::test_a_dilated_window_allows_as_many_pairs_as_a_plain_one, "
+    "tests/masks/test_sliding.py::test_stacked_windows_see_layers_times_as_far.",
     differs=(SIDES, "One dilation for all heads, where the paper gives each head its own: join masks with `per_head`."),
     verified="reconstructed",
     example={"window": 3, "dilation": 2},

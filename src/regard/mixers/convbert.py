@@ -21,7 +21,8 @@ out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each 
     supports={"bidirectional", "padding", "dropout", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*H*T*S*D/2 + B*T*kernel_size*2*M", ""),
-    claim="Fewer parameters than plain attention of the same width: tests/mixers/test_span_conv.py.",
+    claim="Fewer parameters than plain attention of the same width: "
+    "tests/mixers/test_span_conv.py::test_fewer_parameters_than_plain_attention.",
     differs=(HIDDEN, "The output projection, which follows outside in the released code, belongs to the layer."),
     verified="third-party",
     example={"kernel_size": 5},

@@ -31,7 +31,8 @@ label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K""
     supports={"bidirectional", "padding", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values"},
     cost=Cost("2*B*H*D*(T*(2*radius + 1 + num_global) + num_global*T)", ""),
-    claim="Time grows linearly with length; with R >= N it is full attention: tests/mixers/test_etc.py.",
+    claim="Far tokens are reached in two layers through the globals, and in no other way: "
+    "tests/mixers/test_etc.py::test_far_tokens_are_reached_in_two_layers_through_the_globals.",
     differs=(
         "Masks are hard, where the code adds -10000, so that a query that may see nothing gives 0.",
         "Global and long tokens have one width.",

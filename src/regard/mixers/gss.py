@@ -33,7 +33,8 @@ out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), th
     supports={"causal", "padding", "streaming", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*state_dim*(64 + 4*num_states)", "2*state_dim*num_states"),
-    claim="Runs on inputs longer than it was trained on, in linear time: tests/mixers/test_gss.py.",
+    claim="Runs on inputs longer than it was trained on, in a state that does not grow: "
+    "tests/mixers/test_gss.py::test_a_layer_runs_on_any_length_in_one_state.",
     differs=(
         "The sum over the past is taken in blocks (`regard.mixers.exponential`), not by one FFT.",
         "The hybrid with local attention in every few layers is left to the model that stacks the layers.",

@@ -31,7 +31,8 @@ heads     y = concat_h(W_h (P_h x) + b_h) O        a projection and a matrix for
     ),
     supports={"causal", "bidirectional", "padding", "streaming", "compile"},
     cost=Cost("B*T*T*M", "T*M"),
-    claim="Causal, and what enters can be recovered from what comes out: tests/mixers/test_masked_mixer.py.",
+    claim="What enters can be recovered from what comes out: "
+    "tests/mixers/test_masked_mixer.py::test_what_enters_can_be_recovered.",
     differs=(
         "The triangle is cut out of W where it is used, so that what lies above it has no gradient; the author zeroes "
         "it in place at each use.",

@@ -39,7 +39,8 @@ x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, 
     supports={"causal", "bidirectional", "padding", "streaming", "dropout", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*S*(qk_dim + value_dim) + B*T*M*(64 + 2*ema_dim)", "M*ema_dim + S*(qk_dim + value_dim)"),
-    claim="Without the moving average nothing but the bias tells the order of tokens: tests/mixers/test_mega.py.",
+    claim="Without the moving average nothing but the bias tells the order of tokens: "
+    "tests/mixers/test_mega.py::test_the_average_carries_order_and_chunks.",
     differs=(
         "One dropout, of the weights, in place of three.",
         "The Laplace function divides by the number of keys that a query may see, causal or not, without hidden keys.",

@@ -26,7 +26,8 @@ P = q k^T / sqrt(D)""",
         ),
     ),
     traits={"linear_in_values", "position_free", "shift_invariant", "head_independent"},
-    claim="One head can copy one token and delete another: tests/normalizers/test_cog.py.",
+    claim="One head can copy one token and delete another: "
+    "tests/normalizers/test_cog.py::test_copies_one_token_and_deletes_another_at_once.",
     differs=(
         "Only the normaliser is here: the authors' models also use rotary positions (`cog+rotary`) and keep plain "
         "softmax in the first and last layer, which is the host model's choice.",

@@ -35,7 +35,8 @@ dz  = g * (dp - sum(g dp) / sum(g)),   g_s = p_s^(2 - alpha) on the support, els
     ),
     traits=PLAIN | {"sparse"},
     cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
-    claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
+    claim="Exact zeros where softmax has none: "
+    "tests/normalizers/test_entmax.py::test_weights_are_exactly_zero_where_softmax_has_none.",
     differs=("tau is found by Newton steps instead of bisection or sorting.",),
     verified="third-party",
     defaults={"alpha": "paper"},

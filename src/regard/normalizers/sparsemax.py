@@ -18,7 +18,8 @@ p_s = max(z_s - tau, 0),   tau the one number for which sum_s p_s = 1""",
     ),
     traits=PLAIN | {"sparse"},
     cost=Cost("2*B*H*T*S*D + 8*B*H*T*S", "2*S*G*D"),
-    claim="Exact zeros where softmax has none: tests/normalizers/test_entmax.py.",
+    claim="Exact zeros where softmax has none: "
+    "tests/normalizers/test_entmax.py::test_weights_are_exactly_zero_where_softmax_has_none.",
     verified="third-party",
 )
 

@@ -28,7 +28,7 @@ Scores equal to the k-th stay, so a row can keep more than k.""",
     traits=PLAIN | {"sparse"},
     cost=Cost("2*B*H*T*S*D + 4*B*H*T*S", "2*S*G*D"),
     claim="Weights stay on the k best keys however many there are, where softmax spreads them: "
-    "tests/normalizers/test_topk.py.",
+    "tests/normalizers/test_topk.py::test_more_keys_take_nothing_from_the_best.",
     differs=("k is one number; the authors' code can also make it a share of the keys.",),
     example={"k": 3},
 )

@@ -24,8 +24,8 @@ H no power of two: the slopes of the largest power of two P <= H, then of 2P hea
     ),
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
-    claim="Positions matter through distance only, so it extrapolates; with q = k = 0 weights are geometric in m: "
-    "tests/positions/test_alibi.py.",
+    claim="Positions matter through distance only; with q = k = 0 weights are geometric in m: "
+    "tests/positions/test_alibi.py::test_without_content_weights_are_geometric.",
     differs=(
         "Bidirectional attention uses |i - j|, the authors' answer for encoders; the paper itself defines the causal "
         "case only.",

@@ -25,7 +25,8 @@ score[i,j] = q_i . k_j / sqrt(D) + q_i . E[p[i,j]],   linear between the two nea
     ),
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 2*B*H*T*max_positions*D + 6*B*H*T*S", "2*S*G*D"),
-    claim="It can count tokens of one kind exactly, which token positions cannot: tests/positions/test_cope.py.",
+    claim="It can count tokens of one kind exactly, which token positions cannot: "
+    "tests/positions/test_cope.py::test_counts_one_kind_of_token.",
     differs=(
         "The position's term isn't divided by sqrt(D), as in the paper's listing; the authors' repository divides it "
         "by default.",

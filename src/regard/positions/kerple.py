@@ -33,8 +33,9 @@ CARD = Card(
     papers=PAPERS,
     traits=PLAIN - {"position_free"} | {"straight_through"},
     cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-    claim="The kernel is conditionally positive definite, and extrapolates best in log form: "
-    "tests/positions/test_kerple.py.",
+    claim="The kernel is conditionally positive definite; in log form it flattens with distance: "
+    "tests/positions/test_kerple.py::test_kernels_are_conditionally_positive_definite, "
+    "tests/positions/test_kerple.py::test_log_flattens_with_distance.",
     differs=DIFFERS,
     verified="third-party",
     tasks=("text",),
@@ -47,7 +48,9 @@ POWER = Card(
     gist="KERPLE's power kernel: scores fall with a trained power of distance, for each head.",
     traits=PLAIN - {"position_free"} | {"straight_through"},
     cost=Cost("2*B*H*T*S*D + 3*H*T*S", "2*S*G*D"),
-    claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: tests/positions/test_kerple.py.",
+    claim="The kernel is conditionally positive definite for r2 <= 2 and not beyond: "
+    "tests/positions/test_kerple.py::test_kernels_are_conditionally_positive_definite, "
+    "tests/positions/test_kerple.py::test_a_power_above_two_is_not_conditionally_positive_definite.",
     differs=DIFFERS,
     verified="third-party",
 )

@@ -23,7 +23,8 @@ CARD = Card(
         Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "section 3.5; table 3 row E"),
     ),
     traits={"normalised", "nonnegative", "head_independent"},
-    claim="As good as sinusoids within the trained length (Vaswani 2017, table 3 row E); none beyond it.",
+    claim="Knows the positions of its table, and none beyond the trained length: "
+    "tests/positions/test_absolute.py::test_learned_refuses_what_the_table_lacks.",
     differs=(
         "Added to the input of this layer; the papers add it once, to the embeddings.",
         "The table starts at N(0, 0.02^2), as in GPT-2 and BERT.",

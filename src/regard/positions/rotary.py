@@ -32,7 +32,8 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
     ),
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 3*(B*H*T*D + B*G*S*D)", "2*S*G*D"),
-    claim="Scores depend on positions through i - j only, and norms are kept: tests/positions/test_rotary.py.",
+    claim="Scores depend on positions through i - j only, and norms are kept: "
+    "tests/positions/test_rotary.py::test_scores_depend_on_distance_and_lengths_stay.",
     differs=(
         "Pairs channels (a, a + D/2) by default, a fixed permutation of D; the paper's (2a, 2a+1) is interleaved=True.",
     ),

@@ -42,7 +42,8 @@ LINEAR = Card(
     gist="Position interpolation: rotary with every position divided by a factor.",
     traits=ROTARY.traits,
     cost=ROTARY.cost,
-    claim="Scores at distance d equal plain rotary scores at d / factor: tests/positions/test_rotary.py.",
+    claim="Scores at distance d equal plain rotary scores at d / factor: "
+    "tests/positions/test_rotary.py::test_linear_is_interpolation.",
     verified="third-party",
     example={"factor": 2.0},
     defaults={"base": "paper"},
@@ -64,7 +65,8 @@ NTK_AWARE = Card(
     gist="NTK-aware rotary: a larger base, so that only slow pairs are interpolated.",
     traits=ROTARY.traits,
     cost=ROTARY.cost,
-    claim="The first frequency is kept and the last divided by the factor: tests/positions/test_rotary.py.",
+    claim="The first frequency is kept and the last divided by the factor: "
+    "tests/positions/test_rotary.py::test_ntk_keeps_the_first_frequency_and_slows_the_last.",
     verified="third-party",
     example={"factor": 2.0},
     defaults={"base": "paper"},

@@ -29,8 +29,8 @@ r = clip(j - i, -K, K)""",
     ),
     traits={"shift_invariant", "head_independent"},
     cost=Cost("2*B*H*T*S*D + 2*B*H*T*(2*max_distance+1)*D", "2*S*G*D"),
-    claim="Shifting all positions changes nothing; beyond max_distance equal keys score equally: "
-    "tests/positions/test_shaw.py.",
+    claim="Beyond max_distance equal keys score equally: "
+    "tests/positions/test_shaw.py::test_beyond_the_clipping_distance_all_keys_look_the_same.",
     differs=(
         "One table for all heads by default, as in the authors' code; per_head=True is the paper's base model.",
         "The scores' term keeps the scale 1/sqrt(D) even where the attention is given another: a position part isn't "

@@ -14,7 +14,8 @@ CARD = Card(
     equation="x'_p = x_p + PE_p,   PE[p, 2a] = sin(p base^(-2a/M)),   PE[p, 2a+1] = cos(p base^(-2a/M))",
     papers=(Paper("Attention Is All You Need", "Vaswani et al.", 2017, "1706.03762", "section 3.5"),),
     traits={"normalised", "nonnegative", "head_independent"},
-    claim="PE at p + k is a linear function of PE at p (section 3.5): tests/positions/test_absolute.py.",
+    claim="PE at p + k is a linear function of PE at p (section 3.5): "
+    "tests/positions/test_absolute.py::test_an_offset_is_one_linear_map.",
     differs=(
         "Added to the input of this layer; the paper adds it once, at the bottom of the stack.",
         "The paper's scaling of the token embeddings by sqrt(M) belongs to the embedding and isn't done here.",

@@ -22,7 +22,8 @@ low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys t
     ),
     traits=NTK_AWARE.traits,
     cost=NTK_AWARE.cost,
-    claim="Equals plain rotary on pairs before the ramp and interpolation after it: tests/positions/test_rotary.py.",
+    claim="Equals plain rotary on pairs before the ramp and interpolation after it: "
+    "tests/positions/test_rotary.py::test_yarn_keeps_fast_pairs_and_interpolates_slow_ones.",
     differs=(
         "The ramp runs over pair indices with rounded ends, as in the authors' code; truncate=False doesn't round.",
     ),

@@ -26,7 +26,8 @@ alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s
     supports={"bidirectional", "padding"},
     cost=Cost("B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length)", "S"),
     claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
-    "tests/recurrent/test_dynamic_convolution.py.",
+    "tests/recurrent/test_dynamic_convolution.py::test_content_does_not_count_and_places_are_relative, "
+    "tests/recurrent/test_dynamic_convolution.py::test_generalises_to_longer_sequences.",
     differs=("With padding, the alignment starts at the first real token.",),
     verified="reconstructed",
     example={"hidden": 8, "static_filters": 3, "dynamic_filters": 2, "filter_length": 5, "prior_length": 4},

@@ -36,7 +36,8 @@ v2: as v1, but Delta = softplus(d^), sigma = softplus(s^)""",
     supports={"bidirectional", "padding", "compile"},
     cost=Cost("B*T*S*components", "components"),
     claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
-    "tests/recurrent/test_gmm.py.",
+    "tests/recurrent/test_gmm.py::test_content_does_not_count, "
+    "tests/recurrent/test_gmm.py::test_generalises_to_longer_sequences.",
     differs=(
         "With padding, places are counted from the first real token.",
         "As in the public implementation, 1e-5 is added to every sigma.",

@@ -29,8 +29,8 @@ a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
     cost=Cost("2*B*T*S*M", ""),
-    claim="With W_a = I the general score is the dot score; every score is one softmax over the source: "
-    "tests/recurrent/test_luong.py.",
+    claim="With W_a = I the general score is the dot score: "
+    "tests/recurrent/test_luong.py::test_general_with_the_identity_is_dot.",
     differs=(
         "The location score is not in the authors' code; its table has a size to be chosen (`max_source`).",
         "'concat' has a matrix on the encoder states too, as the paper's formula; the authors' code has none there.",

@@ -29,8 +29,8 @@ CARD = Card(
     supports={"bidirectional", "padding", "compile"},
     traits={"position_free"},
     cost=Cost("2*B*T*S*M", ""),
-    claim="The output vocabulary is the input's length, so one network sorts lists of any length: "
-    "tests/recurrent/test_pointer_network.py trains one.",
+    claim="The output vocabulary is the input's length, so that one network sorts lists: "
+    "tests/recurrent/test_pointer_network.py::test_learns_to_sort.",
     differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),
     verified="third-party",
     tries={"hidden": 5},

@@ -30,7 +30,7 @@ beta      the sentinel's share of alpha;  c_t = beta s_t + sum_i alpha_i v_i;  y
     supports={"bidirectional", "padding"},
     cost=Cost("2*B*T*S*M", "2*M"),
     claim="beta lies in (0, 1): small for words that need the image, large for others: "
-    "tests/recurrent/test_sentinel.py trains it.",
+    "tests/recurrent/test_sentinel.py::test_learns_when_not_to_look.",
     differs=(
         "No ReLU and tanh layers on sentinel and hidden state and before the words, which the authors' code adds.",
         "Dropout is the caller's.",

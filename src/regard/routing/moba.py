@@ -41,8 +41,9 @@ out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
     supports={"causal", "padding", "mask", "gqa", "streaming", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
     cost=Cost("B*H*T*(S/block + 2*topk*block)*D", "2*S*G*D"),
-    claim="Equals full causal attention when every block is chosen, so a model can switch between the two: "
-    "tests/routing/test_moba.py shows both, and that no later token changes an output.",
+    claim="A query reads its own block and the most similar others, few where neighbours agree, and keeps most of the "
+    "attention: tests/routing/test_moba.py::test_the_own_block_counts_among_the_chosen, "
+    "tests/routing/test_moba.py::test_runs_on_the_block_sparse_kernel_and_says_what_it_keeps.",
     differs=(
         "S need not be a multiple of P: the last block may be short, as in the authors' code.",
         "Keys that a mask hides from a query count in no mean, and a block of hidden keys alone is never chosen. Where "

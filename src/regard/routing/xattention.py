@@ -40,8 +40,8 @@ kept: key block 0, the diagonal block, then by falling R until their sum is at l
     supports={"causal", "bidirectional", "padding", "gqa", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
     cost=Cost("B*H*T*S*D*(1/stride + 2)", ""),
-    claim="Keeps most of the attention in few blocks, without training: tests/routing/test_xattention.py keeps every "
-    "block that holds a strong key at under half of the density; with stride 1 the scores are the exact shares.",
+    claim="Keeps most of the attention in few blocks, without training: every block that holds a strong key is kept "
+    "at under half of the density: tests/routing/test_xattention.py::test_finds_strong_keys_at_low_density.",
     differs=(
         "Query blocks stand on key blocks also where T and S differ by no multiple of the block.",
         "The rule above also holds for the first chunk of queries, where the code keeps one rank more, and for every "

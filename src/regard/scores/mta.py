@@ -33,7 +33,8 @@ y = concat_h( N(A' v) * sigmoid(N(A' v) w + b) ) W_o,   N = RMS norm of a head (
         ),
     ),
     cost=Cost("2*B*H*T*S*D + 2*B*H*T*S*query_size*key_size + B*H*T*S*(H + head_group)", "S*(2*G*D + H*D)"),
-    claim="Two taps find a key only where two neighbours match together: tests/scores/test_mta.py.",
+    claim="Two taps find a key only where two neighbours match together: "
+    "tests/scores/test_mta.py::test_finds_two_neighbouring_keys_where_one_query_cannot.",
     differs=(
         "The depth scaling 1 - lambda_l is off unless `layer` is given, and a gate follows the norm, both as in the "
         "released configurations.",

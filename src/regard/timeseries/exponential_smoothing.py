@@ -32,8 +32,9 @@ damped:  forecast_h = growth_T (gamma + gamma^2 + ... + gamma^h)""",
     papers=PAPERS,
     supports={"causal", "streaming", "compile"},
     cost=Cost("B*T*H*D*68", "2*H*D"),
-    claim="The same as the T x T matrix of weights, in less than quadratic time: "
-    "tests/timeseries/test_exponential_smoothing.py.",
+    claim="The same as the T x T matrix of weights, without forming it: "
+    "tests/timeseries/test_exponential_smoothing.py::test_smoothing_equals_its_matrix, "
+    "tests/timeseries/test_exponential_smoothing.py::test_no_square_matrix.",
     differs=(
         "The paper's smoothing factor is alpha = 1 - a.",
         "The level follows the recursion of exponential smoothing, where the authors' code adds a^(T - t) growth_t for "

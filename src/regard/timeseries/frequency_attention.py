@@ -23,7 +23,8 @@ season_t = sum over kept f of (2 |X_f| / T) cos(2 pi f t / T + arg X_f),   t = 0
     papers=PAPERS,
     supports={"bidirectional", "compile"},
     cost=Cost("B*T*M*log2(T)*5", ""),
-    claim="Goes on with a sum of K sines of whole cycles without error: tests/timeseries/test_frequency_attention.py.",
+    claim="Goes on with a sum of K sines of whole cycles without error: "
+    "tests/timeseries/test_frequency_attention.py::test_sines_go_on_exactly.",
     differs=(
         "A series too short for K frequencies keeps those it has.",
         "The layer has value and output projections, to stand in attention's place; the function has none.",

@@ -35,7 +35,8 @@ loss:     (MAE(X1) + MAE(X2) + MAE(X3)) / 3 on what was observed, + weight MAE(X
     supports={"bidirectional", "padding", "gqa", "dropout", "compile"},
     traits=PLAIN,
     cost=Cost("2*B*H*T*S*D", ""),
-    claim="The model around it imputes better than the mean and the last value: tests/timeseries/test_saits.py.",
+    claim="The model around it imputes better than the mean and the last value: "
+    "tests/timeseries/test_saits.py::test_imputes_better_than_mean_and_last_value.",
     differs=(
         "A sequence of one token sees nothing and gives 0, where the code lets it see itself.",
         "As in the code, the model's layers norm their input, eta weighs X1 (the paper's eq. 19: X2), and W_c reads "

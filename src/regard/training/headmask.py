@@ -31,7 +31,8 @@ random: drawn among all        important: those with the greatest mean |dL / d x
         ),
     ),
     traits=PLAIN,
-    claim="After training, heads put out more equally than without masks: tests/training/test_headmask.py.",
+    claim="After training, heads put out more equally than without masks: "
+    "tests/training/test_headmask.py::test_heads_come_to_matter_more_equally.",
     differs=("Heads are chosen across all layers together, and what remains is not scaled up: both inferred.",),
     verified="reconstructed",
 )

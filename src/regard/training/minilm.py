@@ -40,7 +40,7 @@ loss = 1 / (H T) sum over heads and rows of KL(A_teacher || A_student) + KL(R_te
     supports={"causal", "bidirectional", "padding", "compile"},
     cost=Cost("4*B*H*T*T*D", ""),
     claim="A narrower student trained by this loss alone takes on the teacher's attention: "
-    "tests/training/test_minilm.py.",
+    "tests/training/test_minilm.py::test_a_narrower_student_approaches_the_teacher.",
     differs=("Padded tokens count neither as rows nor as keys, and batches take the mean over their sequences.",),
     verified="third-party",
     exceptions={"L23": FIXED, "L51": FIXED},

@@ -35,7 +35,8 @@ else       (in eval, and for the last training steps) dense attention""",
     traits=PLAIN - {"shift_invariant"},
     cost=Cost("2*B*H*T*S*D", ""),
     claim="A training step computes exactly 1/r of the scores, and a model so trained is as good dense: "
-    "tests/training/test_ssa.py.",
+    "tests/training/test_ssa.py::test_computes_a_ratio_of_the_scores, "
+    "tests/training/test_ssa.py::test_a_model_trained_on_subsamples_is_as_good_dense.",
     differs=(
         "Inferred: the local shuffle sorts m + spread * w * noise.",
         "Inferred: one draw serves batch and heads.",

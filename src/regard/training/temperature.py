@@ -17,7 +17,8 @@ CARD = Card(
     papers=(Paper("Entropy-Guided Attention for Private LLMs", "Jha, Reagen", 2025, "2501.03489", "section 4"),),
     traits={"normalised", "nonnegative", "linear_in_values"},
     cost=Cost("2*B*H*T*S*D + B*H*T*S", "2*S*G*D"),
-    claim="A greater temperature is a greater entropy: tests/training/test_entropy.py.",
+    claim="A greater temperature is a greater entropy: "
+    "tests/training/test_entropy.py::test_a_temperature_of_one_changes_nothing_and_a_greater_one_flattens.",
     differs=(
         "Temperatures start at 1, plain attention, where 0.01 and 0.1 are printed (what they scale is not said, and "
         "the code is not public).",

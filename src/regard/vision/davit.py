@@ -32,7 +32,7 @@ SPATIAL = Card(
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("2*B*Y*X*window**2*M", ""),
-    claim="Linear in pixels: tests/vision/test_davit.py.",
+    claim="Linear in pixels: tests/vision/test_davit.py::test_cost_is_linear_in_pixels.",
     differs=(
         "A map that windows don't divide is padded with zeros on the right and below before the projections; as in the "
         "authors' code those tokens are attended to.",
@@ -51,7 +51,9 @@ Q, K, V (N, C), N all the pixels; scale="tokens" divides by sqrt(N) instead""",
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("2*B*Y*X*M*D", ""),
-    claim="Linear in pixels while every channel token sees the entire image: tests/vision/test_davit.py.",
+    claim="Linear in pixels while every channel token sees the entire image: "
+    "tests/vision/test_davit.py::test_cost_is_linear_in_pixels, "
+    "tests/vision/test_davit.py::test_channels_see_the_whole_image_and_windows_only_their_own.",
     differs=(
         "Queries, keys and values carry their usual names: the authors' projection is cut into what we call V, Q and "
         "K, in that order.",

@@ -29,8 +29,8 @@ halo of h on every side make up; R_y and R_x hold one vector for each of the 2W 
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("2*B*Y*X*(block + 2*halo)**2*M", ""),
-    claim="The reach grows with the halo while parameters hardly do; with halo 0 it is attention in blocks: "
-    "tests/vision/test_halo.py.",
+    claim="The reach grows with the halo at no parameters; with halo 0 it is attention in blocks: "
+    "tests/vision/test_halo.py::test_without_a_halo_blocks_are_alone_and_the_halo_widens_the_view_at_no_parameters.",
     differs=(
         "Whether keys beyond the border count is an option, `padding`: as zeros, so that their score is the position "
         "term alone, as timm has it and by default, or not at all.",

@@ -22,8 +22,9 @@ DW_near: depthwise, (2d - 1) x (2d - 1);  DW_far: depthwise, ceil(K / d) x ceil(
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("B*Y*X*M*((2*dilation - 1)**2 + ceil(kernel/dilation)**2 + M)", ""),
-    claim="Linear in pixels; adapts in space and in channels, with the reach of a large kernel: "
-    "tests/vision/test_large_kernel.py.",
+    claim="Linear in pixels, with the reach of a large kernel: "
+    "tests/vision/test_large_kernel.py::test_cost_is_linear_in_pixels, "
+    "tests/vision/test_large_kernel.py::test_reach_is_that_of_a_large_kernel.",
     verified="third-party",
     example={"kernel": 5, "dilation": 2},
     defaults={"kernel": "paper", "dilation": "paper"},

@@ -58,7 +58,8 @@ R (NAT) has one value for each head and difference, and needs odd windows and s 
     protocol="FeatureMixer",
     supports={"bidirectional", "causal", "gqa", "compile"},
     cost=Cost("2*B*H*N*window**axes*D", ""),
-    claim="Time and memory are linear in the number of tokens: python -m benchmarks.neighborhood.",
+    claim="Work is linear in the number of tokens; `python -m benchmarks.neighborhood` measures time and memory: "
+    "tests/vision/test_neighborhood.py::test_keys_looked_at_grow_with_tokens_and_fall_to_the_window_where_windows_are_blocks.",
     differs=(
         "The bias is added after scaling, as in all of the authors' code; the printed formula scales it.",
         "Tiles gather their slab of keys and run torch's attention on it; the authors' fused kernels copy no keys.",

@@ -27,7 +27,7 @@ q is one channel, v, q' and v' have M / 2: the first gate keeps channels and col
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("B*Y*X*M*(2*M + 2)", ""),
-    claim="Both layouts perform nearly the same; cost is linear in pixels: tests/vision/test_polarized.py.",
+    claim="Cost is linear in pixels: tests/vision/test_polarized.py::test_cost_is_linear_in_pixels.",
     differs=(
         'Text and code disagree, so there are two forms: "paper" as above, and "code" (DeLightCMU/PSA), in which the '
         "parallel layout has no LayerNorm and s = softmax_n(q . v'_n), whose sigmoid hardly leaves 1/2, and the "

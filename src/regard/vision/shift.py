@@ -25,7 +25,9 @@ the rest of the channels stay; zeros come in at the border""",
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     cost=Cost("0", ""),
-    claim="Zero parameters, zero multiplications; l layers see |dy| + |dx| <= l: tests/vision/test_shift.py.",
+    claim="Zero parameters, zero multiplications; l layers see |dy| + |dx| <= l: "
+    "tests/vision/test_shift.py::test_costs_nothing_and_only_moves, "
+    "tests/vision/test_shift.py::test_layers_see_as_far_as_there_are_of_them.",
     differs=("Fewer channels than n_div are refused, where the code would move nothing.",),
     verified="third-party",
     example={"n_div": 5},

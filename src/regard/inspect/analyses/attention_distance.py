@@ -29,8 +29,8 @@ p: the places of patches on the grid, or of tokens in the sequence""",
     protocol="Analysis",
     supports=set(),
     cost=Cost("2*B*H*T**2", ""),
-    claim="Heads are local or global, and it can be measured: tests/inspect/analyses/test_attention_distance.py on "
-    "heads of known reach.",
+    claim="Heads are local or global, and it can be measured on heads of known reach: "
+    "tests/inspect/analyses/test_attention_distance.py::test_heads_of_known_reach.",
     differs=(
         "Distances are in patches, times the size of a patch, where the authors' are on the unit square, patch = "
         "1 / (side - 1).",

@@ -31,8 +31,8 @@ loss = KL(model's softmax || softmax(logits)) at the last position""",
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*T*H*M*V", ""),
-    claim="Heads play specialised roles that a lens reveals: where one head of three copies, its lens names "
-    "the token, in tests/inspect/analyses/test_attention_lens.py.",
+    claim="Heads play specialised roles that a lens reveals: where one head of three copies, its lens names the "
+    "token: tests/inspect/analyses/test_attention_lens.py::test_reads_out_a_copying_head.",
     differs=("Which positions count is up to the caller (`mask`); the code takes the last, be it padding or not.",),
     verified="reconstructed",
 )

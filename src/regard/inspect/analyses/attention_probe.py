@@ -34,8 +34,9 @@ root                   A^k_(i, root) = s A^k_(i, [CLS]) + e A^k_(i, [SEP])""",
     protocol="Analysis",
     supports=set(),
     cost=Cost("2*B*H*T**2", ""),
-    claim="Attention maps hold much of the syntax: planted heads are found by the probe, and words tell which of "
-    "them to trust, in tests/inspect/analyses/test_attention_probe.py.",
+    claim="Attention maps hold much of the syntax: planted heads are found by the probe, and words tell which of them "
+    "to trust: tests/inspect/analyses/test_attention_probe.py::test_finds_the_head_that_knows, "
+    "tests/inspect/analyses/test_attention_probe.py::test_words_tell_which_head_to_trust.",
     differs=(
         "The zeros that stand for the root's vector are in the root's column; in the authors' notebook the scores have "
         "the root first and the vectors have it last, so that each word is scored with the next one's vector.",

@@ -32,8 +32,8 @@ f_l[i, j] = max-flow from (l+1, i) to (0, j) alone        flow_l[i, j] = f_l[i, 
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*T**4", ""),
-    claim="Complements rollout: on a path 3 -> 1 -> 0 token 3 gets 8 times the flow of unrelated tokens, in "
-    "tests/inspect/analyses/test_flow.py.",
+    claim="Complements rollout: on a path 3 -> 1 -> 0 token 3 gets 8 times the flow of unrelated tokens: "
+    "tests/inspect/analyses/test_flow.py::test_finds_a_path_that_raw_attention_does_not_show.",
     verified="third-party",
 )
 

@@ -31,8 +31,8 @@ distance of two heads = sum over tokens of JS(a_i, a'_i), a = 0.999 A_ij + 0.001
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*H**2*T**2", ""),
-    claim="Heads attend to delimiters, to fixed offsets or broadly: heads made so are told apart in "
-    "tests/inspect/analyses/test_head_behaviour.py.",
+    claim="Heads attend to delimiters, to fixed offsets or broadly: heads made so are told apart: "
+    "tests/inspect/analyses/test_head_behaviour.py::test_heads_of_known_kinds_are_told_apart.",
     differs=(
         "Padding is left out by `valid`.",
         "Heads are embedded by SMACOF from classical scaling, not from random starts.",

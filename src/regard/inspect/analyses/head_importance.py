@@ -31,7 +31,7 @@ normalised: I[l, h] / (sum_h' I[l, h']^2)^(1/2)     pruned: the heads of least I
     supports=set(),
     cost=Cost("B*H*T*D", ""),
     claim="Heads can go without retraining: the least important quarter of a small model costs little, the most "
-    "important one more, in tests/inspect/analyses/test_head_importance.py.",
+    "important one more: tests/inspect/analyses/test_head_importance.py::test_the_least_important_heads_can_go.",
     verified="third-party",
 )
 

@@ -33,8 +33,8 @@ features of a span: means over its steps of all heads' ratios        P(faithful)
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*H*T*S", ""),
-    claim="A linear classifier of ratios tells faithful from invented text: heads that copy against those that go "
-    "on by themselves, in tests/inspect/analyses/test_lookback.py.",
+    claim="A linear classifier of ratios tells faithful from invented text: heads that copy against those that go on "
+    "by themselves: tests/inspect/analyses/test_lookback.py::test_tells_copies_from_inventions.",
     verified="third-party",
 )
 

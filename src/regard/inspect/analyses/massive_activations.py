@@ -32,8 +32,8 @@ sinks: weight on the marked tokens C       output_t = sum_(s in C) A_ts v_s (a b
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*T*M", ""),
-    claim="Attention concentrates on the tokens of massive activations: with a planted one it does, and without it "
-    "no more, in tests/inspect/analyses/test_massive_activations.py.",
+    claim="Attention concentrates on the tokens of massive activations: with a planted one it does, and without it no "
+    "more: tests/inspect/analyses/test_massive_activations.py::test_sinks_of_a_model.",
     verified="reconstructed",
 )
 

@@ -33,8 +33,8 @@ offset head: d* is not 0, and share[d*] > 1/2""",
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*H*T**2", ""),
-    claim="There are heads that attend to an adjacent token in a fixed direction; they are told from local and "
-    "from even ones in tests/inspect/analyses/test_offset_heads.py.",
+    claim="There are heads that attend to an adjacent token in a fixed direction; they are told from local and from "
+    "even ones: tests/inspect/analyses/test_offset_heads.py::test_finds_the_direction_of_each_head.",
     differs=(
         "The share and its threshold are this library's; the authors look at the maps.",
         "Mean offsets are in patches, theirs in sides of the grid less one.",

@@ -35,8 +35,8 @@ CARD = Card(
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*T**2*S", ""),
-    claim="One method for self-, co- and encoder-decoder attention; a token that decides the class by construction "
-    "is ranked first in tests/inspect/analyses/test_relevance.py.",
+    claim="One method for self-, co- and encoder-decoder attention; a token that decides the class by construction is "
+    "ranked first: tests/inspect/analyses/test_relevance.py::test_the_token_that_decides_is_ranked_first.",
     differs=(
         "A row without relevance (0/0) is normalised to 0, where some of the authors' scripts give NaN.",
         "The class token's own entry is not set to 0.",

@@ -29,8 +29,9 @@ CKA = sum HSIC(K, L) / sqrt(sum HSIC(K, K) sum HSIC(L, L)), sums over batches"""
     protocol="Analysis",
     supports=set(),
     cost=Cost("N**2*M", ""),
-    claim="Representations of different models compare: 1 under rotation and scale, near 0 for unrelated features, "
-    "in tests/inspect/analyses/test_representation_similarity.py.",
+    claim="Representations of different models compare: 1 under rotation and scale, near 0 for unrelated features: "
+    "tests/inspect/analyses/test_representation_similarity.py::test_does_not_see_rotation_scale_and_shift, "
+    "tests/inspect/analyses/test_representation_similarity.py::test_has_no_bias.",
     differs=("Gram matrices are not scaled by their greatest entry before they are summed over batches.",),
     verified="reconstructed",
 )

@@ -31,7 +31,7 @@ P_0 = R_0        P_l = R_l P_(l-1)""",
     supports=set(),
     cost=Cost("B*T**3", ""),
     claim="Finds what raw attention misses: on a path 3 -> 1 -> 0 it lifts token 3 about 9 times over unrelated "
-    "tokens, in tests/inspect/analyses/test_rollout.py.",
+    "tokens: tests/inspect/analyses/test_rollout.py::test_finds_a_path_that_raw_attention_does_not_show.",
     differs=(
         "The greatest or the least head may stand for a layer, as in later uses on images; a query that sees nothing "
         "keeps itself alone.",

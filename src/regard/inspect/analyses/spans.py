@@ -30,7 +30,7 @@ CARD = Card(
     supports=set(),
     cost=Cost("B*H*T*S", ""),
     claim="Some heads' last token keeps to the instruction: a head that reads the marked span is told from all "
-    "others in tests/inspect/analyses/test_spans.py.",
+    "others: tests/inspect/analyses/test_spans.py::test_tells_who_reads_the_instruction.",
     verified="reconstructed",
 )
 

@@ -32,8 +32,8 @@ continuous: caps of unit vectors in place of circles of bits""",
     protocol="Analysis",
     supports=set(),
     cost=Cost("B*H*T*S*D", ""),
-    claim="A softmax approximates the memory's read: within the radius its log has a correlation above 0.99 "
-    "with the cosine, in tests/inspect/analyses/test_sparse_memory.py.",
+    claim="A softmax approximates the memory's read: within the radius its log has a correlation above 0.99 with the "
+    "cosine: tests/inspect/analyses/test_sparse_memory.py::test_a_softmax_approximates_the_memory.",
     differs=(
         "The slope is the plain least-squares one, without the code's factor (n + 1) / n.",
         "Caps are integrated by Gauss-Legendre and given as shares of the sphere.",

@@ -19,7 +19,7 @@ from regard.inspect.capture.own import of_problem
 from regard.inspect.capture.recorder import Recorder
 from regard.inspect.effective import measured_weights, undisturbed
 from regard.inspect.layers import LayerTrace, Measured
-from regard.integrations.interface import Layer, _asks, interceptions, layers
+from regard.integrations.interface import Interception, Layer, _asks, interceptions, layers
 from regard.integrations.transformers_call import compute, read
 
 Function = Callable[..., Any]
@@ -68,7 +68,7 @@ class _Watch:
             self.eager[module] = names.get(eager)
             tables[id(names["ALL_ATTENTION_FUNCTIONS"])] = names["ALL_ATTENTION_FUNCTIONS"]
         self.tables: list[MutableMapping[str, Function]] = list(tables.values())
-        self.interceptions = {held.name: held for held in interceptions(model)}
+        self.interceptions = {name: held for held in interceptions(model) for name in held.names}
         self.within: set[nn.Module] = set()
         self.masks: dict[Any, Any] = {}
 
@@ -99,7 +99,7 @@ class _Watch:
     def goes_on(self, name: str, module: nn.Module) -> bool:
         """Whether the function of this name calls what stood there before for this layer, which is watched as well."""
         held = self.interceptions.get(name)
-        return held is not None and (held.wraps or id(module) not in getattr(held._function, "entries", {id(module)}))
+        return held is not None and (held.wraps or ((entry := _entries(held)) is not None and entry(module) is None))
 
     def record(
         self, name: str, run: Function, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, given: Any, options: Any
@@ -114,9 +114,10 @@ class _Watch:
             )
         held, told = self.interceptions.get(name), {**options, "dropout": 0.0}
         with torch.no_grad():
-            if held is not None and hasattr(held._function, "entries"):
+            entry = None if held is None else _entries(held)
+            if entry is not None:
                 with undisturbed(module):
-                    layer = _swapped(place, held._function.entries[id(module)], module, q, k, v, given, told)
+                    layer = _swapped(place, entry(module), module, q, k, v, given, told)
             else:
                 layer = self.layer(place, name, module, q, k, v, given, options)
                 if name not in PLAIN:
@@ -164,17 +165,23 @@ def _own_eager(module: nn.Module) -> Function:
     return names[eager]
 
 
+def _entries(held: Interception) -> Callable[[nn.Module], Any] | None:
+    """What a `regard.swap` does in a layer; None for any other interception."""
+    return getattr(held._function, "entry", None)
+
+
 def _swapped(
     place: dict[str, Any], entry: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, given: Any, options: Any
 ) -> LayerTrace:
     """A layer under `regard.swap`: the pipeline that its parts make of the call."""
-    layer = of_problem(place, entry.parts.applied(read(module, q, k, v, given, **options)))
+    parts = entry.parts(module)
+    layer = of_problem(place, parts.applied(read(module, q, k, v, given, **options)))
     if entry.heads is None:
         return layer
 
     def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call, here = read(module, q, k, v, given, **options), entry.heads.to(q.device)
-        changed = compute(entry.parts.applied(call), entry.parts.kernel)
+        changed = compute(parts.applied(call), parts.kernel)
         return torch.where(here[:, None], changed, compute(call.problem))
 
     return _measured(replace(layer, q=q, k=k, v=v, logit_rule=None), module, mixed)

@@ -1,0 +1,31 @@
+"""What a call costs, counted rather than timed."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Two for each multiply-add of its matrix products and convolutions, by torch's own count."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def largest(call: Callable[[], Any]) -> int:
+    """Numbers in the largest tensor that it makes on the way."""
+    sizes = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    with Watch():
+        call()
+    return max(sizes)
