@@ -230,7 +230,7 @@ def position_bias(
             return torch.einsum("bhtd,htsd->bhts", q, tables[:, offsets]) / math.sqrt(d.D)
         case "slanted":
             by_query, by_key = torch.einsum("bhtd,d->bht", q, own["u"]), torch.einsum("bhsd,d->bhs", k, own["w"])
-            return -(by_query[..., None] + by_key[:, :, None]) * away
+            return -(by_query[..., None] + by_key[:, :, None]) * away / (1 + away)
         case "tabled":
             return own["a"][i % 7][:, None] + own["b"][j % 5]
         case "echo":

@@ -94,16 +94,17 @@ def _is_tree(value: Any) -> bool:
 
 
 class Slanted(Position):
-    """-(q_i . u + k_j . w) |i - j|: a bias that reads queries and keys."""
+    """-(q_i . u + k_j . w) d / (1 + d), d = |i - j|: a bias that reads queries and keys."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.u, self.w = (nn.Parameter(torch.zeros(width)) for _ in "uw")
 
     def bias(self, rows: Rows) -> Tensor:
-        by_query, by_key = (rows.q * self.u).sum(-1), (rows.k * self.w).sum(-1)
-        by_key = by_key.repeat_interleave(rows.q.shape[1] // rows.k.shape[1], 1)
-        return -(by_query[..., None] + by_key[:, :, None]) * (rows.i[:, None] - rows.j).abs()
+        q, k, u, w = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (rows.q, rows.k, self.u, self.w))
+        by_key = (k @ w).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        away = (rows.i[:, None] - rows.j).abs().to(q.dtype)
+        return (-((q @ u)[..., None] + by_key[:, :, None]) * away / (1 + away)).to(rows.q.dtype)
 
 
 class Tabled(Position):
