@@ -31,6 +31,7 @@ c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])        D = half_width"
     verified="reconstructed",
     example={"half_width": 2},
     defaults={"score": "code", "half_width": "code"},
+    exceptions={"L59": "a predicted place among 100,000 is a float32 number: sigmoid's own rounding moves it by 0.006"},
 )
 
 
