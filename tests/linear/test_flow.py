@@ -139,6 +139,14 @@ def test_no_square_matrix():
     assert max(sizes) <= 64 * T  # inside chunks of 64
 
 
+def test_hidden_sources_of_a_context_are_as_if_cut_away():
+    """Every sink stays one, also where context and tokens are equally many."""
+    module, x, context = FlowAttention(8, 2).double(), *torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    got = module(x, context, mask=masks.padding(lengths=torch.tensor([3])))
+    torch.testing.assert_close(got, module(x, context[:, :3]))
+    assert (got - module(x, context)).abs().max() > 1e-3
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"bound is out of range \(got 0\); expected a finite number > 0 and <= 50"):
         FlowAttention(8, 2, bound=0)
@@ -149,8 +157,6 @@ def test_refusals():
     ):
         causal_flow_attention(*qkv(1, 1, 1, 5, 6, 2, 2))
     module, x = FlowAttention(8, 2), torch.randn(1, 4, 8)
-    with pytest.raises(ValueError, match="mask hides tokens of x, not of context"):
-        module(x, x, mask=masks.padding(lengths=torch.tensor([3])))
     with pytest.raises(ValueError, match=r"streaming .*expected a layer built with causal=True"):
         module.init_state(1, 4)
     causal = regard.create("flow", dim=8, num_heads=2, causal=True)

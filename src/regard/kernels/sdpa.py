@@ -94,7 +94,7 @@ def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
     if term is None:
         return None
     term = term if term.dtype == torch.bool else term.to(p.q.dtype)
-    return term.expand(-1, -1, len(p.i[rows]), len(p.j[keys]))
+    return term.expand(-1, -1, p.i[rows].shape[0], p.j[keys].shape[0])
 
 
 def torch_kernels(q: Tensor, k: Tensor, v: Tensor) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from regard.laws.law import law
 from regard.laws.subject import Subject, pairs
 
 
-def grouped(s: Subject) -> list[dict[str, int]]:
+def grouped(s: Subject) -> list[dict[str, Any]]:
     """Options: none, and fewer key heads where those are claimed."""
     return [{}, *([dict(s.groups)] if "gqa" in s.supports and s.groups else [])]
 
@@ -126,7 +126,8 @@ def padding_of_a_causal_layer(s: Subject) -> None:
 def features_of_a_stream(s: Subject) -> None:
     """Token by token is the full pass with fewer key heads, in eval with dropout, and under autograd's eye or not."""
     x = s.tokens()
-    for options in [*grouped(s), *([{"dropout": 0.5}] if "dropout" in s.supports else [])]:
+    dropout: list[dict[str, Any]] = [{"dropout": 0.5}] if "dropout" in s.supports else []
+    for options in [*grouped(s), *dropout]:
         module = s.build(causal=True, **options)
         close(stream(module, x, [3, 1, s.length - 4]), module(x), f"{options}")
 

@@ -117,7 +117,7 @@ def forward_mode(s: Subject) -> None:
             return m(*filled(*given), **call)
 
         with or_refused(f"jvp, {name}"):
-            out, forwards = torch.func.jvp(f, leaves, tangents)
+            out, forwards = torch.func.jvp(f, leaves, tangents)[:2]
             wanted = [x.clone().requires_grad_() for x in leaves]
             plain = f(*wanted)
             close(out.detach(), plain.detach(), f"outputs beside a jvp, {name}")
@@ -236,7 +236,7 @@ def autocast(s: Subject) -> None:
             got = wide(*given)
             compare(got, want, naive, f"autocast, causal={causal}", chooses=chooses)
             if causal and "streaming" in s.supports:
-                compare(stream(wide, *given, [1, 3, s.length - 4]), want, naive, "autocast in step", chooses=chooses)
+                compare(stream(wide, given[0], [1, 3, s.length - 4]), want, naive, "autocast in step", chooses=chooses)
 
 
 def cast(given: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -347,13 +347,15 @@ def compiled_masks(s: Subject) -> None:
 def compiled_bias(s: Subject) -> None:
     """Compiled equals eager for a bias that hides by -inf or by the dtype's lowest number, a whole row included."""
     f = s.form()
+    if f is None:
+        does_not_apply("it is no function of queries, keys and values")
     q, k, v = (t.detach() for t in f.qkv())
     for low in (-torch.inf, torch.finfo(q.dtype).min):
         bias = torch.randn(1, 1, s.length, s.length, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
         bias = bias.masked_fill(torch.ones(s.length, s.length, dtype=torch.bool).triu(3), low)
         bias[:, :, 1] = low
 
-        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, f: Any = f) -> Tensor:
             return f(q, k, v, bias=bias)
 
         torch._dynamo.reset()

@@ -114,7 +114,7 @@ def nystrom_attention(
     wide, m = torch.promote_types(v.dtype, torch.float32), means.shape[1]
     # The inverse multiplies rounding errors: half precision would drown it, under autocast too.
     with as_it_is(q.device):
-        query = q.to(wide) * q.shape[-1] ** -0.5
+        query = q.to(wide) * int(q.shape[-1]) ** -0.5
         key, value = (repeat_heads(z.to(wide), q.shape[1]) for z in (k, v))
         if keep is not None:
             query, key, value = (z.masked_fill(~keep[:, None, :, None], 0) for z in (query, key, value))

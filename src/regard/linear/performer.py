@@ -121,22 +121,22 @@ def performer_attention(
 
 def project(x: Float[Tensor, "B H T D"], directions: Float[Tensor, "r D"]) -> Float[Tensor, "B H T r"]:
     """w_j . x~."""
-    return (x * x.shape[-1] ** -0.25) @ directions.mT
+    return (x * int(x.shape[-1]) ** -0.25) @ directions.mT
 
 
 def softmax_features(
     x: Float[Tensor, "B H T D"], z: Float[Tensor, "B H T r"], top: Float[Tensor, "B H #T 1"], eps: float
 ) -> Float[Tensor, "B H T r"]:
     """r^(-1/2) (exp(z - |x~|^2 / 2 - top) + eps), z = w . x~."""
-    half = 0.5 * x.square().sum(-1, keepdim=True) * x.shape[-1] ** -0.5
-    return ((z - half - top).exp() + eps) * z.shape[-1] ** -0.5
+    half = 0.5 * x.square().sum(-1, keepdim=True) * int(x.shape[-1]) ** -0.5
+    return ((z - half - top).exp() + eps) * int(z.shape[-1]) ** -0.5
 
 
 def relu_features(
     x: Float[Tensor, "B H T D"], directions: Float[Tensor, "r D"] | None, eps: float = 1e-3
 ) -> Float[Tensor, "B H T r"]:
     """relu(W x~) + eps; without directions the widths of x~ are the features."""
-    return (project(x, directions) if directions is not None else x * x.shape[-1] ** -0.25).relu() + eps
+    return (project(x, directions) if directions is not None else x * int(x.shape[-1]) ** -0.25).relu() + eps
 
 
 @CARD.module

@@ -103,7 +103,7 @@ class DynamicConvolutionAttention(LocationAligner):
         for layer in (self.filter_hidden, self.filter_out, self.static_proj, self.dynamic_proj):
             layer.reset_parameters()
         for filters in (self.static_filter, self.score):
-            bound = filters.shape[-1] ** -0.5
+            bound = int(filters.shape[-1]) ** -0.5
             nn.init.uniform_(filters, -bound, bound)
 
     def origin(self, x: Tensor, context: Tensor, keep: Tensor | None) -> Float[Tensor, "B S"]:

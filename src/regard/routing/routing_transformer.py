@@ -148,14 +148,14 @@ class RoutingAttention(HeadMixer):
         v: Float[Tensor, "B H T D"],
         keep: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B H T D"]:
-        again = self.training and self._before is not None and recomputing()
-        L, centroids = self.num_local_heads, self._before if again else self.centroids
+        again = self._before if self.training and recomputing() else None
+        L, centroids = self.num_local_heads, self.centroids if again is None else again
         mask: Mask = near(self.window) & past() if self.causal else near(self.window)
         mask = mask if keep is None else mask & padding(keep)
         local = [attention(q[:, :L], k[:, :L], v[:, :L], mask=mask)] if L else []
         x = _normed(q[:, L:])
         y = x if self.causal else _normed(k[:, L:])
-        if self.training and not again:
+        if self.training and again is None:
             self._before = centroids
             for tokens in (x,) if self.causal else (x, y):
                 self._follow(tokens, keep)

@@ -81,7 +81,7 @@ class DiagonallyMaskedLayer(nn.Module):
         projected = (proj(normed) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in projected)
         others = ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        weights = softmax(q @ k.mT * q.shape[-1] ** -0.5, others)
+        weights = softmax(q @ k.mT * int(q.shape[-1]) ** -0.5, others)
         x = x + self.dropout(self.o_proj((weights @ v).transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_proj(F.relu(self.hidden_proj(self.feed_norm(x))))), weights
 

@@ -51,7 +51,7 @@ def relation(
     a: Float[Tensor, "B H T D"], b: Float[Tensor, "B H T D"], allowed: Bool[Tensor, "#B 1 #T T"] | None = None
 ) -> Float[Tensor, "B H T T"]:
     """log softmax(a b^T / sqrt(D)) in at least fp32; 0 where not allowed."""
-    scores = (a @ b.mT).to(torch.promote_types(a.dtype, torch.float32)) * a.shape[-1] ** -0.5
+    scores = (a @ b.mT).to(torch.promote_types(a.dtype, torch.float32)) * int(a.shape[-1]) ** -0.5
     if allowed is None:
         return scores.log_softmax(-1)
     return scores.masked_fill(~allowed, -torch.inf).log_softmax(-1).masked_fill(~allowed, 0)

@@ -148,8 +148,6 @@ class AttentionGate(nn.Module):
         """Gate skip features x by the signal g of a coarser grid."""
         z = self.out(self.coefficients(x, g) * x)
         if self.training and recomputing():  # a checkpoint's second run: the running statistics have moved already
-            mean, variance = self.norm.running_mean.clone(), self.norm.running_var.clone()
-            return F.batch_norm(
-                z, mean, variance, self.norm.weight, self.norm.bias, True, self.norm.momentum, self.norm.eps
-            )
+            moved = (z.new_zeros(z.shape[1]), z.new_ones(z.shape[1]))
+            return F.batch_norm(z, *moved, self.norm.weight, self.norm.bias, training=True, eps=self.norm.eps)
         return self.norm(z)

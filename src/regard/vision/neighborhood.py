@@ -106,7 +106,7 @@ def neighborhood_attention(
         fits("neighborhood_attention", f"H {table}", {"H": q.shape[1]}, bias=bias)
     flat_q, flat_k, flat_v = (z.flatten(2, -2) for z in (q, k, v))
     check_inputs(flat_q, flat_k, flat_v)
-    p = Problem(flat_q, flat_k, flat_v, q.shape[-1] ** -0.5 if scale is None else scale, mask)
+    p = Problem(flat_q, flat_k, flat_v, int(q.shape[-1]) ** -0.5 if scale is None else scale, mask)
     with as_it_is(q.device):
         return honest(p, partial(kernel.run, table=bias)).unflatten(2, sizes)
 
