@@ -225,12 +225,12 @@ def empty_rows_average_their_values(patch):
     patch.setattr(problem, "softmax", softmax)
 
 
-@bug((masking.nan_reaches_what_sees_it, "softmax"))
+@bug((masking.nan_reaches_what_sees_it_on_every_kernel, "softmax"))
 def nan_becomes_zero(patch):
     patch.setattr(plan, "honest", lambda p, run: run(p).nan_to_num())
 
 
-@bug((masking.nan_reaches_what_sees_it, "cope"))
+@bug((masking.nan_reaches_what_sees_it_on_every_kernel, "cope"))
 def nan_leaks_through_masks(patch):
     patch.setattr(plan, "honest", lambda p, run: run(p))
 

@@ -164,9 +164,23 @@ def no_keys_at_all(s: Subject) -> None:
     says_nothing(s, got, torch.ones(x.shape[:2], dtype=torch.bool))
 
 
-@law("L9", function=True, where=lambda s: "" if s.nan_safe else "it does not claim to be nan_safe")
+def hides_nan(s: Subject) -> str:
+    return "" if s.nan_safe else "it does not claim to be nan_safe"
+
+
+@law("L9", function=True, where=hides_nan)
 def nan_reaches_what_sees_it(s: Subject) -> None:
-    """NaN or inf in one token makes exactly the rows that see it non-finite, on every kernel."""
+    """NaN or inf in one token makes exactly the rows that see it non-finite."""
+    nan_reaches(s, ("eager", "auto") if s.is_part else (None,))
+
+
+@law("L9", function=True, where=hides_nan, pipeline=True, heavy=True)
+def nan_reaches_what_sees_it_on_every_kernel(s: Subject) -> None:
+    """So on every kernel that can run it."""
+    nan_reaches(s, tuple(KERNELS))
+
+
+def nan_reaches(s: Subject, kernels: tuple[str | None, ...]) -> None:
     f: Any = s.form()
     across = bool(f.parts.keys() & {"score_mix", "weight_mix"})
     H, G, T, S = s.heads, f.shape.num_kv_heads, 5, 7
@@ -176,7 +190,7 @@ def nan_reaches_what_sees_it(s: Subject) -> None:
         q, k, v = (t.detach() for t in f.qkv(length=T, keys=S))
         own = f.arguments(causal, mask)["mask"]
         allowed = (masks.full() if own is None else own).dense(T, S).expand(s.batch, H, T, S)
-        for kernel in KERNELS if s.is_part else (None,):
+        for kernel in kernels:
             for hurt, (b, head, n) in cases.items():
                 h = head % H
                 for bad in (float("nan"), float("inf")):

@@ -183,7 +183,7 @@ def dropped(s: Subject, causal: bool) -> Iterator[tuple[str, dict[str, Any], tup
         yield "cross", {}, (*x, s.context()), {}
 
 
-@law("L49", needs="dropout", protocols="TokenMixer GraphMixer")
+@law("L49", needs="dropout", protocols="TokenMixer GraphMixer", heavy=True)
 def dropout_beside_the_rest(s: Subject) -> None:
     """With every other feature dropout does nothing in eval, nothing at probability 0, and something in training."""
     for causal in s.causalities:

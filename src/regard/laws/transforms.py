@@ -72,7 +72,7 @@ def calls(s: Subject) -> Iterator[tuple[str, Any, tuple[Tensor, ...], dict[str, 
             yield f"causal={causal} and padding", module, s.inputs(), {"mask": masks.padding(hidden(s, s.length))}
 
 
-@law("L50", protocols=BATCHED)
+@law("L50", protocols=BATCHED, heavy=True)
 def mapped_over_the_batch(s: Subject) -> None:
     """torch.vmap over the batch, one sequence at a time, gives what the batch gives."""
     for name, module, given, call in calls(s):
@@ -83,7 +83,7 @@ def mapped_over_the_batch(s: Subject) -> None:
             close(got, module(*given), f"vmap, {name}")
 
 
-@law("L50", protocols=BATCHED)
+@law("L50", protocols=BATCHED, heavy=True)
 def gradients_of_each_sample(s: Subject) -> None:
     """vmap of grad gives each sample's gradients."""
     module, given = s.build(), s.inputs()
@@ -105,7 +105,7 @@ def gradients_of_each_sample(s: Subject) -> None:
                 close(g[row], torch.zeros_like(g[row]) if w is None else w, f"{key} of sample {row}")
 
 
-@law("L50", protocols=ALL)
+@law("L50", protocols=ALL, heavy=True)
 def forward_mode(s: Subject) -> None:
     """A Jacobian times a vector, forwards, is what backward says of it: w (J t) = (w J) t."""
     for name, module, _, call in calls(s):
@@ -127,8 +127,8 @@ def forward_mode(s: Subject) -> None:
             close((forwards * w).sum().detach(), want.to(out.dtype), f"jvp, {name}")
 
 
-@law("L50", protocols=ALL)
-def second_derivatives(s: Subject) -> None:
+@law("L50", protocols=ALL, heavy=True)
+def hessians(s: Subject) -> None:
     """torch.func.hessian in two directions, forwards through backward, is what backward through backward gives."""
     module, (leaves, filled) = s.build(), floating(s)
     generator = torch.Generator().manual_seed(3)
@@ -193,7 +193,7 @@ def traced_by_jit(s: Subject) -> None:
             close(traced(*others), module(*others), f"jit.trace, {name}")
 
 
-@law("L50", protocols=ALL)
+@law("L50", protocols=ALL, heavy=True)
 def inference_then_training(s: Subject) -> None:
     """After calls under torch.inference_mode training goes on as if there had been none."""
     module, fresh, (leaves, filled) = s.build(), s.build(), floating(s)
@@ -212,7 +212,7 @@ def inference_then_training(s: Subject) -> None:
         same(got, want, f"result {n} after inference_mode")
 
 
-@law("L50", needs="streaming")
+@law("L50", needs="streaming", heavy=True)
 def inference_then_steps(s: Subject) -> None:
     """A state that was begun under torch.inference_mode can be stepped from outside of it."""
     module, x = s.build(causal=True), s.tokens()
@@ -222,8 +222,8 @@ def inference_then_steps(s: Subject) -> None:
         close(module.step(x[:, 4:], state)[0], module(x)[:, 4:], "steps after inference_mode")
 
 
-@law("L50", protocols=BATCHED)
-def autocast(s: Subject) -> None:
+@law("L50", protocols=BATCHED, heavy=True)
+def autocast_in_steps(s: Subject) -> None:
     """Under autocast outputs are about as exact as in half precision, in a stream as in the full pass."""
     chooses = "routed" in s.traits
     for causal in s.causalities:
@@ -252,7 +252,7 @@ def compare(got: Tensor, want: Tensor, naive: Tensor, what: str, *, chooses: boo
     near(got.to(naive.dtype), want.detach(), naive.detach(), what, grad=True)
 
 
-@law("L52", protocols=ALL)
+@law("L52", protocols=ALL, heavy=True)
 def checkpointed(s: Subject) -> None:
     """Activation checkpointing gives the plain pass's outputs and gradients bit for bit, and buffers move once."""
     for causal in s.causalities:
@@ -277,7 +277,7 @@ def checkpointed(s: Subject) -> None:
                     same(got[key], want, f"{kind}checkpoint, causal={causal}: {key}")
 
 
-@law("L53", protocols=ALL)
+@law("L53", protocols=ALL, heavy=True)
 def built_on_another_device(s: Subject) -> None:
     """Built under a default device everything it has stands there, and calls there give the right shapes."""
     for causal in s.causalities:
@@ -293,7 +293,7 @@ def built_on_another_device(s: Subject) -> None:
             hold(got.is_meta and got.shape == want.shape and got.dtype == want.dtype, f"on meta: {got.shape}")
 
 
-@law("L53", protocols=ALL)
+@law("L53", protocols=ALL, heavy=True)
 def follows_its_inputs(s: Subject) -> None:
     """Whatever the default device is, a call and its gradients are computed where its inputs are."""
     for name, module, given, call in calls(s):
