@@ -63,11 +63,15 @@ def gradients_go_straight_through(s: Subject) -> None:
         with torch.no_grad():
             for p in few:
                 p.fill_(far)
-        grads = torch.autograd.grad(module(*given).square().sum(), few, allow_unused=True)
+        grads = torch.autograd.grad(energy(module, given), few, allow_unused=True)
         for p, g in zip(few, grads, strict=True):
-            level = slope(lambda m=module, given=given: m(*given).square().sum(), {p: torch.ones_like(p)}, STEP) == 0
+            level = slope(partial(energy, module, given), {p: torch.ones_like(p)}, STEP) == 0
             held += level and g is not None and bool(g.ne(0).any())
     hold(held, "every gradient is a slope: nothing goes straight through")
+
+
+def energy(module: Any, given: tuple[Tensor, ...]) -> Tensor:
+    return module(*given).square().sum()
 
 
 def causalities(s: Subject) -> list[bool | None]:
