@@ -10,7 +10,7 @@ from importlib import import_module
 
 from regard.laws.agreement import Broken, DoesNotApply
 from regard.laws.checking import Finding, Report, check, suite
-from regard.laws.law import LAWS, Law, law
+from regard.laws.registry import LAWS, Law, law
 from regard.laws.subject import Subject, of
 
 FILES = (

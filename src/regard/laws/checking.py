@@ -10,7 +10,7 @@ import torch
 
 from regard.laws.agreement import Broken, DoesNotApply
 from regard.laws.foreign import subject
-from regard.laws.law import LAWS, Law
+from regard.laws.registry import LAWS, Law
 from regard.laws.subject import Subject
 
 Outcome = Literal["holds", "fails", "excepted", "does not apply"]

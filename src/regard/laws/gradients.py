@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from regard import masks
 from regard.laws.agreement import Broken, does_not_apply, hold, says
-from regard.laws.law import LAYERS, law
 from regard.laws.modules import drops
+from regard.laws.registry import LAYERS, law
 from regard.laws.subject import Subject
 
 

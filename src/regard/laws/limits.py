@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.cost import costs
 from regard.laws.agreement import does_not_apply, hold
-from regard.laws.law import LAYERS, law
+from regard.laws.registry import LAYERS, law
 from regard.laws.subject import Form, Subject
 from regard.pipeline.function import plan
 

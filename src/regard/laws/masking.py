@@ -10,7 +10,7 @@ from torch import Tensor
 from regard import masks
 from regard.kernels import KERNELS
 from regard.laws.agreement import close, close_all, does_not_apply, hold, run, same, says
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject, field_of, moves_freely, pairs, reaches, takes
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.laws.agreement import close, does_not_apply, hold, near, refused, run, same
-from regard.laws.law import LAYERS, law
+from regard.laws.registry import LAYERS, law
 from regard.laws.subject import Subject
 
 

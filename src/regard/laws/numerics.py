@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.laws.agreement import Broken, close, does_not_apply, hold, naive_precision, near, run, same, says
-from regard.laws.law import LAYERS, law
+from regard.laws.registry import LAYERS, law
 from regard.laws.subject import Subject, no_worse_than_naive
 
 FINE, FINER = 1e-6, 1e-7

@@ -8,7 +8,7 @@ import torch
 from regard import masks
 from regard.kernels import KERNELS
 from regard.laws.agreement import close_all, hold, refused, run, says
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject, small_tiles
 from regard.pipeline import plan
 from regard.pipeline.function import problem

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regard import masks
 from regard.laws.agreement import close, hold, refused, same, says
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject
 from regard.pipeline.kv_cache import KVCache
 

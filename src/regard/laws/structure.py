@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.laws.agreement import Broken, close, does_not_apply, hold, run, same
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject, field_of, reaches
 from regard.pipeline.layer import Attention
 

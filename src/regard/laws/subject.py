@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regard import catalog, masks
 from regard.cards import Card
+from regard.kernels import KERNELS
 from regard.laws.agreement import naive_precision, near, run
 from regard.masks import Mask
 from regard.pipeline.function import attention
@@ -334,8 +335,7 @@ def no_worse_than_naive(
 @contextlib.contextmanager
 def small_tiles(block: int = 4, keys: int = 5) -> Iterator[None]:
     """Chunks and blocks so small that a few tokens straddle many of them."""
-    from regard.kernels import block_sparse, chunked, window
-
+    block_sparse, chunked, window = (KERNELS[name] for name in ("block_sparse", "chunked", "window"))
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (block_sparse, "BLOCK", block),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regard import masks
 from regard.laws.agreement import close, does_not_apply, hold, refused, says
-from regard.laws.law import LAYERS, law
+from regard.laws.registry import LAYERS, law
 from regard.laws.subject import Subject, takes
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from regard import masks
 from regard.laws.agreement import close, close_all, does_not_apply, hold, run, same
-from regard.laws.law import law
 from regard.laws.masking import asks
+from regard.laws.registry import law
 from regard.laws.subject import Subject, takes
 from regard.pipeline.layer import Attention
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard import masks
 from regard.laws.agreement import close, does_not_apply, hold, same
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject, pairs
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.laws.agreement import close, does_not_apply, hold, same
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject, reaches
 
 MIXERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer"

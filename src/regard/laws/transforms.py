@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regard import masks
 from regard.laws.agreement import Broken, close, does_not_apply, hold, near, same
-from regard.laws.law import law
+from regard.laws.registry import law
 from regard.laws.subject import Subject, pairs
 from regard.laws.together import hidden, poisoned, stream, unchanged, worst
 
