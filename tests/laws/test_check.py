@@ -48,7 +48,7 @@ def test_what_is_wrong_is_found_by_the_right_law(bug: type[nn.Module]) -> None:
 def test_few_other_laws_are_broken_by_it(bug: type[nn.Module]) -> None:
     """A report that names everything names nothing."""
     failing = {f.law.name for f in regard.check(bug, traits=FREE).failures}
-    assert 1 <= len(failing) <= 12, sorted(failing)
+    assert 1 <= len(failing) <= 15, sorted(failing)
 
 
 def test_a_function() -> None:

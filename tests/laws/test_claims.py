@@ -9,7 +9,6 @@ from regard import catalog
 CARDS = sorted(catalog.cards())
 
 
-@pytest.mark.law("L57")
 @pytest.mark.parametrize("name", CARDS)
 def test_a_claim_names_a_test_and_all_that_it_names_exists(name: str):
     card = regard.card(name)

@@ -69,7 +69,14 @@ NOW = first() | changed()
     "name", [pytest.param(n, marks=[] if n in NOW else pytest.mark.slow) for n in regard.mechanisms()]
 )
 def test_heavy_laws(name: str, laws: list[Law], record_property) -> None:
-    holds(of(name), [law for law in laws if law.heavy], record_property)
+    holds(of(name), [law for law in laws if law.heavy and not law.long], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", regard.mechanisms())
+def test_long_laws(name: str, laws: list[Law], record_property) -> None:
+    holds(of(name), [law for law in laws if law.long], record_property)
 
 
 def test_every_law_says_what_it_is() -> None:

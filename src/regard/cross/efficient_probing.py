@@ -52,7 +52,7 @@ def efficient_probing(
 ) -> Float[Tensor, "B C"]:
     """Pool tokens; query j fills the j-th of Q equal slices of C. A row whose tokens are all hidden gives 0."""
     Q, (C, M) = queries.shape[0], value_weight.shape
-    scores = queries @ x.mT * M**-0.5
+    scores = queries @ x.mT * int(M) ** -0.5
     allowed = None if keep is None else keep[:, None, None].expand(-1, -1, Q, -1)
     weights = softmax(scores[:, None], allowed)[:, 0]
     pooled = over_keys(weights, x)

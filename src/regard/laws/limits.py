@@ -201,13 +201,13 @@ def long_rows_sum(s: Subject) -> None:
     rows(s, SOME)
 
 
-@law("L59", where=no_normaliser, heavy=True)
+@law("L59", where=no_normaliser, long=True)
 def very_long_rows_sum(s: Subject) -> None:
     """Weights of 1,000,000 scores, in float32, have the sums and means that they have in float64."""
     rows(s, MANY)
 
 
-@law("L59", function=True, heavy=True)
+@law("L59", function=True, long=True)
 @torch.no_grad()
 def one_query_of_a_million_keys(s: Subject) -> None:
     """In every kernel, a query that likes all keys the same gives in float32 the mean of values that it gives in
@@ -242,7 +242,7 @@ def able(f: Form, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     return [whole.kernel, *(name for name in whole.costs if name != whole.kernel)]
 
 
-@law("L59", protocols="TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer", heavy=True)
+@law("L59", protocols="TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer", long=True)
 @torch.no_grad()
 def long_inputs_in_float32(s: Subject) -> None:
     """A mixer of linear cost gives in float32 what it gives in float64 for 1,000,000 tokens, and so does one query of
@@ -312,7 +312,7 @@ def no_chunks(s: Subject) -> str:
     return "" if form is not None else "no plan says that it computes in chunks"
 
 
-@law("L61", where=no_chunks, needs="causal", heavy=True)
+@law("L61", where=no_chunks, needs="causal", long=True)
 @torch.no_grad()
 def chunks_take_little_memory(s: Subject) -> None:
     """Chunks take at 16,384 tokens at most 1/16 of the memory that the whole score matrix takes.

@@ -108,7 +108,7 @@ def compiled(s: Subject) -> None:
     hold(graphs.frame_count == count == 1, f"{count} graphs in the first call, {graphs.frame_count} after the second")
 
 
-@law("L32", needs="compile", heavy=True)
+@law("L32", needs="compile", long=True)
 def compiled_for_any_length(s: Subject) -> None:
     """Five lengths take at most three compilations, and give what the eager layer gives."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -29,6 +29,8 @@ class Law:
     check: Callable[[Subject], None]
     heavy: bool = False
     """Whether it takes about a second: run over one card of each protocol and family, and over all on demand."""
+    long: bool = False
+    """Whether it takes many seconds: run on demand alone. A long law is heavy, too."""
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}"
@@ -48,6 +50,7 @@ def law(
     function: bool = False,
     where: Callable[[Subject], str] = lambda s: "",
     heavy: bool = False,
+    long: bool = False,
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Make a law of a function, whose docstring is the statement. The function stays what it is.
 
@@ -73,7 +76,7 @@ def law(
 
     def make(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
         statement = inspect.cleandoc(check.__doc__ or "").replace("\n", " ")
-        LAWS.append(Law(id, check.__name__, statement, why_not, check, heavy))
+        LAWS.append(Law(id, check.__name__, statement, why_not, check, heavy or long, long))
         return check
 
     return make

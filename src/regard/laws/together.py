@@ -200,7 +200,7 @@ def dropout_beside_the_rest(s: Subject) -> None:
             unchanged(zero(*given, **call), want, f"{name} and dropout=0 in training")
 
 
-@law("L49", needs="compile", protocols="TokenMixer CrossMixer Pooler Pointer", heavy=True)
+@law("L49", needs="compile", protocols="TokenMixer CrossMixer Pooler Pointer", long=True)
 def compiled_beside_the_rest(s: Subject) -> None:
     """Compiled whole, every other feature gives what it gives eagerly."""
     if s.protocol != "TokenMixer":

@@ -72,7 +72,7 @@ def calls(s: Subject) -> Iterator[tuple[str, Any, tuple[Tensor, ...], dict[str, 
             yield f"causal={causal} and padding", module, s.inputs(), {"mask": masks.padding(hidden(s, s.length))}
 
 
-@law("L50", protocols=BATCHED, heavy=True)
+@law("L50", protocols=BATCHED)
 def mapped_over_the_batch(s: Subject) -> None:
     """torch.vmap over the batch, one sequence at a time, gives what the batch gives."""
     for name, module, given, call in calls(s):
@@ -83,7 +83,7 @@ def mapped_over_the_batch(s: Subject) -> None:
             close(got, module(*given), f"vmap, {name}")
 
 
-@law("L50", protocols=BATCHED, heavy=True)
+@law("L50", protocols=BATCHED)
 def gradients_of_each_sample(s: Subject) -> None:
     """vmap of grad gives each sample's gradients."""
     module, given = s.build(), s.inputs()
@@ -127,7 +127,7 @@ def forward_mode(s: Subject) -> None:
             close((forwards * w).sum().detach(), want.to(out.dtype), f"jvp, {name}")
 
 
-@law("L50", protocols=ALL, heavy=True)
+@law("L50", protocols=ALL)
 def hessians(s: Subject) -> None:
     """torch.func.hessian in two directions, forwards through backward, is what backward through backward gives."""
     module, (leaves, filled) = s.build(), floating(s)
@@ -166,7 +166,7 @@ class Called(nn.Module):
         return self.module(*given, **self.call)
 
 
-@law("L50", needs="compile", where=lambda s: "its inputs are its own" if s.given is not None else "", heavy=True)
+@law("L50", needs="compile", where=lambda s: "its inputs are its own" if s.given is not None else "", long=True)
 def exported_with_a_free_length(s: Subject) -> None:
     """torch.export with a length that is free gives one graph, right at other lengths."""
     longest = min(512, s.example.get("max_length", 512))
@@ -193,7 +193,7 @@ def traced_by_jit(s: Subject) -> None:
             close(traced(*others), module(*others), f"jit.trace, {name}")
 
 
-@law("L50", protocols=ALL, heavy=True)
+@law("L50", protocols=ALL)
 def inference_then_training(s: Subject) -> None:
     """After calls under torch.inference_mode training goes on as if there had been none."""
     module, fresh, (leaves, filled) = s.build(), s.build(), floating(s)
@@ -212,7 +212,7 @@ def inference_then_training(s: Subject) -> None:
         same(got, want, f"result {n} after inference_mode")
 
 
-@law("L50", needs="streaming", heavy=True)
+@law("L50", needs="streaming")
 def inference_then_steps(s: Subject) -> None:
     """A state that was begun under torch.inference_mode can be stepped from outside of it."""
     module, x = s.build(causal=True), s.tokens()
@@ -222,7 +222,7 @@ def inference_then_steps(s: Subject) -> None:
         close(module.step(x[:, 4:], state)[0], module(x)[:, 4:], "steps after inference_mode")
 
 
-@law("L50", protocols=BATCHED, heavy=True)
+@law("L50", protocols=BATCHED)
 def autocast_in_steps(s: Subject) -> None:
     """Under autocast outputs are about as exact as in half precision, in a stream as in the full pass."""
     chooses = "routed" in s.traits
@@ -252,7 +252,7 @@ def compare(got: Tensor, want: Tensor, naive: Tensor, what: str, *, chooses: boo
     near(got.to(naive.dtype), want.detach(), naive.detach(), what, grad=True)
 
 
-@law("L52", protocols=ALL, heavy=True)
+@law("L52", protocols=ALL)
 def checkpointed(s: Subject) -> None:
     """Activation checkpointing gives the plain pass's outputs and gradients bit for bit, and buffers move once."""
     for causal in s.causalities:
@@ -293,7 +293,7 @@ def built_on_another_device(s: Subject) -> None:
             hold(got.is_meta and got.shape == want.shape and got.dtype == want.dtype, f"on meta: {got.shape}")
 
 
-@law("L53", protocols=ALL, heavy=True)
+@law("L53", protocols=ALL)
 def follows_its_inputs(s: Subject) -> None:
     """Whatever the default device is, a call and its gradients are computed where its inputs are."""
     for name, module, given, call in calls(s):
@@ -316,7 +316,7 @@ def follows_its_inputs(s: Subject) -> None:
                 same(stream(module, x, [3, 1, s.length - 4]), want, "a stream under another default device")
 
 
-@law("L54", needs="compile", heavy=True)
+@law("L54", needs="compile", long=True)
 def compiled_masks(s: Subject) -> None:
     """Compiled equals eager for NaN in hidden tokens, in visible ones, and for rows that may see nothing."""
     for causal in s.causalities:
@@ -343,7 +343,7 @@ def compiled_masks(s: Subject) -> None:
             close(compiled(given, **call), module(given, **call), f"{name}, causal={causal}")
 
 
-@law("L54", function=True, needs="compile mask", heavy=True)
+@law("L54", function=True, needs="compile mask", long=True)
 def compiled_bias(s: Subject) -> None:
     """Compiled equals eager for a bias that hides by -inf or by the dtype's lowest number, a whole row included."""
     f = s.form()

@@ -113,7 +113,7 @@ def problem(
         q=q,
         k=k,
         v=v,
-        scale=D**-0.5 if scale is None else scale,
+        scale=int(D) ** -0.5 if scale is None else scale,  # while torch.jit traces, sizes are float32 tensors
         mask=check_mask(mask, B, H, T, k.shape[2], q.device),
         bias=bias,
         dropout=dropout,
