@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 
 from regard.laws.agreement import Broken, DoesNotApply
+from regard.laws.every import LAWS
 from regard.laws.foreign import subject
-from regard.laws.registry import LAWS, Law
+from regard.laws.registry import Law
 from regard.laws.subject import Subject
 
 Outcome = Literal["holds", "fails", "excepted", "does not apply"]

@@ -20,7 +20,7 @@ from regard.kernels.cost import Cost, asked, io, products
 from regard.kernels.native import build
 from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, walk, walk_of
 from regard.kernels.native.struct import call
-from regard.kernels.problem import Problem, attend, beyond_softmax, honest
+from regard.kernels.problem import Problem, attend, beyond_softmax, honest, nothing
 from regard.masks.algebra import by_value
 from regard.stages import Rows
 
@@ -63,6 +63,8 @@ def cost(p: Problem) -> Cost:
 
 def run(p: Problem) -> Tensor:
     """(B, H, T, V), honest about NaN by itself: it sees queries, keys and outputs pass by."""
+    if p.q.is_meta:
+        return nothing(p, *p.q.shape[:3], p.v.shape[3])
     odd: list[bool] = []
     out, _ = _attend(p, None, odd)
     return honest(p, lambda clean: with_lse(clean)[0]) if odd[0] else out
