@@ -197,9 +197,10 @@ def shrunk(law: Law, s: Subject, error: Exception) -> tuple[Subject, Exception]:
                 break
             if axis == "heads" and s.dim % size:
                 continue
-            smaller = replace(s, **{axis: size}, drawn=[])
+            changed: dict[str, Any] = {axis: size, "drawn": []}
+            smaller = replace(s, **changed)
             found = attempt(law, smaller)
-            if type(found) is type(error):
+            if found is not None and type(found) is type(error):
                 s, error = smaller, found
                 break
     return s, error

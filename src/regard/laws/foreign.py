@@ -44,7 +44,7 @@ QKV = (("q", "query"), ("k", "key"), ("v", "value"))
 
 
 def subject(
-    thing: object,
+    thing: Any,
     *,
     protocol: str | None = None,
     supports: Iterable[str] | None = None,
@@ -63,14 +63,14 @@ def subject(
     if isinstance(thing, Card):
         return _sized(of(thing.name), dim, heads, options)
     made = _module(thing, name, dict(options or {})) if not _is_function(thing) else _projected(thing, name)
-    protocol = protocol or getattr(thing, "protocol", "TokenMixer")
-    choice("check", ("TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer"), protocol=protocol)
+    kind = str(protocol or getattr(thing, "protocol", "TokenMixer"))
+    choice("check", ("TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Pointer"), protocol=kind)
     claimed = getattr(thing, "supports", None) if supports is None else supports
     whole("check", dim=24 if dim is None else dim, heads=6 if heads is None else heads)
     found = Subject(
         str(name),
         made,
-        protocol,
+        kind,
         frozenset(),
         frozenset(traits),
         given=inputs,

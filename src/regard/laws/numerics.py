@@ -187,7 +187,7 @@ def head_widths(s: Subject) -> None:
     """Any head width, or a refusal at the time of building; values may be wider than keys."""
     for width in (1, 3, 8):
         try:
-            f = s.form(width=width)
+            f: Any = s.form(width=width)
         except ValueError as error:
             says(error, width)
             hold(width % 2 == 1, f"heads of {width} are refused: {error}")

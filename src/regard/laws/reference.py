@@ -55,7 +55,7 @@ def agree(s: Subject, causalities: list[bool]) -> None:
 @law("L39", pipeline=True, function=True)
 def named_kernels_run_or_refuse(s: Subject) -> None:
     """`plan` names the kernel that runs, and why not the others; a refused kernel raises with the reason."""
-    f = s.form()
+    f: Any = s.form()
     q, k, v = f.qkv()
     for causal in s.causalities:
         arguments = f.arguments(causal, kernel="auto")

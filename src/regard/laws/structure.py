@@ -167,7 +167,7 @@ def order_of_nodes_and_edges_is_free(s: Subject) -> None:
 @law("L17", function=True, needs="causal")
 def one_query_is_the_last(s: Subject) -> None:
     """A causal pass over the last queries alone equals the last rows of the whole pass."""
-    f = s.form()
+    f: Any = s.form()
     if any(getattr(p, "halo", 0) for p in f.parts.values()):
         does_not_apply("earlier rows of queries belong to its input")
     q, k, v = f.qkv()
