@@ -17,8 +17,8 @@ SLOW = {"triton": 16, "flex": 12}
 
 ZERO, FLOOR = 1e-12, 1e-6
 """What counts as 0 in float64, and T32's floor, both relative to the largest gradient."""
-DRAWS, ANOTHER = 3, 1_000_000
-"""How many draws of its tensors a problem below float64 has, and from which seeds."""
+DRAWS, ANOTHER = {"fp64": 1, "fp32": 2, "bf16": 5, "fp16": 5}, 1_000_000
+"""How many draws of its tensors a problem has, and how far apart their seeds are."""
 
 
 def able(d: Description, built: list[Built]) -> Iterator[tuple[str, bool]]:
@@ -51,7 +51,7 @@ def run(built: Built, kernel: str, grads: bool) -> dict[str, Tensor]:
 def failures(d: Description, only: Container[str] = KERNELS) -> dict[str, str]:
     """Kernel -> what is wrong with it."""
     # A handful of roundings is no measure: below float64 the bounds come from several draws.
-    draws = [replace(d, seed=d.seed + n * ANOTHER) for n in range(1 if d.dtype == "fp64" else DRAWS)]
+    draws = [replace(d, seed=d.seed + n * ANOTHER) for n in range(DRAWS[d.dtype])]
     built = [build(each) for each in draws]
     want = [naive_problem.run(each) for each in built]
     plain = want if d.dtype == "fp64" else [naive_problem.run(each, DTYPES[d.dtype]) for each in built]

@@ -37,7 +37,7 @@ class _Online(torch.autograd.Function):
     def forward(ctx: Any, p: Problem, rows: int, keys: int, biases: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         q, _, v = tensors[:3]
         wide = torch.promote_types(q.dtype, torch.float32)
-        out = v.new_empty(*q.shape[:3], v.shape[3])
+        out = v.new_empty(*q.shape[:3], v.shape[3], dtype=wide)
         lse = q.new_empty(*q.shape[:3], 1, dtype=wide)
         for at, tiles in tiling(p, rows, keys):
             shape = (*q.shape[:2], at.stop - at.start, 1)
@@ -54,9 +54,10 @@ class _Online(torch.autograd.Function):
             lse[:, :, at] = top + total.log()
             out[:, :, at] = torch.where(total > 0, mixed / total, 0.0)
         ctx.problem, ctx.sizes, ctx.biases = p, (rows, keys), biases
+        # Kept unrounded: what backward takes from dp would not cancel against it otherwise.
         ctx.save_for_backward(out, lse, *tensors)
         ctx.mark_non_differentiable(lse)
-        return out, lse
+        return out.to(v.dtype), lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,7 +71,7 @@ class _Online(torch.autograd.Function):
         extra = [torch.zeros_like(t, dtype=wide) for t in others]
         for at, tiles in tiling(p, *ctx.sizes):
             do = grad[:, :, at].to(wide)
-            delta = (do * out[:, :, at].to(wide)).sum(-1, keepdim=True)
+            delta = (do * out[:, :, at]).sum(-1, keepdim=True)
             # A row that saw nothing has lse -inf; any finite stand-in gives weights e^(-inf) = 0.
             norm = torch.where(lse[:, :, at] == -math.inf, 0.0, lse[:, :, at])
             for part, full in tiles:
