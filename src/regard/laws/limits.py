@@ -319,7 +319,7 @@ def chunks_take_little_memory(s: Subject) -> None:
 
     The matrix is measured at a quarter of the length, where it takes 1/16.
     """
-    f, sizes = formed(s), {}
+    f, sizes = formed(replace(s, dim=s.width, heads=1)), {}
     for part in f.parts.values():
         if isinstance(part, nn.Module):
             part.float()

@@ -71,10 +71,11 @@ def _solve(x: Float[Tensor, "N S"], alpha: float | Float[Tensor, "N 1"]) -> Floa
             total = rest.mul_(power).sum(-1, keepdim=True)
             h = total.pow(alpha - 1)
             slope = power.sum(-1, keepdim=True) * h / total.clamp(min=tiny)
-        step = ((h - 1) / slope.clamp(min=tiny)).clamp_(min=0)
-        step.masked_fill_(step <= eps, 0)  # a row that has arrived stays: others must not move its last bit
+        step = (h - 1) / slope.clamp(min=tiny)
+        # Each row stops by itself: how long others take, such as later queries, must not move it by a rounding.
+        step = torch.where(step > eps, step, 0.0)
         tau += step
-        if early and not bool((step > eps).any()):
+        if early and not bool(step.any()):
             break
     x.sub_(tau).clamp_(min=0)
     if not isinstance(alpha, float):
