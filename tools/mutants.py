@@ -281,9 +281,9 @@ class Runner:
 
     def killer(self, source: Path, card: str) -> str:
         """The first stage whose tests fail, or take too long."""
-        stages = {"rows": [f"tests/laws/test_rows.py::test_rows[L48-{card}]"]}
+        stages = {"rows": [f"tests/laws/test_rows.py::test_rows[{card}]"]}
         if not self.asked.rows:
-            stages["laws"] = ["tests/laws", "--card", card]
+            stages["laws"] = [f"tests/laws/test_laws.py::test_laws[{card}]"]
         own = (
             ROOT / "tests" / regard.card(card).family / f"test_{regard.card(card).builder.__module__.split('.')[-1]}.py"
         )
