@@ -151,7 +151,8 @@ class Bilinear(Score):
 
     def forward(self, rows: Rows, scale: float) -> Tensor:
         keys = rows.k.repeat_interleave(rows.q.shape[1] // rows.k.shape[1], 1)
-        return scale * (rows.q @ self.weight) @ keys.mT
+        q, k, weight = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (rows.q, keys, self.weight))
+        return scale * (q @ weight) @ k.mT
 
 
 class Gated(Score):
