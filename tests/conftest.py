@@ -56,11 +56,10 @@ def pytest_addoption(parser):
 def laws(request):
     """The laws that are asked for."""
     from regard.laws import LAWS
+    from regard.laws.checking import chosen
 
-    asked = set(request.config.getoption("law"))
-    if unknown := asked - {name for law in LAWS for name in (law.id, law.name)}:
-        raise pytest.UsageError(f"unknown laws {sorted(unknown)}")
-    return [law for law in LAWS if not asked or {law.id, law.name} & asked]
+    asked = request.config.getoption("law")
+    return chosen(asked, heavy=True) if asked else list(LAWS)
 
 
 @pytest.hookimpl(tryfirst=True)

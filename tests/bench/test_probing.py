@@ -12,7 +12,7 @@ from regard.bench.compare import execute, run
 from regard.bench.config import CompareConfig, validate
 from regard.bench.live import closing_lines
 from regard.bench.match import sizes
-from regard.bench.probing import Refused, another, calls, refuse_what_breaks_laws
+from regard.bench.probing import Refused, another, calls, exceptions, modes, refuse_what_breaks_laws, said
 from regard.bench.worker import reason, work
 from regard.laws import probe
 from regard.models.mixer import parse
@@ -85,6 +85,14 @@ def test_every_kind_of_task_is_probed(task):
 def test_an_exception_is_said():
     (note,) = refuse_what_breaks_laws(*cell("routing_transformer"), CPU, "before training")
     assert note.startswith("L4 (the future changes nothing) is not asked for: ")
+
+
+def test_an_exception_from_training_is_none_from_eval():
+    excepted = exceptions(parse("attention_gate"))
+    (note,) = (said(law, why) for law, why in excepted.items())
+    assert note.startswith("L10 (other sequences of the batch change nothing) is not asked for in training: ")
+    assert modes("L10", excepted) == ["eval"]
+    assert modes("L4", excepted) == ["eval", "training"]
 
 
 def test_probing_leaves_nothing_behind():

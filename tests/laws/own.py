@@ -126,3 +126,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     allowed = allowed if mask is None else allowed & mask
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, torch.finfo(q.dtype).min)
     return scores.softmax(-1).masked_fill(~allowed, 0) @ v
+
+
+class Running(nn.Module):
+    """The mean of what came, one token after the other, between two maps: it streams."""
+
+    def __init__(self, dim: int, num_heads: int, causal: bool = True):
+        super().__init__()
+        if not causal:
+            raise ValueError("it only runs forward")
+        self.into, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(x, self.init_state(x.shape[0], x.shape[1]))[0]
+
+    def init_state(self, batch_size: int, capacity: int) -> tuple[Tensor, int]:
+        return self.into.weight.new_zeros(batch_size, 1, self.into.out_features), 0
+
+    def step(self, x: Tensor, state: tuple[Tensor, int]) -> tuple[Tensor, tuple[Tensor, int]]:
+        total, count = state
+        sums = total + self.into(x).tanh().cumsum(1)
+        counts = count + torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
+        last = sums[:, -1:] if x.shape[1] else total
+        return self.out(sums / counts[:, None]), (last, count + x.shape[1])
+
+
+class RunningForgets(Running):
+    """What came before the last chunk is lost."""
+
+    def step(self, x, state):
+        return super().step(x, self.init_state(x.shape[0], x.shape[1]))

@@ -1,6 +1,6 @@
 """What a mechanism claims is asked of it in the very model that is trained: a run that breaks a law is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,14 +30,25 @@ def refuse_what_breaks_laws(model: Any, task: Task, mechanism: Spec, device: tor
     excepted = exceptions(mechanism)
     for call in calls(model, task, device):
         for id, (statement, look) in LAWS.items():
-            if id in excepted or (id == "L4" and not causal(task, mechanism)):
+            if id == "L4" and not causal(task, mechanism):
                 continue
             try:
-                look(call)
+                look(call, modes(id, excepted))
             except Broken as broken:
                 place = probe.where(call.module)
                 raise Refused(f"{id}: {statement}: {when}, {broken} ({place})") from broken
-    return [f"{id} ({LAWS[id][0]}) is not asked for: {why}" for id, why in excepted.items()]
+    return [said(law, why) for law, why in excepted.items()]
+
+
+def modes(id: str, excepted: Mapping[str, str]) -> list[str]:
+    """In which it is asked for: a card may be excepted from a law altogether, or from its side in training."""
+    asked = [] if id in excepted else list(probe.MODES)
+    return [mode for mode in asked if not any(law.startswith(f"{id} ") and law.endswith(mode) for law in excepted)]
+
+
+def said(law: str, why: str) -> str:
+    id, _, side = law.partition(" ")
+    return f"{id} ({LAWS[id][0]}) is not asked for{' in training' if side else ''}: {why}"
 
 
 def another(model: Any, task: Task, mechanism: Spec, device: torch.device) -> str:
@@ -85,8 +96,9 @@ def causal(task: Task, mechanism: Spec) -> bool:
 
 
 def exceptions(mechanism: Spec) -> dict[str, str]:
-    """Law id -> why one of its cards is excepted."""
+    """Law id, or id and name of its side in training -> why one of its cards is excepted."""
     if mechanism.own:
         return {}
     cards = [catalog.card(name.strip()) for name in mechanism.name.split("+")]
-    return {id: why for card in cards for id, why in card.exceptions.items() if id in LAWS}
+    every = [item for card in cards for item in card.exceptions.items()]
+    return {law: why for law, why in every if law in LAWS or (law.endswith("_training") and law.split()[0] in LAWS)}

@@ -52,7 +52,7 @@ def check(
         disable=not screen.is_terminal,
     )
     with bars:
-        task = bars.add_task("laws", total=len(chosen(None if asked is None else set(asked), heavy)))
+        task = bars.add_task("laws", total=len(chosen(asked, heavy)))
 
         def seen(finding: Finding) -> None:
             bars.update(task, advance=1, description=str(finding.law))
@@ -61,7 +61,7 @@ def check(
             thing,
             protocol=protocol,
             supports=None if supports is None else words(supports),
-            traits=words(traits),
+            traits=words(traits) or None,
             dim=dim,
             heads=heads,
             options=parse(f"options({options})", "options").options,
@@ -78,20 +78,14 @@ def check(
         grid = terminal.grid(5, 0, 0)
         for finding in report.findings:
             outcome = "n/a" if finding.outcome == "does not apply" else finding.outcome
-            grid.add_row(finding.law.id, Text(outcome, style[finding.outcome]), terminal.line(text(finding)))
+            name = finding.law.name.replace("_", " ")
+            said = name if finding.outcome == "holds" else f"{name}: {finding.text}"
+            grid.add_row(finding.law.id, Text(outcome, style[finding.outcome]), terminal.line(said))
         terminal.show(grid)
+        terminal.show(terminal.line(f"looked at as {', '.join((*report.supports, *report.traits))}"))
         terminal.show(terminal.line(report.summary()), style="bold")
     if not report.ok:
         raise typer.Exit(1)
-
-
-def text(finding) -> str:
-    """What stands beside the outcome: what fails and how, else the statement and why it says nothing."""
-    name = finding.law.name.replace("_", " ")
-    if finding.outcome == "holds":
-        return name
-    at = "" if finding.sizes is None else " at " + ", ".join(f"{k}={n}" for k, n in finding.sizes.items())
-    return f"{name}{at}: {finding.why}"
 
 
 def words(given: str) -> list[str]:

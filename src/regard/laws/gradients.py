@@ -18,7 +18,7 @@ from regard.laws.subject import Subject
 
 def smaller(s: Subject) -> Subject:
     """Half as wide, where it is built to size."""
-    return s if s.card is None else replace(s, dim=s.dim // 2, heads=s.heads // 3)
+    return s if s.foreign else replace(s, dim=s.dim // 2, heads=s.heads // 3)
 
 
 def leaves(given: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ def first_derivatives_at(s: Subject, length: int) -> None:
         except ValueError as error:
             says(error, "token")
             return
-    if s.card is None and options and not module(x, **options).isfinite().all():
+    if s.foreign and options and not module(x, **options).isfinite().all():
         options["mask"][0, 0, length - 1, 0] = True  # what a row that sees nothing gives is for L8 to say
     differentiable(module, (x,), options, f"{length} tokens")
 
@@ -66,9 +66,9 @@ def first_derivatives(s: Subject) -> None:
     first_derivatives_at(s, 5)
 
 
-@law("L23", heavy=True)
+@law("L23", weight="heavy")
 def first_derivatives_of_few(s: Subject) -> None:
-    """The same for one token and for three."""
+    """Gradients are right for one token and for three, too."""
     for length in (1, 3):
         first_derivatives_at(s, length)
 
@@ -95,15 +95,15 @@ def second_derivatives(s: Subject) -> None:
             raise Broken(f"second derivatives: {words}") from error
 
 
-@law("L43", where=lambda s: "it is not called with tokens alone" if s.given else "", heavy=True)
+@law("L43", where=lambda s: "it is not called with tokens alone" if s.given else "", weight="heavy")
 def training(s: Subject) -> None:
     """One batch is learnt: the loss comes down to a tenth in at most 200 steps."""
     module = s.build(dtype=torch.float32, noise=0)
     x, target = s.tokens(length=6, dtype=torch.float32), 0.3 * s.tokens(length=6, seed=12, dtype=torch.float32)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if s.card is None and sum(p.numel() for p in parameters) < target.numel():
+    if s.foreign and sum(p.numel() for p in parameters) < target.numel():
         does_not_apply("it has fewer parameters than the batch has numbers")
-    module.train(s.card is not None or not drops(module))
+    module.train(not s.foreign or not drops(module))
     optimizer = torch.optim.Adam(parameters, 2e-2)
     first = best = float("nan")
     for step in range(200):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.cost import costs
 from regard.laws.agreement import does_not_apply, hold
-from regard.laws.registry import LAYERS, law
+from regard.laws.registry import LAYERS, MIXERS, law
 from regard.laws.subject import Form, Subject
 from regard.pipeline.function import plan
 
@@ -41,9 +41,9 @@ def gradients_are_slopes(s: Subject) -> None:
     compare_slopes(s, module, given, [list(differentiated(module, given))])
 
 
-@law("L51", protocols=LAYERS, heavy=True)
+@law("L51", protocols=LAYERS, weight="heavy")
 def every_gradient_is_a_slope(s: Subject) -> None:
-    """So for every input and parameter by itself, with queries and keys spread 0.5, 1.0 and 1.4, causal and not.
+    """The gradient of each input and parameter is the slope, with queries and keys spread 0.5, 1.0 and 1.4.
 
     A gradient that goes straight through is judged where it doesn't have to: near the parameters' start.
     """
@@ -82,7 +82,7 @@ def causalities(s: Subject) -> list[bool | None]:
 def spread(s: Subject, size: float, causal: bool | None, noise: float = NOISE[0]) -> tuple[Any, tuple[Tensor, ...]]:
     """A module with heads 64 wide, and inputs with which its queries and keys have this standard deviation."""
     try:
-        wide = replace(s, dim=2 * WIDTH, heads=2)
+        wide = s if s.foreign else replace(s, dim=2 * WIDTH, heads=2)
         module, given = wide.build(causal=causal, noise=noise), wide.inputs()
     except ValueError:  # its small instance goes with the subject's own heads
         wide = replace(s, dim=s.heads * WIDTH)
@@ -201,13 +201,13 @@ def long_rows_sum(s: Subject) -> None:
     rows(s, SOME)
 
 
-@law("L59", where=no_normaliser, long=True)
+@law("L59", where=no_normaliser, weight="long")
 def very_long_rows_sum(s: Subject) -> None:
     """Weights of 1,000,000 scores, in float32, have the sums and means that they have in float64."""
     rows(s, MANY)
 
 
-@law("L59", function=True, long=True)
+@law("L59", function=True, weight="long")
 @torch.no_grad()
 def one_query_of_a_million_keys(s: Subject) -> None:
     """In every kernel, a query that likes all keys the same gives in float32 the mean of values that it gives in
@@ -242,7 +242,7 @@ def able(f: Form, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     return [whole.kernel, *(name for name in whole.costs if name != whole.kernel)]
 
 
-@law("L59", protocols="TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer", long=True)
+@law("L59", protocols=MIXERS, weight="long")
 @torch.no_grad()
 def long_inputs_in_float32(s: Subject) -> None:
     """A mixer of linear cost gives in float32 what it gives in float64 for 1,000,000 tokens, and so does one query of
@@ -294,7 +294,7 @@ def long_inputs(s: Subject, causal: bool | None) -> tuple[Any, tuple[Tensor, ...
 
 def linear(s: Subject) -> bool:
     """Whether its card says that time grows in proportion to tokens, up to a logarithm."""
-    if s.card is None:
+    if s.foreign:
         return False
     own = {k: v for k, v in s.example.items() if k in s.card.options}
     one, ten = (costs(s.card, own, batch=1, heads=s.heads, length=n, width=s.width)["time"] for n in (SOME, MANY))
@@ -312,7 +312,7 @@ def no_chunks(s: Subject) -> str:
     return "" if form is not None else "no plan says that it computes in chunks"
 
 
-@law("L61", where=no_chunks, needs="causal", long=True)
+@law("L61", where=no_chunks, needs="causal", weight="long")
 @torch.no_grad()
 def chunks_take_little_memory(s: Subject) -> None:
     """Chunks take at 16,384 tokens at most 1/16 of the memory that the whole score matrix takes.

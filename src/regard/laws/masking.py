@@ -1,7 +1,6 @@
 """L5, L7, L8, L9: padding, the ways to write a mask, rows that may see nothing, and NaN."""
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -16,12 +15,9 @@ from regard.laws.subject import Subject, field_of, moves_freely, pairs, reaches,
 NAN = float("nan")
 
 
-def asks(s: Subject, argument: str) -> bool:
+def asks(s: Subject, *words: str) -> bool:
     """Whether the function form has such an argument: `regard.attention` has all of them."""
-    if s.function is None:
-        return True
-    known = inspect.signature(s.function).parameters
-    return argument in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return s.function is None or s.function.takes(*words) is not None
 
 
 def keep(lengths: tuple[int, ...], side: str) -> Tensor:
@@ -72,7 +68,7 @@ def padding_changes_nothing(s: Subject) -> None:
 
 @law("L5", needs="padding")
 def padding_changes_nothing_in_training(s: Subject) -> None:
-    """Nor does padding count in train mode, for outputs, gradients and buffers: no statistic is taken over pads."""
+    """Padding does not count in training either, for outputs, gradients and buffers: no statistic is over pads."""
     lengths = (max(3, s.length * 3 // 4), max(1, s.length // 3), 2)
     rows = [s.tokens(1, n, seed=20 + n) for n in lengths]
     for causal in s.causalities:
@@ -115,7 +111,7 @@ def masks_as_values_and_tensors(s: Subject) -> None:
         close(module(x, mask=everything), module(x), "all allowed")
 
 
-@law("L7", function=True, needs="mask", where=lambda s: "" if asks(s, "bias") else "it takes no bias")
+@law("L7", function=True, needs="mask", where=lambda s: "" if asks(s, "bias", "attn_bias") else "it takes no bias")
 def masks_as_biases(s: Subject) -> None:
     """-inf and finfo.min in a bias mean what False in a mask means, fully masked rows included."""
     f: Any = s.form()
@@ -133,10 +129,10 @@ def masks_as_biases(s: Subject) -> None:
 def says_nothing(s: Subject, got: dict[str, Tensor], dead: Tensor) -> None:
     """0 where nothing is seen; of other code, whose output may have a bias, the same whatever the input."""
     out = got["out"][dead]
-    want = torch.zeros_like(out) if s.card is not None else out[:1].expand_as(out)
+    want = torch.zeros_like(out) if not s.foreign else out[:1].expand_as(out)
     hold(out.isfinite().all(), "the output of what sees nothing is not finite")
     same(out, want, "the output of what sees nothing")
-    for key in got.keys() - {"out"} if s.card is not None else {"input0"}:
+    for key in got.keys() - {"out"} if not s.foreign else {"input0"}:
         same(got[key], torch.zeros_like(got[key]), f"gradient of {key}")
 
 
@@ -158,7 +154,7 @@ def rows_that_see_nothing(s: Subject) -> None:
 
 @law("L8", needs="cross")
 def no_keys_at_all(s: Subject) -> None:
-    """So it is with a context without tokens."""
+    """A context without tokens gives exactly 0 (or other code's bias), without gradient."""
     module, x = s.build(causal=s.crossings[-1]), s.tokens()
     got = run(module, x, s.tokens(length=0))
     says_nothing(s, got, torch.ones(x.shape[:2], dtype=torch.bool))
@@ -174,9 +170,9 @@ def nan_reaches_what_sees_it(s: Subject) -> None:
     nan_reaches(s, ("eager", "auto") if s.is_part else (None,))
 
 
-@law("L9", function=True, where=hides_nan, pipeline=True, heavy=True)
+@law("L9", function=True, where=hides_nan, pipeline=True, weight="heavy")
 def nan_reaches_what_sees_it_on_every_kernel(s: Subject) -> None:
-    """So on every kernel that can run it."""
+    """On every kernel NaN or inf in one token makes exactly the rows that see it non-finite."""
     nan_reaches(s, tuple(KERNELS))
 
 
@@ -184,7 +180,7 @@ def nan_reaches(s: Subject, kernels: tuple[str | None, ...]) -> None:
     f: Any = s.form()
     across = bool(f.parts.keys() & {"score_mix", "weight_mix"})
     H, G, T, S = s.heads, f.shape.num_kv_heads, 5, 7
-    mask = masks.padding(lengths=torch.tensor([S] + [4] * (s.batch - 1))) if asks(s, "mask") else None
+    mask = masks.padding(lengths=torch.tensor([S] + [4] * (s.batch - 1))) if asks(s, "mask", "attn_mask") else None
     cases = {"q": (0, 2, 3), "k": (0, 2, 5), "v": (1, 4, 6)}  # v's is hidden by the padding
     for causal in s.causalities:
         q, k, v = (t.detach() for t in f.qkv(length=T, keys=S))

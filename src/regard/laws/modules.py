@@ -24,7 +24,7 @@ def no_randomness_unasked(s: Subject) -> None:
     """Without dropout a call leaves the generator where it was, in training too."""
     module = s.build()
     for training in (False, True):
-        if training and s.card is None and drops(module):
+        if training and s.foreign and drops(module):
             return  # somebody else's default, which nothing here asked for
         module.train(training)
         before = torch.get_rng_state()
@@ -90,7 +90,7 @@ def purity(s: Subject) -> None:
         hold(t._version == state[key][1], f"{key} was written to")
 
 
-@law("L32", needs="compile", protocols=LAYERS, heavy=True)
+@law("L32", needs="compile", protocols=LAYERS, weight="heavy")
 def compiled(s: Subject) -> None:
     """Compiled without graph breaks: forward and backward of the eager layer; the second call compiles nothing."""
     from torch._dynamo.testing import CompileCounterWithBackend  # the compiler takes long to import
@@ -108,7 +108,7 @@ def compiled(s: Subject) -> None:
     hold(graphs.frame_count == count == 1, f"{count} graphs in the first call, {graphs.frame_count} after the second")
 
 
-@law("L32", needs="compile", long=True)
+@law("L32", needs="compile", weight="long")
 def compiled_for_any_length(s: Subject) -> None:
     """Five lengths take at most three compilations, and give what the eager layer gives."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -138,10 +138,10 @@ def built_under_a_device(s: Subject) -> None:
     want = s.build(dtype=torch.float32, noise=0)
     with torch.device("meta"):
         under = s.build(dtype=torch.float32, noise=0)
-    if s.card is None and held(under) and not any(t.is_meta for t in held(under)):
+    if s.foreign and held(under) and not any(t.is_meta for t in held(under)):
         does_not_apply("it was built before, elsewhere")
     made = {"torch.device as a context": under, ".to": copy.deepcopy(want).to("meta")}
-    if s.card is not None:
+    if not s.foreign:
         made["device="] = s.build(device="meta", dtype=torch.float32, noise=0)
     for how, module in made.items():
         stay = [k for k, t in (*module.named_parameters(), *module.named_buffers()) if not t.is_meta]
@@ -149,7 +149,7 @@ def built_under_a_device(s: Subject) -> None:
         hold(list(state(module).items()) == list(state(want).items()), f"{how}: other keys, shapes or dtypes")
 
 
-@law("L48", protocols=LAYERS, where=lambda s: "" if s.card else "`dtype=` is an option of regard.create")
+@law("L48", protocols=LAYERS, where=lambda s: "`dtype=` is an option of regard.create" if s.foreign else "")
 def starting_values_do_not_depend_on_the_dtype(s: Subject) -> None:
     """`dtype=` casts what was drawn."""
     want = s.build(dtype=torch.float32, noise=0).double().state_dict()
@@ -165,7 +165,7 @@ def starting_values_do_not_depend_on_the_dtype(s: Subject) -> None:
 def built_on_meta(s: Subject) -> None:
     """Built without memory, given memory, reset and loaded, it is the layer built at once."""
     want = s.build(dtype=torch.float32, noise=0)
-    if s.card is None:
+    if s.foreign:
         meta = copy.deepcopy(want).to("meta")
     else:
         meta = s.build(device="meta", dtype=torch.float32, noise=0)
@@ -176,7 +176,7 @@ def built_on_meta(s: Subject) -> None:
     for part in resets:
         part.reset_parameters()
     own = [part for part in real.modules() if any(True for _ in (*part.parameters(False), *part.buffers(False)))]
-    if s.card is not None or all(part in resets for part in own):
+    if not s.foreign or all(part in resets for part in own):
         for key, t in (*real.named_parameters(), *real.named_buffers()):
             hold(not t.is_floating_point() or t.isfinite().all(), f"reset_parameters leaves {key} as it was")
     elif len(want.state_dict(keep_vars=True)) < len(held(want)):
@@ -202,11 +202,11 @@ def saved_and_loaded(s: Subject) -> None:
         same(s.build(noise=0.01)(*given), module(*given), "the output of another one without parameters")
         return
     tensors = {k: t.contiguous() for k, t in module.state_dict().items()}
-    if s.card is None:
+    if s.foreign:
         tensors = {k: t.clone() for k, t in tensors.items()}  # safetensors takes no two names for one tensor
     loaded = safetensors.torch.load(safetensors.torch.save(tensors))
     fresh = s.build(noise=0.01)
-    if s.card is not None or any(True for _ in module.parameters()):
+    if not s.foreign or any(True for _ in module.parameters()):
         hold(not torch.equal(fresh(*given), module(*given)), "other parameters give the same output")
     fresh.load_state_dict(loaded, strict=True)
     same(fresh(*given), module(*given), "the output of what was loaded")
@@ -232,7 +232,7 @@ def copies(s: Subject) -> None:
         try:
             twin = how(module)
         except (AttributeError, pickle.PicklingError) as error:
-            if s.card is None and how is pickled and ("local" in str(error) or "lookup" in str(error)):
+            if s.foreign and how is pickled and ("local" in str(error) or "lookup" in str(error)):
                 return  # its class has no place where pickle could find it
             raise
         same(twin(*given), want, f"{how.__name__}: the copy's output")
@@ -240,7 +240,7 @@ def copies(s: Subject) -> None:
             for p in twin.parameters():
                 p.zero_()
         same(module(*given), want, f"{how.__name__}: the original's output after its copy was zeroed")
-        if s.card is not None:
+        if not s.foreign:
             hold(twin.supports == module.supports == s.card.supports, f"{how.__name__}: it supports something else")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.laws.agreement import Broken, close, does_not_apply, hold, naive_precision, near, run, same, says
-from regard.laws.registry import LAYERS, law
+from regard.laws.registry import LAYERS, MIXERS, law
 from regard.laws.subject import Subject, no_worse_than_naive
 
 FINE, FINER = 1e-6, 1e-7
@@ -21,7 +21,7 @@ def only_what_torch_can(s: Subject) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if s.card is None and "not implemented for" in str(error):
+        if s.foreign and "not implemented for" in str(error):
             does_not_apply(str(error))
         raise
 
@@ -41,7 +41,7 @@ def bfloat16_precision(s: Subject) -> None:
     half_precision(s, torch.bfloat16)
 
 
-@law("L2", where=not_routed, heavy=True)
+@law("L2", where=not_routed, weight="heavy")
 def float16_precision(s: Subject) -> None:
     """In float16, forward and backward are no worse than a plain computation in float16."""
     half_precision(s, torch.float16)
@@ -112,7 +112,7 @@ def large_logits(s: Subject) -> None:
         finite(run(module, x), f"identical logits in {dtype}")
 
 
-@law("L25", protocols="TokenMixer CrossMixer FeatureMixer Pooler Pointer GraphMixer")
+@law("L25", protocols=MIXERS)
 def large_inputs(s: Subject) -> None:
     """Inputs with a standard deviation of 300: finite forward and backward, in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -121,7 +121,7 @@ def large_inputs(s: Subject) -> None:
             finite(run(s.build(dtype=dtype), *given), f"inputs of 300 in {dtype}")
 
 
-@law("L25", pipeline=True, heavy=True)
+@law("L25", pipeline=True, weight="heavy")
 def larger_logits_are_no_less_exact(s: Subject) -> None:
     """Queries times 10 in bfloat16 are as exact as plain ones, by the same measure."""
 
@@ -163,17 +163,17 @@ def layouts(s: Subject) -> None:
 @law("L27")
 def sizes(s: Subject) -> None:
     """No batch, no tokens, one token, odd lengths: a result of the right shape, or a refusal."""
-    refusals: type[Exception] = ValueError if s.card else Exception
+    refusals: type[Exception] = Exception if s.foreign else ValueError
     for causal in s.causalities:
         module = s.build(causal=causal)
         for batch, length in ((0, 5), (2, 0), (0, 0), (1, 1), (1, 2), (3, 17)):
             what = f"{batch} sequences of {length} tokens"
-            x = torch.randn(batch, length, s.dim, dtype=torch.float64, requires_grad=True)
+            x = s.tokens(batch, length).requires_grad_()
             try:
                 y = module(x)
             except refusals as error:
                 hold(batch * length < 3, f"{what} are refused: {error}")
-                if s.card:
+                if not s.foreign:
                     says(error, length, "token")
                 continue
             hold(y.shape == x.shape, f"{what} give {tuple(y.shape)}")
@@ -223,7 +223,7 @@ def autocast(s: Subject) -> None:
     module, x = s.build(dtype=torch.float32), s.tokens(16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = module(x)
-    if s.card is None:
+    if s.foreign:
         got = got.bfloat16()  # torch's own rule leaves float32 where the last step is no product
     hold(got.dtype == torch.bfloat16, f"under autocast the output is {got.dtype}")
     want = s.build(dtype=torch.float32).double()(x.double())

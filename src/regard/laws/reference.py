@@ -23,9 +23,9 @@ def kernels_agree(s: Subject) -> None:
     agree(s, s.causalities[-1:])
 
 
-@law("L1", pipeline=True, where=lambda s: "" if s.causalities[1:] else "it has one direction", heavy=True)
+@law("L1", pipeline=True, where=lambda s: "" if s.causalities[1:] else "it has one direction", weight="heavy")
 def kernels_agree_in_both_directions(s: Subject) -> None:
-    """The same, where it may be built causal, for the one that isn't."""
+    """Where it may be built causal or not, every kernel gives the reference's outputs and gradients for both."""
     agree(s, s.causalities[:-1])
 
 

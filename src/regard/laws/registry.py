@@ -1,19 +1,30 @@
 """A law: a statement that must hold for whatever claims to be an attention of some kind, and the function that looks.
 
-@law("L4", needs="causal")
-def future_changes_nothing(s: Subject) -> None:
-    '''The future changes nothing.'''
-    ...                                   # raises Broken where it doesn't hold
+    @law("L4", needs="causal")
+    def future_changes_nothing(s: Subject) -> None:
+        '''The future changes nothing.'''
+        ...  # raises Broken where it doesn't hold
+
+The function stays what it is; `LAWS` has it with its id, its statement and whom it speaks of.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from regard.laws.subject import Subject
 
-LAYERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer Loss"
+BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
+"""Protocols whose tensors have a batch."""
+MIXERS = f"{BATCHED} GraphMixer"
+LAYERS = f"{MIXERS} Loss"
 """Protocols of modules that take tensors and give one."""
+
+
+Weight = Literal["light", "heavy", "long"]
+"""light: always looked at. heavy, about a second: for one card of each protocol and family, for all on demand. long,
+many seconds: on demand alone."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +38,7 @@ class Law:
     why_not: Callable[[Subject], str]
     """Why it says nothing about the subject; '' where it does."""
     check: Callable[[Subject], None]
-    heavy: bool = False
-    """Whether it takes about a second: run over one card of each protocol and family, and over all on demand."""
-    long: bool = False
-    """Whether it takes many seconds: run on demand alone. A long law is heavy, too."""
+    weight: Weight = "light"
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}"
@@ -49,8 +57,7 @@ def law(
     pipeline: bool = False,
     function: bool = False,
     where: Callable[[Subject], str] = lambda s: "",
-    heavy: bool = False,
-    long: bool = False,
+    weight: Weight = "light",
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Make a law of a function, whose docstring is the statement. The function stays what it is.
 
@@ -60,6 +67,7 @@ def law(
         pipeline: only for what fills slots of `regard.Attention`.
         function: only for what has a form as a function of queries, keys and values.
         where: why it doesn't apply, for whatever else may keep it from that.
+        weight: how long it takes, and so when it is looked at.
     """
 
     def why_not(s: Subject) -> str:
@@ -68,6 +76,8 @@ def law(
         for claimed, wanted, what in ((s.supports, needs, "support"), (s.traits, traits, "be")):
             if missing := [w for w in wanted.split() if w not in claimed]:
                 return f"it does not claim to {what} {', '.join(missing)}"
+        if "cross" in needs.split() and s.protocol == "TokenMixer" and not s.crossings:
+            return "it is causal, and so of one length"
         if pipeline and not s.is_part:
             return "it is no part of regard.Attention"
         if function and s.form() is None:
@@ -76,12 +86,7 @@ def law(
 
     def make(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
         statement = inspect.cleandoc(check.__doc__ or "").replace("\n", " ")
-        LAWS.append(Law(id, check.__name__, statement, why_not, check, heavy or long, long))
+        LAWS.append(Law(id, check.__name__, statement, why_not, check, weight))
         return check
 
     return make
-
-
-def applying(subject: Subject) -> Iterator[Law]:
-    """The laws that say something about it."""
-    return (one for one in LAWS if not one.why_not(subject))

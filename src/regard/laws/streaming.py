@@ -1,6 +1,7 @@
 """L18, L19, L21: token by token and chunk by chunk are the full pass, and a state is a value."""
 
 import copy
+import inspect
 import itertools
 from typing import Any
 
@@ -8,17 +9,22 @@ import torch
 from torch import Tensor
 
 from regard import masks
-from regard.laws.agreement import close, hold, refused, same, says
+from regard.laws.agreement import close, does_not_apply, hold, refused, same, says
 from regard.laws.registry import law
 from regard.laws.subject import Subject
 from regard.pipeline.kv_cache import KVCache
 
 
-def stream(module: Any, x: Tensor, sizes: list[int], **options: masks.Mask) -> Tensor:
-    """The outputs of all chunks."""
+def stream(module: Any, x: Tensor, sizes: list[int], *, keep: Tensor | None = None, mask: Any = None) -> Tensor:
+    """The outputs of all chunks; `keep` in whichever form `step` takes it: a mask of all keys, or the chunk's own."""
+    if min(sizes) < 0:
+        does_not_apply(f"there are no chunks of {sizes} tokens")
     state, outs, done = module.init_state(x.shape[0], x.shape[1]), [], 0
     for size in sizes:
-        y, state = module.step(x[:, done : done + size], state, **options)
+        given: dict[str, Any] = {} if mask is None else {"mask": mask}
+        if keep is not None:
+            given["mask"] = masks.padding(keep) if whole_masks(module) else keep[:, done : done + size]
+        y, state = module.step(x[:, done : done + size], state, **given)
         done += size
         outs.append(y)
         hold(y.shape[1] == size, f"{size} tokens give {y.shape[1]} outputs")
@@ -28,6 +34,11 @@ def stream(module: Any, x: Tensor, sizes: list[int], **options: masks.Mask) -> T
             hold(kept, "the cache has another dtype or device than the tokens")
     hold(done == x.shape[1], f"the chunks hold {done} tokens of {x.shape[1]}")
     return torch.cat(outs, 1)
+
+
+def whole_masks(module: Any) -> bool:
+    """Whether `step` takes a `Mask` of all keys so far, as the pipeline does."""
+    return "Mask" in str(inspect.signature(module.step).parameters["mask"].annotation)
 
 
 def partitions(length: int, count: int = 8) -> list[list[int]]:

@@ -41,6 +41,10 @@ class Subject:
     """Its card in the catalogue; None for anything else."""
     function: "Callable[..., Tensor] | None" = None
     """Itself, where it is a function of queries, keys and values."""
+    foreign: bool = False
+    """Whether it is anybody's code, which need not keep the catalogue's conventions."""
+    fixed: bool = False
+    """Whether it was built by its owner, so that its sizes are its own."""
     batch: int = 2
     length: int = 12
     dim: int = 24
@@ -52,7 +56,7 @@ class Subject:
     @property
     def nan_safe(self) -> bool:
         """Whether what masks hide may hold NaN; most code multiplies it by zero, and has NaN everywhere."""
-        return self.card is not None or "+" in self.name or "nan_safe" in self.traits
+        return not self.foreign or "nan_safe" in self.traits
 
     def reason(self, id: str, name: str) -> str:
         """Why it is excepted from the law; '' if it is not."""

@@ -18,12 +18,12 @@ def lacks(feature: str) -> Callable[[Subject], str]:
 
 def unbuilt(feature: str) -> Callable[[Subject], str]:
     """As `lacks`, for what shows when it is built, which only the catalogue says how to do."""
-    return lambda s: "it is not in the catalogue" if s.card is None else lacks(feature)(s)
+    return lambda s: "it is not in the catalogue" if s.foreign else lacks(feature)(s)
 
 
 def turned_down(s: Subject, argument: str, *words: str, what: str) -> AbstractContextManager[None]:
     """A mechanism of the catalogue says why, or has no such argument; anything else just may not take it."""
-    if s.card is None:
+    if s.foreign:
         return refused((TypeError, ValueError), what=what)
     return refused(ValueError if takes(s.build(), argument) else TypeError, *words, what=what)
 
@@ -116,7 +116,7 @@ def no_stream(s: Subject) -> None:
     module = s.build()
     if not hasattr(module, "init_state"):
         does_not_apply("it has no init_state")
-    kinds, words = ((ValueError,), ("streaming",)) if s.card is not None else ((TypeError, ValueError), ())
+    kinds, words = ((ValueError,), ("streaming",)) if not s.foreign else ((TypeError, ValueError), ())
     with refused(kinds, *words, what="init_state"):
         module.init_state(s.batch, s.length)
 
@@ -151,7 +151,7 @@ def output_of_the_protocol(s: Subject) -> None:
 @law(
     "L0",
     protocols=LAYERS,
-    where=lambda s: "it is a Loss" if s.protocol == "Loss" else "" if s.card is not None else "not in the catalogue",
+    where=lambda s: "it is a Loss" if s.protocol == "Loss" else "" if not s.foreign else "not in the catalogue",
 )
 def wrong_inputs_are_refused(s: Subject) -> None:
     """Tokens that are too narrow, or without a batch, raise a ValueError that says the shape it got."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from regard import masks
-from regard.laws.agreement import close, does_not_apply, hold, same
+from regard.laws.agreement import close, hold, same
 from regard.laws.registry import law
+from regard.laws.streaming import stream
 from regard.laws.subject import Subject, pairs
 
 
@@ -36,26 +37,6 @@ def worst(s: Subject) -> float:
 def poisoned(x: Tensor, keep: Tensor, value: float) -> Tensor:
     """`value` wherever a token is hidden."""
     return x.masked_fill(~keep[..., None], value)
-
-
-def stream(module: Any, x: Tensor, sizes: list[int], keep: Tensor | None = None, mask: Any = None) -> Tensor:
-    """The outputs of all chunks; `keep` in whichever form `step` takes it: a mask of all keys, or the chunk's own."""
-    state, outs, done = module.init_state(*x.shape[:2]), [], 0
-    for size in sizes:
-        given: dict[str, Any] = {}
-        if keep is not None:
-            given["mask"] = masks.padding(keep) if whole_masks(module) else keep[:, done : done + size]
-        if mask is not None:
-            given["mask"] = mask
-        y, state = module.step(x[:, done : done + size], state, **given)
-        done += size
-        outs.append(y)
-    return torch.cat(outs, 1)
-
-
-def whole_masks(module: Any) -> bool:
-    """Whether `step` takes a `Mask` of all keys so far, as the pipeline does."""
-    return "Mask" in str(inspect.signature(module.step).parameters["mask"].annotation)
 
 
 @law("L49", needs="padding cross")
@@ -144,7 +125,7 @@ def padding_of_a_stream(s: Subject) -> None:
         x = poisoned(x, keep, worst(s))
         want = module(x, mask=masks.padding(keep))
         for sizes in ([1] * s.length, [2, 1, s.length - 3]):
-            got = stream(module, x, sizes, keep)
+            got = stream(module, x, sizes, keep=keep)
             hold(got[keep].isfinite().all(), "NaN of a hidden token reaches a real one")
             close(got[keep], want[keep], f"chunks {sizes}, {options}")
 
@@ -183,7 +164,7 @@ def dropped(s: Subject, causal: bool) -> Iterator[tuple[str, dict[str, Any], tup
         yield "cross", {}, (*x, s.context()), {}
 
 
-@law("L49", needs="dropout", protocols="TokenMixer GraphMixer", heavy=True)
+@law("L49", needs="dropout", protocols="TokenMixer GraphMixer", weight="heavy")
 def dropout_beside_the_rest(s: Subject) -> None:
     """With every other feature dropout does nothing in eval, nothing at probability 0, and something in training."""
     for causal in s.causalities:
@@ -200,11 +181,9 @@ def dropout_beside_the_rest(s: Subject) -> None:
             unchanged(zero(*given, **call), want, f"{name} and dropout=0 in training")
 
 
-@law("L49", needs="compile", protocols="TokenMixer CrossMixer Pooler Pointer", long=True)
+@law("L49", needs="compile", weight="long")
 def compiled_beside_the_rest(s: Subject) -> None:
     """Compiled whole, every other feature gives what it gives eagerly."""
-    if s.protocol != "TokenMixer":
-        does_not_apply("its one call is looked at elsewhere")
     for causal in s.causalities:
         for name, options, given, call in dropped(s, causal):
             module = s.build(causal=causal, **options)

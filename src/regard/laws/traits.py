@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.laws.agreement import close, does_not_apply, hold, same
-from regard.laws.registry import law
+from regard.laws.registry import MIXERS, law
 from regard.laws.subject import Subject, reaches
-
-MIXERS = "TokenMixer CrossMixer FeatureMixer GraphMixer Pooler Pointer"
-
 
 # --- L15: the function of queries, keys and values ----------------------------------------------------------
 
@@ -43,10 +40,10 @@ def weights_are_as_the_traits_say(s: Subject) -> None:
             close(a.sum(-1), torch.ones_like(a.sum(-1)), "sum of weights")
         if "nonnegative" in s.traits:
             hold((a >= 0).all(), f"a weight is {a.min():.3g}: the trait 'nonnegative' says else")
-        elif s.card is not None:
+        elif not s.foreign:
             hold((a < 0).any(), "the trait 'nonnegative' is missing")
         some = bool((a[allowed] == 0).any())
-        if some or s.card is not None:
+        if some or not s.foreign:
             told = f"{'some' if some else 'no'} allowed weights are 0: the trait 'sparse' says else"
             hold(some == ("sparse" in s.traits), told)
 

@@ -8,18 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from regard import masks
 from regard.laws.agreement import Broken, close, does_not_apply, hold, near, same
-from regard.laws.registry import law
+from regard.laws.registry import BATCHED, LAYERS, law
 from regard.laws.subject import Subject, pairs
 from regard.laws.together import hidden, poisoned, stream, unchanged, worst
-
-BATCHED = "TokenMixer CrossMixer FeatureMixer Pooler Pointer"
-ALL = f"{BATCHED} GraphMixer Loss"
 
 
 def said(error: Exception) -> bool:
@@ -36,14 +33,22 @@ def said(error: Exception) -> bool:
 
 
 @contextmanager
-def or_refused(what: str) -> Iterator[None]:
-    """What is inside works, or the mechanism says in one line that it does not support it."""
+def or_refused(s: Subject, what: str) -> Iterator[None]:
+    """What is inside works, or the mechanism says in one line that it does not support it.
+
+    For other code torch may say it: its fused attention, for one, has no forward mode.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Broken:
         raise
+    except NotImplementedError as error:
+        if s.foreign:
+            does_not_apply(f"{what}: {' '.join(str(error).split())[:100]}")
+        if not said(error):
+            raise Broken(f"{what}: NotImplementedError: {' '.join(str(error).split())[:300]}") from error
     except Exception as error:
         if not said(error):
             raise Broken(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
@@ -78,7 +83,7 @@ def mapped_over_the_batch(s: Subject) -> None:
     for name, module, given, call in calls(s):
         if call or any(len(g) != len(given[0]) for g in given):
             continue
-        with or_refused(f"vmap, {name}"), torch.no_grad():
+        with or_refused(s, f"vmap, {name}"), torch.no_grad():
             got = torch.vmap(lambda *one, m=module: m(*(g[None] for g in one))[0])(*given)
             close(got, module(*given), f"vmap, {name}")
 
@@ -96,7 +101,7 @@ def gradients_of_each_sample(s: Subject) -> None:
     def loss(params: dict[str, Tensor], *one: Tensor) -> Tensor:
         return torch.func.functional_call(module, params, tuple(g[None] for g in one)).square().sum()
 
-    with or_refused("vmap of grad"):
+    with or_refused(s, "vmap of grad"):
         got = torch.vmap(torch.func.grad(loss), (None, *(0 for _ in given)))(params, *given)
         for row in range(len(given[0])):
             one = loss(params, *(g[row] for g in given))
@@ -105,7 +110,7 @@ def gradients_of_each_sample(s: Subject) -> None:
                 close(g[row], torch.zeros_like(g[row]) if w is None else w, f"{key} of sample {row}")
 
 
-@law("L50", protocols=ALL, heavy=True)
+@law("L50", protocols=LAYERS, weight="heavy")
 def forward_mode(s: Subject) -> None:
     """A Jacobian times a vector, forwards, is what backward says of it: w (J t) = (w J) t."""
     for name, module, _, call in calls(s):
@@ -116,7 +121,7 @@ def forward_mode(s: Subject) -> None:
         def f(*given: Tensor, m: Any = module, call: Any = call, filled: Any = filled) -> Tensor:
             return m(*filled(*given), **call)
 
-        with or_refused(f"jvp, {name}"):
+        with or_refused(s, f"jvp, {name}"):
             out, forwards = torch.func.jvp(f, leaves, tangents)[:2]
             wanted = [x.clone().requires_grad_() for x in leaves]
             plain = f(*wanted)
@@ -127,7 +132,7 @@ def forward_mode(s: Subject) -> None:
             close((forwards * w).sum().detach(), want.to(out.dtype), f"jvp, {name}")
 
 
-@law("L50", protocols=ALL)
+@law("L50", protocols=LAYERS)
 def hessians(s: Subject) -> None:
     """torch.func.hessian in two directions, forwards through backward, is what backward through backward gives."""
     module, (leaves, filled) = s.build(), floating(s)
@@ -138,62 +143,51 @@ def hessians(s: Subject) -> None:
         moved = (x + a[0] * t + a[1] * u for x, t, u in zip(leaves, *ways, strict=True))
         return module(*filled(*moved)).square().sum()
 
-    with or_refused("hessian"):
+    with or_refused(s, "hessian"):
         got = torch.func.hessian(f)(torch.zeros(2, dtype=leaves[0].dtype))
         want = torch.func.jacrev(torch.func.jacrev(f))(torch.zeros(2, dtype=leaves[0].dtype)).detach()
         close(got.detach(), want, "hessian")
 
 
-@law("L50", protocols=ALL, heavy=True)
+@law("L50", protocols=LAYERS, weight="heavy")
 def fake_tensors(s: Subject) -> None:
     """Under FakeTensorMode, where there are shapes and no data, outputs have the real ones' shapes and dtypes."""
     for name, module, given, call in calls(s):
         want = module(*given, **call)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with or_refused(f"fake tensors, {name}"), mode:
+        with or_refused(s, f"fake tensors, {name}"), mode:
             got = module(*(mode.from_tensor(g) for g in given), **call)
             hold(got.shape == want.shape and got.dtype == want.dtype, f"fake tensors, {name}: {got.shape}")
 
 
-class Called(nn.Module):
-    """A module with the options of its call, as export wants it."""
-
-    def __init__(self, module: nn.Module, call: dict[str, Any]) -> None:
-        super().__init__()
-        self.module, self.call = module, call
-
-    def forward(self, *given: Tensor) -> Tensor:
-        return self.module(*given, **self.call)
-
-
-@law("L50", needs="compile", where=lambda s: "its inputs are its own" if s.given is not None else "", long=True)
+@law("L50", needs="compile", where=lambda s: "its inputs are its own" if s.given is not None else "", weight="long")
 def exported_with_a_free_length(s: Subject) -> None:
     """torch.export with a length that is free gives one graph, right at other lengths."""
     longest = min(512, s.example.get("max_length", 512))
     free = torch.export.Dim("T", min=2, max=longest)
     for causal in s.causalities:
         module, x = s.build(causal=causal), s.tokens()
-        with or_refused(f"export, causal={causal}"):
+        with or_refused(s, f"export, causal={causal}"):
             exported = torch.export.export(module, (x,), dynamic_shapes=({1: free},)).module()
             for length in (s.length, 5, min(31, longest)):
                 other = s.tokens(length=length, seed=8)
                 close(exported(other), module(other), f"exported, causal={causal}, at {length} tokens")
 
 
-@law("L50", protocols=ALL, heavy=True)
+@law("L50", protocols=LAYERS, weight="heavy")
 def traced_by_jit(s: Subject) -> None:
     """torch.jit.trace gives a graph that is right for other inputs of the shapes."""
     for name, module, given, call in calls(s):
         if call:
             continue
-        with or_refused(f"jit.trace, {name}"), torch.no_grad():
+        with or_refused(s, f"jit.trace, {name}"), torch.no_grad():
             traced = torch.jit.trace(module, given, check_trace=False)
             others = tuple(1.7 * g.flip(1) if g.is_floating_point() and g.dim() > 1 else g for g in given)
             others = others if s.given is None else given
             close(traced(*others), module(*others), f"jit.trace, {name}")
 
 
-@law("L50", protocols=ALL)
+@law("L50", protocols=LAYERS)
 def inference_then_training(s: Subject) -> None:
     """After calls under torch.inference_mode training goes on as if there had been none."""
     module, fresh, (leaves, filled) = s.build(), s.build(), floating(s)
@@ -252,7 +246,7 @@ def compare(got: Tensor, want: Tensor, naive: Tensor, what: str, *, chooses: boo
     near(got.to(naive.dtype), want.detach(), naive.detach(), what, grad=True)
 
 
-@law("L52", protocols=ALL)
+@law("L52", protocols=LAYERS)
 def checkpointed(s: Subject) -> None:
     """Activation checkpointing gives the plain pass's outputs and gradients bit for bit, and buffers move once."""
     for causal in s.causalities:
@@ -277,7 +271,7 @@ def checkpointed(s: Subject) -> None:
                     same(got[key], want, f"{kind}checkpoint, causal={causal}: {key}")
 
 
-@law("L53", protocols=ALL, heavy=True)
+@law("L53", protocols=LAYERS, weight="heavy")
 def built_on_another_device(s: Subject) -> None:
     """Built under a default device everything it has stands there, and calls there give the right shapes."""
     for causal in s.causalities:
@@ -288,12 +282,12 @@ def built_on_another_device(s: Subject) -> None:
         for key, t in (*module.named_parameters(), *module.named_buffers()):
             hold(t.is_meta, f"{key} stands on {t.device}, not on the default device")
         module = module.to(want.dtype).eval()
-        with or_refused("a call on meta tensors"):
+        with or_refused(s, "a call on meta tensors"):
             got = module(*(g.to("meta") for g in given))
             hold(got.is_meta and got.shape == want.shape and got.dtype == want.dtype, f"on meta: {got.shape}")
 
 
-@law("L53", protocols=ALL)
+@law("L53", protocols=LAYERS)
 def follows_its_inputs(s: Subject) -> None:
     """Whatever the default device is, a call and its gradients are computed where its inputs are."""
     for name, module, given, call in calls(s):
@@ -316,7 +310,7 @@ def follows_its_inputs(s: Subject) -> None:
                 same(stream(module, x, [3, 1, s.length - 4]), want, "a stream under another default device")
 
 
-@law("L54", needs="compile", long=True)
+@law("L54", needs="compile", weight="long")
 def compiled_masks(s: Subject) -> None:
     """Compiled equals eager for NaN in hidden tokens, in visible ones, and for rows that may see nothing."""
     for causal in s.causalities:
@@ -343,7 +337,7 @@ def compiled_masks(s: Subject) -> None:
             close(compiled(given, **call), module(given, **call), f"{name}, causal={causal}")
 
 
-@law("L54", function=True, needs="compile mask", long=True)
+@law("L54", function=True, needs="compile mask", weight="long")
 def compiled_bias(s: Subject) -> None:
     """Compiled equals eager for a bias that hides by -inf or by the dtype's lowest number, a whole row included."""
     f = s.form()
