@@ -132,7 +132,7 @@ def test_fits_learns_letters_and_broadcasts():
 def function(
     q: Float[Tensor, "B T D"],
     k: Float[Tensor, "B S D"],
-    index: Int[Tensor, "B"] | None = None,
+    index: Int[Tensor, " B"] | None = None,
     *,
     keep: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 1 S"] | Mask | None = None,
     free: Tensor | None = None,

@@ -156,7 +156,8 @@ class Card:
     cost: Cost = field(default_factory=lambda: Cost("2*B*H*T*S*D", "2*S*G*D"))
     claim: str = ""
     """What the paper claims, and which test shows it in small, as `tests/FAMILY/test_NAME.py::test_IT`: one that fails
-    with plain softmax in the mechanism's place. A command besides stands in backticks."""
+    with plain softmax in the mechanism's place, or is listed in `tests/laws/claims_not_telling.txt`. A command besides
+    stands in backticks."""
     differs: tuple[str, ...] = ()
     """Where this code departs from the paper, one sentence each."""
     verified: Literal["equation", "third-party", "reconstructed"] = "equation"
@@ -189,7 +190,9 @@ class Card:
         for option, source in self.defaults.items():
             if source.partition(",")[0] not in SOURCES:
                 where = f"card {self.name!r}: the default of {option!r} comes from"
-                raise ValueError(f"{where} an unknown source {source!r}; known: {', '.join(SOURCES)}")
+                raise ValueError(
+                    f"{where} an unknown source {source!r}; expected one of the known: {', '.join(SOURCES)}"
+                )
         if self.protocol not in typing.get_args(Protocols):
             raise ValueError(f"card {self.name!r}: unknown protocol {self.protocol!r}; known: {Protocols}")
         if not self.papers or not all(isinstance(paper, Paper) for paper in self.papers):

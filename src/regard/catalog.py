@@ -191,6 +191,6 @@ def _hears(card: Card, **asked: bool) -> None:
     """What is asked for must not fall on deaf ears: the card claims it, but the class may have no such argument."""
     for name in (name for name, wanted in asked.items() if wanted and not card.takes(name)):
         raise ValueError(
-            f"create: {card.name!r} claims to support {name}, but {card.builder.__qualname__} takes no such argument; "
-            f"expected `{name}` or `**rest: Unpack[...]` in its signature"
+            f"create: {card.name!r} claims to support {name}, but {card.builder.__qualname__} takes no such argument "
+            f"(got {name}={asked[name]!r}); expected `{name}` or `**rest: Unpack[...]` in its signature"
         )

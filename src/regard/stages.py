@@ -61,8 +61,8 @@ class Rows:
     """Keys of these columns, after rotation."""
     scores: Float[Tensor, "B H t s"]
     """Scaled dot products, before any bias. Filled for stages with "scores" in `needs`, and for every mix."""
-    i: Int[Tensor, "t"]
-    j: Int[Tensor, "s"]
+    i: Int[Tensor, " t"]
+    j: Int[Tensor, " s"]
     allowed: Bool[Tensor, "#B #H t s"] | None = None
     """True = may attend; None = all may."""
     x: Float[Tensor, "B t M"] | None = None

@@ -1,7 +1,8 @@
 """Whether a branch may look at what tensors hold, and what torch is doing to a function while it runs.
 
 Values don't depend on the answers, only how they are come by: where nobody may look, a test and its branch become a
-`where` over everything.
+`where` over everything. Two exceptions: eager calls off the CPU leave NaN in hidden places alone, and compiled sums
+over more than `regard.kernels.sums.MANY` keys are torch's own.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,14 +21,19 @@ def readable(*tensors: Tensor) -> bool:
     return not transformed(*tensors) and not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
 
 
+def active() -> bool:
+    """Whether anything of torch.func or forward-mode AD is at work at all."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def transformed(*tensors: Tensor) -> bool:
     """Whether torch.func (vmap, grad, jvp ...) or forward-mode AD works on any: code of ours has no rules for them."""
-    if torch.compiler.is_compiling():
+    if not active():  # mostly so, and told at once
         return False
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return True
-    if torch._C._functorch.peek_interpreter_stack() is None:  # mostly so, and told at once
-        return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import regard
 from regard.laws import LAWS, Broken, DoesNotApply, Law, Subject, of
+from regard.laws.checking import attempt, said
 
 
 def holds(s: Subject, laws: list[Law], note) -> None:

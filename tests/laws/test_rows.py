@@ -56,7 +56,7 @@ def test_defaults_say_where_they_come_from(record_property) -> None:
     assert {source.partition(",")[0] for source in said} - {""} == set(SOURCES)
     papers = regard.card("softmax").papers
     with pytest.raises(
-        ValueError, match="default of 'a' comes from an unknown source 'memory'; known: paper, code, ours"
+        ValueError, match="from an unknown source 'memory'; expected one of the known: paper, code, ours"
     ):
         Card("wrong", equation="y = x", papers=papers, defaults={"a": "memory"})
     with pytest.raises(ValueError, match="says where the default of an unknown option 'b' comes from"):

@@ -22,6 +22,7 @@ from regard.pipeline.head_mixer import Projections
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.layer import Attention
 from regard.pipeline.streaming import check_streams
+from regard.tracing import autocasts
 
 CARD = Card(
     "el_attention",
@@ -122,7 +123,8 @@ class ELAttention(Attention):
             refuse(self, "state", "has the wrong type", given, "the KVCache of init_state", error=TypeError)
         if mask is not None and not isinstance(mask, Mask):
             refuse(self, "mask", "has the wrong type", type(mask).__name__, "a regard.masks.Mask", error=TypeError)
-        held, state = state.append(x=x)
+        kept = x.to(state.buffers["x"].dtype) if autocasts(x.device) and "x" in state.buffers else x
+        held, state = state.append(x=kept)
         where = torch.arange(state.length, device=x.device)
         q, k, v, _, _ = self._project(x, held["x"], where, where, where)
         return self._finish(execute(self._problem(q, k, v, None, None, self._static(mask)), self.kernel), x), state

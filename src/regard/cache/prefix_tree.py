@@ -334,7 +334,8 @@ class PrefixTree:
 
     def _write(self, places: Tensor, k: Float[Tensor, "G n D"], v: Float[Tensor, "G n V"]) -> None:
         graph = torch.is_grad_enabled() and any(z.requires_grad for z in (k, v, self.k, self.v))
-        if graph or (self.k.is_inference() and not torch.is_inference_mode_enabled()):
+        asked = not torch.compiler.is_compiling()  # which can't ask
+        if graph or (asked and self.k.is_inference() and not torch.is_inference_mode_enabled()):
             self.k, self.v = (
                 self.k.index_copy(1, places, k),
                 self.v.index_copy(1, places, v),

@@ -47,7 +47,7 @@ def efficient_probing(
     x: Float[Tensor, "B T M"],
     queries: Float[Tensor, "Q M"],
     value_weight: Float[Tensor, "C M"],
-    value_bias: Float[Tensor, "C"] | None = None,
+    value_bias: Float[Tensor, " C"] | None = None,
     keep: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B C"]:
     """Pool tokens; query j fills the j-th of Q equal slices of C. A row whose tokens are all hidden gives 0."""

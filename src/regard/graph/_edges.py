@@ -37,7 +37,7 @@ def check_features(who: object, features: Float[Tensor, "E W"] | None, width: in
         fits(who, "E W", {"W": width}, edge_features=features)
 
 
-def check_graph(who: object, graph: Int[Tensor, "N"] | None, num_graphs: int) -> None:
+def check_graph(who: object, graph: Int[Tensor, " N"] | None, num_graphs: int) -> None:
     """Raises unless graph tells which of the graphs nodes are in; None will do for one graph."""
     if graph is None:
         if num_graphs != 1:
@@ -47,7 +47,7 @@ def check_graph(who: object, graph: Int[Tensor, "N"] | None, num_graphs: int) ->
         refuse(who, "graph", "names unknown graphs", graph.unique().tolist(), f"0 to {num_graphs - 1}")
 
 
-def with_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> tuple[Int[Tensor, "2 E+N"], Bool[Tensor, "E+N"]]:
+def with_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> tuple[Int[Tensor, "2 E+N"], Bool[Tensor, " E+N"]]:
     """The edges, one loop per node at the end, and which edges count: loops that were there before do not.
 
     They stay in the list, unused, so that shapes depend on no values and the layer compiles to one graph.
@@ -58,13 +58,13 @@ def with_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> tuple[Int[Tens
     return edges, keep
 
 
-def edge_sum(values: Float[Tensor, "E *W"], target: Int[Tensor, "E"], num_nodes: int) -> Float[Tensor, "N *W"]:
+def edge_sum(values: Float[Tensor, " E *W"], target: Int[Tensor, " E"], num_nodes: int) -> Float[Tensor, " N *W"]:
     """The sum over the edges into each node; 0 for a node without any."""
     return values.new_zeros(num_nodes, *values.shape[1:]).index_add(0, target, values)
 
 
 def edge_mean(
-    values: Float[Tensor, "E W"], target: Int[Tensor, "E"], num_nodes: int, keep: Bool[Tensor, "E"]
+    values: Float[Tensor, "E W"], target: Int[Tensor, " E"], num_nodes: int, keep: Bool[Tensor, " E"]
 ) -> Float[Tensor, "N W"]:
     """The mean over the edges into each node that count; 0 for a node without any."""
     count = edge_sum(keep.to(values.dtype), target, num_nodes).clamp_min(1)
@@ -72,11 +72,11 @@ def edge_mean(
 
 
 def edge_softmax(
-    scores: Float[Tensor, "E *W"],
-    target: Int[Tensor, "E"],
+    scores: Float[Tensor, " E *W"],
+    target: Int[Tensor, " E"],
     num_nodes: int,
-    keep: Bool[Tensor, "E"] | None = None,
-) -> Float[Tensor, "E *W"]:
+    keep: Bool[Tensor, " E"] | None = None,
+) -> Float[Tensor, " E *W"]:
     """Weights that sum to 1 over the edges into each node, in at least fp32; 0 for an edge that doesn't count."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if keep is not None:

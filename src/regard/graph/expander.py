@@ -58,7 +58,7 @@ def _drawn(num_nodes: int, degree: int, seed: int) -> Int[Tensor, "2 F"]:
 
 
 def expander_of_graphs(
-    num_nodes: int, graph: Int[Tensor, "N"] | None, num_graphs: int, *, degree: int, seed: int
+    num_nodes: int, graph: Int[Tensor, " N"] | None, num_graphs: int, *, degree: int, seed: int
 ) -> Int[Tensor, "2 F"]:
     """An expander for each graph of a batch, or for all nodes where `graph` is None."""
     if graph is None:

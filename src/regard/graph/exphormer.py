@@ -139,7 +139,7 @@ class Exphormer(nn.Module):
         expander_edges: Int[Tensor, "2 F"] | None = None,
         edge_features: Float[Tensor, "E W"] | None = None,
         *,
-        graph: Int[Tensor, "N"] | None = None,
+        graph: Int[Tensor, " N"] | None = None,
         num_graphs: int = 1,
     ) -> Float[Tensor, "N M"]:
         """One layer on its own: the virtual nodes read the nodes first, since no layer takes them over afterwards.
@@ -168,7 +168,7 @@ class Exphormer(nn.Module):
         expander_edges: Int[Tensor, "2 F"] | None = None,
         *,
         edge_features: Float[Tensor, "E W"] | None = None,
-        graph: Int[Tensor, "N"] | None = None,
+        graph: Int[Tensor, " N"] | None = None,
         num_graphs: int = 1,
     ) -> tuple[Float[Tensor, "N M"], Float[Tensor, "R*graphs M"]]:
         """The paper's layer: nodes and virtual nodes read each other. Hand both on to the next layer."""

@@ -53,7 +53,7 @@ def gatv2(
     edge_index: Int[Tensor, "2 E"],
     *,
     edge: Float[Tensor, "E H D"] | None = None,
-    keep: Bool[Tensor, "E"] | None = None,
+    keep: Bool[Tensor, " E"] | None = None,
     negative_slope: float = 0.2,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H D"]:

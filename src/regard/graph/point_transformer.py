@@ -51,7 +51,7 @@ share = s: gamma gives C / s numbers, and channels c, c + C / s, ... have one we
 
 @checked()
 def nearest(
-    pos: Float[Tensor, "N P"], k: int, *, cloud: Int[Tensor, "N"] | None = None, rows: int = 1024
+    pos: Float[Tensor, "N P"], k: int, *, cloud: Int[Tensor, " N"] | None = None, rows: int = 1024
 ) -> Int[Tensor, "2 N*k"]:
     """Edges from the k nearest points of its own cloud, itself among them, to every point.
 
@@ -80,7 +80,7 @@ def vector_attention(
     gamma: nn.Module,
     edge_index: Int[Tensor, "2 E"],
     *,
-    keep: Bool[Tensor, "E"] | None = None,
+    keep: Bool[Tensor, " E"] | None = None,
 ) -> Float[Tensor, "T C"]:
     """Attention of the targets over the sources that edges lead from; `keep` is False for edges that don't count.
 

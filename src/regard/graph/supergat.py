@@ -72,7 +72,7 @@ def supergat(
     edge_index: Int[Tensor, "2 E"],
     *,
     form: Form = "MX",
-    keep: Bool[Tensor, "E"] | None = None,
+    keep: Bool[Tensor, " E"] | None = None,
     negative_slope: float = 0.2,
     dropout: float = 0.0,
 ) -> Float[Tensor, "N H D"]:

@@ -41,7 +41,7 @@ CARD = Card(
 )
 
 
-def rms_norm(z: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float = 1e-6) -> Float[Tensor, "... D"]:
+def rms_norm(z: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float = 1e-6) -> Float[Tensor, "... D"]:
     """z / rms(z) * weight, in at least fp32."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(z.dtype)

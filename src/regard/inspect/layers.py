@@ -51,7 +51,7 @@ class LayerTrace:
     """Added to the scaled scores."""
     softcap: float | None = None
     """c of c tanh(score / c)."""
-    sinks: Float[Tensor, "H"] | None = None
+    sinks: Float[Tensor, " H"] | None = None
     """Logits of a key that holds nothing, one a head, which takes its share of every row."""
     heads: tuple[int, ...] = ()
     """The numbers that the stored heads have in the model, where not all are stored; else empty."""

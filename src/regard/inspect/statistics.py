@@ -47,7 +47,7 @@ def head_statistics(
     seen: Bool[Tensor, "B S"],
     marks: Bool[Tensor, "B S"] | None = None,
     aligned: bool = True,
-) -> dict[str, Float[Tensor, "H"] | None]:
+) -> dict[str, Float[Tensor, " H"] | None]:
     """The numbers of `HeadStatistics` for every head.
 
     Args:
@@ -63,7 +63,7 @@ def head_statistics(
         rows = rows & (seen[:, S - T :] if T <= S else seen.any(1, keepdim=True))[:, None]
     count = rows.sum((0, 2)).clamp(min=1)
 
-    def mean(values: Float[Tensor, "B H T"]) -> Float[Tensor, "H"]:
+    def mean(values: Float[Tensor, "B H T"]) -> Float[Tensor, " H"]:
         return values.masked_fill(~rows, 0.0).sum((0, 2)) / count
 
     first = seen.long().argmax(1)

@@ -4,7 +4,7 @@ transformers looks up by name, in two registries, how a layer attends (Attention
 builds for that (AttentionMaskInterface). An `Interception` registers a function and a mask function together under a
 name of its own and points the model's configs at it. The name stands in the config, so that interceptions nest: what
 was there before is what `original` gives. Which layers it is for stands on the layers, so that a copy of the model (by
-deepcopy, or the replicas of DataParallel) attends as the model does, until that is restored.
+deepcopy, or the replicas of DataParallel) attends as the model does, until that is restored or collected.
 """
 
 import functools
@@ -61,8 +61,9 @@ class _Marks:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "pickle: the model attends through regard.swap or regard.scale_heads, whose functions live in this process "
-            "alone; restore it first, or save its state_dict"
+            "pickle: the model can't be written to a file (got one that attends through regard.swap or "
+            "regard.scale_heads, "
+            "whose functions live in this process alone); expected it restored, or its state_dict"
         )
 
 

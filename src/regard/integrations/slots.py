@@ -102,7 +102,7 @@ class FromFirstToken(Mask):
     """A mask whose positions count from each batch entry's first token: `start` tokens of padding stand before it."""
 
     part: Mask
-    start: Int[Tensor, "B"]
+    start: Int[Tensor, " B"]
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
         start = self.start.to(j.device)[b if len(self.start) > 1 else 0]

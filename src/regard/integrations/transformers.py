@@ -108,7 +108,7 @@ class Swap:
     def __init__(
         self,
         model: "PreTrainedModel",
-        chosen: Sequence[tuple[Layer, Parts, Bool[Tensor, "H"] | None]],
+        chosen: Sequence[tuple[Layer, Parts, Bool[Tensor, " H"] | None]],
         notes: Sequence[str],
         measure: str,
     ) -> None:
@@ -178,7 +178,7 @@ class _Entry:
 
     held: Parts | str
     """The parts; those with parameters stand in the layer itself, under this name."""
-    heads: Bool[Tensor, "H"] | None
+    heads: Bool[Tensor, " H"] | None
     row: Row
     called: _Called
 
@@ -305,7 +305,7 @@ def _wanted(model: nn.Module, which: Which) -> tuple[Layer, ...]:
     return tuple(found[n] for n in _numbers("layers", which, len(found)))
 
 
-def _heads(which: Heads, about: About) -> Bool[Tensor, "H"] | None:
+def _heads(which: Heads, about: About) -> Bool[Tensor, " H"] | None:
     if which is None:
         return None
     H = about.shape.num_heads

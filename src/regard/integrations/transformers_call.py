@@ -53,7 +53,7 @@ def read(
     is_causal: bool | None = None,
     position_bias: Float[Tensor, "#B H T S"] | None = None,
     softcap: float | None = None,
-    s_aux: Float[Tensor, "H"] | None = None,
+    s_aux: Float[Tensor, " H"] | None = None,
     output_attentions: bool = False,
     **options: Any,
 ) -> Call:
@@ -119,7 +119,7 @@ class SoftCap(Mix):
 class SinkSoftmax(Normalizer):
     """Softmax over the keys and one more that holds nothing, whose logit is learned for each head."""
 
-    def __init__(self, sinks: Float[Tensor, "H"]) -> None:
+    def __init__(self, sinks: Float[Tensor, " H"]) -> None:
         super().__init__()
         self._sinks = [sinks]  # the model's parameter, not this part's
 

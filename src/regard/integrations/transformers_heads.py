@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def scale_heads(
-    model: "PreTrainedModel", gates: Float[Tensor, "L H"] | Sequence[Float[Tensor, "H"]]
+    model: "PreTrainedModel", gates: Float[Tensor, "L H"] | Sequence[Float[Tensor, " H"]]
 ) -> Iterator["PreTrainedModel"]:
     """Inside the `with` block, each head's output is multiplied by its gate: 0 silences it, 1 leaves it as it is.
 

@@ -23,10 +23,10 @@ BUDGET = 2**24
 class Lists(NamedTuple):
     """Line n (a row or a column of blocks) has full blocks at[start[n] : middle[n]], then partial ones."""
 
-    start: Int[Tensor, "P"]
-    middle: Int[Tensor, "n"]
-    at: Int[Tensor, "N"]
-    tile: Int[Tensor, "N"]
+    start: Int[Tensor, " P"]
+    middle: Int[Tensor, " n"]
+    at: Int[Tensor, " N"]
+    tile: Int[Tensor, " N"]
     """The number of each block's tile; -1 for full ones."""
 
 

@@ -54,6 +54,8 @@ def why_not(p: Problem) -> list[str]:
 def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
     """(B, H, T, V). The layout is the mask's own unless a selector hands in a smaller one."""
     T, S = p.shape[3:]
+    if p.q.is_meta:
+        return nothing(p, *p.q.shape[:3], p.v.shape[3])
     if layout is None:
         assert p.mask is not None
         layout = (_known_layout if by_value(p.mask) else _layout)(p.mask, T, S, block_of(p.mask))
@@ -153,7 +155,8 @@ def _buckets(p: Problem, layout: BlockLayout) -> Tensor:
     plain = whole[row + 1] - whole[row] == count
     q = F.pad(p.q, (0, 0, 0, nq * bq - T)).reshape(B * H * nq, bq, D)
     # Gradients of a block's keys are summed over all query blocks that see it: in float32, though keys are narrower.
-    wide = torch.promote_types(q.dtype, torch.float32) if torch.is_grad_enabled() else q.dtype
+    trained = torch.is_grad_enabled() and (p.k.requires_grad or p.v.requires_grad)
+    wide = torch.promote_types(q.dtype, torch.float32) if trained else q.dtype
     k, v = (F.pad(z, (0, 0, 0, nk * bk - S)).reshape(B * G * nk, bk, -1).to(wide) for z in (p.k, p.v))
     source = (b * G + h // (H // G)) * nk  # the first block of the item's keys
 

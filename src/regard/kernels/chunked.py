@@ -6,7 +6,6 @@ from regard.cards import PLAIN, Card, Paper
 from regard.kernels import cost as costs
 from regard.kernels.online import KEYS, QUERIES, online
 from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range
-from regard.tracing import readable
 
 CARD = Card(
     "memory_efficient",
@@ -48,7 +47,7 @@ def run(p: Problem) -> Tensor:
     B, H, _, T, S = p.shape
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
-    if _tiles_alone(p) and readable(p.q, p.k, p.v):
+    if _tiles_alone(p) and p.readable:
         return online(p, *_tile(p))
     return by_rows(p, lambda rows: attend(p, rows, key_range(p, rows)), TILE_BYTES // (4 * B * H * S))
 

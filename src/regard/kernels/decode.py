@@ -12,7 +12,6 @@ from torch import Tensor
 from regard.kernels.cost import Cost, io, products
 from regard.kernels.problem import CAUSAL, Problem, all_finite, honest, softmax
 from regard.kernels.sums import over_keys
-from regard.tracing import readable
 
 
 def why_not(p: Problem) -> list[str]:
@@ -29,9 +28,10 @@ def why_not(p: Problem) -> list[str]:
 
 def run(p: Problem) -> Tensor:
     """(B, H, 1, V), honest about NaN by itself."""
-    scores, out = _attend(p)
-    if readable(p.q, p.k, p.v) and (not p.q.is_cpu or (all_finite(scores) and all_finite(out))):
-        return out
+    if p.readable:
+        scores, out = _attend(p)
+        if not p.q.is_cpu or (all_finite(scores) and all_finite(out)):
+            return out
     return honest(p, lambda clean: _attend(clean)[1])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from regard.kernels import block_sparse
 from regard.kernels.cost import Cost, io, passed, products
 from regard.kernels.problem import Problem, beyond_softmax
-from regard.kernels.sums import MANY
+from regard.kernels.sums import MANY, loses
 from regard.masks import BlockLayout, Mask
 from regard.masks.algebra import by_value
 from regard.stages import Rows
@@ -51,7 +51,7 @@ def _where(p: Problem) -> list[str]:
         return [f"dtype {p.q.dtype}: its kernels sum in float32"] if p.q.dtype == torch.float64 else []
     if not p.q.is_cpu:
         return [f"tensors are on {p.q.device.type}: only CPUs and {', '.join(ACCELERATORS)}"]
-    reasons = ["over so many keys its float32 sums lose more than 1e-5"] if p.k.shape[2] > MANY else []
+    reasons = loses(p, MANY)
     trains = ["torch has no gradients for FlexAttention on CPUs; expected torch.no_grad()"] if _trains(p) else []
     return reasons + trains
 

@@ -50,6 +50,8 @@ def cost(p: Problem) -> Cost:
 
 def run(p: Problem) -> Tensor:
     """(B, H, T, V)."""
+    if p.q.is_meta:
+        return nothing(p, *p.q.shape[:3], p.v.shape[3])
     choice = _choice(p)
     assert choice is not None
     B, H, _, T, S = p.shape

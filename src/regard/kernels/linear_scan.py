@@ -47,7 +47,7 @@ def linear_scan(
     q: Float[Tensor, "B H T K"],
     k: Float[Tensor, "B H T K"],
     v: Float[Tensor, "B H T V"],
-    decay: Float[Tensor, "H"] | Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
+    decay: Float[Tensor, " H"] | Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
     *,
     state: Float[Tensor, "B H K V"] | None = None,
     form: Literal["chunked", "parallel", "step", "triton"] = "chunked",

@@ -42,7 +42,7 @@ def why_not(p: Problem) -> list[str]:
     return reasons
 
 
-def run(p: Problem, table: Float[Tensor, "H *offsets"] | None = None) -> Float[Tensor, "B H T V"]:
+def run(p: Problem, table: Float[Tensor, " H *offsets"] | None = None) -> Float[Tensor, "B H T V"]:
     """Outputs of a problem whose mask is a neighborhood.
 
     `table` is added to the scores: entry [h, ..., u - p + k - 1, ...] by the distance of key and query along each axis,
@@ -61,7 +61,7 @@ def run(p: Problem, table: Float[Tensor, "H *offsets"] | None = None) -> Float[T
         # Tiles come first and (batch, head) second, so that one mask for each tile serves all heads.
         q_tile, k_slab, v_slab = (_gather(z, at) for z, at in ((p.q, queries), (k, keys), (v, keys)))
         if table is None:
-            with torch_kernels(p.q, p.k, p.v):
+            with torch_kernels(p):
                 out = F.scaled_dot_product_attention(q_tile, k_slab, v_slab, seen[:, None], p.dropout, scale=p.scale)
         else:
             out = _biased(p, q_tile, k_slab, v_slab, seen, F.embedding(tiles.offsets(part), table.flatten(1).T))
@@ -115,7 +115,7 @@ class Tiles:
     queries: Int[Tensor, "tiles n"]
     keys: Int[Tensor, "tiles m"]
     seen: Bool[Tensor, "tiles n m"]
-    home: Int[Tensor, "N"]
+    home: Int[Tensor, " N"]
     """Where the outputs of the tiles, one after the other, hold that of each token."""
     axes: tuple[Axis, ...]
 

@@ -22,7 +22,7 @@ from regard.kernels.cost import Cost, rates
 from regard.kernels.problem import CAUSAL, Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes
 from regard.stages import IN_KERNELS
-from regard.tracing import as_it_is, readable, transformed
+from regard.tracing import as_it_is
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
@@ -102,7 +102,7 @@ def _named(p: Problem, kernel: str) -> ModuleType:
 
 def _reasons(p: Problem, module: ModuleType) -> list[str]:
     """Why this kernel can't run this here."""
-    if module not in TORCH and transformed(p.q, p.k, p.v):
+    if module not in TORCH and p.transformed:
         return ["torch.func and forward-mode AD go through torch's own operations only"]
     return module.why_not(p)
 
@@ -123,7 +123,7 @@ def _run(p: Problem, module: ModuleType) -> Tensor:
 
 def _auto(p: Problem) -> ModuleType:
     """What `choose` would say, without its price where the answer is plain."""
-    if not readable(p.q, p.k, p.v):
+    if not p.readable:
         return _unseen(p)
     if not _plain(p):
         return KERNELS[choose(p).kernel]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from regard.kernels.sums import over_keys, summed_to_one
@@ -14,7 +14,7 @@ from regard.masks import Mask, causal, full
 from regard.masks.algebra import And
 from regard.masks.tensors import Kept, Lengths
 from regard.stages import SLOTS, Filled, Made, Rows
-from regard.tracing import readable, transformed
+from regard.tracing import active, readable, transformed
 
 
 @dataclass(eq=False)
@@ -44,6 +44,21 @@ class Problem(Filled):
         B, H, T, _ = self.q.shape
         _, G, S, _ = self.k.shape
         return B, H, G, T, S
+
+    @property
+    def readable(self) -> bool:
+        """Whether there are numbers to look at; see `regard.tracing`."""
+        return readable(self.q, self.k, self.v) and not self.transformed
+
+    @property
+    def transformed(self) -> bool:
+        """Whether torch.func or forward-mode AD works on any of its tensors, those of its stages among them."""
+        if not active():
+            return False
+        held = [p for stage in self.stages if isinstance(stage, nn.Module) for p in stage.parameters()]
+        return transformed(
+            *(t for t in (self.q, self.k, self.v, self.bias, self.x, self.context, *held) if t is not None)
+        )
 
     @property
     def i(self) -> Tensor:
@@ -177,7 +192,7 @@ def by_rows(p: Problem, run: Callable[[slice], Tensor], rows: int) -> Tensor:
     if size >= T:
         return run(slice(0, T))
     chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
-    if not torch.is_grad_enabled() or transformed(p.q, p.k, p.v):  # torch.func knows no checkpoints
+    if not torch.is_grad_enabled() or p.transformed:  # torch.func knows no checkpoints
         return torch.cat([run(chunk) for chunk in chunks], 2)
     # Dropout is the only randomness; without it there is no generator state worth saving.
     outs = [checkpoint(run, c, use_reentrant=False, preserve_rng_state=p.dropout > 0) for c in chunks]
@@ -226,7 +241,7 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     compiling, for one) all of it is done unasked. On accelerators, where a look would wait for the device, it is left
     out of eager calls.
     """
-    if readable(p.q, p.k, p.v) and (not p.q.is_cpu or _finite(p.q, p.k, p.v)):
+    if p.readable and (not p.q.is_cpu or _finite(p.q, p.k, p.v)):
         return run(p)
     bad_q, bad_k = ~_rows_finite(p.q), ~(_rows_finite(p.k) & _rows_finite(p.v))
     clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
@@ -244,39 +259,43 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
 
 def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor) -> Tensor:
     """Which query rows (B, H, T) attend to anything while bad themselves, or attend to a bad key (B, H, S)."""
-    return (bad_q & reaches(mask, i, j, torch.ones_like(bad_k))) | reaches(mask, i, j, bad_k)
+    anything, bad = reaches(mask, i, j, torch.ones_like(bad_k), bad_k)
+    return (bad_q & anything) | bad
 
 
 def reaches(
-    mask: Mask | None, i: Int[Tensor, "t"], j: Int[Tensor, "s"], marked: Bool[Tensor, "B H s"], chunk: int = 1024
-) -> Bool[Tensor, "B H t"]:
-    """Which queries may attend to any marked key. Takes t x s steps only where the mask is more than causality and
-    padding."""
+    mask: Mask | None, i: Int[Tensor, " t"], j: Int[Tensor, " s"], *marked: Bool[Tensor, "B H s"], chunk: int = 1024
+) -> list[Bool[Tensor, "B H t"]]:
+    """Which queries may attend to any marked key, for each of the marks. Takes t x s steps only where the mask is more
+    than causality and padding, and then looks at it once."""
     if mask is None or j.numel() == 0:
-        return marked.any(-1, keepdim=True).expand(-1, -1, i.shape[0])
+        return [m.any(-1, keepdim=True).expand(-1, -1, i.shape[0]) for m in marked]
     others: list[Mask] = []
     past = False
     for part in mask.parts if isinstance(mask, And) else (mask,):
         if isinstance(part, Kept | Lengths):
-            marked = marked & part.at(j[-1:], j)[:, :, 0]
+            kept = part.at(j[-1:], j)[:, :, 0]
+            marked = tuple(m & kept for m in marked)
         elif part == CAUSAL:
             past = True
         elif part != FULL:
             others.append(part)
     if not others:
         if not past:
-            return marked.any(-1, keepdim=True).expand(-1, -1, i.shape[0])
+            return [m.any(-1, keepdim=True).expand(-1, -1, i.shape[0]) for m in marked]
         last = i - j[0]  # the place of the last key that each query may see
-        so_far = marked.cumsum(-1)[..., last.clamp(0, j.shape[0] - 1)] > 0
-        return so_far & (last >= 0)
+        at = last.clamp(0, j.shape[0] - 1)
+        return [(m.cumsum(-1)[..., at] > 0) & (last >= 0) for m in marked]
     rest = And((*others, CAUSAL)) if past else others[0] if len(others) == 1 else And(tuple(others))
 
-    def hit(rows: Tensor) -> Tensor:
-        return (rest.at(rows, j) & marked[:, :, None]).any(-1)
+    def hit(rows: Tensor) -> list[Tensor]:
+        allowed = rest.at(rows, j)
+        return [(allowed & m[:, :, None]).any(-1) for m in marked]
 
     if torch.compiler.is_compiling():  # a loop would tie the graph to one length
         return hit(i)
-    return torch.cat([hit(i[n : n + chunk]) for n in range(0, max(1, i.shape[0]), chunk)], -1)
+    hits = [hit(i[n : n + chunk]) for n in range(0, max(1, i.shape[0]), chunk)]
+    return [torch.cat(found, -1) for found in zip(*hits, strict=True)]
 
 
 def _finite(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -25,8 +25,7 @@ from regard.kernels.problem import (
     position_bias,
     rectangle,
 )
-from regard.kernels.sums import MANY
-from regard.tracing import readable, transformed
+from regard.kernels.sums import MANY, loses
 
 BIAS_BYTES = 8 * 2**20
 """Mask and bias formed at once stay within this."""
@@ -38,9 +37,7 @@ def why_not(p: Problem) -> list[str]:
     if p.position_bias is not None and "scores" in p.position_bias.needs:
         reasons.append(f"position {type(p.position).__name__} reads the scores")
     # Values of another width than keys leave torch its plain products, which lose more.
-    if p.q.is_cpu and p.k.shape[2] > (MANY if p.v.shape[3] != p.q.shape[3] else 16 * MANY):
-        reasons.append("over so many keys its float32 sums lose more than 1e-5")
-    return reasons
+    return reasons + loses(p, MANY if p.v.shape[3] != p.q.shape[3] else 16 * MANY)
 
 
 def run(p: Problem) -> Tensor:
@@ -54,7 +51,7 @@ def run(p: Problem) -> Tensor:
         # torch aligns is_causal top-left, so it means the same only for a square.
         if T == S and p.first_key == 0 and p.mask == CAUSAL:
             return _torch(p, p.q, p.k, p.v, is_causal=True)
-    if not readable(p.q, p.k, p.v):  # a loop would tie a graph to one length
+    if not p.readable:  # a loop would tie a graph to one length
         return fused(p, slice(0, T), slice(0, S))
     return by_rows(p, lambda rows: fused(p, rows, key_range(p, rows)), _rows(p))
 
@@ -97,16 +94,16 @@ def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
     return term.expand(-1, -1, p.i[rows].shape[0], p.j[keys].shape[0])
 
 
-def torch_kernels(q: Tensor, k: Tensor, v: Tensor) -> AbstractContextManager[Any]:
+def torch_kernels(p: Problem) -> AbstractContextManager[Any]:
     """Those of torch's that can run this: the fused ones know neither forward mode nor vmap's rules."""
-    return sdpa_kernel(SDPBackend.MATH) if transformed(q, k, v) else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if p.transformed else nullcontext()
 
 
 def _torch(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     grouped = bool(q.size(1) != k.size(1))  # a size is a tensor while torch.jit traces
-    with torch_kernels(q, k, v):
+    with torch_kernels(p):
         return F.scaled_dot_product_attention(q, k, v, mask, p.dropout, is_causal, scale=p.scale, enable_gqa=grouped)
 
 

@@ -4,6 +4,9 @@ A processor's product of one row and a matrix may add up key after key, each tim
 thousand equal weights sum to 1 - 1e-3, a million to 1 - 9e-3. With sums of pieces, summed pairwise, 4e-6 is lost.
 """
 
+import math
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -40,3 +43,12 @@ def summed_to_one(weights: Float[Tensor, "*b t S"]) -> Float[Tensor, "*b t S"]:
         return weights
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total == 0, 1.0, total)
+
+
+def loses(p: Any, most: int) -> list[str]:
+    """Why a kernel that sums plainly in float32 on a CPU is no good for a problem whose queries see more keys than
+    `most`."""
+    back, ahead = (math.inf, math.inf) if p.mask is None else p.mask.span
+    seen = min(p.k.shape[2], back + ahead + 1)
+    exact = not p.q.is_cpu or p.q.dtype != torch.float32 or seen <= most
+    return [] if exact else ["over so many keys its float32 sums lose more than 1e-5"]

@@ -37,17 +37,17 @@ class Pieces(NamedTuple):
     A row's parts are written to slots: piece p fills slots slot[p] to slot[p] + rows[p].
     """
 
-    start: Int[Tensor, "P"]
+    start: Int[Tensor, " P"]
     """Where in the pool a piece begins."""
-    tokens: Int[Tensor, "P"]
-    position: Int[Tensor, "P"]
+    tokens: Int[Tensor, " P"]
+    position: Int[Tensor, " P"]
     """Of its first token in the row; what lies beyond the row's length is not read."""
-    slot: Int[Tensor, "P"]
-    rows: Int[Tensor, "P"]
-    row_of: Int[Tensor, "slots"]
-    order: Int[Tensor, "slots"]
+    slot: Int[Tensor, " P"]
+    rows: Int[Tensor, " P"]
+    row_of: Int[Tensor, " slots"]
+    order: Int[Tensor, " slots"]
     """The slots of row 0, then those of row 1, ..."""
-    bounds: Int[Tensor, "N_plus_1"]
+    bounds: Int[Tensor, " N_plus_1"]
     """Where in `order` the slots of each row begin, and end."""
     most_rows: int
     """Rows of one shared piece at most: the first `shared` pieces."""
@@ -115,7 +115,7 @@ def triton_decode(
     k: Float[Tensor, "G P D"],
     v: Float[Tensor, "G P V"],
     cut: Pieces,
-    lengths: Int[Tensor, "N"],
+    lengths: Int[Tensor, " N"],
     *,
     scale: float,
 ) -> Float[Tensor, "N H V"]:
@@ -133,7 +133,7 @@ def decode_batch(
     q: Float[Tensor, "B H D"],
     k: Float[Tensor, "B G S D"],
     v: Float[Tensor, "B G S V"],
-    lengths: Int[Tensor, "B"],
+    lengths: Int[Tensor, " B"],
     *,
     scale: float | None = None,
     split: int = SPLIT,

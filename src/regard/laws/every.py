@@ -6,7 +6,7 @@ from regard.laws.registry import LAWS
 
 FILES = (
     *("supported", "together", "structure", "masking", "symmetry", "traits", "streaming"),
-    *("reference", "numerics", "limits", "gradients", "modules", "transforms"),
+    *("reference", "numerics", "slopes", "limits", "gradients", "modules", "transforms", "runtime"),
 )
 
 for _name in FILES:

@@ -50,9 +50,9 @@ def subject(
     exceptions: Mapping[str, str] | None = None,
 ) -> Subject:
     """What is to be put through the laws; see `regard.check` for the arguments."""
-    for name, value in (("dim", dim), ("heads", heads)):
-        if value is not None:
-            whole("check", **{name: value})
+    for size, number in (("dim", dim), ("heads", heads)):
+        if number is not None:
+            whole("check", **{size: number})
     if isinstance(thing, Card) or (isinstance(thing, str) and ":" not in thing):
         told = {"protocol": protocol, "supports": supports, "traits": traits, "inputs": inputs}
         for name, value in (told | {"exceptions": exceptions}).items():

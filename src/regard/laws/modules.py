@@ -240,7 +240,7 @@ def copies(s: Subject) -> None:
             for p in twin.parameters():
                 p.zero_()
         same(module(*given), want, f"{how.__name__}: the original's output after its copy was zeroed")
-        if not s.foreign:
+        if s.card is not None:
             hold(twin.supports == module.supports == s.card.supports, f"{how.__name__}: it supports something else")
 
 

@@ -11,14 +11,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from regard import catalog, masks
+from regard import catalog
 from regard.cards import Card
 from regard.kernels import KERNELS
 from regard.laws.agreement import naive_precision, near, run
-from regard.masks import Mask
-from regard.pipeline.function import attention
+from regard.laws.form import Form
 from regard.shapes import HeadShape
-from regard.stages import IN_KERNELS, Position
+from regard.stages import Position
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Subject:
     """Law id, or id and name -> why it need not hold."""
     card: Card | None = None
     """Its card in the catalogue; None for anything else."""
-    function: "Callable[..., Tensor] | None" = None
+    function: "Any" = None
     """Itself, where it is a function of queries, keys and values."""
     foreign: bool = False
     """Whether it is anybody's code, which need not keep the catalogue's conventions."""
@@ -127,7 +126,7 @@ class Subject:
             return (self.tokens(dtype=dtype), self.context(dtype=dtype))
         return (self.tokens(dtype=dtype),)
 
-    def form(self, *, kv_heads: int | None = None, width: int | None = None) -> "Form | None":
+    def form(self, *, kv_heads: int | None = None, width: int | None = None) -> Form | None:
         """Its function form; None where it needs a module (it reads tokens, changes heads, or gates)."""
         if self.function is not None:
             return Form({}, HeadShape(self.dim, self.heads, kv_heads or self.heads, width or self.width), self)
@@ -231,86 +230,6 @@ def pairs(batch: int, length: int) -> Tensor:
     """(B, 1, T, T) bool: any pattern, every query sees itself."""
     allowed = torch.rand(batch, 1, length, length, generator=torch.Generator().manual_seed(7)) < 0.4
     return allowed | torch.eye(length, dtype=torch.bool)
-
-
-# --- the mechanism as a function of queries, keys and values ------------------------------------------------
-
-
-@dataclass
-class Form:
-    """`regard.attention` with a card's parts in its slots, or somebody's own function."""
-
-    parts: dict[str, Any]
-    shape: HeadShape
-    subject: Subject = field(repr=False)
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = False,
-        mask: Mask | Tensor | None = None,
-        bias: Tensor | None = None,
-        scale: float | None = None,
-        kernel: str | None = None,
-    ) -> Tensor:
-        if self.subject.function is not None:
-            given = {"mask": mask, "bias": bias, "scale": scale, "kernel": kernel}
-            asked = {key: value for key, value in given.items() if value is not None}
-            return self.subject.function(q, k, v, causal=causal, **asked)
-        return attention(q, k, v, **self.arguments(causal, mask, bias, scale, kernel))
-
-    def arguments(
-        self,
-        causal: bool = False,
-        mask: Mask | Tensor | None = None,
-        bias: Tensor | None = None,
-        scale: float | None = None,
-        kernel: str | None = None,
-    ) -> dict[str, Any]:
-        """The options of `regard.attention` and `regard.plan`."""
-        whole = masks.dense(mask) if isinstance(mask, Tensor) else mask
-        for own in (self.parts.get("mask"), masks.causal() if causal else None):
-            if own is not None:
-                whole = own if whole is None else own & whole
-        slots = {n: self.parts[n] for n in IN_KERNELS if n in self.parts}
-        kernel = kernel or self.parts.get("kernel", "auto")
-        return {**slots, "mask": whole, "bias": bias, "scale": scale, "kernel": kernel}
-
-    @property
-    def rotates(self) -> bool:
-        return "position" in self.parts and self.parts["position"].changes("rotate")
-
-    @property
-    def reads_only_scores(self) -> bool:
-        """Whether queries and keys count by their products alone."""
-        position = self.parts.get("position")
-        mixes = self.parts.keys() & {"score_mix", "weight_mix"}
-        return not mixes and (position is None or not (position.changes("bias") or position.changes("values")))
-
-    def qkv(
-        self,
-        batch: int | None = None,
-        length: int | None = None,
-        keys: int | None = None,
-        *,
-        value_width: int | None = None,
-        seed: int = 3,
-    ) -> list[Tensor]:
-        """Random queries, keys and values that want gradients."""
-        generator = torch.Generator().manual_seed(seed)
-        batch = self.subject.batch if batch is None else batch
-        length = self.subject.length if length is None else length
-        keys, s = length if keys is None else keys, self.shape
-        self.subject.drawn.append((batch, max(length, keys)))
-        sizes = (
-            (batch, s.num_heads, length, s.head_dim),
-            (batch, s.num_kv_heads, keys, s.head_dim),
-            (batch, s.num_kv_heads, keys, value_width or s.head_dim),
-        )
-        return [torch.randn(n, generator=generator, dtype=torch.float64).requires_grad_() for n in sizes]
 
 
 # --- precision ----------------------------------------------------------------------------------------------

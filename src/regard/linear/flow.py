@@ -53,6 +53,8 @@ class FlowAttention(RecurrentMixer):
         bound: conserved outgoing flows are clamped to [-bound, bound], and their exponentials summed. The authors use
             1, 5 or 10, by folder.
         eps: e, added to every factor of a flow.
+
+    A mask hides keys; of tokens that attend to themselves it hides the queries, too: they no longer take from the flow.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def lightning_attention(
     q: Float[Tensor, "B H T K"],
     k: Float[Tensor, "B G T K"],
     v: Float[Tensor, "B G T V"],
-    rates: Float[Tensor, "H"],
+    rates: Float[Tensor, " H"],
     *,
     keep: Bool[Tensor, "B T"] | None = None,
     state: Float[Tensor, "B H K V"] | None = None,

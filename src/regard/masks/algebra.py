@@ -73,7 +73,7 @@ class Mask(ABC):
         """Whether it provably never allows j > i."""
         return self.span[1] <= 0
 
-    def at(self, i: Int[Tensor, "t"], j: Int[Tensor, "s"]) -> Bool[Tensor, "batch heads t s"]:
+    def at(self, i: Int[Tensor, " t"], j: Int[Tensor, " s"]) -> Bool[Tensor, "batch heads t s"]:
         """The mask on rows `i` and columns `j`, given as positions."""
         b = torch.arange(self.batch, device=i.device)[:, None, None, None]
         h = torch.arange(self.heads, device=i.device)[:, None, None]

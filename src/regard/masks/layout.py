@@ -37,9 +37,9 @@ class BlockLayout:
     S: int
     shape: tuple[int, int, int, int]
     """(Bm, Hm, nq, nk); Bm and Hm are 1 where all batch entries or heads share it."""
-    row_ptr: Int[Tensor, "P"]
-    cols: Int[Tensor, "N"]
-    full: Bool[Tensor, "N"]
+    row_ptr: Int[Tensor, " P"]
+    cols: Int[Tensor, " N"]
+    full: Bool[Tensor, " N"]
     """Per stored block: every entry (within T and S) is allowed, so that the predicate need not be asked."""
 
     @property
@@ -54,7 +54,7 @@ class BlockLayout:
         return self.num_blocks / max(1, B * H * nq * nk)
 
     @property
-    def rows(self) -> Int[Tensor, "N"]:
+    def rows(self) -> Int[Tensor, " N"]:
         """The row number n of each stored block."""
         count = self.row_ptr.diff()
         return torch.arange(len(count), device=count.device).repeat_interleave(count)
@@ -124,9 +124,9 @@ class Judged(NamedTuple):
 
     where: Int[Tensor, "n 4"]
     """b, h, query block, key block."""
-    some: Bool[Tensor, "n"]
-    full: Bool[Tensor, "n"]
-    may_full: Bool[Tensor, "n"]
+    some: Bool[Tensor, " n"]
+    full: Bool[Tensor, " n"]
+    may_full: Bool[Tensor, " n"]
 
 
 def judged(mask: "Mask", T: int, S: int, block: tuple[int, int]) -> Iterator[Judged]:
@@ -155,13 +155,13 @@ def judged(mask: "Mask", T: int, S: int, block: tuple[int, int]) -> Iterator[Jud
         yield Judged(where + torch.tensor([0, 0, row, column], device="cpu"), *found)
 
 
-def areas(where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, "n"]:
+def areas(where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, " n"]:
     """How many entries each block has."""
     (bq, bk), (r, c) = block, where[:, 2:].unbind(1)
     return (T - r * bq).clamp(max=bq) * (S - c * bk).clamp(max=bk)
 
 
-def inspect(mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, "n"]:
+def inspect(mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tuple[int, int]) -> Int[Tensor, " n"]:
     """How many entries of each block are allowed, by asking the predicate."""
     bq, bk = block
     counts = [torch.zeros(0, dtype=torch.long, device="cpu")]

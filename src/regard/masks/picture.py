@@ -114,7 +114,7 @@ def _cells(
     return density.masked_fill(full, 1), (bq, bk)
 
 
-def _axis(start: int, end: int, block: int) -> tuple[Int[Tensor, "n k"], Int[Tensor, "n"], Int[Tensor, "n"]]:
+def _axis(start: int, end: int, block: int) -> tuple[Int[Tensor, "n k"], Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Sampled positions within each block of start..end-1, and the block's first and last position."""
     low = torch.arange(start, end, block, device="cpu")
     high = (low + block).clamp(max=end) - 1

@@ -77,13 +77,13 @@ class Documents(Mask):
         return f"documents(<{'x'.join(map(str, self.ids.shape))}>)"
 
 
-def documents(ids: Int[Tensor, "S"] | Int[Tensor, "B S"]) -> Mask:
+def documents(ids: Int[Tensor, " S"] | Int[Tensor, "B S"]) -> Mask:
     """ids[i] == ids[j]: tokens see only their own document. One row of ids serves every batch entry."""
     checks.tensor("documents: ids", ids, (1, 2), "integer")
     return Documents(ids if ids.ndim == 2 else ids[None])
 
 
-def packed(cu_seqlens: Int[Tensor, "P"]) -> Mask:
+def packed(cu_seqlens: Int[Tensor, " P"]) -> Mask:
     """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...)."""
     checks.tensor("packed: cu_seqlens", cu_seqlens, (1,), "integer")
     if len(cu_seqlens) == 0 or int(cu_seqlens[0]) != 0:
@@ -132,7 +132,7 @@ class Kept(Mask):
 class Lengths(Mask):
     """j < n[b]."""
 
-    n: Int[Tensor, "B"]
+    n: Int[Tensor, " B"]
     words: str
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
@@ -154,14 +154,14 @@ class Lengths(Mask):
         return self.words.format(f"<{self.n.shape[0]}>")
 
 
-def prefix(n: int | Int[Tensor, "B"]) -> Mask:
+def prefix(n: int | Int[Tensor, " B"]) -> Mask:
     """j < n: the first n keys, one number for all or one for each batch entry."""
     if isinstance(n, Tensor):
         return Lengths(checks.tensor("prefix: n", n, (1,), "integer"), "prefix({})")
     return Prefix(checks.integer("prefix: n", n))
 
 
-def padding(keep: Bool[Tensor, "B S"] | None = None, *, lengths: Int[Tensor, "B"] | None = None) -> Mask:
+def padding(keep: Bool[Tensor, "B S"] | None = None, *, lengths: Int[Tensor, " B"] | None = None) -> Mask:
     """Hides keys: `keep` says which may be seen, or `lengths` that the first so many of each entry may."""
     if (keep is None) == (lengths is None):
         raise ValueError("padding: give either keep or lengths (got both or neither)")

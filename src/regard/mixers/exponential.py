@@ -26,7 +26,7 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def lags(x: Inexact[Tensor, "B T M"]) -> Inexact[Tensor, "C1"]:
+def lags(x: Inexact[Tensor, "B T M"]) -> Inexact[Tensor, " C1"]:
     """The exponents 0 .. C that `exponential_sum` wants powers of, for an input of T tokens."""
     # A compiled graph holds the block's size for good, so that it must not follow the length of the first input.
     size = BLOCK if torch.compiler.is_compiling() else min(BLOCK, x.shape[1])

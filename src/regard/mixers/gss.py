@@ -46,8 +46,8 @@ out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), th
 
 def diagonal_state_space(
     w: Float[Tensor, "B T E"],
-    log_decay: Float[Tensor, "N"],
-    turn: Float[Tensor, "N"],
+    log_decay: Float[Tensor, " N"],
+    turn: Float[Tensor, " N"],
     c: Float[Tensor, "E N 2"],
     state: Complex[Tensor, "B E N"] | None = None,
 ) -> tuple[Float[Tensor, "B T E"], Complex[Tensor, "B E N"]]:

@@ -194,7 +194,7 @@ class Mega(nn.Module):
         # Without hidden tokens, now or before, there is no mask to look at.
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
         seen = torch.cat([state.keep, real], 1)
-        hides = mask is not None or (readable(seen) and not bool(state.keep.all()))
+        hides = mask is not None or not readable(seen) or not bool(state.keep.all())
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             first = t if self.chunk is None else min(t, self.chunk - held)

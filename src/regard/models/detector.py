@@ -65,7 +65,7 @@ def match(
     boxes: Float[Tensor, "B Q 4"],
     true_boxes: Float[Tensor, "B N 4"],
     classes: Int[Tensor, "B N"],
-) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """Which query (second) stands for which true box (third) of which image (first): the assignment of least cost."""
     from scipy.optimize import linear_sum_assignment
 

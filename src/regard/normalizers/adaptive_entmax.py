@@ -52,7 +52,7 @@ class AdaptiveEntmax(Normalizer):
         return True
 
     @property
-    def alpha(self) -> Float[Tensor, "H"]:
+    def alpha(self) -> Float[Tensor, " H"]:
         """The sparsity of each head, in at least fp32."""
         a = self.pre_alpha
         return (1 + a.to(torch.promote_types(a.dtype, torch.float32)).sigmoid()).clamp(1.01, 2.0)

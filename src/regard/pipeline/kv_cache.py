@@ -88,7 +88,7 @@ class KVCache:
         """A copy with buffers of its own."""
         return replace(self, buffers={n: b.clone() for n, b in self.buffers.items()}, written=[self.length])
 
-    def reorder(self, index: Int[Tensor, "B2"]) -> "KVCache":
+    def reorder(self, index: Int[Tensor, " B2"]) -> "KVCache":
         """The cache of batch rows `index` (beam search); its batch is as long as the index."""
         if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             refuse(self, "index", "has the wrong shape or dtype", f"{index.dtype} {tuple(index.shape)}", "1-D integers")
@@ -113,6 +113,8 @@ class KVCache:
 
     def _sealed(self) -> bool:
         """Whether the buffers were made under torch.inference_mode, outside of which nobody may write to them."""
+        if torch.compiler.is_compiling():  # which can't ask; it makes its own buffers, or is handed some to write to
+            return False
         return not torch.is_inference_mode_enabled() and any(b.is_inference() for b in self.buffers.values())
 
     def _check(self, new: Mapping[str, Tensor]) -> None:

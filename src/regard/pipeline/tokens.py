@@ -70,5 +70,6 @@ def spoil(
     j = torch.arange(S, device=out.device)
     heads = 1 if allowed is None else allowed.heads
     marked = bad_source[:, None].expand(-1, heads, -1)
-    hit = hit | reaches(allowed, torch.arange(S - T, S, device=out.device), j, marked).any(1)
+    (seen,) = reaches(allowed, torch.arange(S - T, S, device=out.device), j, marked)
+    hit = hit | seen.any(1)
     return out.masked_fill(hit[..., None], math.nan)

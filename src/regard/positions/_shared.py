@@ -12,7 +12,7 @@ def work_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
 
-def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, "half"]:
+def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, " half"]:
     """w_a = base^(-2a / width) for a = 0 .. width/2 - 1, in the widest float that the device has.
 
     float64 because an angle is position * w_a: at position 10^6 float32 is off by some 0.06 rad.
@@ -21,7 +21,7 @@ def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, 
     return base ** (-torch.arange(0, width, 2, device=device, dtype=dtype) / width)
 
 
-def angles(positions: Int[Tensor, "*b T"], w: Float[Tensor, "half"]) -> Float[Tensor, "*b T half"]:
+def angles(positions: Int[Tensor, "*b T"], w: Float[Tensor, " half"]) -> Float[Tensor, "*b T half"]:
     """position * w, one row a position. The integers are never stored in a type that rounds them."""
     return positions.to(w.dtype).unsqueeze(-1) * w
 

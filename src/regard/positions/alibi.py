@@ -41,7 +41,7 @@ H no power of two: the slopes of the largest power of two P <= H, then of 2P hea
 
 def alibi_slopes(
     num_heads: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "H"]:
+) -> Float[Tensor, " H"]:
     """m[h] for every head; not sorted where H is no power of two."""
     power = 1 << (num_heads.bit_length() - 1)
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64

@@ -60,14 +60,14 @@ LEAST = 0.01
 
 
 def kerple_log(
-    distance: Float[Tensor, "t s"], r1: Float[Tensor, "H"], r2: Float[Tensor, "H"]
+    distance: Float[Tensor, "t s"], r1: Float[Tensor, " H"], r2: Float[Tensor, " H"]
 ) -> Float[Tensor, "H t s"]:
     """-r1 log(1 + r2 d)."""
     return -r1[:, None, None] * torch.log1p(r2[:, None, None] * distance)
 
 
 def kerple_power(
-    distance: Float[Tensor, "t s"], r1: Float[Tensor, "H"], r2: Float[Tensor, "H"]
+    distance: Float[Tensor, "t s"], r1: Float[Tensor, " H"], r2: Float[Tensor, " H"]
 ) -> Float[Tensor, "H t s"]:
     """-r1 d^r2."""
     # pow, not exp(r2 log d): at d = 0 its derivative in r2 is 0, not NaN.

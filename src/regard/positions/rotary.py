@@ -51,7 +51,7 @@ class Scaling(Protocol):
         """Whether frequencies depend on the length at hand, so that rotated keys can't be cached."""
         ...
 
-    def frequencies(self, w: Float[Tensor, "half"], base: float, length: Int[Tensor, ""]) -> Float[Tensor, "half"]:
+    def frequencies(self, w: Float[Tensor, " half"], base: float, length: Int[Tensor, ""]) -> Float[Tensor, " half"]:
         """The new w; `length` is the largest position present plus one, as a tensor."""
         ...
 

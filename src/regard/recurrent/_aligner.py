@@ -13,7 +13,7 @@ Padding = Mask | Bool[Tensor, "B S"] | Bool[Tensor, "B 1 1 S"] | None
 """`regard.masks.padding(...)`, or bool with True = a real token of the context."""
 
 
-def normalise(scores: Float[Tensor, "B t S"], keep: Bool[Tensor, "B #t S"] | None) -> Float[Tensor, "B t S"]:
+def normalise(scores: Float[Tensor, "B t S"], keep: Bool[Tensor, " B #t S"] | None) -> Float[Tensor, "B t S"]:
     """Softmax over the kept keys of each row; a row without any gets weights 0."""
     return softmax(scores[:, None], None if keep is None else keep.expand(scores.shape)[:, None])[:, 0]
 

@@ -81,7 +81,7 @@ class LuongScore(nn.Module):
         """What of the context the scores need; computed once."""
         return self.k_proj(context) if self.kind == "concat" else context
 
-    def forward(self, h: Float[Tensor, "B T M"], keys: Float[Tensor, "B #T W K"]) -> Float[Tensor, "B T W"]:
+    def forward(self, h: Float[Tensor, "B T M"], keys: Float[Tensor, " B #T W K"]) -> Float[Tensor, "B T W"]:
         if self.kind == "concat":
             return torch.tanh(self.q_proj(h)[:, :, None] + keys) @ self.vector
         q = h if self.kind == "dot" else self.q_proj(h)

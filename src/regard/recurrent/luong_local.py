@@ -97,7 +97,7 @@ class LocalLuongAttention(LuongAttention):
             bad = bad | (self._at(bad_source[..., None], places)[..., 0] & inside).any(-1)
         return out.masked_fill(bad[..., None], torch.nan)
 
-    def places(self, x: Float[Tensor, "B T M"], lengths: Int[Tensor, "B"], first: int = 0) -> Float[Tensor, "B T"]:
+    def places(self, x: Float[Tensor, "B T M"], lengths: Int[Tensor, " B"], first: int = 0) -> Float[Tensor, "B T"]:
         """p_t: real-valued where it is predicted."""
         work = torch.promote_types(x.dtype, torch.float32)
         if self.alignment == "predictive":
@@ -106,7 +106,7 @@ class LocalLuongAttention(LuongAttention):
         t = torch.arange(first, first + x.shape[1], device=x.device, dtype=work)
         return torch.minimum(t, lengths[:, None] - 1)
 
-    def window(self, p: Float[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Int[Tensor, "B T W"]:
+    def window(self, p: Float[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Int[Tensor, "B T W"]:
         """The places within D of floor(p); some may lie outside the context."""
         offsets = torch.arange(-self.half_width, self.half_width + 1, device=p.device)
         centre = torch.minimum(p.detach().floor().long(), lengths[:, None] - 1)
@@ -118,7 +118,7 @@ class LocalLuongAttention(LuongAttention):
         context: Float[Tensor, "B S C"],
         p: Float[Tensor, "B T"],
         places: Int[Tensor, "B T W"],
-        lengths: Int[Tensor, "B"],
+        lengths: Int[Tensor, " B"],
     ) -> Float[Tensor, "B T C"]:
         """c_t, from the window alone."""
         if context.shape[1] == 0:

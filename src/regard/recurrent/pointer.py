@@ -40,8 +40,8 @@ CARD = Card(
 def pointer_log_probs(
     queries: Float[Tensor, "B T A"],
     keys: Float[Tensor, "B S A"],
-    score: Float[Tensor, "A"],
-    allowed: Bool[Tensor, "B #T S"] | None = None,
+    score: Float[Tensor, " A"],
+    allowed: Bool[Tensor, " B #T S"] | None = None,
 ) -> Float[Tensor, "B T S"]:
     """log softmax_j(score . tanh(keys_j + queries_i)); -inf where not allowed (everywhere, if nothing is)."""
     u = torch.tanh(queries[:, :, None] + keys[:, None]) @ score

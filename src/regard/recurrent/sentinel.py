@@ -64,7 +64,7 @@ def adaptive_attention(
     query: Float[Tensor, "B T A"],
     keys: Float[Tensor, "B S A"],
     sentinel_key: Float[Tensor, "B T A"],
-    score: Float[Tensor, "A"],
+    score: Float[Tensor, " A"],
     values: Float[Tensor, "B S M"],
     sentinel: Float[Tensor, "B T M"],
     keep: Bool[Tensor, "B S"] | None = None,

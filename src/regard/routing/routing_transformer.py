@@ -65,6 +65,8 @@ training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens 
 
 SMOOTHING = 1e-5
 """What every cluster's count is raised by, relative to all, so that an empty one divides by something."""
+CALLS = 8
+"""Passes whose centroids are kept for checkpoints."""
 
 
 @CARD.module
@@ -83,7 +85,8 @@ class RoutingAttention(HeadMixer):
 
     counts: Tensor
     sums: Tensor
-    _before: Tensor | None = None
+    _before: tuple[Tensor, ...] = ()
+    """The centroids of the last passes in training, for checkpoints that run one once more, the last one first."""
     """The centroids of the last training step before they moved: a checkpoint runs that step once more."""
 
     def __init__(
@@ -148,7 +151,10 @@ class RoutingAttention(HeadMixer):
         v: Float[Tensor, "B H T D"],
         keep: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B H T D"]:
-        again = self._before if self.training and recomputing() else None
+        again = None
+        if self.training and self._before and recomputing():
+            *rest, again = self._before
+            self._before = tuple(rest)
         L, centroids = self.num_local_heads, self.centroids if again is None else again
         mask: Mask = near(self.window) & past() if self.causal else near(self.window)
         mask = mask if keep is None else mask & padding(keep)
@@ -156,7 +162,7 @@ class RoutingAttention(HeadMixer):
         x = _normed(q[:, L:])
         y = x if self.causal else _normed(k[:, L:])
         if self.training and again is None:
-            self._before = centroids
+            self._before = (*self._before[1 - CALLS :], centroids)
             for tokens in (x,) if self.causal else (x, y):
                 self._follow(tokens, keep)
         queries = nearest(x, centroids, size=self.size, keep=keep)

@@ -26,7 +26,7 @@ CLASSES = 10
 
 
 @cache
-def images() -> tuple[Float[Tensor, "N 64 1"], Int[Tensor, "N"]]:
+def images() -> tuple[Float[Tensor, "N 64 1"], Int[Tensor, " N"]]:
     """All pixels, from -1 to 1, and the digits; in an order that mixes the writers."""
     try:
         from sklearn.datasets import load_digits

@@ -22,7 +22,7 @@ from regard.tasks import ACCURACY, HELDOUT_SEED, Batch, Defaults, Metric, Size, 
 
 def block_model(
     graphs: int, nodes: int, classes: int, near: float, far: float, noise: float, generator: torch.Generator
-) -> tuple[Float[Tensor, "N classes"], Int[Tensor, "2 E"], Int[Tensor, "N"]]:
+) -> tuple[Float[Tensor, "N classes"], Int[Tensor, "2 E"], Int[Tensor, " N"]]:
     """Features, edges and classes of several graphs side by side, N = graphs * nodes; every edge stands both ways.
 
     Nodes of one class are joined with probability `near`, others with `far`. A node's features are its class, one-hot,

@@ -47,7 +47,7 @@ damped:  forecast_h = growth_T (gamma + gamma^2 + ... + gamma^h)""",
 
 @checked()
 def exponential_smoothing(
-    v: Float[Tensor, "B T H D"], a: Float[Tensor, "H"], before: Float[Tensor, "*b H D"]
+    v: Float[Tensor, "B T H D"], a: Float[Tensor, " H"], before: Float[Tensor, "*b H D"]
 ) -> Float[Tensor, "B T H D"]:
     """out_t = a out_{t-1} + (1 - a) v_t; `before` is out_{-1}, for each batch row or for all."""
     return _smoothed((1 - a[:, None]) * v, a, before)
@@ -57,7 +57,7 @@ def smoothed_level(
     x: Float[Tensor, "B T C"],
     season: Float[Tensor, "B T C"],
     growth: Float[Tensor, "B T C"],
-    a: Float[Tensor, "C"],
+    a: Float[Tensor, " C"],
     before: Float[Tensor, "*b C"],
 ) -> Float[Tensor, "B T C"]:
     """e_t = (1 - a) (x_t - season_t) + a (e_{t-1} + growth_t); growth_t is the growth known one step earlier."""
@@ -66,14 +66,14 @@ def smoothed_level(
 
 
 def damped_growth(
-    growth: Float[Tensor, "B H D"], gamma: Float[Tensor, "H"], horizon: int
+    growth: Float[Tensor, "B H D"], gamma: Float[Tensor, " H"], horizon: int
 ) -> Float[Tensor, "B {horizon} H D"]:
     """What the last growth adds to each of the next `horizon` steps."""
     ages = torch.arange(1, horizon + 1, device=gamma.device)
     return growth[:, None] * (gamma ** ages[:, None]).cumsum(0)[None, :, :, None]
 
 
-def _smoothed(steps: Float[Tensor, "B T H D"], a: Float[Tensor, "H"], before: Tensor) -> Float[Tensor, "B T H D"]:
+def _smoothed(steps: Float[Tensor, "B T H D"], a: Float[Tensor, " H"], before: Tensor) -> Float[Tensor, "B T H D"]:
     """out_t = a out_{t-1} + steps_t."""
     B, _, H, D = steps.shape
     rows = steps.permute(0, 3, 1, 2).flatten(0, 1)  # a head's channels share its decay: they are rows of one batch

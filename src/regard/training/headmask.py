@@ -94,7 +94,7 @@ def mask_important(model: nn.Module, count: int, loss: Callable[[], Float[Tensor
     _silence(parts, importance.topk(count).indices)
 
 
-def head_importance(model: nn.Module, loss: Callable[[], Float[Tensor, ""]]) -> Float[Tensor, "N"]:
+def head_importance(model: nn.Module, loss: Callable[[], Float[Tensor, ""]]) -> Float[Tensor, " N"]:
     """Mean over samples of |dL / d xi|, for all the model's heads, none masked. `loss` runs the model on the batch.
 
     dL / d xi_h is what the head puts out times the loss's gradient there, summed over tokens and channels.
@@ -127,7 +127,7 @@ def head_importance(model: nn.Module, loss: Callable[[], Float[Tensor, ""]]) -> 
     return torch.cat([importance.cpu() for importance in found])
 
 
-def _silence(parts: Sequence[HeadMask], heads: Int[Tensor, "count"]) -> None:
+def _silence(parts: Sequence[HeadMask], heads: Int[Tensor, " count"]) -> None:
     keep = torch.ones(sum(len(part.xi) for part in parts))
     keep[heads] = 0
     for part, xi in zip(parts, keep.split([len(part.xi) for part in parts]), strict=True):

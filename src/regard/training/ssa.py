@@ -51,7 +51,7 @@ else       (in eval, and for the last training steps) dense attention""",
 Keep = Bool[Tensor, "B S"] | None
 
 
-def local_shuffle(S: int, spread: float, *, device: torch.device | str | None = None) -> Int[Tensor, "S"]:
+def local_shuffle(S: int, spread: float, *, device: torch.device | str | None = None) -> Int[Tensor, " S"]:
     """A random order in which a source moves by about `spread` places."""
     return torch.argsort(torch.arange(S, device=device) + spread * torch.randn(S, device=device))
 
@@ -60,7 +60,7 @@ def attend_to_some(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G S D"],
     v: Float[Tensor, "B G S V"],
-    kept: Int[Tensor, "N"],
+    kept: Int[Tensor, " N"],
     *,
     causal: bool = False,
     keep: Keep = None,
@@ -80,7 +80,7 @@ def attend_in_windows(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G S D"],
     v: Float[Tensor, "B G S V"],
-    order: Int[Tensor, "S"],
+    order: Int[Tensor, " S"],
     count: int,
     *,
     causal: bool = False,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, fits, refuse, whole
@@ -147,7 +148,6 @@ class AttentionGate(nn.Module):
     def forward(self, x: Float[Tensor, "B C *sizes"], g: Float[Tensor, "B Cg *gating"]) -> Float[Tensor, "B C *sizes"]:
         """Gate skip features x by the signal g of a coarser grid."""
         z = self.out(self.coefficients(x, g) * x)
-        if self.training and recomputing():  # a checkpoint's second run: the running statistics have moved already
-            moved = (z.new_zeros(z.shape[1]), z.new_ones(z.shape[1]))
-            return F.batch_norm(z, *moved, self.norm.weight, self.norm.bias, training=True, eps=self.norm.eps)
+        if recomputing():  # a checkpoint's second run: the running statistics have moved already
+            return functional_call(self.norm, {name: b.clone() for name, b in self.norm.named_buffers()}, (z,))
         return self.norm(z)

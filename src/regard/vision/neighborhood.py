@@ -87,7 +87,7 @@ def neighborhood_attention(
     dilation: Each = 1,
     stride: Each = 1,
     causal: bool | Sequence[bool] = False,
-    bias: Float[Tensor, "H *differences"] | None = None,
+    bias: Float[Tensor, " H *differences"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H X *sizes V"]:
     """Attention of every token to its window, in time and memory linear in the number of tokens.

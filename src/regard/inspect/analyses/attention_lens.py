@@ -62,7 +62,7 @@ class AttentionLens(nn.Module):
 
     @checked()
     def __init__(
-        self, num_heads: int, unembedding: Float[Tensor, "V M"], *, bias: Float[Tensor, "V"] | None = None
+        self, num_heads: int, unembedding: Float[Tensor, "V M"], *, bias: Float[Tensor, " V"] | None = None
     ) -> None:
         super().__init__()
         whole(self, num_heads=num_heads)

@@ -177,7 +177,7 @@ def head_accuracy(batch: ProbeBatch, *, direction: Literal["dependent", "head"] 
     return hits.sum((1, 3)) / asked.sum()
 
 
-def _delimiters(keep: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"], Bool[Tensor, "B T"]]:
+def _delimiters(keep: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Bool[Tensor, "B T"]]:
     """Where the first and the last valid tokens stand, and which are between."""
     place = torch.arange(keep.shape[-1], device=keep.device)
     first = torch.where(keep, place, keep.shape[-1]).amin(-1)

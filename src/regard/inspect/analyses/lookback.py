@@ -85,7 +85,7 @@ def window_features(
 class LookbackLens(NamedTuple):
     """The linear classifier: which heads' looking back speaks for a faithful answer."""
 
-    weight: Float[Tensor, "F"]
+    weight: Float[Tensor, " F"]
     bias: Float[Tensor, ""]
 
     def probability(self, features: Float[Tensor, "*n F"]) -> Float[Tensor, "*n"]:
@@ -109,7 +109,7 @@ class LookbackLens(NamedTuple):
 
 
 @checked()
-def fit_lookback_lens(features: Float[Tensor, "N F"], faithful: Bool[Tensor, "N"]) -> LookbackLens:
+def fit_lookback_lens(features: Float[Tensor, "N F"], faithful: Bool[Tensor, " N"]) -> LookbackLens:
     """Logistic regression with scikit-learn's defaults, as in the paper.
 
     Raises:

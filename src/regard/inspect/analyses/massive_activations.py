@@ -44,12 +44,12 @@ Hidden = Sequence[Float[Tensor, "B T M"]]
 class Massive(NamedTuple):
     """N of them, by layer, sequence, token, width."""
 
-    layer: Int[Tensor, "N"]
-    sequence: Int[Tensor, "N"]
-    token: Int[Tensor, "N"]
-    width: Int[Tensor, "N"]
-    value: Float[Tensor, "N"]
-    times_median: Float[Tensor, "N"]
+    layer: Int[Tensor, " N"]
+    sequence: Int[Tensor, " N"]
+    token: Int[Tensor, " N"]
+    width: Int[Tensor, " N"]
+    value: Float[Tensor, " N"]
+    times_median: Float[Tensor, " N"]
     """How many times the median magnitude of its sequence at that layer."""
 
 
@@ -139,7 +139,7 @@ def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Float[Tensor, "B
 @contextmanager
 @checked()
 def replace_activations(
-    block: nn.Module, places: Int[Tensor, "N 2"], values: Float[Tensor, "N"] | float | int
+    block: nn.Module, places: Int[Tensor, "N 2"], values: Float[Tensor, " N"] | float | int
 ) -> Iterator[None]:
     """Inside the `with` block, the chosen values after this block are others.
 

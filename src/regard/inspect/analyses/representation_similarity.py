@@ -36,7 +36,7 @@ CKA = sum HSIC(K, L) / sqrt(sum HSIC(K, K) sum HSIC(L, L)), sums over batches"""
     verified="reconstructed",
 )
 
-Batch = Sequence[Float[Tensor, "_N *_F"]]
+Batch = Sequence[Float[Tensor, " _N *_F"]]
 """Features of one batch of inputs, one tensor a layer."""
 
 

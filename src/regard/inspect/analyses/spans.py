@@ -66,7 +66,7 @@ def span_attention(
 
 
 @checked()
-def spans_of(mask: Bool[Tensor, "T"]) -> list[Span]:
+def spans_of(mask: Bool[Tensor, " T"]) -> list[Span]:
     """The runs of marked tokens."""
     edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
     return list(zip((edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist(), strict=True))

@@ -42,7 +42,7 @@ continuous: caps of unit vectors in place of circles of bits""",
 )
 
 
-def circle_intersection(n: int, radius: int) -> Float[Tensor, "V"]:
+def circle_intersection(n: int, radius: int) -> Float[Tensor, " V"]:
     """log I(v) for v = 0 .. n, in float64; -inf where no address is near both."""
     whole("circle_intersection", n=n)
     whole("circle_intersection", 0, most=n, radius=radius)
@@ -105,13 +105,13 @@ def fitted_beta(n: int, radius: int) -> float:
 class SparseMemoryFit(NamedTuple):
     """For each of H heads."""
 
-    beta: Float[Tensor, "H"]
+    beta: Float[Tensor, " H"]
     """The slope of its logits over the cosines of queries and keys."""
-    explained: Float[Tensor, "H"]
+    explained: Float[Tensor, " H"]
     """The share of the logits' variance that cosines explain: near 1 where norms hardly matter."""
-    radius: Int[Tensor, "H"]
+    radius: Int[Tensor, " H"]
     """The Hamming radius of the memory whose beta is nearest; a greater radius reads more broadly."""
-    radius_beta: Float[Tensor, "H"]
+    radius_beta: Float[Tensor, " H"]
     """That memory's beta."""
 
 

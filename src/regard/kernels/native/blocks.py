@@ -24,13 +24,13 @@ class Walk:
 
     block: tuple[int, int]
     heads: tuple[int, int]
-    row_ptr: Int[Tensor, "P"]
-    cols: Int[Tensor, "N"]
-    tile: Int[Tensor, "N"]
+    row_ptr: Int[Tensor, " P"]
+    cols: Int[Tensor, " N"]
+    tile: Int[Tensor, " N"]
     tiles: Bool[Tensor, "n bq bk"]
-    col_ptr: Int[Tensor, "Q"]
-    rows: Int[Tensor, "N"]
-    entry: Int[Tensor, "N"]
+    col_ptr: Int[Tensor, " Q"]
+    rows: Int[Tensor, " N"]
+    entry: Int[Tensor, " N"]
 
 
 def walk_of(mask: Mask | None, T: int, S: int) -> Walk:
@@ -55,9 +55,9 @@ def _made(mask: Mask, T: int, S: int) -> Walk:
 def walk(
     block: tuple[int, int],
     shape: tuple[int, int, int, int],
-    row_ptr: Int[Tensor, "P"],
-    cols: Int[Tensor, "N"],
-    tile: Int[Tensor, "N"],
+    row_ptr: Int[Tensor, " P"],
+    cols: Int[Tensor, " N"],
+    tile: Int[Tensor, " N"],
     tiles: Bool[Tensor, "n bq bk"],
 ) -> Walk:
     """The walk over stored blocks as in `BlockLayout`; tile -1 is full, others count in `tiles`."""

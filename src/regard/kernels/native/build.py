@@ -45,9 +45,7 @@ def library() -> ctypes.CDLL:
 
 def readable(x: torch.Tensor) -> bool:
     """Whether x is memory that C++ can read: no tensor subclass, nothing that torch.func or torch.compile traces."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return x.is_meta or tracing.readable(x)  # of what is on meta, only the plan is asked
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and tracing.readable(x)
 
 
 @lru_cache(maxsize=2)
