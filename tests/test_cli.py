@@ -312,21 +312,30 @@ def test_plan_agrees_with_the_layer(monkeypatch):
     for name, kernel in KERNELS.items():
         run = kernel.run
         monkeypatch.setattr(kernel, "run", lambda p, *a, run=run, name=name: ran.append(name) or run(p, *a))
-    for spec in ("window(window=64)", "shaw(max_distance=4)", "entmax+rotary", "mqa"):
+    joined = "window(window=64)+rotary(base=9)"
+    for spec in ("window(window=64)", "shaw(max_distance=4)", "entmax+rotary", joined, "mqa"):
         planned = json.loads(
             output("plan", "--mechanism", spec, "--heads", 2, "--width", 8, "--length", 1024, "--json")
         )
-        parsed = cli_parse(spec)
-        layer = regard.create(parsed.name, dim=16, num_heads=2, causal=True, **parsed.options)
+        layer = regard.create(spec, dim=16, num_heads=2, causal=True)
         ran.clear()
         layer(torch.randn(1, 1024, 16))
         assert ran[0] == planned["kernel"], spec
 
 
-def cli_parse(text):
-    from regard.models.mixer import parse
-
-    return parse(text)
+def test_plan_and_show_read_options_of_joined_names():
+    joined = "window(window=3)+rotary(base=500)"
+    found = json.loads(output("plan", "--mechanism", joined, "--length", 4096, "--json"))
+    assert (
+        found["kernel"]
+        == json.loads(output("plan", "--mechanism", "window(window=3)", "--length", 4096, "--json"))["kernel"]
+    )
+    text = output("show", joined)
+    assert "window = 128  (here 3)" in text
+    assert "(here 500)" in text
+    assert text.count("causal() & window(3)") == text.count("\npicture\n") == 1
+    assert [entry["name"] for entry in json.loads(output("show", joined, "--json"))] == ["window", "rotary"]
+    assert re.findall("^# (.*)$", output("show", joined, "--markdown"), re.MULTILINE) == ["window", "rotary"]
 
 
 def test_plan_shows_the_heads_that_the_mechanism_makes():
@@ -571,8 +580,8 @@ def test_generate_continues_the_prompt(checkpoint):
 BAD = [
     ("list --family position", "unknown family 'position'; did you mean 'positions'"),
     ("show alibbi", "unknown mechanism 'alibbi'; did you mean 'alibi'?"),
-    ("show gated+rotary", "'gated+rotary' joins several mechanisms"),
-    ("show window(windw=3)", "unknown option of 'window' 'windw'; did you mean 'window'?"),
+    ("show gated+polarized", "only mechanisms that fill slots can be joined by '+'"),
+    ("show window(windw=3)", "create: 'window' has no option 'windw'; did you mean 'window'? (its options: window)"),
     ("show window(3)", "cannot be read"),
     ("show window(window=0)", "window: size is too small (got 0)"),
     ("show alibi --svg nowhere/x.svg", "nowhere/x.svg: No such file or directory"),

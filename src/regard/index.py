@@ -60,8 +60,21 @@ def tasks() -> dict[str, Entry]:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """unknown what 'nmae'; did you mean 'name'?"""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+    return f"unknown {what} {name!r}" + (f"; {hint}" if (hint := meant(name, known)) else "")
+
+
+def lacks(who: str, what: str, name: str, known: Iterable[str], common: Iterable[str] = ()) -> str:
+    """'who' has no what 'nmae'; did you mean 'name'? (its whats: ...); `common` ones are its too, and not listed."""
+    known = sorted(known)
+    told = f"its {what}s: {', '.join(known)}" if known else f"it has no {what}s of its own"
+    hint = meant(name, [*known, *common])
+    return f"{who!r} has no {what} {name!r}; {hint} ({told})" if hint else f"{who!r} has no {what} {name!r}; {told}"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """did you mean 'name'?, where a name is near enough to be a slip of the finger."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 # --- writing ------------------------------------------------------------------------------------------------

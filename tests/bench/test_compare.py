@@ -75,6 +75,8 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"mechanisms": ["softmaxx", "alibi"]}, r"unknown mechanism 'softmaxx'.*did you mean"),
         ({"mechanisms": ["window(widnow=3)"]}, r"widnow.*did you mean 'window'"),
         ({"mechanisms": ["alibi("]}, r"'alibi\(' cannot be read"),
+        ({"mechanisms": ["window(window=4)()"]}, r"'window\(window=4\)\(\)' cannot be read"),
+        ({"mechanisms": ["window(window=4)+rotary(window=5)"]}, r"'rotary' has no option 'window'"),
         ({"mechanisms": ["nowhere:Mixer"]}, r"nowhere"),
         ({"mechanisms": []}, r"no mechanisms"),
         ({"heads": 3}, r"compare: heads do not divide dim = 8 \(got 3\); expected such as 1, 2, 4"),
@@ -115,6 +117,13 @@ def test_what_cannot_work_is_refused_in_one_line_before_any_work(config, change,
     assert "\n" not in str(caught.value)
     assert fake.asked == []
     assert not (Path(config.out) / "results.db").exists()
+
+
+def test_options_of_joined_names_make_cells_of_their_own(config):
+    names = ("window(window=4)+rotary(base=500)", "window(window=4)+rotary(base=5)", "window(window=4)+rotary")
+    found = cells.plan(validate(replace(config, mechanisms=names, seeds=(0,))))
+    assert [cell.mechanism for cell in found] == list(names)
+    assert len({cell.key for cell in found}) == 3
 
 
 def test_events_tell_the_story(config):

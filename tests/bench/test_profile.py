@@ -122,7 +122,8 @@ def test_refusals(tmp_path: Path) -> None:
     for mechanisms, words in (
         (("gatv2",), "a GraphMixer has no one length"),
         (("etc",), "etc cannot be causal"),
-        (("window(size=3)",), "unknown option of 'window' 'size'"),
+        (("window(size=3)",), "'window' has no option 'size'; its options: window"),
+        (("window(window=3)()",), "cannot be read"),
         (("softmaxx",), "unknown mechanism 'softmaxx'; did you mean 'softmax'"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -12,6 +12,7 @@ from typing import Any
 from regard.bench.record import Match
 from regard.checks import choice, number, refuse, whole
 from regard.models.mixer import Spec, parse
+from regard.spec import single
 from regard.tasks import Size, Task, TaskError, find, make
 
 ALL = "all"
@@ -101,7 +102,7 @@ def one_line(*errors: type[Exception]) -> Iterator[None]:
 
 def task_options(config: CompareConfig) -> tuple[str, dict[str, Any]]:
     """The task's name, and its options wherever they stand in the configuration."""
-    spec = parse(config.task, "task")
+    spec = single(config.task, "task")
     options = dict(spec.options)
     if config.length is not None:
         options["length"] = config.length

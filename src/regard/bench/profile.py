@@ -121,7 +121,7 @@ def why_not(spec: Spec, causal: bool) -> str:
     from regard import catalog
 
     wanted = "causal" if causal else "bidirectional"
-    lacking = [n for n in spec.name.split("+") if wanted not in catalog.card(n.strip()).supports]
+    lacking = [name for name in spec.names if wanted not in catalog.card(name).supports]
     return f"{', '.join(lacking)} cannot be {wanted}" if lacking else ""
 
 

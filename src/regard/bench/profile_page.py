@@ -64,9 +64,9 @@ def _formula(name: str, config: Profile) -> float | None:
     from regard import catalog
 
     spec = parse(name)
-    if spec.own or "+" in spec.name:
+    if spec.own or len(spec.parts) > 1:
         return None
-    return formula_growth(catalog.card(spec.name), spec.options, config)
+    return formula_growth(catalog.card(spec.name), spec.parts[0].options, config)
 
 
 def reasons(cells: Sequence[Measured]) -> list[str]:

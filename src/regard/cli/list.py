@@ -37,9 +37,9 @@ def _fits(found: list[index.Entry], task: str, as_json: bool) -> None:
     """Which of them can do the task at the task's own size, and why the others cannot."""
     from regard import tasks
     from regard.bench.fitting import sizes, why_not
-    from regard.models.mixer import parse
+    from regard.spec import parse, single
 
-    asked = parse(task)
+    asked = single(task, "task")
     made = tasks.make(asked.name, asked.options)
     reasons = {entry["name"]: why_not(made, parse(entry["name"]), sizes(made)) for entry in found}
     if as_json:

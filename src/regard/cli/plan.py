@@ -73,7 +73,7 @@ def _plan(
 
     import regard
     from regard import catalog, masks
-    from regard.models.mixer import parse
+    from regard.spec import parse
 
     B, H, G, T, S, D = sizes.values()
     dtype = getattr(torch, dtype_name)
@@ -84,12 +84,12 @@ def _plan(
         q, k, v = (torch.empty(B, n, m, D, dtype=dtype, device="meta") for n, m in ((H, T), (G, S), (G, S)))
         return regard.plan(q, k, v, mask=mask, dropout=dropout, kernel=kernel)
     spec = parse(mechanism)
-    if not all(catalog.card(part).is_part for part in spec.name.split("+")):
+    if not all(catalog.card(name).is_part for name in spec.names):
         raise ValueError(f"plan: {mechanism} is a layer of its own, not a pipeline; there is no kernel to choose")
-    settings: dict[str, Any] = {**spec.options, "device": "meta", "dtype": dtype}
+    settings: dict[str, Any] = {"device": "meta", "dtype": dtype}
     settings |= {"causal": causal, "num_kv_heads": None if G == H else G, "head_dim": D, "dropout": dropout}
     settings |= {} if kernel == "auto" else {"kernel": kernel}
-    module = regard.create(spec.name, dim=H * D, num_heads=H, **settings)
+    module = regard.create(str(spec), dim=H * D, num_heads=H, **settings)
     assert isinstance(module, regard.Attention)
     sizes["G"] = module.num_kv_heads  # what the mechanism makes of it
     x, context = (torch.empty(B, n, H * D, dtype=dtype, device="meta") for n in (T, S))

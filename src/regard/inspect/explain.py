@@ -211,10 +211,8 @@ def _swapped(loaded: Loaded, mechanism: str) -> Any:
             f"explain: --swap exchanges the attention of transformers' models, and {loaded.name} is none; give --model"
         )
     from regard.integrations.transformers import swap
-    from regard.models.mixer import parse
 
-    spec = parse(mechanism)
-    return swap(model, spec.name, **spec.options)
+    return swap(model, mechanism)
 
 
 def _write(out: Path, name: str, first: Trace, second: Trace | None, swap: str | None) -> None:

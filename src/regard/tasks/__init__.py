@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from regard.cards import Card
 from regard.checks import whole
-from regard.models.mixer import Spec, parse
+from regard.spec import Part, Spec, single
 
 if TYPE_CHECKING:  # so that the names of tasks are known without torch
     import torch
@@ -197,8 +197,8 @@ def mechanisms_for(name: str) -> list[str]:
     """
     from regard import catalog
 
-    entries = ((card.name, parse(entry)) for card in catalog.cards().values() for entry in card.tasks)
-    return [str(Spec(mechanism, entry.options)) for mechanism, entry in entries if entry.name == name]
+    entries = ((card.name, single(entry, "task")) for card in catalog.cards().values() for entry in card.tasks)
+    return [str(Part(mechanism, entry.options)) for mechanism, entry in entries if entry.name == name]
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
