@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from regard.cards import GIVEN, Card, _registry
-from regard.checks import number, refuse
+from regard.checks import flag, number, refuse
 from regard.index import lacks, unknown
 from regard.pipeline.layer import Attention
 from regard.rooms import FAMILIES
@@ -110,8 +110,7 @@ def create(
     """
     if not isinstance(name, str):
         refuse("create", "name", "has the wrong type", repr(name), "the name of a mechanism", error=TypeError)
-    if not isinstance(causal, bool):
-        refuse(f"create: {name}", "causal", "has the wrong type", repr(causal), "True or False", error=TypeError)
+    flag(f"create: {name}", causal=causal)
     spec = parse(name)
     parts = [card(part) for part in spec.names]
     written, name = str(spec), spec.name
@@ -199,10 +198,10 @@ def told_each(
                 refuse(who, f"option {key!r} of {part.name!r}", "is said twice", got, "it once")
             if key not in card.options:
                 rest[key] = value
-        told.append({k: v for k, v in (settings | part.options).items() if k in card.options})
+        told.append({k: v for k, v in {**settings, **part.options}.items() if k in card.options})
     for key in settings.keys() - own:
         if key not in common:
-            raise ValueError(f"{who}: {lacks(spec.name, 'option', key, own, common)}")
+            raise ValueError(f"{who}: {lacks(spec.name, 'option', key, own, {*common, *GIVEN})}")
         rest[key] = settings[key]
     return told, rest
 

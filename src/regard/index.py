@@ -4,7 +4,6 @@ The file has one line for each card and task; `python tools/catalogue.py` makes 
 cards themselves.
 """
 
-import difflib
 import functools
 import json
 import math
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regard.checks import meant
 from regard.rooms import FAMILIES
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def tasks() -> dict[str, Entry]:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """unknown what 'nmae'; did you mean 'name'?"""
-    return f"unknown {what} {name!r}" + (f"; {hint}" if (hint := meant(name, known)) else "")
+    hint = meant(name, known)
+    return f"unknown {what} {name!r}; {hint}" if hint else f"unknown {what} {name!r}"
 
 
 def lacks(who: str, what: str, name: str, known: Iterable[str], common: Iterable[str] = ()) -> str:
@@ -69,12 +70,6 @@ def lacks(who: str, what: str, name: str, known: Iterable[str], common: Iterable
     told = f"its {what}s: {', '.join(known)}" if known else f"it has no {what}s of its own"
     hint = meant(name, [*known, *common])
     return f"{who!r} has no {what} {name!r}; {hint} ({told})" if hint else f"{who!r} has no {what} {name!r}; {told}"
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """did you mean 'name'?, where a name is near enough to be a slip of the finger."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ class Spec:
         return "+".join(self.names)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """All options that are written, of whichever part: what a part is told is in `parts`."""
+        return {name: value for part in self.parts for name, value in part.options.items()}
+
+    @property
     def own(self) -> bool:
         """Whether it is the caller's own code rather than cards of the catalogue."""
         return ":" in self.name

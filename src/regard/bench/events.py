@@ -1,6 +1,6 @@
 """What a comparison tells while it runs, in this order, and what is there at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from regard.bench.record import Cell, Result
@@ -22,6 +22,8 @@ class Planned:
     """Settings in which those other rows differ."""
     unfit: Mapping[str, str]
     """Mechanisms that the task cannot be done with -> why."""
+    data: Sequence[str] = ()
+    """What was read for the data, what was not, and what is held out."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def train(
             "threads": str(torch.get_num_threads()),
         },
         notes=notes,
+        data=task.told(),
     )
 
 

@@ -53,11 +53,12 @@ def plan(
     asked = [mechanism or "softmax attention", "causal" if causal else "bidirectional"]
     asked += [f"window {window}"] * (window is not None) + [dtype.value]
     terminal.show(terminal.line(f"{', '.join(asked)}; {', '.join(f'{n}={size}' for n, size in sizes.items())}"))
-    grid = terminal.grid(4, 0, 0)
-    grid.add_row("runs", found.kernel, found.because, style="bold green")
-    for name, reasons in found.why_not.items():
-        grid.add_row("not", name, "; ".join(reasons))
-    terminal.show(grid)
+    columns = (terminal.Column(""), terminal.Column("kernel"), terminal.Column("why", least=24))
+    rows = [("runs", found.kernel, found.because)]
+    rows += [("not", name, "; ".join(reasons)) for name, reasons in found.why_not.items()]
+    _, runs, *others = terminal.joined(terminal.fitted(columns, rows))
+    terminal.show(runs, style="bold green")
+    print("\n".join(others))
 
 
 def _plan(

@@ -128,7 +128,7 @@ def _newest(folder: Path, pattern: str) -> Path | None:
 
 def _own(path: Path) -> Loaded:
     model, config = read(path)
-    return Loaded(f"{config.mechanism} of {path}", model)
+    return Loaded(f"{config.mechanism} of {path.name}", model)
 
 
 def _trained(say: Say) -> Path:
@@ -164,7 +164,8 @@ def _transformers(model: str) -> Loaded:
     made = AutoModel.from_pretrained(model, config=config, use_safetensors=True, **safe)
     main = getattr(made, "main_input_name", "input_ids")
     tokenizer = AutoTokenizer.from_pretrained(model, **safe) if main == "input_ids" else None
-    return Loaded(f"{type(made).__name__} of {model}", made.eval(), tokenizer, Path(model))
+    short = Path(model).resolve().name if Path(model).is_dir() else model
+    return Loaded(f"{type(made).__name__} of {short}", made.eval(), tokenizer, Path(model))
 
 
 def _inputs(loaded: Loaded, text: str | None, image: Path | None) -> Any:

@@ -4,6 +4,8 @@ The caller's own `module:callable` is called as `callable(dim=, num_heads=, caus
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from regard.spec import Part, Spec, parse, split
 if TYPE_CHECKING:  # so that names are read without torch
     from torch import nn
 
-__all__ = ["Part", "Spec", "build", "factory", "parse", "protocol", "split"]
+__all__ = ["Part", "Spec", "build", "factory", "look_here", "parse", "protocol", "split"]
 
 
 def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.Module":
@@ -26,6 +28,12 @@ def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.M
     if twice := sorted(given.keys() & options.keys()):
         raise ValueError(f"mechanism {str(spec)!r}: {', '.join(twice)} is set for all alike; leave it out")
     return factory(spec)(**given, **options)
+
+
+def look_here() -> None:
+    """Find the caller's own modules where the command is given, too."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def factory(spec: Spec) -> "Callable[..., nn.Module]":

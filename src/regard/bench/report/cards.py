@@ -50,11 +50,11 @@ class Cards:
 
 
 def _parts(mechanism: str) -> list[str]:
-    """The names of the cards behind 'gated+rotary' or 'kerple(log_space=True)'; none for what is written otherwise."""
+    """The names of the cards behind 'gated+rotary' or 'kerple(log_space=True)'."""
     try:
         return parse(mechanism).names
-    except ValueError:
-        return []
+    except ValueError:  # a row of old, when more could be written
+        return [part.strip() for part in mechanism.partition("(")[0].split("+")]
 
 
 def _find_card(name: str) -> Any | None:
