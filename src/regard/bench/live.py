@@ -203,6 +203,8 @@ def table(results: Sequence[Result], within: int | None = None) -> Text:
         *(terminal.Column(columns[n].heading, rank=columns[n].rank, right=True) for n in shown),
     ]
     fitted = terminal.fitted(wanted, texts, within)
+    if len(fitted) > len(texts) + 1:  # what had no room
+        fitted[-1:] = [[part] for part in terminal.wrapped(fitted[-1][0], within=within)]
     counts = [None, *(count for _, count, _ in rows), *[None] * len(fitted)]
     return Text("\n").join(_styled(cells, count) for cells, count in zip(fitted, counts))
 
