@@ -35,6 +35,12 @@ class Loaded:
     tokenizer: Any = None
     folder: Path | None = None
 
+    @property
+    def short(self) -> str:
+        """The name without the folders before the last, as a page's title has it; 'org/model' is one name."""
+        what, of, where = self.name.partition(" of ")
+        return what + of + (Path(where).resolve().name if Path(where).exists() else where)
+
 
 def explain(
     text: str | None,
@@ -71,7 +77,7 @@ def explain(
     if swap is not None:
         with _swapped(loaded, swap):
             second = traced()
-    _write(out, loaded.name, first, second, swap)
+    _write(out, loaded.short, first, second, swap)
     for line in summary(loaded.name, first):
         say(line)
     say(f"page: {out}")
@@ -128,7 +134,7 @@ def _newest(folder: Path, pattern: str) -> Path | None:
 
 def _own(path: Path) -> Loaded:
     model, config = read(path)
-    return Loaded(f"{config.mechanism} of {path.name}", model)
+    return Loaded(f"{config.mechanism} of {path}", model)
 
 
 def _trained(say: Say) -> Path:
@@ -164,8 +170,7 @@ def _transformers(model: str) -> Loaded:
     made = AutoModel.from_pretrained(model, config=config, use_safetensors=True, **safe)
     main = getattr(made, "main_input_name", "input_ids")
     tokenizer = AutoTokenizer.from_pretrained(model, **safe) if main == "input_ids" else None
-    short = Path(model).resolve().name if Path(model).is_dir() else model
-    return Loaded(f"{type(made).__name__} of {short}", made.eval(), tokenizer, Path(model))
+    return Loaded(f"{type(made).__name__} of {model}", made.eval(), tokenizer, Path(model))
 
 
 def _inputs(loaded: Loaded, text: str | None, image: Path | None) -> Any:
