@@ -53,11 +53,12 @@ def plan(
     asked = [mechanism or "softmax attention", "causal" if causal else "bidirectional"]
     asked += [f"window {window}"] * (window is not None) + [dtype.value]
     terminal.show(terminal.line(f"{', '.join(asked)}; {', '.join(f'{n}={size}' for n, size in sizes.items())}"))
-    grid = terminal.grid(4, 0, 0)
-    grid.add_row("runs", found.kernel, found.because, style="bold green")
-    for name, reasons in found.why_not.items():
-        grid.add_row("not", name, "; ".join(reasons))
-    terminal.show(grid)
+    columns = (terminal.Column(""), terminal.Column("kernel"), terminal.Column("why", least=24))
+    rows = [("runs", found.kernel, found.because)]
+    rows += [("not", name, "; ".join(reasons)) for name, reasons in found.why_not.items()]
+    _, runs, *others = terminal.joined(terminal.fitted(columns, rows))
+    terminal.show(runs, style="bold green")
+    print("\n".join(others))
 
 
 def _plan(
@@ -73,7 +74,7 @@ def _plan(
 
     import regard
     from regard import catalog, masks
-    from regard.models.mixer import parse
+    from regard.spec import parse
 
     B, H, G, T, S, D = sizes.values()
     dtype = getattr(torch, dtype_name)
@@ -84,12 +85,12 @@ def _plan(
         q, k, v = (torch.empty(B, n, m, D, dtype=dtype, device="meta") for n, m in ((H, T), (G, S), (G, S)))
         return regard.plan(q, k, v, mask=mask, dropout=dropout, kernel=kernel)
     spec = parse(mechanism)
-    if not all(catalog.card(part).is_part for part in spec.name.split("+")):
+    if not all(catalog.card(name).is_part for name in spec.names):
         raise ValueError(f"plan: {mechanism} is a layer of its own, not a pipeline; there is no kernel to choose")
-    settings: dict[str, Any] = {**spec.options, "device": "meta", "dtype": dtype}
+    settings: dict[str, Any] = {"device": "meta", "dtype": dtype}
     settings |= {"causal": causal, "num_kv_heads": None if G == H else G, "head_dim": D, "dropout": dropout}
     settings |= {} if kernel == "auto" else {"kernel": kernel}
-    module = regard.create(spec.name, dim=H * D, num_heads=H, **settings)
+    module = regard.create(str(spec), dim=H * D, num_heads=H, **settings)
     assert isinstance(module, regard.Attention)
     sizes["G"] = module.num_kv_heads  # what the mechanism makes of it
     x, context = (torch.empty(B, n, H * D, dtype=dtype, device="meta") for n in (T, S))
