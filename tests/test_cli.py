@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,16 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import regard
-from regard import catalog, cli, doctor, index, tasks, terminal
+from regard import catalog, cli, doctor, index, masks, tasks, terminal
 from regard.bench.config import CompareConfig
 from regard.bench.profile import Profile
 from regard.cards import FEATURES, Card, Paper, Protocols, _registry
 from regard.cli import configured, page, table
 from regard.cli.configured import documented
 from regard.cost import costs, evaluate
-from regard.kernels.plan import KERNELS
+from regard.kernels import Problem, choose, triton_attention
+from regard.kernels.plan import KERNELS, _auto
+from regard.pipeline.function import problem
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"COLUMNS": "100", "NO_COLOR": "1", "FORCE_COLOR": None, "REGARD_TRACEBACK": None}
@@ -393,6 +396,32 @@ def test_plan_agrees_with_the_layer(monkeypatch):
         ran.clear()
         layer(torch.randn(1, 1024, 16))
         assert ran[0] == planned["kernel"], spec
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_plan_for_a_gpu_that_is_not_here(window, dtype, monkeypatch):
+    """What auto would take there: kernels of CPUs are out, and those of GPUs are out for what they lack here alone."""
+    given = ["plan", "--length", 4096, "--dtype", dtype, *(["--window", window] if window else [])]
+    at = {device: json.loads(output(*given, "--device", device, "--json")) for device in ("cpu", "cuda")}
+    assert {device: found["device"] for device, found in at.items()} == {"cpu": "cpu", "cuda": "cuda"}
+    assert at["cuda"]["why_not"]["native"] == ["tensors on cuda, not on the CPU"]
+    said = json.dumps(at["cuda"])
+    assert "meta" not in said + json.dumps(at["cpu"])
+    assert "only CUDA" not in said
+    missing = at["cuda"]["why_not"].get("triton", [""])[0]
+    assert ("not installed" in missing) == (not triton_attention.installed())
+    q = torch.empty(1, 8, 4096, 64, dtype=getattr(torch, dtype), device="meta")
+    mask = masks.causal() & masks.window(window) if window else masks.causal()
+    there = replace(problem(q, q, q, mask=mask), on="cuda")
+    monkeypatch.setattr(Problem, "readable", True)  # as tensors there are
+    assert _auto(there) is KERNELS[at["cuda"]["kernel"]], "what attention itself would take"
+
+
+def test_a_device_is_named_for_tensors_on_none():
+    with pytest.raises(ValueError, match=r"device is said of tensors that are on one \(got cuda\)"):
+        choose(problem(*torch.randn(3, 1, 1, 2, 4)), device="cuda")
+    assert "'tpu' is not one of 'cpu', 'cuda'" in invoke("plan", "--device", "tpu").stderr
 
 
 def test_plan_and_show_read_options_of_joined_names():
@@ -868,8 +897,9 @@ def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
     assert (tmp_path / "attention.html").stat().st_size > 10_000
 
 
-def test_the_readmes_outputs_are_current():
+def test_the_readmes_outputs_are_current(monkeypatch):
     """`python tools/readme.py` makes them anew."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as for its reader, but not in these tests
     spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "tools" / "readme.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

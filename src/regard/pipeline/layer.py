@@ -136,9 +136,14 @@ class Attention(nn.Module):
         context: Float[Tensor, "B S C"] | None = None,
         *,
         mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+        device: str | None = None,
     ) -> Plan:
-        """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do."""
-        return choose(self._prepare(x, context, mask, None)[0], self.kernel)
+        """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do.
+
+        Args:
+            device: "cpu" or "cuda", where tensors on meta are taken to be; no such device need be there.
+        """
+        return choose(self._prepare(x, context, mask, None)[0], self.kernel, device)
 
     def init_state(
         self,
