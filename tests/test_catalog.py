@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import regard
-from regard import catalog
+from regard import catalog, index
 from regard.cards import Card, Paper, _registry, register
 from regard.laws import LAWS
 from regard.rooms import FAMILIES
@@ -67,7 +67,10 @@ def test_unknown_things_are_named() -> None:
         regard.card("zzzz")
     with pytest.raises(ValueError, match="unknown family 'position'; did you mean 'positions'"):
         regard.mechanisms("position")
-    with pytest.raises(ValueError, match="unknown option of 'shaw' 'max_distnace'; did you mean 'max_distance'"):
+    with pytest.raises(
+        ValueError,
+        match=r"'shaw' has no such option \(got 'max_distnace'\); expected one of .*; did you mean 'max_distance'\?",
+    ):
         make("shaw", max_distnace=3)
     with pytest.raises(ValueError, match="unknown mechanism"):
         make("alibi+zzzz")
@@ -140,7 +143,7 @@ def test_a_class_tells_its_options() -> None:
             3,
         )
         assert regard.create("temporary_variant", dim=4, num_heads=1).size == 5
-        with pytest.raises(ValueError, match="unknown option of 'temporary_options' 'hidden'"):
+        with pytest.raises(ValueError, match=r"'temporary_options' has no such option \(got 'hidden'\)"):
             regard.create("temporary_options", dim=4, num_heads=1, hidden=1)
         assert list(inspect.signature(Below).parameters) == ["dim", "size", "hidden", "causal", "bias"]
 
@@ -403,3 +406,41 @@ assert not failed and not any(thread.is_alive() for thread in threads), failed
 
 def test_threads_may_ask_first_together() -> None:
     subprocess.run([sys.executable, "-c", THREADS], check=True)
+
+
+def test_options_that_are_flags_take_nothing_else() -> None:
+    """Every option that is annotated as a bool, of every card; a 1, a list or "no" is none."""
+    checked = 0
+    for card in catalog.cards().values():
+        if card.is_function or card.made is None:
+            continue
+        for name in card.options:
+            if card.made.signature.parameters[name].annotation is not bool:
+                continue
+            for wrong in (1, None, "no", []):
+                with pytest.raises(TypeError, match=rf"{name} has the wrong type .* expected True or False"):
+                    regard.create(
+                        card.name,
+                        dim=24,
+                        num_heads=6,
+                        causal="causal" in card.supports,
+                        **{**card.example, name: wrong},
+                    )
+            checked += 1
+    assert checked > 20
+
+
+def test_the_layers_own_flags_take_nothing_else() -> None:
+    for name in ("softmax", "linear"):
+        with pytest.raises(TypeError, match=r"bias has the wrong type .* expected True or False"):
+            regard.create(name, dim=8, num_heads=2, bias="no")
+    with pytest.raises(TypeError, match=r"causal has the wrong type .* expected True or False"):
+        regard.Attention(8, 2, causal=1)  # type: ignore[arg-type]
+
+
+def test_a_near_name_is_near() -> None:
+    assert "did you mean" not in index.unknown("mechanism", "flash", ["softmax", "linear", "halo"])
+    assert "did you mean" not in index.unknown("mechanism", "gru", ["gmm", "gss"])
+    assert index.unknown("mechanism", "sotfmax", ["softmax", "linear"]).endswith("did you mean 'softmax'?")
+    with pytest.raises(ValueError, match=r"'softmax' has no such option \(got 'is_causal'\); .*you mean 'causal'\?"):
+        regard.create("softmax", dim=8, num_heads=2, is_causal=True)

@@ -1,6 +1,9 @@
 """What arguments may be: every refusal names who, what, what was got and what is expected."""
 
+import contextlib
 import re
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+import regard
 from regard.checks import checked, choice, divides, fits, number, refuse, tokens, whole
 from regard.masks import Mask, causal
 from regard.shapes import head_shape
@@ -222,3 +226,86 @@ def test_tokens():
         ValueError, match=r"f: context has the wrong shape \(got \(1, 2, 3\)\); expected \(B, T, M = 4\)"
     ):
         tokens("f", "context", torch.zeros(1, 2, 3), 4)
+
+
+def unusual() -> "dict[str, tuple[torch.Tensor, str]]":
+    x = torch.ones(1, 2, 4, 8)
+    ragged = [torch.ones(2, 4, 8), torch.ones(2, 3, 8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor(ragged)
+        jagged = torch.nested.nested_tensor(ragged[:1], layout=torch.jagged)
+        csr = torch.eye(8).to_sparse_csr()
+    return {
+        "coo": (x.to_sparse(), r"is sparse \(got torch.sparse_coo\); expected a dense tensor, {}.to_dense\(\)"),
+        "csr": (csr, r"is sparse \(got torch.sparse_csr\)"),
+        "csc": (csr.to_sparse_csc(), r"is sparse \(got torch.sparse_csc\)"),
+        "nested": (nested, "is nested .* torch.nested.to_padded_tensor"),
+        "jagged": (jagged, "is nested .* torch.nested.to_padded_tensor"),
+        "float8": (x.to(torch.float8_e4m3fn), r"has the wrong dtype \(got torch.float8_e4m3fn\); .* {}.float\(\)"),
+        "numpy": (x.numpy(), r"has the wrong type \(got ndarray\); .*; torch.as_tensor\({}\) makes one of it"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc", "nested", "jagged", "float8", "numpy"])
+def test_tensors_that_nothing_computes_with_are_refused_in_words(kind: str) -> None:
+    """Wherever they are handed in: the function, layers of both kinds, maps, the drop-in; under the argument's name."""
+    from regard.integrations.torch_mha import MultiheadAttention
+
+    given, said = unusual()[kind]
+    x = torch.ones(1, 4, 8)
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("q", lambda: regard.attention(given, given, given)),
+        ("v", lambda: regard.attention(x[None], x[None], given)),
+        *(
+            ("x", lambda name=name: regard.create(name, dim=8, num_heads=2)(given))  # type: ignore[misc]
+            for name in ("softmax", "linear", "polarized", "efficient_probing")
+        ),
+        ("value", lambda: MultiheadAttention(8, 2, batch_first=True)(x, x, given)),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError, match=f"{name} " + said.format(name)):
+            call()
+
+
+def test_a_number_in_an_array_says_how_it_gets_out() -> None:
+    q = torch.ones(1, 2, 4, 8)
+    for scale, whose in ((np.float32(0.5), "numpy's"), (torch.tensor(0.5), "the tensor's")):
+        with pytest.raises(TypeError, match=rf"attention: scale has the wrong type .* as {whose} \.item\(\) gives"):
+            regard.attention(q, q, q, scale=scale)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dim has the wrong type .* as numpy's \.item\(\) gives"):
+        regard.create("softmax", dim=np.int64(8), num_heads=2)
+    with pytest.raises(TypeError, match=r"dropout has the wrong type \(got True\)"):
+        regard.attention(q, q, q, dropout=True)
+
+
+@pytest.mark.parametrize("true", [True, False])
+def test_masks_of_other_ranks_and_of_numbers_are_refused_with_the_call_that_works(true: bool) -> None:
+    """The call that the message shows is run, and does what it says."""
+    q = torch.randn(3, 2, 4, 8)
+    pairs, keys = torch.ones(4, 4).tril().bool(), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    each = pairs.expand(3, 4, 4)
+    for given, wanted in ((pairs, regard.masks.dense(pairs)), (keys, regard.masks.padding(keys)), (each, pairs)):
+        mask = given if true else given.long()
+        with pytest.raises((ValueError, TypeError), match="mask has ") as caught:
+            regard.attention(q, q, q, mask=mask)
+        calls = re.findall(r"((?:regard\.masks\.padding\()?mask[.\w()]*(?:\[[^\]]*\])?\)?) if ", str(caught.value))
+        assert len(calls) == 2
+        wanted = regard.masks.dense(pairs) if given is each else wanted
+        expected = regard.attention(q, q, q, mask=wanted)
+        found = []
+        for call in calls:
+            with contextlib.suppress(ValueError):  # the other reading does not fit
+                found.append(regard.attention(q, q, q, mask=eval(call, {"mask": mask, "regard": regard})))
+        assert any(torch.equal(expected, y) for y in found)
+    with pytest.raises(TypeError, match=r'pass keep.bool\(\) if 1 means "may be seen"'):
+        regard.masks.padding(keys.long())
+
+
+def test_torchs_names_for_causality_point_to_this_ones() -> None:
+    q = torch.ones(1, 2, 4, 8)
+    for name in ("causal", "is_causal"):
+        with pytest.raises(TypeError, match=r"mask=regard\.masks\.causal\(\)"):
+            regard.attention(q, q, q, **{name: True})
+    with pytest.raises(TypeError, match="did you mean 'causal'"):
+        regard.Attention(8, 2, is_causal=True)

@@ -21,6 +21,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
+from regard.checks import flag
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 GIVEN = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal", "dropout")
@@ -329,6 +331,8 @@ class Card:
         """The part or module, with `given` (see GIVEN) as far as it is asked for, and the options `own`."""
         made = _required(self.made, self)
         asked = {name: value for name, value in given.items() if self.takes(name)}
+        arguments = made.signature.parameters
+        flag(self.name, **{n: v for n, v in own.items() if arguments[n].annotation in (bool, "bool")})
         return made.builder(**{**asked, **self.preset, **own})
 
     def parts(self, given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,19 +8,29 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from regard.cards import Card, _registry
-from regard.checks import number, refuse
-from regard.index import unknown
+from regard.cards import GIVEN, Card, _registry
+from regard.checks import flag, number, refuse
+from regard.index import lacks, unknown
 from regard.pipeline.layer import Attention
 from regard.rooms import FAMILIES
 from regard.shapes import head_shape
+from regard.spec import Spec, parse
 
+LAYER = frozenset(
+    p.name
+    for p in inspect.signature(Attention).parameters.values()
+    if p.kind is p.KEYWORD_ONLY and p.name not in (*GIVEN, "device", "dtype")
+)
+"""What one may say of a layer of the pipeline, whatever fills its slots."""
+SIZES = ("num_kv_heads", "head_dim", "dropout")
+"""Arguments of `create` that may also be written in brackets."""
 NO_LAYERS = ("CachePolicy", "Training", "Steer")
 """Protocols of things that are no modules; they may be of any class."""
 _walked: list[str] = []
@@ -85,7 +95,8 @@ def create(
 ) -> Any:
     """Build a mechanism by name: `create("kerple", dim=512, num_heads=8, causal=True)`.
 
-    Names joined by "+" fill several slots of one layer: `create("gated+rotary", ...)`.
+    Names joined by "+" fill several slots of one layer, and options may be written behind the name of the part that
+    they are for: `create("window(window=32)+rotary(base=500)", ...)`.
 
     Args:
         dim, num_heads, causal, num_kv_heads, head_dim, dropout: as in `regard.Attention`. What changes no layer's sizes
@@ -99,31 +110,35 @@ def create(
     """
     if not isinstance(name, str):
         refuse("create", "name", "has the wrong type", repr(name), "the name of a mechanism", error=TypeError)
-    if not isinstance(causal, bool):
-        refuse(f"create: {name}", "causal", "has the wrong type", repr(causal), "True or False", error=TypeError)
-    parts = [card(part.strip()) for part in name.split("+")]
+    flag(f"create: {name}", causal=causal)
+    spec = parse(name)
+    parts = [card(part) for part in spec.names]
+    written, name = str(spec), spec.name
     for part in parts:
         if part.is_function:
             where = f"{part.builder.__module__}.{part.builder.__name__}"
             what = "an analysis of attention" if part.protocol == "Analysis" else "a function"
             raise ValueError(f"create: {part.name!r} is {what}, not a layer; call {where}")
+    alone = not all(c.is_part for c in parts)
+    if alone and len(parts) > 1:
+        raise ValueError(f"create: {name!r}: only mechanisms that fill slots can be joined by '+'")
+    told, extra = told_each("create", spec, parts, settings, {*SIZES, *(() if alone else LAYER)})
+    if sizes := {key: extra.pop(key) for key in SIZES if key in extra}:  # which are arguments of this very function
+        given_too = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dropout": dropout or None}
+        for key in sizes:
+            if given_too[key] is not None:
+                refuse("create", key, f"is said twice, in {written!r} and beside it", given_too[key], "it once")
+        num_kv_heads, head_dim = sizes.get("num_kv_heads", num_kv_heads), sizes.get("head_dim", head_dim)
+        dropout = sizes.get("dropout", dropout)
+    number(f"create: {name}", least=0, most=1, dropout=dropout)
     supports = frozenset.intersection(*(frozenset(c.supports) for c in parts))
     wanted = {"causal" if causal else "bidirectional": True, "dropout": dropout > 0}
-    own: set[str] = set().union(*(c.options for c in parts))
     wanted["gqa"] = num_kv_heads not in (None, num_heads) and not any(_sets_heads(c) for c in parts)
     for feature, asked in wanted.items():
         if asked and feature not in supports:
             near = [n for n, c in cards().items() if c.family == parts[0].family and feature in c.supports]
             hint = f"; of its family {', '.join(near)} do" if near else ""
             raise ValueError(f"create: {name!r} does not support {feature}{hint}")
-    alone = not all(c.is_part for c in parts)
-    if alone and len(parts) > 1:
-        raise ValueError(f"create: {name!r}: only mechanisms that fill slots can be joined by '+'")
-    layer = {p.name for p in inspect.signature(Attention).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    known = own | (set() if alone else layer)
-    for key in settings.keys() - known:
-        raise ValueError(unknown(f"option of {name!r}", key, sorted(known)))
-    number(f"create: {name}", least=0, most=1, dropout=dropout)
     if alone and parts[0].protocol != "Loss":  # which only looks at layers that were built with these
         _hears(parts[0], causal=causal and "bidirectional" in supports, dropout=dropout > 0)
     given: dict[str, Any] = {"causal": causal, "dropout": dropout}
@@ -136,10 +151,9 @@ def create(
         if alone:
             if "dim" in given:
                 _keeps_shape(parts[0], name, given)
-            module: Any = parts[0].build(given, settings)
+            module: Any = parts[0].build(given, told[0])
         else:
-            filled = slots(parts, given, {k: v for k, v in settings.items() if k in own})
-            extra = {k: v for k, v in settings.items() if k not in own}
+            filled = slots(parts, given, told)
             for slot in filled.keys() & extra.keys():
                 raise ValueError(f"create: {name!r} fills the slot {slot!r} itself; leave that option out")
             filled = {"num_kv_heads": num_kv_heads, **filled}
@@ -161,12 +175,42 @@ def placed(device: torch.device | str | None) -> AbstractContextManager[Any]:
     return nullcontext() if device is None else torch.device(device)
 
 
-def slots(parts: Sequence[Card], given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What all parts fill together; each slot once."""
+def told_each(
+    who: str, spec: Spec, parts: Sequence[Card], settings: Mapping[str, Any], common: AbstractSet[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Of each part its options, whether written in its brackets or given beside; and what concerns the layer.
+
+    What stands in brackets is for that part alone; what is given beside, for each that has such an option. Nothing
+    that is written or given is left out: each option is somebody's, once, or refused.
+
+    Args:
+        common: options of the whole layer, which any part may have in its brackets.
+    """
+    rest: dict[str, Any] = {}
+    told: list[dict[str, Any]] = []
+    own: set[str] = set().union(*(card.options for card in parts))
+    for part, card in zip(spec.parts, parts, strict=True):
+        for key, value in part.options.items():
+            if key not in {*card.options, *common}:
+                raise ValueError(f"{who}: {lacks(part.name, 'option', key, card.options, common)}")
+            if key in settings or (key in rest and key not in card.options):
+                got = f"{value!r} and {settings[key] if key in settings else rest[key]!r}"
+                refuse(who, f"option {key!r} of {part.name!r}", "is said twice", got, "it once")
+            if key not in card.options:
+                rest[key] = value
+        told.append({k: v for k, v in {**settings, **part.options}.items() if k in card.options})
+    for key in settings.keys() - own:
+        if key not in common:
+            raise ValueError(f"{who}: {lacks(spec.name, 'option', key, own, {*common, *GIVEN})}")
+        rest[key] = settings[key]
+    return told, rest
+
+
+def slots(parts: Sequence[Card], given: Mapping[str, Any], told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all parts, each told its options, fill together; each slot once."""
     filled: dict[str, Any] = {}
     owner: dict[str, str] = {}
-    for part in parts:
-        mine = {k: v for k, v in own.items() if k in part.options}
+    for part, mine in zip(parts, told, strict=True):
         for slot, value in part.parts(given, mine).items():
             if slot in filled:
                 raise ValueError(f"create: {owner[slot]!r} and {part.name!r} both fill the slot {slot!r}")

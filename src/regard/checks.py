@@ -30,12 +30,34 @@ def called(who: object) -> str:
     return who if isinstance(who, str) else str(getattr(who, "name", None) or type(who).__name__)
 
 
+def flag(who: object, /, **values: object) -> None:
+    """Refuse what is neither True nor False; 0, 1, None and 'no' are neither."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            refuse(
+                who, name, "has the wrong type", repr(value), f"True or False{_number_within(value)}", error=TypeError
+            )
+
+
+def _number_within(value: object) -> str:
+    """The call that gets the number out of an array's or a tensor's single one."""
+    alone = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return f", as {'the tensor' if hasattr(value, 'layout') else 'numpy'}'s .item() gives" if alone else ""
+
+
+def meant(name: str, known: Iterable[str], n: int = 3) -> str:
+    """ "did you mean 'name'?" where a name is near enough to be a slip of the finger, else ''."""
+    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.7)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
 def whole(who: object, least: int = 1, /, *, most: int | None = None, **values: object) -> None:
     """Refuse what is no int from `least` to `most`; a bool is none. TypeError for what is no int at all."""
     expected = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
     for name, value in values.items():
         if isinstance(value, bool) or not (isinstance(value, int) or type(value).__name__ == "SymInt"):
-            refuse(who, name, "has the wrong type", repr(value), expected, error=TypeError)
+            words = expected + _number_within(value)
+            refuse(who, name, "has the wrong type", repr(value), words, error=TypeError)
         if value < least:  # type: ignore[operator]
             refuse(who, name, "is too small", value, expected)
         if most is not None and value > most:  # type: ignore[operator]
@@ -57,7 +79,8 @@ def number(
     expected = "a finite number" + " and".join(f" {sign} {bound:g}" for sign, bound in bounds if bound is not None)
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            refuse(who, name, "has the wrong type", repr(value), expected, error=TypeError)
+            words = expected + _number_within(value)
+            refuse(who, name, "has the wrong type", repr(value), words, error=TypeError)
         inside = math.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
         if not (inside and (below is None or value < below) and (most is None or value <= most)):
             refuse(who, name, "is out of range", value, expected)
@@ -68,9 +91,9 @@ def choice(who: object, known: Iterable[object], /, **values: object) -> None:
     known = list(known)
     for name, value in values.items():
         if value not in known:
-            near = difflib.get_close_matches(str(value), map(str, known), n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            refuse(who, name, "is unknown", repr(value), f"one of {', '.join(map(repr, known))}{hint}")
+            hint = meant(str(value), map(str, known), 1)
+            listed = f"one of {', '.join(map(repr, known))}"
+            refuse(who, name, "is unknown", repr(value), f"{listed}; {hint}" if hint else listed)
 
 
 def divides(who: object, /, **values: int) -> None:
@@ -83,6 +106,34 @@ def divides(who: object, /, **values: int) -> None:
 def tokens(who: object, name: str, x: Any, width: int) -> None:
     """Refuse what is not (batch, tokens, width)."""
     fits(who, "B T M", {"M": width}, **{name: x})
+
+
+def usual(who: object, /, **tensors: Any) -> None:
+    """Refuse tensors that no mechanism computes with, and say the call that makes a usual one of each.
+
+    Nested and sparse ones, and numbers of 8 bits: torch's own operators fail on them somewhere inside.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_nested:
+            words = f"a padded one, torch.nested.to_padded_tensor({name}, 0.0), and regard.masks.padding(lengths=...)"
+            refuse(who, name, "is nested", "a nested tensor", words, error=TypeError)
+        if tensor.is_sparse or tensor.is_sparse_csr or (tensor.layout in _sparse()):
+            refuse(who, name, "is sparse", tensor.layout, f"a dense tensor, {name}.to_dense()", error=TypeError)
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            words = f"float32, bfloat16, float16 or float64, as {name}.float() gives"
+            refuse(who, name, "has the wrong dtype", tensor.dtype, words, error=TypeError)
+
+
+@functools.cache
+def _sparse() -> frozenset[Any]:
+    import torch
+
+    return frozenset({torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
+
+def foreign(name: str, value: object) -> str:
+    """How an array of another library becomes a tensor; '' for what is none."""
+    return f"; torch.as_tensor({name}) makes one of it" if hasattr(value, "__array_interface__") else ""
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -174,10 +225,13 @@ def _look(
     sizes: dict[str, Any],
 ) -> None:
     """Whether `value` is a tensor of one of the forms, or one of the other types; learns its sizes."""
+    if hasattr(value, "is_nested"):
+        usual(who, **{name: value})  # at first: a nested tensor has no shape to look at
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None or not hasattr(dtype, "is_floating_point"):  # arrays of other libraries are none of torch's
         if not isinstance(value, others):
             words = " or ".join(["a Tensor " + _wanted(forms[0][0], sizes), *(kind.__name__ for kind in others)])
+            words += foreign(name, value)
             refuse(who, name, "has the wrong type", type(value).__name__, words, error=TypeError)
         return
     for axes, kind in forms:

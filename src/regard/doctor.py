@@ -24,7 +24,9 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order in which it is shown. Raises nothing: what fails is a finding."""
-    return [*_versions(), *_devices(), *_kernels(), *_extras(), *_surroundings()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of missing drivers, flex's that it is not compiled: told as findings
+        return [*_versions(), *_devices(), *_kernels(), *_extras(), *_surroundings()]
 
 
 def _versions() -> list[Finding]:
@@ -66,6 +68,7 @@ def _kernels() -> list[Finding]:
 
     from regard import attention, masks
     from regard.kernels.plan import KERNELS
+    from regard.pipeline.function import problem
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 160, 16, generator=generator)
@@ -80,12 +83,13 @@ def _kernels() -> list[Finding]:
         for name in KERNELS:
             mask = special.get(name, masks.causal())
             given = (q[:, :, -1:] if name == "decode" else q, k, v)
-            at = (t.to(device) for t in given)
+            at = [t.to(device) for t in given]
             expected = attention(*given, mask=mask, kernel="eager")
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # such as flex's, that it is not compiled here
-                    off = float((attention(*at, mask=mask, kernel=name).cpu() - expected).abs().max())
+                if why := KERNELS[name].why_not(problem(*at, mask=mask)):
+                    found.append(Finding("kernels", f"{name} on {device}", "no", "; ".join(why)))
+                    continue
+                off = float((attention(*at, mask=mask, kernel=name).cpu() - expected).abs().max())
             except Exception as error:  # whatever a broken driver or build throws is the finding
                 reason = str(error).splitlines() or [type(error).__name__]
                 found.append(Finding("kernels", f"{name} on {device}", "no", reason[0]))
@@ -112,8 +116,8 @@ def _extras() -> list[Finding]:
         missing = [package for package in packages if not _installed(package)]
         about = f"{EXTRAS[extra]}: " if extra in EXTRAS else ""
         named = [p if about or p not in USES else f"{p} ({USES[p]})" for p in missing]
-        text = f"without {', '.join(named)}; pip install 'regard[{extra}]'" if missing else "installed"
-        found.append(Finding("extras", extra, "no" if missing else "ok", about + text))
+        text = f"pip install 'regard[{extra}]' for {about}{', '.join(named)}" if missing else f"{about}installed"
+        found.append(Finding("extras", extra, "no" if missing else "ok", text))
     return found
 
 
@@ -162,7 +166,7 @@ def _surroundings() -> list[Finding]:
     try:
         with tempfile.TemporaryFile(dir="."):
             free = shutil.disk_usage(".").free / 2**30
-        found.append(Finding("surroundings", "folder", "ok", f"{os.getcwd()} can be written, {free:.0f} GiB free"))
+        found.append(Finding("surroundings", "folder", "ok", f"{free:.0f} GiB free, {os.getcwd()} can be written"))
     except OSError as error:
         found.append(
             Finding(

@@ -4,7 +4,6 @@ The file has one line for each card and task; `python tools/catalogue.py` makes 
 cards themselves.
 """
 
-import difflib
 import functools
 import json
 import math
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regard.checks import meant
 from regard.rooms import FAMILIES
 
 if TYPE_CHECKING:
@@ -60,8 +60,17 @@ def tasks() -> dict[str, Entry]:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """unknown what 'nmae'; did you mean 'name'?"""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+    hint = meant(name, known)
+    return f"unknown {what} {name!r}; {hint}" if hint else f"unknown {what} {name!r}"
+
+
+def lacks(who: str, what: str, name: str, known: Iterable[str], common: Iterable[str] = ()) -> str:
+    """'who' has no such what (got 'nmae'); expected one of ...; `common` ones are its too, and not listed."""
+    known = sorted(known)
+    told = f"expected one of {', '.join(known)}" if known else f"expected none: it has no {what}s of its own"
+    hint = meant(name, [*known, *common])
+    said = f"{who!r} has no such {what} (got {name!r}); {told}"
+    return f"{said}; {hint}" if hint else said
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("rooms", "checks", "terminal"),
+    ("rooms", "checks", "spec", "terminal"),
     ("shapes", "cards", "kinds", "cost", "tracing"),
     ("masks",),
     ("stages",),

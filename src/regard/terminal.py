@@ -7,11 +7,11 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
 
 _UNSAFE = re.compile(
     "\x1b\\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -56,7 +56,7 @@ def width() -> int:
     return max(shutil.get_terminal_size().columns, LEAST)
 
 
-def wrapped(text: str, by: int = 0, hang: int = 0) -> list[str]:
+def wrapped(text: str, by: int = 0, hang: int = 0, within: int | None = None) -> list[str]:
     """Lines no wider than the terminal, indented by so many blanks, those after the first by `hang` more.
 
     Blanks that the text begins with are indentation too. A no-break space holds words together.
@@ -64,29 +64,70 @@ def wrapped(text: str, by: int = 0, hang: int = 0) -> list[str]:
     inner = clean(text).lstrip(" ")
     start = " " * (by + len(text) - len(text.lstrip(" ")))
     lines = textwrap.wrap(
-        inner, width(), initial_indent=start, subsequent_indent=start + " " * hang, break_on_hyphens=False
+        inner,
+        width() if within is None else within,
+        initial_indent=start,
+        subsequent_indent=start + " " * hang,
+        break_on_hyphens=False,
     )
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [""]
 
 
-def columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose last column wraps, or stands on lines of its own where it would be too narrow.
+@dataclass(frozen=True)
+class Column:
+    """A column of a table, and what becomes of it where there is no room for all."""
 
+    heading: str
+    rank: int = 0
+    """Those of higher rank are left out first; those of rank 0 stay."""
+    least: int | None = None
+    """Columns of the terminal to which its text may be cut; None: it is shown whole or not at all."""
+    right: bool = False
+    """Whether it stands at the right, as numbers do."""
+
+
+def fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], within: int | None = None) -> list[list[str]]:
+    """Cells of a table that fits the terminal with a line a row, the headings first; join them with two blanks.
+
+    Text is cut as far as its column allows, then columns are left out by rank. The last line, of one cell, names these.
     It does without rich, which takes longer to import than a list takes to read.
     """
-    every = [tuple(map(line, row)) for row in (heading, *rows)]
-    widths = [max(map(len, column)) + 2 for column in list(zip(*every))[:-1]]
-    left, lines = sum(widths), []
-    beside = width() - left >= NARROW
-    for *cells, last in every:
-        start = "".join(f"{cell:{n}}" for cell, n in zip(cells, widths))
-        first, *rest = wrapped(last, left if beside else 4)
-        lines += [start + first[left:], *rest] if beside else [start, first, *rest]
-    return [text.rstrip() for text in lines]
+    within = width() if within is None else within
+    texts = [[line(cell) for cell in row] for row in ([column.heading for column in columns], *rows)]
+    widths = [max(map(len, cells)) for cells in zip(*texts)]
+    kept, missing = list(range(len(columns))), []
+    while True:
+        over = sum(widths[n] for n in kept) + 2 * (len(kept) - 1) - within
+        spare = sum(max(0, widths[n] - least) for n in kept if (least := columns[n].least) is not None)
+        last = max(kept, key=lambda n: (columns[n].rank, n))
+        if over <= spare or columns[last].rank == 0:
+            break
+        kept.remove(last)
+        missing.append(last)
+    for n in sorted(kept, key=lambda n: -widths[n]):
+        if (least := columns[n].least) is not None and over > 0:
+            taken = min(over, max(0, widths[n] - least))
+            widths[n], over = widths[n] - taken, over - taken
+    made = [[_padded(row[n], widths[n], columns[n].right) for n in kept] for row in texts]
+    if missing:
+        named = ", ".join(columns[n].heading for n in sorted(missing))
+        made.append([f"no room for {named}"])
+    return made
 
 
-NARROW = 26
-"""Columns in which text cannot be read."""
+def joined(cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of `fitted`; its last is wrapped where it must be."""
+    return [text for row in cells for text in ([(" " * 2).join(row).rstrip()] if len(row) > 1 else wrapped(row[0]))]
+
+
+def cut(text: str, to: int) -> str:
+    """At most so many characters of the text, with a sign where something is missing."""
+    return text if len(text) <= to else text[: max(0, to - 1)].rstrip() + "…"
+
+
+def _padded(text: str, to: int, right: bool) -> str:
+    text = cut(text, to)
+    return text.rjust(to) if right else text.ljust(to)
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -113,23 +154,6 @@ def indented(text: str, by: int = 2, hang: int | None = None) -> str:
     By default that is 2 in list items, and in lines that are indented already.
     """
     return "\n".join(wrapped(text, by, hang if hang is not None else 2 * text.startswith(("- ", " "))))
-
-
-def grid(*columns: str | int) -> "Table":
-    """A table without lines. A column is a heading, or the least width of one without. The last wraps."""
-    from rich.table import Table
-
-    made = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        show_header=isinstance(columns[0], str),
-        header_style="bold",
-    )
-    for n, column in enumerate(columns):
-        heading, width = (column, None) if isinstance(column, str) else ("", column)
-        made.add_column(heading, min_width=width, no_wrap=n < len(columns) - 1, overflow="fold")
-    return made
 
 
 def error(value: object) -> None:

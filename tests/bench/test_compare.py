@@ -74,7 +74,9 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
     [
         ({"mechanisms": ["softmaxx", "alibi"]}, r"unknown mechanism 'softmaxx'.*did you mean"),
         ({"mechanisms": ["window(widnow=3)"]}, r"widnow.*did you mean 'window'"),
-        ({"mechanisms": ["alibi("]}, r"'alibi\(' cannot be read"),
+        ({"mechanisms": ["alibi("]}, r"cannot be read \(got 'alibi\('\)"),
+        ({"mechanisms": ["window(window=4)()"]}, r"cannot be read \(got 'window\(window=4\)\(\)'\)"),
+        ({"mechanisms": ["window(window=4)+rotary(window=5)"]}, r"'rotary' has no such option \(got 'window'\)"),
         ({"mechanisms": ["nowhere:Mixer"]}, r"nowhere"),
         ({"mechanisms": []}, r"no mechanisms"),
         ({"heads": 3}, r"compare: heads do not divide dim = 8 \(got 3\); expected such as 1, 2, 4"),
@@ -90,7 +92,7 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"threads": 0}, r"compare: threads is too small \(got 0\)"),
         ({"task": "chess"}, r"unknown task 'chess'; there are text, boxes, copying"),
         ({"task": "mqra"}, r"unknown task 'mqra'; did you mean 'mqar'"),
-        ({"task": "mqar("}, r"task 'mqar\(' cannot be read; expected a name"),
+        ({"task": "mqar("}, r"task cannot be read \(got 'mqar\('\); expected a name"),
         ({"task": "mqar(pair=3)", "text": ()}, r"task mqar: there is no option 'pair'; did you mean 'pairs'"),
         ({"task": "mqar(pairs=(1, 99))", "text": ()}, r"task mqar: length has no room for 99 pairs \(got 8\)"),
         ({"task": "mqar(vocab=2.5)", "text": ()}, r"task mqar: vocab has the wrong type \(got 2.5\)"),
@@ -115,6 +117,13 @@ def test_what_cannot_work_is_refused_in_one_line_before_any_work(config, change,
     assert "\n" not in str(caught.value)
     assert fake.asked == []
     assert not (Path(config.out) / "results.db").exists()
+
+
+def test_options_of_joined_names_make_cells_of_their_own(config):
+    names = ("window(window=4)+rotary(base=500)", "window(window=4)+rotary(base=5)", "window(window=4)+rotary")
+    found = cells.plan(validate(replace(config, mechanisms=names, seeds=(0,))))
+    assert [cell.mechanism for cell in found] == list(names)
+    assert len({cell.key for cell in found}) == 3
 
 
 def test_events_tell_the_story(config):
@@ -262,7 +271,7 @@ def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar):
     said = out.getvalue()
     assert "1 mechanism x 2 seeds, 2 steps of 2 x 8, equal params; mqar: 1, 2 pairs of 8 symbols, generated" in said
     assert re.search(r"softmax seed 0: \d+\.\d% accuracy, ", said)
-    assert re.search(r"^ +1 +2 +train .*\n *mechanism +accuracy +pairs +pairs ", said, re.MULTILINE), said
+    assert re.search(r"^mechanism +accuracy +1 pairs +2 pairs +train tok/s ", said, re.MULTILINE), said
     results = read(mqar.out)
     assert all(list(r.heldout) == ["mean", "1", "2"] and r.metric.name == "accuracy" for r in results)
     page = (Path(mqar.out) / "report.html").read_text()
@@ -385,13 +394,17 @@ def test_real_workers_train_fail_and_continue(config):
     assert run(mixed, console=Console(file=out, width=100)) == 3
     found = {r.cell.mechanism: r for r in read(config.out)}
     assert [found[m].status for m in mechanisms] == ["done", "failed", "failed", "done"]
-    assert found["stubs:Raises"].reason == "RuntimeError: this mechanism is broken"
+    at = next(n for n, line in enumerate((HERE / "stubs.py").read_text().splitlines(), 1) if "raise Runtime" in line)
+    assert found["stubs:Raises"].reason == f"RuntimeError: this mechanism is broken (stubs.py, line {at})"
+    assert re.search(rf'stubs.py", line {at}, in forward\n', found["stubs:Raises"].traceback)
     assert "became nan at step 1" in found["stubs:Diverges"].reason
     assert found["alibi"].environment["threads"] == "1"
     assert found["alibi"].peak_memory_bytes > 0
     assert (Path(config.out) / found["alibi"].checkpoint).is_file()
-    assert "failed: stubs:Raises seed 0: RuntimeError: this mechanism is broken" in out.getvalue()
-    assert (Path(config.out) / "report.html").is_file()
+    assert "failed: stubs:Raises seed 0: RuntimeError: this mechanism is broken (stubs.py, line" in out.getvalue()
+    page = (Path(config.out) / "report.html").read_text()
+    assert "<summary>Traceback</summary>" in page
+    assert f"stubs.py&quot;, line {at}, in forward" in page
     again = execute(replace(mixed, mechanisms=("alibi",), out=config.out / "again")).results[0]
     assert again.heldout == found["alibi"].heldout
     assert again.curve == found["alibi"].curve
@@ -402,7 +415,7 @@ def test_real_workers_train_fail_and_continue(config):
 
 def shown(results, width=100):
     console = Console(file=io.StringIO(), width=width)
-    console.print(table(results))
+    console.print(table(results, width), soft_wrap=True)
     return console.file.getvalue()
 
 
@@ -429,6 +442,27 @@ def test_the_table_fits_and_marks_the_best():
     assert "427k" in text
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_the_table_has_a_line_a_row_at_any_width(width):
+    """What matters most stays: names, the main number, speed; and what has no room is named."""
+    names = ["softmax", "window(window=64)+rotary(base=500)", "performer", "mega"]
+    made = {"train_tokens_per_second": 51_700.0, "peak_memory_bytes": 10**8, "parameters": 427_264, "state_bytes": 4000}
+    results = [
+        Result(Cell("text", name, seed), "done", heldout={"1x": 3.0 + n + seed / 100, "2x": 4.0, "4x": 5.0}, **made)
+        for n, name in enumerate(names)
+        for seed in (0, 1)
+    ]
+    heading, *rows = shown(results, width).splitlines()
+    assert max(map(len, [heading, *rows])) <= width
+    assert [row.split()[0][:6] for row in rows[:4]] == [name[:6] for name in names]
+    assert all(re.search(r" \*?\d\.\d{3} ±\.007", row) for row in rows[:4])
+    assert heading.split()[:3] == ["mechanism", "bits/byte", "1x"]
+    missing = " ".join(rows[4:])
+    headings = ["2x", "4x", "train tok/s", "peak MB", "state KB", "params"]
+    assert all((name in heading) != (name in missing) for name in headings)
+    assert (not missing) == (width == 200 or width == 100)
+
+
 def test_a_line_a_cell_where_there_is_no_terminal(config, monkeypatch):
     monkeypatch.setattr(compare, "answer", None)
     fake = Fake(alibi={"failed": "it \x1b[31m broke"})
@@ -436,7 +470,13 @@ def test_a_line_a_cell_where_there_is_no_terminal(config, monkeypatch):
     console = Console(file=io.StringIO(), width=100)
     assert run(config, console=console) == 3
     lines = console.file.getvalue().splitlines()
-    assert lines[0].startswith("2 mechanisms x 2 seeds, 2 steps of 2 x 8 bytes, equal params; text: ")
-    assert lines[1].startswith("[1/4] softmax seed 0: 3.070 bits per byte")
-    assert lines[2] == "[2/4] alibi seed 0: FAILED: it broke"
+    said = " ".join(" ".join(lines).split())
+    assert said.startswith("2 mechanisms x 2 seeds, 2 steps of 2 x 8 bytes, equal params; text: ")
+    assert "read: 1 file (" in said
+    assert re.search(r"held out: the last [\d,]+ bytes \(10.\d%\), from byte [\d,]+ of .*book.txt on", said)
+    assert next(line for line in lines if line.startswith("[1/4]")).startswith(
+        "[1/4] softmax seed 0: 3.070 bits per byte"
+    )
+    assert "[2/4] alibi seed 0: FAILED: it broke" in lines
+    assert max(map(len, lines)) <= 100
     assert "\x1b" not in console.file.getvalue()

@@ -1,6 +1,8 @@
 """`regard profile`: what a cell measures, growth exponents, limits, and what is refused before anything runs."""
 
 import json
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -84,10 +86,10 @@ def test_a_run(tmp_path: Path) -> None:
     assert "longer than the limit" in reasons["softmax", 8192]
     assert profile.growth(cells, "softmax", "forward") == pytest.approx(2)
     assert profile.growth(cells, "alibi", "forward") == pytest.approx(1)
-    row = [list(column.cells) for column in profile_page.table(cells, config, "forward").columns]
-    assert row[0] == ["softmax", "alibi"]
-    assert row[4] == ["too long", "41 ms"]
-    assert row[5] == ["T^2.00", "T^1.00"]
+    headings, rows = profile_page.table(cells, config, "forward")
+    assert headings == ["forward", "1k", "2k", "4k", "8k", "growth", "formula"]
+    assert [row[0] for row in rows] == ["softmax", "alibi"]
+    assert [row[4:6] for row in rows] == [["too long", "T^2.00"], ["41 ms", "T^1.00"]]
     page = profile_page.write(cells, config, tmp_path / "report.html").read_text()
     assert "softmax at 8192: took longer than the limit" in page
     assert "http" not in page.split("<body>")[1].split("<script")[0]
@@ -122,7 +124,8 @@ def test_refusals(tmp_path: Path) -> None:
     for mechanisms, words in (
         (("gatv2",), "a GraphMixer has no one length"),
         (("etc",), "etc cannot be causal"),
-        (("window(size=3)",), "unknown option of 'window' 'size'"),
+        (("window(size=3)",), r"'window' has no such option \(got 'size'\); expected one of window"),
+        (("window(window=3)()",), "cannot be read"),
         (("softmaxx",), "unknown mechanism 'softmaxx'; did you mean 'softmax'"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -131,3 +134,47 @@ def test_refusals(tmp_path: Path) -> None:
     for wrong in ({"lengths": (8, 8)}, {"dim": 0}, {"limit": 0.0}, {"lengths": ()}, {"threads": -1}):
         with pytest.raises(ProfileError, match="profile: "):
             Profile(**{"mechanisms": ("softmax",), "out": tmp_path, **wrong})
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_a_table_has_room_for_what_matters_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = ("softmax", "window(window=64)+rotary(base=500.0, interleaved=True)")
+    config = Profile(names, tuple(2**n for n in range(10, 18)), out=tmp_path)
+    cells = [Measured(name, n, {"forward": 1e-9 * n**2}) for name in names for n in config.lengths]
+    heading, *rows = profile_page.lines(cells, config, "forward")
+    assert max(map(len, [heading, *rows])) <= columns
+    assert [row[:6] for row in rows[:2]] == ["softma", "window"]
+    assert "128k" in heading
+    assert (heading.split()[1:] == ["1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "growth", "formula"]) == (
+        columns == 200
+    )
+
+
+def test_own_mechanisms_are_found_where_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compare finds them; and one that crashes leaves file, line and traceback in profile.json and on the page."""
+    code = """
+import torch
+class Fine(torch.nn.Module):
+    def __init__(self, dim, num_heads, causal): super().__init__(); self.p = torch.nn.Linear(dim, dim)
+    def forward(self, x): return self.p(x)
+class Broken(Fine):
+    def forward(self, x):
+        return helper(x)
+def helper(x):
+    return x @ x
+"""
+    (tmp_path / "mine_for_profile.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    mine = ("mine_for_profile:Fine", "mine_for_profile:Broken")
+    config = Profile(mine, (32,), dim=16, heads=2, limit=100, out=tmp_path / "out")
+    fine, broken = profile.run(config, stop=Stop())
+    assert fine.values["forward"] > 0
+    assert re.fullmatch(r"RuntimeError: .* \(mine_for_profile.py, line 10\)", broken.reason)
+    assert "in helper" in broken.traceback
+    kept = json.loads((tmp_path / "out" / "profile.json").read_text())["cells"]
+    assert kept[1]["traceback"] == broken.traceback
+    page = profile_page.write([fine, broken], config, tmp_path / "report.html").read_text()
+    assert "<summary>Traceback</summary>" in page
+    assert "in helper" in page

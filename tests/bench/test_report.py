@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -207,9 +208,51 @@ def test_one_seed_says_that_the_spread_is_unknown(render):
 def test_seeds_of_different_settings_are_never_averaged(render):
     page = render([result(seed=s, loss=v, settings=SETTINGS | {"dim": d}) for s, v, d in ((0, 1.0, 64), (1, 2.0, 128))])
     assert "1.500" not in page.text
-    labels = [row[0] for row in page.rows if "dim=" in "".join(row[:1])]
-    assert [label.strip() for label in labels] == ["alibi · dim=64", "alibi · dim=128"]
-    assert "Not all runs share the same dim" in page.text
+    assert page.text.count("alibi reaches") == 2
+    for number, dim in (("1.000", 64), ("2.000", 128)):
+        assert f"alibi reaches {number} bits per byte on held-out data on text, dim={dim} (one seed)" in page.text
+        assert f"Results: text, dim={dim}" in page.text
+    assert "Not all runs share" not in page.text
+
+
+def test_rows_of_other_code_say_so_in_one_group(render):
+    page = render(
+        [result(seed=s, loss=v, settings=SETTINGS | {"code": c}) for s, v, c in ((0, 1.0, "a"), (1, 2.0, "b"))]
+    )
+    assert "1.500" not in page.text
+    labels = [row[0] for row in page.rows if "code=" in "".join(row[:1])]
+    assert [label.strip() for label in labels] == ["alibi · code=a", "alibi · code=b"]
+    assert "Not all runs share the same code" in page.text
+
+
+def test_every_text_has_a_table_and_a_headline_of_its_own(render):
+    """What was learnt from one text is never held against what was learnt from another."""
+    found = []
+    for n, (data, fingerprint) in enumerate((("a.txt", "1"), ("b.txt", "2"), ("b.txt", "3"))):
+        its = SETTINGS | {"data": data, "fingerprint": fingerprint, "bytes": n}
+        found += [result(name, 0, loss + n, settings=its) for name, loss in (("alibi", 1.0), ("gated", 1.5))]
+    first = render(found[:4])
+    assert first.text.count("Of 2 mechanisms on text, data=") == 2
+    assert "best on held-out data: 1.000" in first.text
+    assert "best on held-out data: 2.000" in first.text
+    assert "Results: text, data=b.txt" in first.text
+    assert render(found[:2]).text.count("Of 2 mechanisms on text, ") == 1
+    same = render(found[2:])
+    assert "Results: text, fingerprint=2" in same.text.replace(", bytes=1", "")
+
+
+def test_what_was_read_and_what_was_held_out_is_told(render):
+    read = ["read: 2 files (a.txt, b.txt), 100 bytes", "held out: the last 10 bytes (10.0%), from byte 3 of b.txt on"]
+    page = render([replace(result("alibi", 0, 1.5), data=read), replace(result("gated", 0, 1.6), data=read)])
+    for line in read:
+        assert page.text.count(line) == 1
+
+
+def test_a_failure_shows_its_traceback_folded_up(render):
+    said = "Traceback:\n  File <b>own.py</b>, line 7\nRuntimeError: x"
+    page = render([result("alibi", 0, 1.5), replace(failed("own"), traceback=said)])
+    assert page.tags.count("details") == 1
+    assert "File <b>own.py</b>, line 7" in page.text
 
 
 def test_a_cell_that_ran_again_counts_once(render):

@@ -75,6 +75,7 @@ def test_a_model_of_transformers(bert: Path) -> None:
     page = Path("page.html").read_text()
     assert "[SEP]" in page
     assert "cat" in page
+    assert "<title>What BertModel of tiny attends to</title>" in page
 
 
 def test_before_and_after_a_swap(bert: Path) -> None:
@@ -82,7 +83,7 @@ def test_before_and_after_a_swap(bert: Path) -> None:
     assert said[-1] == "page: attention.html"
     facts = re.search(r'id="facts">(.*?)</script>', Path("attention.html").read_text(), re.DOTALL)
     assert facts is not None
-    assert [one["name"] for one in json.loads(facts[1])["traces"]] == [f"BertModel of {bert}", "window(window=2)"]
+    assert [one["name"] for one in json.loads(facts[1])["traces"]] == ["BertModel of tiny", "window(window=2)"]
     assert "did you mean" in refusal("explain", "--model", bert, "--text", "cat", "--swap", "windw")
 
 

@@ -153,5 +153,41 @@ def test_calls_that_do_not_fit_are_refused():
         moba(x, y, y)
     with pytest.raises(ValueError, match=r"key_padding_mask must be \(2, 5\)"):
         moba(x, x, x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"bool \(True = hidden\)"):
+    with pytest.raises(TypeError, match="expected bool with True = hidden, or"):
         moba(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"attn_mask": torch.ones(4, 4).triu(1)},
+            r"attn_mask looks boolean .*attn_mask.bool\(\) if 1 means hidden",
+        ),
+        (
+            {"key_padding_mask": torch.tensor([[0.0, 0, 1, 1]])},
+            "key_padding_mask looks boolean .*_mask.bool",
+        ),
+        ({"key_padding_mask": torch.tensor([[0.0, 0, 1, torch.nan]])}, r"key_padding_mask holds NaN or \+inf"),
+        (
+            {"key_padding_mask": torch.ones(1, 4).long()},
+            r"key_padding_mask .*_mask.bool\(\) if 1 means",
+        ),
+        ({"query": torch.ones(1, 4, 7)}, r"query has the wrong shape \(got \(1, 4, 7\)\); expected .* 8 wide"),
+        ({"value": torch.ones(1, 3, 8)}, "value does not belong to key"),
+        ({"key": torch.ones(2, 4, 8), "value": torch.ones(2, 4, 8)}, r"key has another batch than query \(got 2\)"),
+        ({"query": torch.ones(1, 4, 8).double()}, r"query has another dtype than the layer \(got torch.float64\)"),
+    ],
+)
+def test_refusals_name_the_drop_ins_own_arguments(change, said):
+    x = torch.ones(1, 4, 8)
+    with pytest.raises((ValueError, TypeError), match="MultiheadAttention: " + said):
+        MultiheadAttention(8, 2, batch_first=True)(**{"query": x, "key": x, "value": x, **change})
+
+
+def test_the_constructor_refuses_by_its_own_names():
+    for given, said in (((15, 2), "embed_dim is no multiple of num_heads = 2"), ((16.0, 2), "embed_dim has the wrong")):
+        with pytest.raises((ValueError, TypeError), match="MultiheadAttention: " + said):
+            MultiheadAttention(*given)
+    with pytest.raises(ValueError, match="dropout is out of range"):
+        MultiheadAttention(16, 2, dropout=3)

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
 from regard import masks
@@ -213,6 +217,55 @@ def test_memory(train: bool) -> None:
     assert eager > 4 * 256
     assert chunks < eager / 20
     assert fused < eager / 5
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest memory that anything made in it lies in."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for made in pytree.tree_leaves(out):
+            if isinstance(made, Tensor):
+                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return out
+
+
+def chosen_all(T: int, block: tuple[int, int]) -> masks.Mask:
+    return masks.chosen(torch.ones(1, 1, -(-T // block[0]), -(-T // block[1]), dtype=torch.bool), T, T, block)
+
+
+WIDE: dict[str, Callable[[int, int], masks.Mask]] = {
+    "window": lambda T, n: masks.window(n),
+    "causal window": lambda T, n: masks.causal() & masks.window(n),
+    "window ahead": lambda T, n: masks.window(2, ahead=n),
+    "dilated": lambda T, n: masks.dilated(2, n),
+    "blocks": lambda T, n: masks.blocks(n),
+    "strided": lambda T, n: masks.strided(n) & masks.causal(),
+    "global tokens": lambda T, n: masks.global_tokens(n) | masks.window(2),
+    "chosen by queries": lambda T, n: chosen_all(T, (1, n)),
+    "chosen": lambda T, n: chosen_all(T, (n, n)),
+    "chosen, causal": lambda T, n: chosen_all(T, (n, n)) & masks.causal(),
+}
+"""Masks of a size that is named, here far beyond the text."""
+
+
+@pytest.mark.parametrize("case", list(WIDE))
+def test_memory_follows_the_data_and_not_a_size_that_is_named(case: str) -> None:
+    T = 5
+    q, k, v = torch.randn(3, 1, 2, T, 8)
+    narrow, wide = (WIDE[case](T, n) for n in (block_sparse.BLOCK, 2**30))
+    able = regard.plan(q, k, v, mask=wide)
+    kernels = able.costs.keys() - {"flex"}  # an operator of its own kind, into which no mode sees
+    assert {"eager", "sdpa", "block_sparse"} <= kernels
+    for name in sorted(kernels):
+        with Largest() as few:
+            want = regard.attention(q, k, v, mask=narrow, kernel=name)
+        with Largest() as many:
+            got = regard.attention(q, k, v, mask=wide, kernel=name)
+        assert many.bytes <= few.bytes, f"{name}: {many.bytes} bytes"
+        torch.testing.assert_close(got, want)
 
 
 # --- the plan -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import regard
 from regard import index
 from regard.laws.subject import of, perturb, tokens
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import Part, Spec, parse
 
 FOLDER = Path(__file__).parent / "rows"
 Row = dict[str, Any]
@@ -170,9 +170,9 @@ def defaults(name: str) -> str:
 def specs(name: str) -> list[Spec]:
     """The defaults, the example, what all mechanisms may be asked for, and other values of each option."""
     card = regard.card(name)
-    example = Spec(name, dict(card.example))
+    example = Spec((Part(name, dict(card.example)),))
     required = {key: card.example[key] for key, v in card.options.items() if v is inspect.Parameter.empty}
-    plain = [Spec(name, {**required, **size}) for size in SIZES]
+    plain = [Spec((Part(name, {**required, **size}),)) for size in SIZES]
     found = [next((s for s in plain if whole(s)), plain[0]), example]
     asked = {"dropout": 0.4} if "dropout" in card.supports else {}
     if "gqa" in card.supports and "num_kv_heads" not in card.example:
@@ -255,7 +255,7 @@ def whole(spec: Spec) -> bool:
 
 
 def changed(spec: Spec, **options: Any) -> Spec:
-    return Spec(spec.name, {**spec.options, **options})
+    return Spec((Part(spec.name, {**spec.options, **options}),))
 
 
 def choices(card: regard.Card, option: str) -> list[Any]:

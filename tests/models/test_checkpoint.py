@@ -138,3 +138,12 @@ while True:
         writer.kill()
     data = path.read_bytes()
     assert data == data[:1] * 1_000_000
+
+
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("missing/page.html", "folder"):
+        with pytest.raises(OSError) as caught:
+            write_atomically(tmp_path / name, b"x")
+        assert caught.value.filename == str(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]

@@ -2,28 +2,126 @@
 
 import pytest
 
-from regard.models.mixer import Spec, build, parse, protocol, split
+import regard
+from regard import catalog
+from regard.models.mixer import Part, Spec, build, parse, protocol, split
+from regard.spec import single
 
 
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("softmax", Spec("softmax")),
-        (" gated+rotary ", Spec("gated+rotary")),
-        ("window(window=64)", Spec("window", {"window": 64})),
-        ("x(a=1.5, b='c', d=(1, 2), e=True)", Spec("x", {"a": 1.5, "b": "c", "d": (1, 2), "e": True})),
-        ("my.module:Mixer(rank=4)", Spec("my.module:Mixer", {"rank": 4})),
+        ("softmax", [Part("softmax")]),
+        (" gated + rotary ", [Part("gated"), Part("rotary")]),
+        ("window(window=64)", [Part("window", {"window": 64})]),
+        ("x(a=1.5, b='c', d=(1, 2), e=True)", [Part("x", {"a": 1.5, "b": "c", "d": (1, 2), "e": True})]),
+        ("my.module:Mixer(rank=4)", [Part("my.module:Mixer", {"rank": 4})]),
+        ("x(a=1)+y", [Part("x", {"a": 1}), Part("y")]),
+        ("x(a=1)+y(a=2, b=(3,))+z()", [Part("x", {"a": 1}), Part("y", {"a": 2, "b": (3,)}), Part("z")]),
+        ("x(a=')+(', b=\"'\", c='\\'+')+y", [Part("x", {"a": ")+(", "b": "'", "c": "'+"}), Part("y")]),
     ],
 )
 def test_a_spec_is_read_and_written(text, spec):
-    assert parse(text) == spec
-    assert parse(str(spec)) == spec
+    assert parse(text) == Spec(tuple(spec))
+    assert parse(str(parse(text))) == parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "x(", "x(3)", "x(a=b)", "x(a=f())", "x(**a)", "x)y", "a b", "x(a=1)+y", "../x"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x(", "x(3)", "x(a=b)", "x(a=f())", "x(**a)", "x)y", "a b", "../x", "+", "x+", "+x", "x++y", "a.b:C+x"],
+)
 def test_what_is_no_spec_is_refused(text):
     with pytest.raises(ValueError, match="cannot be read"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x(a=1)()",
+        "x(a=1)(a=2)",
+        "x(a=1).y(a=2)",
+        "x(a=1, a=2)",
+        "x(a=1) # (a=2)",
+        "x(a=1)\n(a=2)",
+        "x(a=1)[0]",
+        "x(a=1e999)",
+        "x(a=(1, -1e999))",
+    ],
+)
+def test_nothing_that_is_written_is_dropped(text):
+    """What would be read as another configuration than is written is refused."""
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["x(a=" + "-" * 50_000 + "1)", "x(a=" + "1+" * 5_000 + "1)", "x(a=" + "(" * 5_000, "x" + "()" * 5_000]
+)
+def test_however_deep_it_is_refused_in_one_short_line(text):
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        parse(text)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_task_is_one_name():
+    assert single("mqar(pairs=(1, 2))", "task") == Part("mqar", {"pairs": (1, 2)})
+    with pytest.raises(ValueError, match=r"task cannot be joined by '\+' \(got 'mqar\+text'\)"):
+        single("mqar+text", "task")
+
+
+def test_options_are_those_of_the_part_that_they_stand_behind():
+    made = regard.create("window(window=32)+rotary(base=500)", dim=8, num_heads=2, causal=True)
+    assert (repr(made.mask), made.position.base, made.name) == ("window(32)", 500, "window+rotary")
+    assert build(parse("window(window=5)+rotary"), 8, 2).position.base == catalog.card("rotary").options["base"]
+    assert regard.create("window+rotary(base=7)", dim=8, num_heads=2, window=3).mask.reach == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "said"),
+    [
+        (
+            "window(window=4)+rotary(window=5)",
+            {},
+            r"'rotary' has no such option \(got 'window'\); expected one of base, ",
+        ),
+        ("window(window=4)+rotary", {"window": 5}, "'window' of 'window' is said twice"),
+        ("gated(kernel='eager')+rotary(kernel='sdpa')", {}, "'kernel' of 'rotary' is said twice"),
+        ("gated(causal=True)", {}, r"'gated' has no such option \(got 'causal'\)"),
+        ("gated(dropout=0.5)", {"dropout": 0.1}, "dropout is said twice"),
+        ("gated(dropout='much')", {}, "dropout has the wrong type"),
+        ("window(window=4)+window(window=5)", {}, "both fill the slot 'mask'"),
+    ],
+)
+def test_what_two_places_say_is_refused(text, settings, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        regard.create(text, dim=8, num_heads=2, **settings)
+
+
+def test_every_way_to_give_options_gives_the_same():
+    """Written behind the name or given beside it: of each card that can be built from its example."""
+    checked = 0
+    for card in catalog.cards().values():
+        part = Part(card.name, dict(card.example))
+        if not card.is_part or not card.example:
+            continue
+        assert parse(str(part)).parts == (part,), card.name
+        beside = regard.create(card.name, dim=24, num_heads=6, causal="causal" in card.supports, **card.example)
+        written = regard.create(str(part), dim=24, num_heads=6, causal="causal" in card.supports)
+        shapes = [{n: p.shape for n, p in made.named_parameters()} for made in (beside, written)]
+        assert shapes[0] == shapes[1], card.name
+        assert repr(beside) == repr(written), card.name
+        checked += 1
+    assert checked > 10
+
+
+def test_a_swap_reads_the_same():
+    from regard.integrations.torch_mha import MultiheadAttention
+
+    made = MultiheadAttention(8, 2, mechanism="entmax(alpha=1.25)+gated")
+    assert made.parts.normalizer.alpha == 1.25
+    with pytest.raises(ValueError, match=r"swap: 'entmax' has no such option \(got 'alhpa'\); .*did you mean 'alpha'"):
+        MultiheadAttention(8, 2, mechanism="entmax(alhpa=1.25)")
 
 
 def test_commas_in_brackets_do_not_split():
@@ -32,6 +130,7 @@ def test_commas_in_brackets_do_not_split():
         "window(window=4, dilation=2)",
         "alibi",
     ]
+    assert split("x(a=1, b=(2, 3)), y(c=')', d=[4, 5]),z") == ["x(a=1, b=(2, 3))", "y(c=')', d=[4, 5])", "z"]
 
 
 def test_own_mechanisms_are_imported_and_a_missing_one_is_named():

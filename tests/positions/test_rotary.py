@@ -232,7 +232,7 @@ def test_refusals():
 def test_cards_build_a_rotary_with_their_scaling(name, options, scaling):
     part = regard.create(name, dim=16, num_heads=2, base=500.0, interleaved=True, **options).position
     assert (part.head_dim, part.base, part.interleaved, part.scaling) == (8, 500.0, True, scaling)
-    with pytest.raises(ValueError, match="unknown option of 'rotary' 'scaling'"):
+    with pytest.raises(ValueError, match=r"'rotary' has no such option \(got 'scaling'\)"):
         regard.create("rotary", dim=16, num_heads=2, scaling=scaling)
 
 

@@ -1,7 +1,9 @@
 """Text is read whole, split without overlap, and refused in one line where it cannot serve."""
 
 import os
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +138,35 @@ def test_what_may_not_be_read_is_refused(book):
     book.chmod(0)
     with pytest.raises(TextError, match="Permission denied"):
         load([book], length=64)
+
+
+def test_what_was_read_and_what_was_not_is_told(tmp_path):
+    folder = tmp_path / "f"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(5):
+        (folder / "sub" / f"t{n}.txt").write_text(f"the text number {n}, of its own\n" * 20)
+    (folder / "copy.txt").write_text((folder / "sub" / "t1.txt").read_text())
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "image.bin").write_bytes(b"\0" * 100)
+    (folder / ".hidden").write_text("x")
+    (folder / "link.txt").symlink_to(folder / "sub" / "t2.txt")
+    text = load([folder], length=8)
+    read, *left, held = text.told
+    total = len(text.train) + len(text.heldout)
+    assert read.startswith("read: 5 files (")
+    assert read.endswith(f" and 2 more), {total:,} bytes")
+    reasons = {line.split("not read, ")[1].split(": ")[0]: line for line in left}
+    assert reasons.keys() == {"hidden, or links", "copies", "empty", "no text"}
+    assert "2 files (" in reasons["hidden, or links"]
+    assert "image.bin" in reasons["no text"]
+    found = re.fullmatch(r"held out: the last (\d+) bytes \(10.\d%\), from (?:byte (\d+) of )?(\S+) on", held)
+    assert found is not None
+    assert int(found[1]) == len(text.heldout)
+    assert Path(found[3]).read_bytes()[int(found[2] or 0) :].startswith(text.heldout.partition(b"\n\n")[0])
+
+
+def test_the_default_text_tells_what_it_is():
+    told = load(length=8).told
+    assert re.match(r"read: [\d,]+ files \(.* and [\d,]+ more\), [\d,]+ bytes", told[0])
+    assert any(line.startswith("not read, beyond the limit of ") for line in told)
+    assert told[-1].startswith("held out: the last ")

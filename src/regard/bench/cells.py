@@ -66,7 +66,7 @@ def modules_of(mechanism: Spec) -> list[str]:
     """The modules that hold a mechanism: one for each card that it joins, or the caller's own."""
     if mechanism.own:
         return [mechanism.name.partition(":")[0]]
-    return [catalog.card(name.strip()).builder.__module__ for name in mechanism.name.split("+")]
+    return [catalog.card(name).builder.__module__ for name in mechanism.names]
 
 
 def module_of(name: str) -> str | None:

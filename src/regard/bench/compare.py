@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regard import terminal
 from regard.bench.cells import plan
 from regard.bench.config import Checked, CompareConfig, CompareError, one_line, task_options, validate
 from regard.bench.events import Event, Finished, Outcome, Planned, Started, Stepped
@@ -67,10 +68,11 @@ def run(config: CompareConfig, *, console: "Console | None" = None) -> int:
         outcome = execute(config, live)
     live.console.print()
     if outcome.results:
-        live.console.print(table(outcome.results))
+        live.console.print(table(outcome.results, live.console.width), soft_wrap=True)
     report = "" if outcome.signal or not outcome.results else _report(outcome.results, Path(config.out))
     for line in closing_lines(config, outcome, report):
-        live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for part in terminal.wrapped(line, hang=2, within=live.console.width):
+            live.console.print(part, markup=False, highlight=False, soft_wrap=True)
     return outcome.exit_code
 
 
@@ -93,7 +95,7 @@ def _planned(checked: Checked, cells: Sequence[Cell], known: dict[str, Result | 
         differing |= {name for name in settings if other.settings.get(name) != settings[name]}
     reused = [result for result in known.values() if result is not None]
     counts = (list(cells), reused, len(others), sorted(differing))
-    return Planned(checked.task.metric, *counts, checked.unfit, checked.others)
+    return Planned(checked.task.metric, *counts, checked.unfit, checked.others, checked.task.told())
 
 
 def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: OnEvent, train: Any) -> Result | None:
@@ -105,7 +107,7 @@ def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: OnEvent, train
     if "full" in said:
         raise CompareError(disk_full(Path(config.out) / "checkpoints"))
     if "failed" in said:
-        return Result(cell, "failed", reason=said["failed"])
+        return Result(cell, "failed", reason=said["failed"], traceback=said.get("traceback", ""))
     return Result(cell, **said["result"])
 
 

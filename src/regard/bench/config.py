@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from regard.bench.machine import check_device
 from regard.bench.record import Match
 from regard.checks import choice, number, refuse, whole
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import Spec, look_here, parse
+from regard.spec import single
 from regard.tasks import Size, Task, TaskError, find, make
 
 ALL = "all"
@@ -88,6 +88,7 @@ def validate(config: CompareConfig) -> Checked:
     with one_line(ValueError, TypeError):
         _check_numbers(config)
         _check_choices(config, task)
+        check_device("compare", config.device)
     specs, unfit = _mechanisms(config, task)
     return Checked(config, task, specs, unfit, _others(config, task, specs))
 
@@ -103,7 +104,7 @@ def one_line(*errors: type[Exception]) -> Iterator[None]:
 
 def task_options(config: CompareConfig) -> tuple[str, dict[str, Any]]:
     """The task's name, and its options wherever they stand in the configuration."""
-    spec = parse(config.task, "task")
+    spec = single(config.task, "task")
     options = dict(spec.options)
     if config.length is not None:
         options["length"] = config.length
@@ -144,19 +145,6 @@ def _check_choices(config: CompareConfig, task: Task) -> None:
         raise CompareError("no mechanisms are named; `regard list` shows all")
     if config.checkpoint and not task.keeps_models:
         raise CompareError(f"models of the task {task.name} cannot be kept; leave checkpoint out")
-    _check_device(config.device)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device == "cpu":
-        return
-    if not re.fullmatch(r"cuda(:\d+)?", device):
-        refuse("compare", "device", "is unknown", repr(device), "'cpu', 'cuda' or 'cuda:N'")
-    if int(device.partition(":")[2] or 0) >= (there := torch.cuda.device_count()):
-        seen = f"'cpu', or one of the {there} GPUs that torch sees" if there else "'cpu': torch sees no GPU"
-        refuse("compare", "device", "is not there", repr(device), seen)
 
 
 def _mechanisms(config: CompareConfig, task: Task) -> tuple[list[str], dict[str, str]]:
@@ -205,7 +193,7 @@ def _fitting(text: str, config: CompareConfig, task: Task, size: Size) -> Spec:
     try:
         spec = parse(text)
         if spec.own:
-            _look_here()
+            look_here()
             task.model(spec, size)
         reasons = why_not(task, spec, size, config.match)
     except (ValueError, TypeError, KeyError) as error:
@@ -214,9 +202,3 @@ def _fitting(text: str, config: CompareConfig, task: Task, size: Size) -> Spec:
     if reasons:
         raise CompareError(f"{text} does not fit the task {task.name}: {'; '.join(reasons)}")
     return spec
-
-
-def _look_here() -> None:
-    """The caller's own modules may stand where the command is given."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())

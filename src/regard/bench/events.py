@@ -24,6 +24,8 @@ class Planned:
     """Mechanisms that the task cannot be done with -> why."""
     named: Sequence[str] = ()
     """A line for each that is another mechanism at this size."""
+    data: Sequence[str] = ()
+    """What was read for the data, what was not, and what is held out."""
 
 
 @dataclass(frozen=True)

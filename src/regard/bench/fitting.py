@@ -21,7 +21,7 @@ def why_not(task: Task, mechanism: Spec, size: Size, match: Match = "params") ->
     """
     if mechanism.own:
         return []
-    parts = [catalog.card(part.strip()) for part in mechanism.name.split("+")]
+    parts = [catalog.card(name) for name in mechanism.names]
     if lacking := list(dict.fromkeys(reason for part in parts for reason in task.fits(part))):
         return lacking
     try:

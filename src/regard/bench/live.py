@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from regard import terminal
@@ -72,6 +71,8 @@ class Live:
             f"{plural(mechanisms, 'mechanism')} x {plural(seeds, 'seed')}, {settings['steps']} steps of "
             f"{settings['batch']}{length}, equal {settings['match']}; {task}: {settings['data']}{size}"
         )
+        for told in event.data:
+            self._say(told)
         for reason, names in _alike(event.unfit).items():
             self._say(f"left out: {', '.join(names)}: {reason}")
         for said in event.named:
@@ -87,7 +88,8 @@ class Live:
             self._stack.enter_context(self._bars)
 
     def _say(self, text: str) -> None:
-        self.console.print(terminal.line(text), markup=False, highlight=False, soft_wrap=True)
+        for part in terminal.wrapped(terminal.line(text), hang=2, within=self.console.width):
+            self.console.print(part, markup=False, highlight=False, soft_wrap=True)
 
 
 def _alike(unfit: Mapping[str, str]) -> dict[str, list[str]]:
@@ -132,6 +134,8 @@ class Column:
     write: Callable[[float], str]
     better: int
     """1: more is better, -1: less is, 0: neither."""
+    rank: int
+    """Those of higher rank are left out first where there is no room; 0 stays."""
     spread: Callable[[float], str] | None = None
     """How a standard deviation over seeds is written, where it is shown."""
 
@@ -141,15 +145,22 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     metric = next((r.metric for r in results if r.status == "done"), Metric())
     labels = list(dict.fromkeys([metric.main, *(label for r in results for label in r.heldout)]))
     columns = [
-        Column(metric.title(label), partial(_heldout, label), metric.write, metric.better, _spread(metric))
+        Column(
+            metric.title(label),
+            partial(_heldout, label),
+            metric.write,
+            metric.better,
+            3 * (label != metric.main),
+            _spread(metric),
+        )
         for label in labels
     ]
     return columns + [
-        Column("train tok/s", lambda r: r.train_tokens_per_second, si, 1),
-        Column("gen tok/s", lambda r: r.generate_tokens_per_second or None, si, 1),
-        Column("peak MB", lambda r: r.peak_memory_bytes / 1e6, "{:.0f}".format, -1),
-        Column("state KB", lambda r: r.state_bytes / 1e3 or None, "{:.1f}".format, -1),
-        Column("params", lambda r: r.parameters, si, 0),
+        Column("train tok/s", lambda r: r.train_tokens_per_second, si, 1, 1),
+        Column("gen tok/s", lambda r: r.generate_tokens_per_second or None, si, 1, 5),
+        Column("peak MB", lambda r: r.peak_memory_bytes / 1e6, "{:.0f}".format, -1, 2),
+        Column("state KB", lambda r: r.state_bytes / 1e3 or None, "{:.1f}".format, -1, 6),
+        Column("params", lambda r: r.parameters, si, 0, 4),
     ]
 
 
@@ -162,10 +173,10 @@ def _spread(metric: Metric) -> Callable[[float], str]:
     return lambda value: f"±{100 * value:.1f}" if metric.percent else f"±{value:.3f}".replace("±0.", "±.")
 
 
-def table(results: Sequence[Result]) -> Table:
+def table(results: Sequence[Result], within: int | None = None) -> Text:
     """One row a mechanism, the best on held-out data first; the best of a column is bold with a star.
 
-    ± is the standard deviation over seeds.
+    ± is the standard deviation over seeds. What has no room is left out, the main number and speed last.
     """
     done: dict[str, list[Result]] = {}
     for result in results:
@@ -176,24 +187,37 @@ def table(results: Sequence[Result]) -> Table:
     for name, members in done.items():
         rows.append((name, len(members), [[v for r in members if (v := c.value(r)) is not None] for c in columns]))
     rows.sort(key=lambda row: -columns[0].better * statistics.fmean(row[2][0]) if row[2][0] else float("inf"))
-    shown = [n for n in range(len(columns)) if any(row[2][n] for row in rows)]
-    out = Table(pad_edge=False, box=None, padding=(0, 1))
-    out.add_column("mechanism", overflow="fold", max_width=24)
-    for n in shown:
-        out.add_column(columns[n].heading.replace(" ", "\n", 1), justify="right")
+    shown = [n for n in range(len(columns)) if n == 0 or any(row[2][n] for row in rows)]
     best = [_best([row[2][n] for row in rows], column.better) for n, column in enumerate(columns)]
-    for name, count, values in rows:
-        cells = [Text(terminal.line(name), style="" if count else "dim")]
+    texts = []
+    for name, _, values in rows:
+        cells = [name]
         for n in shown:
             if not values[n]:
-                cells.append(Text("-", style="dim"))
+                cells.append("-")
                 continue
             mean, write = statistics.fmean(values[n]), columns[n].spread
             spread = f" {write(statistics.stdev(values[n]))}" if write and len(values[n]) > 1 else ""
-            first = mean == best[n] and len(rows) > 1
-            text = f"{'*' if first else ''}{columns[n].write(mean)}{spread}"
-            cells.append(Text(text, style="bold green" if first else ""))
-        out.add_row(*cells)
+            cells.append(f"{'*' * (mean == best[n] and len(rows) > 1)}{columns[n].write(mean)}{spread}")
+        texts.append(cells)
+    wanted = [
+        terminal.Column("mechanism", least=12),
+        *(terminal.Column(columns[n].heading, rank=columns[n].rank, right=True) for n in shown),
+    ]
+    fitted = terminal.fitted(wanted, texts, within)
+    if len(fitted) > len(texts) + 1:  # what had no room
+        fitted[-1:] = [[part] for part in terminal.wrapped(fitted[-1][0], within=within)]
+    counts = [None, *(count for _, count, _ in rows), *[None] * len(fitted)]
+    return Text("\n").join(_styled(cells, count) for cells, count in zip(fitted, counts))
+
+
+def _styled(cells: Sequence[str], count: int | None) -> Text:
+    """A row of the table; `count` of results behind it, none for the headings and the note."""
+    named, *numbers = cells
+    out = Text(named, "dim" if count == 0 else "bold" if count is None and numbers else "")
+    for cell in numbers:
+        out.append(f"  {cell}", "bold green" if cell.lstrip().startswith("*") else "dim" if cell.strip() == "-" else "")
+    out.rstrip()
     return out
 
 

@@ -3,7 +3,10 @@
 import math
 import os
 import platform
+import re
 from pathlib import Path
+
+from regard.checks import refuse
 
 
 def processor() -> str:
@@ -24,3 +27,16 @@ def cores() -> int:
     except (OSError, ValueError):
         pass
     return min(count, 8)
+
+
+def check_device(who: str, device: str) -> None:
+    """Refuse what torch cannot compute on here, before any work is done."""
+    if device == "cpu":
+        return
+    if not isinstance(device, str) or not re.fullmatch(r"cuda(:\d+)?", device):
+        refuse(who, "device", "is unknown", repr(device), "'cpu', 'cuda' or 'cuda:N'")
+    import torch
+
+    if int(device.partition(":")[2] or 0) >= (there := torch.cuda.device_count()):
+        seen = f"'cpu', or one of the {there} GPUs that torch sees" if there else "'cpu': torch sees no GPU"
+        refuse(who, "device", "is not there", repr(device), seen)

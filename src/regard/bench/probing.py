@@ -9,7 +9,7 @@ from torch import nn
 from regard import catalog
 from regard.laws import probe
 from regard.laws.agreement import Broken
-from regard.models.mixer import Spec, build, protocol
+from regard.models.mixer import Spec, build, parse, protocol
 from regard.tasks import Task
 
 EXAMPLES = 3
@@ -61,7 +61,7 @@ def another(model: Any, task: Task, mechanism: Spec, device: torch.device) -> st
             return ""
         dim = call.given[0].shape[-1]
         with probe.seeded():
-            plain = build(Spec(PLAIN), dim, heads, causal=causal(task, mechanism))
+            plain = build(parse(PLAIN), dim, heads, causal=causal(task, mechanism))
         if not probe.computes(call, plain):
             return ""
     return f"{mechanism} is {PLAIN} at {task.tokens} tokens{options(mechanism)}"
@@ -69,7 +69,7 @@ def another(model: Any, task: Task, mechanism: Spec, device: torch.device) -> st
 
 def options(mechanism: Spec) -> str:
     """The sizes that make it so, as far as the card names some."""
-    own = {} if mechanism.own or "+" in mechanism.name else catalog.card(mechanism.name).options
+    own = {} if mechanism.own or len(mechanism.parts) > 1 else catalog.card(mechanism.name).options
     sizes = {name: value for name, value in own.items() if type(value) is int and name not in mechanism.options}
     return ": " + ", ".join(f"{name} = {value}" for name, value in sizes.items()) if sizes else ""
 
@@ -99,6 +99,6 @@ def exceptions(mechanism: Spec) -> dict[str, str]:
     """Law id, or id and name of its side in training -> why one of its cards is excepted."""
     if mechanism.own:
         return {}
-    cards = [catalog.card(name.strip()) for name in mechanism.name.split("+")]
+    cards = [catalog.card(name) for name in mechanism.names]
     every = [item for card in cards for item in card.exceptions.items()]
     return {law: why for law, why in every if law in LAWS or (law.endswith("_training") and law.split()[0] in LAWS)}

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regard.bench.machine import cores
+from regard.bench.machine import check_device, cores
 from regard.bench.process import Stop, answer
 from regard.checks import number, refuse, whole
-from regard.models.mixer import Spec, build, parse, protocol
+from regard.models.mixer import Spec, build, look_here, parse, protocol
 from regard.tasks import Task, mechanisms_for
 
 COMMAND = (sys.executable, "-P", "-m", "regard.bench.profile_worker")
@@ -85,6 +85,8 @@ class Measured:
     values: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     """Why it has no values, or not all of them."""
+    traceback: str = ""
+    """Where it failed, as Python tells it."""
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -121,7 +123,7 @@ def why_not(spec: Spec, causal: bool) -> str:
     from regard import catalog
 
     wanted = "causal" if causal else "bidirectional"
-    lacking = [n for n in spec.name.split("+") if wanted not in catalog.card(n.strip()).supports]
+    lacking = [name for name in spec.names if wanted not in catalog.card(name).supports]
     return f"{', '.join(lacking)} cannot be {wanted}" if lacking else ""
 
 
@@ -149,7 +151,8 @@ def run(
                 said = measure(job, **limits, on_step=lambda n, x: None, command=COMMAND)
                 if said is None:
                     return found
-                cell = Measured(name, length, **said.get("result", {"reason": said.get("failed", "no answer")}))
+                failed = {"reason": said.get("failed", "no answer"), "traceback": said.get("traceback", "")}
+                cell = Measured(name, length, **said.get("result", failed))
             if "longer than the limit" in cell.reason:
                 given_up[name] = length
             found.append(cell)
@@ -160,8 +163,11 @@ def run(
 
 def _specs(config: Profile) -> list[Spec]:
     """The mechanisms. Unknown names and options, and sizes that don't fit, are refused before anything runs."""
+    check_device("profile", config.device)
     specs = [parse(text) for text in config.mechanisms]
     for spec in specs:
+        if spec.own:
+            look_here()
         if reason := why_not(spec, config.causal):
             raise ProfileError(f"profile: {spec}: {reason}")
         build(spec, config.dim, config.heads, causal=config.causal and protocol(spec) == "TokenMixer")

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from regard import terminal
 from regard.bench.process import Stop
 from regard.bench.profile import QUANTITIES, Measured, Profile, formula_growth, growth
+from regard.bench.report.head import traceback
 from regard.models.mixer import parse
 
 if TYPE_CHECKING:
@@ -35,17 +34,29 @@ def names(cells: Sequence[Measured]) -> list[str]:
     return list(dict.fromkeys(cell.mechanism for cell in cells))
 
 
-def table(cells: Sequence[Measured], config: Profile, quantity: str) -> Table:
-    """Mechanisms down, lengths across; the last columns hold the measured growth exponent and the formula's."""
+def table(cells: Sequence[Measured], config: Profile, quantity: str) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: mechanisms down, lengths across; last the measured growth exponent and the formula's."""
     lengths = sorted({cell.length for cell in cells})
-    grid = terminal.grid(SHOWN[quantity], *(_length(n) for n in lengths), "growth", "formula")
+    rows = []
     for name in names(cells):
         at = {cell.length: cell for cell in cells if cell.mechanism == name}
         row = [_cell(at.get(n), quantity) for n in lengths]
         measured = growth(cells, name, quantity)
         said = _formula(name, config) if quantity == "forward" else None
-        grid.add_row(name, *row, *("" if e is None else f"T^{e:.2f}" for e in (measured, said)))
-    return grid
+        rows.append([name, *row, *("" if e is None else f"T^{e:.2f}" for e in (measured, said))])
+    return [SHOWN[quantity], *(_length(n) for n in lengths), "growth", "formula"], rows
+
+
+def lines(cells: Sequence[Measured], config: Profile, quantity: str) -> list[str]:
+    """The table as the terminal has room for it: the greatest lengths first, then growth, then the formula."""
+    (what, *lengths, grows, formula), rows = table(cells, config, quantity)
+    columns = [
+        terminal.Column(what, least=16),
+        *(terminal.Column(n, rank=len(lengths) - place, right=True) for place, n in enumerate(lengths)),
+        terminal.Column(grows, rank=1, right=True),
+        terminal.Column(formula, rank=2 + len(lengths) // 2, right=True),
+    ]
+    return terminal.joined(terminal.fitted(columns, rows))
 
 
 def _length(n: int) -> str:
@@ -64,14 +75,18 @@ def _formula(name: str, config: Profile) -> float | None:
     from regard import catalog
 
     spec = parse(name)
-    if spec.own or "+" in spec.name:
+    if spec.own or len(spec.parts) > 1:
         return None
-    return formula_growth(catalog.card(spec.name), spec.options, config)
+    return formula_growth(catalog.card(spec.name), spec.parts[0].options, config)
 
 
 def reasons(cells: Sequence[Measured]) -> list[str]:
     """One line for each thing that went wrong or is missing."""
-    return list(dict.fromkeys(f"{cell.mechanism} at {cell.length}: {cell.reason}" for cell in cells if cell.reason))
+    return list(dict.fromkeys(reason_of(cell) for cell in cells if cell.reason))
+
+
+def reason_of(cell: Measured) -> str:
+    return f"{cell.mechanism} at {cell.length}: {cell.reason}"
 
 
 def plot(cells: Sequence[Measured], quantity: str = "forward", width: int = 96, height: int = 18) -> str:
@@ -128,7 +143,8 @@ def write(cells: Sequence[Measured], config: Profile, path: Path) -> Path:
         drawn = pio.to_html(figure(cells, quantity), full_html=False, include_plotlyjs=plotly)
         plotly = False
         parts.append(f"<h2>{words}</h2>{drawn}{_rows(cells, config, quantity)}")
-    notes = "".join(f"<li>{escape(reason)}</li>" for reason in reasons(cells))
+    traces = {reason_of(cell): traceback(cell.traceback) for cell in cells}
+    notes = "".join(f"<li>{escape(reason)}{traces[reason]}</li>" for reason in reasons(cells))
     about = (
         f"dim {config.dim}, {config.heads} heads, batch {config.batch}, "
         f"{'causal' if config.causal else 'bidirectional'}, on {config.device}"
@@ -151,10 +167,9 @@ def write(cells: Sequence[Measured], config: Profile, path: Path) -> Path:
 def _rows(cells: Sequence[Measured], config: Profile, quantity: str) -> str:
     from html import escape
 
-    made = table(cells, config, quantity)
-    head = "".join(f"<th>{escape(str(column.header))}</th>" for column in made.columns)
-    columns = [[escape(str(cell)) for cell in column.cells] for column in made.columns]
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in zip(*columns, strict=True))
+    headings, rows = table(cells, config, quantity)
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
@@ -166,7 +181,8 @@ def command(config: Profile) -> int:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     stop = Stop()
-    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
+    screen = terminal.console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         count = len(config.mechanisms) * len(config.lengths)
         task = bar.add_task("measuring", total=count)
 
@@ -178,13 +194,14 @@ def command(config: Profile) -> int:
         raise ProfileError("profile: stopped before the first cell was measured")
     for quantity in SHOWN:
         if any(quantity in cell.values for cell in cells):
-            terminal.show(table(cells, config, quantity), "")
-    if drawn := plot(cells):
+            print("\n".join([*lines(cells, config, quantity), ""]))
+    if drawn := plot(cells, width=min(96, terminal.width())):
         print(drawn)
     for reason in reasons(cells):
         terminal.show(terminal.indented(f"- {reason}"))
     try:
-        print(terminal.line(f"report: {write(cells, config, config.out / 'report.html')}"))
+        said: object = f"report: {write(cells, config, config.out / 'report.html')}"
     except ModuleNotFoundError as error:
-        print(terminal.line(error))
+        said = error
+    print("\n".join(terminal.wrapped(terminal.line(said))))
     return 128 + stop.number if stop.number else 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regard.bench.decoding import state_bytes
 from regard.bench.memory import PeakMemory
-from regard.bench.worker import reason
+from regard.bench.worker import reason, told
 from regard.models.mixer import Spec, build, parse, protocol
 
 ROUNDS = 5
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         said: dict[str, Any] = {"result": measure(job)}
     except Exception as error:
-        said = {"failed": reason(error)}
+        said = {"failed": reason(error), "traceback": told(error)}
     events.write(json.dumps(said) + "\n")
     events.close()
     os._exit(0)

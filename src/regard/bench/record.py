@@ -38,7 +38,9 @@ class Result:
     cell: Cell
     status: Literal["done", "failed"]
     reason: str = ""
-    """Why it failed, in one line."""
+    """Why it failed, in one line; with file and line where the caller's own code did."""
+    traceback: str = ""
+    """Where it failed, as Python tells it."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, training loss) along the run."""
     heldout: dict[str, float] = field(default_factory=dict)
@@ -61,6 +63,8 @@ class Result:
     """Path of the saved model relative to the run's folder, or ''."""
     notes: list[str] = field(default_factory=list)
     """What could not be measured and why, one line each."""
+    data: list[str] = field(default_factory=list)
+    """What was read for the data, what was not, and what was held out, one line each."""
     metric: Metric = field(default_factory=Metric)
     """What was measured; the default is that of `text`, as in rows of old."""
 

@@ -1,6 +1,7 @@
 """One Python file: what its code says, and what it asks for of other files. Nothing runs; its syntax tree is read."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import re
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+from regard.spec import parse
 
 TOLD = frozenset(
     {"claim", "cost", "differs", "equation", "example", "exceptions", "gist", "inputs", "papers", "tasks", "traits"}
@@ -143,7 +146,8 @@ class Reader:
             case [ast.Constant(str(text)), *_] if _called(node) in ("import_module", "__import__"):
                 self._asked.add(self._absolute(text))
             case [ast.Constant(str(text)), *_] if _called(node) == "create":
-                self.creates |= {name.strip() for name in text.split("+")}
+                with contextlib.suppress(ValueError):  # else no mechanism's name
+                    self.creates |= set(parse(text).names)
 
     def _note_use(self, node: ast.expr) -> None:
         if node in self._within:

@@ -83,6 +83,7 @@ def train(
             "threads": str(torch.get_num_threads()),
         },
         notes=[*filter(None, [same]), *excepted, *notes],
+        data=task.told(),
     )
 
 

@@ -1,6 +1,6 @@
 """The process of one cell: reads its job as a line of JSON, writes events as lines of JSON.
 
-    {"step": 10, "loss": 3.2}  …  {"result": {...}}  |  {"failed": "reason"}  |  {"full": "reason"}
+    {"step": 10, "loss": 3.2}  …  {"result": {...}}  |  {"failed": "reason", "traceback": "..."}  |  {"full": "reason"}
 
 It ends when its input closes, so that no worker outlives a run that was killed.
 """
@@ -8,7 +8,9 @@ It ends when its input closes, so that no worker outlives a run that was killed.
 import errno
 import json
 import os
+import sysconfig
 import threading
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             say({"full": str(error.filename or job["checkpoint"])})
         else:
-            say({"failed": reason(error)})
+            say({"failed": reason(error), "traceback": told(error)})
     else:
         say({"result": result})
     events.close()
@@ -67,7 +69,21 @@ def reason(error: Exception) -> str:
         said = "out of memory"
     kind = type(error).__name__
     plain = isinstance(error, ValueError) and said
-    return (said if plain else f"{kind}: {said}" if said else kind)[:500]
+    return (said if plain else f"{kind}: {said}" if said else kind)[:500] + place(error)
+
+
+def place(error: Exception) -> str:
+    """' (file.py, line 7)' of the caller's own code, where the error came from it or passed through it; else ''."""
+    installed = tuple(f"{path}{os.sep}" for path in {*sysconfig.get_paths().values(), str(Path(__file__).parents[1])})
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*installed, "<"))]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def told(error: Exception, most: int = 8000) -> str:
+    """The traceback; the middle of one that is very long is left out."""
+    said = "".join(traceback.format_exception(error))
+    return said if len(said) <= most else f"{said[: most // 2]}\n...\n{said[-most // 2 :]}"
 
 
 def _line() -> bytes:

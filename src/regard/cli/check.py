@@ -30,17 +30,14 @@ def check(
     (query, key, value), a function with (q, k, v). Masks: mask and attn_mask, bool, True = may attend;
     key_padding_mask as in torch.
     """
-    import os
-    import sys
-
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # where the caller's own module most likely is
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from regard.laws import check as run
     from regard.laws.checking import Finding, chosen
-    from regard.models.mixer import parse
+    from regard.models.mixer import look_here
+    from regard.spec import parse
 
+    look_here()
     asked = words(law) or None
     screen = terminal.console(stderr=True)
     bars = Progress(
@@ -72,16 +69,18 @@ def check(
     if as_json:
         print_json(report.data())
     else:
-        from rich.text import Text
-
+        columns = (terminal.Column(""), terminal.Column(""), terminal.Column("", least=24))
         style = {"holds": "green", "fails": "bold red", "excepted": "yellow", "does not apply": "dim"}
-        grid = terminal.grid(5, 0, 0)
+        rows = []
         for finding in report.findings:
             outcome = "n/a" if finding.outcome == "does not apply" else finding.outcome
             name = finding.law.name.replace("_", " ")
-            said = name if finding.outcome == "holds" else f"{name}: {finding.text}"
-            grid.add_row(finding.law.id, Text(outcome, style[finding.outcome]), terminal.line(said))
-        terminal.show(grid)
+            rows.append((finding.law.id, outcome, f"{name}: {finding.why}" if outcome == "n/a" else name))
+        lines = terminal.joined(terminal.fitted(columns, rows))[1:]
+        for finding, row in zip(report.findings, lines, strict=True):
+            terminal.show(row, style=style[finding.outcome])
+            if finding.outcome in ("fails", "excepted"):  # what one is here for is not cut
+                terminal.show(terminal.indented(terminal.line(finding.text)))
         terminal.show(terminal.line(f"looked at as {', '.join((*report.supports, *report.traits))}"))
         terminal.show(terminal.line(report.summary()), style="bold")
     if not report.ok:

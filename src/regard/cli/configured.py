@@ -135,7 +135,7 @@ def _option(name: str, hint: Any, source: Source) -> tuple[Any, Callable[[Any], 
 
 
 def _names(text: str) -> list[str]:
-    from regard.models.mixer import split
+    from regard.spec import split
 
     return split(text)
 

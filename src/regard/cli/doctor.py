@@ -14,19 +14,18 @@ def doctor(as_json: AsJson = False) -> None:
     from dataclasses import asdict
     from itertools import groupby
 
-    from rich.text import Text
-
     from regard.doctor import examine
 
     findings = examine()
     if as_json:
         print_json([asdict(finding) for finding in findings])
         return
-    indent = max(len(finding.name) for finding in findings) + 2
+    columns = (terminal.Column(""), terminal.Column(""), terminal.Column("", least=24))
+    marks = {"ok": "ok", "no": "no", "fact": ""}
+    rows = [(finding.name, marks[finding.state], finding.text) for finding in findings]
+    lines = iter(terminal.joined(terminal.fitted(columns, rows, terminal.width() - 2))[1:])
     style = {"ok": "green", "no": "yellow", "fact": None}
     for topic, some in groupby(findings, key=lambda finding: finding.topic):
-        grid = terminal.grid(indent, 2, 0)
+        terminal.show(topic, style="bold")
         for finding in some:
-            mark = "" if finding.state == "fact" else finding.state
-            grid.add_row(f"  {finding.name}", mark, terminal.line(finding.text), style=style[finding.state])
-        terminal.show(Text(topic, "bold"), grid)
+            terminal.show(f"  {next(lines)}", style=style[finding.state])

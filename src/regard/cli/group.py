@@ -1,12 +1,15 @@
 """What all commands hang on: the app, its version, and how the caller's mistakes end."""
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from regard import terminal
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What the parser raises; typer brings it from click, or has it of its own, and names only its heir."""
 
 MISTAKE = 2
 """Exit code for what the caller can put right."""
@@ -43,16 +46,33 @@ class Commands(TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
         return unchecked(super().get_params(ctx))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except UsageError as error:
+            _misused(error)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader has left; typer ends quietly
+        except UsageError as error:
+            _misused(error)
         except (ValueError, TypeError, OSError, ImportError) as error:
             if os.environ.get("REGARD_TRACEBACK", "") not in ("", "0"):
                 raise
             terminal.error(_reason(error))
             raise typer.Exit(MISTAKE) from None
+
+
+def _misused(error: Any) -> NoReturn:
+    """One line for what the command line has not; help for whoever said nothing at all."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise error
+    where = f"; {error.ctx.command_path} --help tells more" if error.ctx is not None else ""
+    terminal.error(f"{error.format_message().rstrip('.')}{where}")
+    raise typer.Exit(MISTAKE) from None
 
 
 def _reason(error: Exception) -> str:

@@ -37,18 +37,24 @@ def _fits(found: list[index.Entry], task: str, as_json: bool) -> None:
     """Which of them can do the task at the task's own size, and why the others cannot."""
     from regard import tasks
     from regard.bench.fitting import sizes, why_not
-    from regard.models.mixer import parse
+    from regard.spec import parse, single
 
-    asked = parse(task)
+    asked = single(task, "task")
     made = tasks.make(asked.name, asked.options)
     reasons = {entry["name"]: why_not(made, parse(entry["name"]), sizes(made)) for entry in found}
     if as_json:
         print_json([{**entry, "why_not": reasons[entry["name"]]} for entry in found])
         return
-    grid = terminal.grid("name", "family", "fits", "why not")
-    for entry in found:
-        why = reasons[entry["name"]]
-        grid.add_row(entry["name"], entry["family"], "no" if why else "yes", terminal.line("; ".join(why)))
-    terminal.show(grid, "")
+    columns = (
+        terminal.Column("name"),
+        terminal.Column("family", rank=1),
+        terminal.Column("fits"),
+        terminal.Column("why not", least=24),
+    )
+    rows = [
+        (entry["name"], entry["family"], "no" if (why := reasons[entry["name"]]) else "yes", "; ".join(why))
+        for entry in found
+    ]
+    print("\n".join([*terminal.joined(terminal.fitted(columns, rows)), ""]))
     fit = sum(not why for why in reasons.values())
-    terminal.show(terminal.line(f"{fit} of {len(found)} mechanisms can do the task {task}"))
+    print("\n".join(terminal.wrapped(terminal.line(f"{fit} of {len(found)} mechanisms can do the task {task}"))))

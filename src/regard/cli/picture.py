@@ -1,15 +1,15 @@
 """Pictures for `regard show`: what a mechanism adds by distance, or which keys a query may see."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from regard.cards import Card
-from regard.catalog import create, unknown
-from regard.index import SMALL
+from regard.catalog import create
+from regard.index import SMALL, lacks
 from regard.masks import Mask
+from regard.spec import Spec
 from regard.stages import Position, Rows
 
 DISTANCES = 64
@@ -19,18 +19,22 @@ BUILT = ("TokenMixer", "CrossMixer", "FeatureMixer", "GraphMixer", "Pooler", "Po
 """Protocols whose modules `show` builds, to look at them and to check the options given."""
 
 
-def small(card: Card, own: Mapping[str, Any]) -> nn.Module | None:
-    """A small instance, causal where the card can be; None for what is no layer."""
-    if card.is_function or card.protocol not in BUILT:
-        if card.is_function and own:
-            raise ValueError(f"show: {card.name} is a function; leave its options {sorted(own)} out")
-        for name in own.keys() - card.options.keys():
-            raise ValueError(unknown(f"option of {card.name!r}", name, sorted(card.options)))
+def small(cards: Sequence[Card], spec: Spec) -> nn.Module | None:
+    """A small instance of the parts together, causal where they can be; None for what is no layer."""
+    first = cards[0]
+    if len(cards) == 1 and (first.is_function or first.protocol not in BUILT):
+        own = spec.parts[0].options
+        if first.is_function and own:
+            raise ValueError(f"show: {first.name} is a function; leave its options {sorted(own)} out")
+        for name in own.keys() - first.options.keys():
+            raise ValueError(f"show: {lacks(first.name, 'option', name, first.options)}")
         return None
-    causal = "causal" in card.supports
+    causal = all("causal" in card.supports for card in cards)
+    written = {name for part in spec.parts for name in part.options}
+    example = {name: value for card in cards for name, value in card.example.items() if name not in written}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the page of trained biases should read the same every time
-        return create(card.name, **SMALL, causal=causal, **{**card.example, **own})
+        return create(str(spec), **SMALL, causal=causal, **example)
 
 
 def field(module: nn.Module | None) -> Mask | None:

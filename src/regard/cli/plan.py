@@ -22,6 +22,13 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class Device(StrEnum):
+    """Where tensors may be."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.command("plan", cls=Command)
 def plan(
     batch: Batch = 1,
@@ -40,24 +47,31 @@ def plan(
     causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Whether queries see no later keys.")] = True,
     window: Annotated[int | None, typer.Option(min=1, help="Keys that a query sees, its own included.")] = None,
     dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
+    device: Annotated[
+        Device, typer.Option(metavar="DEVICE", help="cpu, or cuda: no GPU need be here, but what is installed counts.")
+    ] = Device.cpu,
     kernel: Annotated[str, typer.Option(help="A kernel by name, to see whether it can run.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Say which kernel will run, and why not the others. Runs nothing and takes no memory."""
     G, S = heads if kv_heads is None else kv_heads, length if keys is None else keys
     sizes = {"B": batch, "H": heads, "G": G, "T": length, "S": S, "D": width}
-    found = _plan(sizes, dtype.value, mechanism, causal, window, dropout, kernel)
+    found = _plan(sizes, dtype.value, mechanism, causal, window, dropout, kernel, device.value)
     if as_json:
-        print_json({"kernel": found.kernel, "because": found.because, "why_not": found.why_not, "sizes": sizes})
+        print_json(
+            {"kernel": found.kernel, "because": found.because, "why_not": found.why_not}
+            | {"sizes": sizes, "device": device.value}
+        )
         return
     asked = [mechanism or "softmax attention", "causal" if causal else "bidirectional"]
-    asked += [f"window {window}"] * (window is not None) + [dtype.value]
+    asked += [f"window {window}"] * (window is not None) + [dtype.value, device.value]
     terminal.show(terminal.line(f"{', '.join(asked)}; {', '.join(f'{n}={size}' for n, size in sizes.items())}"))
-    grid = terminal.grid(4, 0, 0)
-    grid.add_row("runs", found.kernel, found.because, style="bold green")
-    for name, reasons in found.why_not.items():
-        grid.add_row("not", name, "; ".join(reasons))
-    terminal.show(grid)
+    columns = (terminal.Column(""), terminal.Column("kernel"), terminal.Column("why", least=24))
+    rows = [("runs", found.kernel, found.because)]
+    rows += [("not", name, "; ".join(reasons)) for name, reasons in found.why_not.items()]
+    _, runs, *others = terminal.joined(terminal.fitted(columns, rows))
+    terminal.show(runs, style="bold green")
+    print("\n".join(others))
 
 
 def _plan(
@@ -68,12 +82,15 @@ def _plan(
     window: int | None,
     dropout: float,
     kernel: str,
+    device: str,
 ) -> "Plan":
     import torch
 
     import regard
     from regard import catalog, masks
-    from regard.models.mixer import parse
+    from regard.kernels import choose
+    from regard.pipeline.function import problem
+    from regard.spec import parse
 
     B, H, G, T, S, D = sizes.values()
     dtype = getattr(torch, dtype_name)
@@ -82,16 +99,16 @@ def _plan(
         mask = masks.window(window) if mask is None else mask & masks.window(window)
     if mechanism is None:
         q, k, v = (torch.empty(B, n, m, D, dtype=dtype, device="meta") for n, m in ((H, T), (G, S), (G, S)))
-        return regard.plan(q, k, v, mask=mask, dropout=dropout, kernel=kernel)
+        return choose(problem(q, k, v, mask=mask, dropout=dropout), kernel, device)
     spec = parse(mechanism)
-    if not all(catalog.card(part).is_part for part in spec.name.split("+")):
+    if not all(catalog.card(name).is_part for name in spec.names):
         raise ValueError(f"plan: {mechanism} is a layer of its own, not a pipeline; there is no kernel to choose")
-    settings: dict[str, Any] = {**spec.options, "device": "meta", "dtype": dtype}
+    settings: dict[str, Any] = {"device": "meta", "dtype": dtype}
     settings |= {"causal": causal, "num_kv_heads": None if G == H else G, "head_dim": D, "dropout": dropout}
     settings |= {} if kernel == "auto" else {"kernel": kernel}
-    module = regard.create(spec.name, dim=H * D, num_heads=H, **settings)
+    module = regard.create(str(spec), dim=H * D, num_heads=H, **settings)
     assert isinstance(module, regard.Attention)
     sizes["G"] = module.num_kv_heads  # what the mechanism makes of it
     x, context = (torch.empty(B, n, H * D, dtype=dtype, device="meta") for n in (T, S))
     own = None if window is None else masks.window(window)
-    return module.plan(x, None if T == S else context, mask=own)
+    return module.plan(x, None if T == S else context, mask=own, device=device)

@@ -23,33 +23,39 @@ def show(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Show all about one mechanism: equation, papers, cost, picture."""
-    from regard.models.mixer import parse
+    from regard.spec import parse
 
     spec = parse(mechanism)
-    if "+" in spec.name:
-        raise ValueError(f"show: {spec.name!r} joins several mechanisms; show them one by one")
-    if known := index.find(spec.name):
-        import_module(known["where"].rpartition(".")[0])  # this file alone, instead of all
+    for name in spec.names:
+        if known := index.find(name):
+            import_module(known["where"].rpartition(".")[0])  # this file alone, instead of all
     from regard import catalog
     from regard.cli import page, picture
     from regard.cost import costs
 
-    card = catalog.card(spec.name)
-    module = picture.small(card, spec.options)
-    cost = costs(card, spec.options, batch=batch, heads=heads, length=length, width=width)
+    parts = [(catalog.card(part.name), part.options) for part in spec.parts]
+    module = picture.small([card for card, _ in parts], spec)
+    costed = [costs(card, own, batch=batch, heads=heads, length=length, width=width) for card, own in parts]
     if svg is not None:
         field = picture.field(module)
         if field is None:
-            raise ValueError(f"show: {card.name} has no mask that could be drawn; leave --svg out")
+            raise ValueError(f"show: {spec.name} has no mask that could be drawn; leave --svg out")
         svg.write_text(field.svg(), encoding="utf-8")
     if as_json:
-        entry = index.data(card)
-        print_json({**entry, "cost": {**entry["cost"], "numbers": cost}})
+        entries = [index.data(card) for card, _ in parts]
+        told = [{**entry, "cost": {**entry["cost"], "numbers": cost}} for entry, cost in zip(entries, costed)]
+        print_json(told[0] if len(told) == 1 else told)
         return
-    found = list(page.sections(card, spec.options, cost, picture.picture(module)))
+    for n, ((card, own), cost) in enumerate(zip(parts, costed), 1):
+        # The picture is that of the whole, below the last of its parts.
+        found = list(page.sections(card, own, cost, picture.picture(module) if n == len(parts) else ()))
+        if n > 1:
+            print()
+        if markdown:
+            print(page.markdown(card, found))
+        else:
+            page.show(card, found)
     if markdown:
-        print(page.markdown(card, found))
         return
-    page.show(card, found)
     if svg is not None:
         print(terminal.line(f"\npicture: {svg}"))

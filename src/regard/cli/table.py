@@ -72,7 +72,7 @@ def marks(supports: Mapping[str, bool]) -> str:
 
 
 def table(entries: Sequence[Entry]) -> list[str]:
-    """Lines of name, family, kind, marks and gist, as wide as the terminal."""
+    """Lines of name, family, kind, marks and gist, one a mechanism, as wide as the terminal."""
     rows = [
         (
             entry["name"],
@@ -84,7 +84,15 @@ def table(entries: Sequence[Entry]) -> list[str]:
         )
         for entry in entries
     ]
-    return terminal.columns(("name", "family", "k", "supports", "v", "what it does"), rows)
+    columns = (
+        terminal.Column("name"),
+        terminal.Column("family", rank=4),
+        terminal.Column("k", rank=2),
+        terminal.Column("supports", rank=1),
+        terminal.Column("v", rank=3),
+        terminal.Column("what it does", least=24),
+    )
+    return terminal.joined(terminal.fitted(columns, rows))
 
 
 def count(entries: Sequence[Entry], *, families: bool) -> str:

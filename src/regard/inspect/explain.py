@@ -35,6 +35,12 @@ class Loaded:
     tokenizer: Any = None
     folder: Path | None = None
 
+    @property
+    def short(self) -> str:
+        """The name without the folders before the last, as a page's title has it; 'org/model' is one name."""
+        what, of, where = self.name.partition(" of ")
+        return what + of + (Path(where).resolve().name if Path(where).exists() else where)
+
 
 def explain(
     text: str | None,
@@ -71,7 +77,7 @@ def explain(
     if swap is not None:
         with _swapped(loaded, swap):
             second = traced()
-    _write(out, loaded.name, first, second, swap)
+    _write(out, loaded.short, first, second, swap)
     for line in summary(loaded.name, first):
         say(line)
     say(f"page: {out}")
@@ -211,10 +217,8 @@ def _swapped(loaded: Loaded, mechanism: str) -> Any:
             f"explain: --swap exchanges the attention of transformers' models, and {loaded.name} is none; give --model"
         )
     from regard.integrations.transformers import swap
-    from regard.models.mixer import parse
 
-    spec = parse(mechanism)
-    return swap(model, spec.name, **spec.options)
+    return swap(model, mechanism)
 
 
 def _write(out: Path, name: str, first: Trace, second: Trace | None, swap: str | None) -> None:

@@ -10,15 +10,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import FEATURES
-from regard.catalog import card, unknown
+from regard.catalog import card, told_each
 from regard.catalog import slots as filled_by
 from regard.checks import refuse
+from regard.index import unknown
 from regard.integrations.transformers_call import Call
 from regard.kernels import Problem
 from regard.masks import Mask
 from regard.masks.algebra import Index
 from regard.pipeline.function import unless_softmax
 from regard.shapes import HeadShape
+from regard.spec import parse
 from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Position, Selector, slot_of
 
 
@@ -135,12 +137,10 @@ def from_first_token(mask: Mask, keep: Bool[Tensor, "B S"] | None) -> Mask:
 def slots_of(mechanism: Any, shape: HeadShape, options: Mapping[str, Any]) -> dict[str, Any]:
     """The mechanism's slots for a layer of this shape. Parts that are handed in are copied if they hold parameters."""
     if isinstance(mechanism, str):
-        cards = [card(name.strip()) for name in mechanism.split("+")]
-        own: set[str] = set().union(*(c.options for c in cards if c.is_part))
-        for key in options.keys() - own - {"kernel"}:
-            raise ValueError("swap: " + unknown(f"option of {mechanism!r}", key, sorted(own | {"kernel"})))
-        filled = filled_by(cards, vars(shape), {key: value for key, value in options.items() if key in own})
-        return {**filled, "kernel": options["kernel"]} if "kernel" in options else filled
+        spec = parse(mechanism)
+        cards = [card(name) for name in spec.names]
+        told, rest = told_each("swap", spec, cards, options, {"kernel"})
+        return {**filled_by(cards, vars(shape), told), **rest}
     if options.keys() - {"kernel"}:
         raise ValueError(f"swap: options {sorted(options)} need a mechanism's name; parts carry their own")
     slots = mechanism if isinstance(mechanism, Mapping) else {only_slot(mechanism): mechanism}
@@ -150,7 +150,7 @@ def slots_of(mechanism: Any, shape: HeadShape, options: Mapping[str, Any]) -> di
 def check_mechanism(mechanism: Any) -> frozenset[str]:
     """What the mechanism supports. Raises ValueError or TypeError, with the reason, where no layer could take it."""
     if isinstance(mechanism, str):
-        cards = [card(name.strip()) for name in mechanism.split("+")]
+        cards = [card(name) for name in parse(mechanism).names]
         for c in cards:
             if not c.is_part:
                 raise ValueError(

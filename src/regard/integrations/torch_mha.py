@@ -14,12 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.checks import divides, flag, foreign, number, refuse, usual, whole
 from regard.integrations.slots import About, Parts, check_mechanism, slots_of, start_as_original, why_not
 from regard.integrations.transformers_call import Call, weights
 from regard.kernels import Problem, execute
-from regard.kernels.check import check_bias
+from regard.kernels.check import check_terms, lowest_masked
 from regard.masks import Mask, causal, dense, padding
-from regard.shapes import HeadShape, head_shape
+from regard.shapes import HeadShape
 
 
 class MultiheadAttention(nn.Module):
@@ -52,7 +53,11 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         if add_bias_kv or add_zero_attn:
             raise ValueError("MultiheadAttention: add_bias_kv and add_zero_attn are not supported; they must be False")
-        D = head_shape(embed_dim, num_heads, who="MultiheadAttention").head_dim
+        flag("MultiheadAttention", bias=bias, batch_first=batch_first)
+        number("MultiheadAttention", least=0, most=1, dropout=dropout)
+        whole("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads)
+        divides("MultiheadAttention", num_heads=num_heads, embed_dim=embed_dim)
+        D = embed_dim // num_heads
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, D
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first = dropout, batch_first
@@ -124,8 +129,7 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's: `key_padding_mask` (B, S) and `attn_mask` (T, S) or (B H, T, S) are True where a key is HIDDEN,
         or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one."""
-        if query.dim() not in (2, 3):
-            raise ValueError(f"MultiheadAttention: query must have 2 or 3 axes, got shape {tuple(query.shape)}")
+        self._check(query, key, value)
         batched, same = query.dim() == 3, query is key
         if is_causal and attn_mask is None:
             raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask, which must be given too")
@@ -143,7 +147,7 @@ class MultiheadAttention(nn.Module):
             if added is not None:
                 bias = added[:, None, None] if bias is None else bias + added[:, None, None]
         p = Problem(q, k, v, D**-0.5, mask=mask, bias=bias, dropout=self.dropout if self.training else 0.0)
-        call = Call(check_bias(p), keep, need_weights)
+        call = Call(lowest_masked(p), keep, need_weights)
         check_call(self.supports, call, cross=not same)
         changed = self.parts.applied(call)
         self.parts.x = x
@@ -156,6 +160,28 @@ class MultiheadAttention(nn.Module):
         if not batched:
             return y[0], None if seen is None else seen[0]
         return y if self.batch_first else y.transpose(0, 1), seen
+
+    def _check(self, query: object, key: object, value: object) -> None:
+        """Refuse what is no three tensors of the layer's widths that belong together."""
+        who, weight = "MultiheadAttention", self.out_proj.weight
+        found = []
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        for (name, given), width in zip((("query", query), ("key", key), ("value", value)), widths):
+            if not isinstance(given, Tensor):
+                words = "a Tensor" + foreign(name, given)
+                refuse(who, name, "has the wrong type", type(given).__name__, words, error=TypeError)
+            usual(who, **{name: given})
+            if given.dim() not in (2, 3) or given.shape[-1] != width:
+                refuse(who, name, "has the wrong shape", tuple(given.shape), f"2 or 3 axes, the last {width} wide")
+            if given.dtype != weight.dtype and not torch.is_autocast_enabled(given.device.type):
+                refuse(who, name, "has another dtype than the layer", given.dtype, str(weight.dtype), error=TypeError)
+            found.append(given)
+        q, k, v = found
+        if k.shape[:-1] != v.shape[:-1] or k.dim() != q.dim():
+            refuse(who, "value", "does not belong to key", tuple(v.shape), f"what key has, {tuple(k.shape)}, as query")
+        batch = 0 if self.batch_first else 1
+        if q.dim() == 3 and q.shape[batch] != k.shape[batch]:
+            refuse(who, "key", "has another batch than query", k.shape[batch], str(q.shape[batch]))
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
         """(B, H, T, D), (B, H, S, D), (B, H, S, D)."""
@@ -216,6 +242,8 @@ def _hidden(given: Tensor, shape: tuple[int, ...], name: str) -> tuple[Bool[Tens
     if given.dtype == torch.bool:
         return ~given, None
     if not given.is_floating_point():
-        raise TypeError(f"MultiheadAttention: {name} must be bool (True = hidden) or floating point, got {given.dtype}")
+        words = f"bool with True = hidden, or floating point; pass {name}.bool() if 1 means hidden"
+        refuse("MultiheadAttention", name, "has the wrong dtype", given.dtype, words, error=TypeError)
+    check_terms("MultiheadAttention", name, given, f"{name}.bool() if 1 means hidden")
     hidden = given == -torch.inf
     return ~hidden, given.masked_fill(hidden, 0.0)

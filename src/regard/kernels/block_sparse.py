@@ -19,6 +19,7 @@ from regard.kernels.cost import MASKED, Cost, asked, checked, formed, passed, pr
 from regard.kernels.problem import Keys, Problem, attend, nothing
 from regard.masks import BlockLayout, Mask
 from regard.masks.algebra import And, by_value
+from regard.masks.layout import within
 from regard.masks.selection import Chosen
 
 BLOCK = 128
@@ -141,7 +142,8 @@ _known_facts: WeakKeyDictionary[Mask, dict[tuple[int, int, int, int], Facts]] = 
 
 def _buckets(p: Problem, layout: BlockLayout) -> Tensor:
     """Plain softmax: all query blocks that see the same number of key blocks run as one batch."""
-    (B, H, G, T, S), (bq, bk), (Bm, Hm, nq, nk) = p.shape, layout.block, layout.shape
+    (B, H, G, T, S), (Bm, Hm, nq, nk) = p.shape, layout.shape
+    bq, bk = within(layout.block, T, S)
     D, V = p.q.shape[3], p.v.shape[3]
     cols, full = layout.cols.to(p.q.device), layout.full.to(p.q.device)
     # One item for each (batch row, head, query block): where its columns start, and how many there are.
@@ -199,7 +201,7 @@ def _allowed(p: Problem, b: Tensor, h: Tensor, r: Tensor, chosen: Tensor, block:
     allowed = (j < S).expand(-1, bq, -1)
     for mask in p.mask.parts if isinstance(p.mask, And) else [p.mask]:
         # What chose these very blocks allows all of a stored one.
-        chose = isinstance(mask, Chosen) and (mask.block, mask.T, mask.S) == (block, T, S)
+        chose = isinstance(mask, Chosen) and (within(mask.block, T, S), mask.T, mask.S) == (block, T, S)
         if mask is not None and not chose:
             row, head = b[:, None, None] % mask.batch, h[:, None, None] % mask.heads
             allowed = allowed & mask(row, head, i, j.clamp(max=S - 1))

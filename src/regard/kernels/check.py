@@ -1,14 +1,13 @@
 """What a call to attention refuses, before any work is done. Each message says what is wrong, what was got and what
 is expected."""
 
-import difflib
 import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from regard.checks import refuse
+from regard.checks import foreign, meant, number, refuse, usual
 from regard.kernels.problem import Problem
 from regard.masks import Mask, dense
 from regard.stages import SLOTS
@@ -26,13 +25,17 @@ _ELSEWHERE = {
     **dict.fromkeys(_OF_THE_LAYER, "this one is a slot of the layer regard.Attention"),
 }
 """What torch and the layer call by names that `attention` does not have -> what to write."""
+_OTHERWISE = {"is_causal": "did you mean 'causal'?", "dropout_p": "did you mean 'dropout'?"}
+"""What torch calls by names that the layer does not have."""
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Ranks, sizes, dtypes and devices of queries, keys and values."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
-            refuse(WHO, name, "has the wrong type", type(t).__name__, "a Tensor (B, heads, tokens, D)", error=TypeError)
+            wanted = "a Tensor (B, heads, tokens, D)" + foreign(name, t)
+            refuse(WHO, name, "has the wrong type", type(t).__name__, wanted, error=TypeError)
+        usual(WHO, **{name: t})
         if t.dim() != 4:
             wanted = "(batch, heads, tokens, width); use x[:, None] for one head"
             refuse(WHO, name, "has the wrong shape", tuple(t.shape), wanted)
@@ -67,12 +70,15 @@ def check_mask(mask: object, B: int, H: int, T: int, S: int, device: torch.devic
     if mask is None:
         return None
     if isinstance(mask, Tensor):
+        calls = _calls(mask)
+        if mask.dtype.is_floating_point:
+            wanted = "torch.bool with True = may attend; additive terms go into bias="
+            refuse(WHO, "mask", "has the wrong dtype", mask.dtype, wanted, error=TypeError)
         if mask.dtype != torch.bool:
-            hint = "additive terms go into bias=" if mask.dtype.is_floating_point else "pass mask.bool()"
-            wanted = f"torch.bool with True = may attend; {hint}"
+            wanted = f"torch.bool with True = may attend; pass {calls}"
             refuse(WHO, "mask", "has the wrong dtype", mask.dtype, wanted, error=TypeError)
         if mask.dim() != 4:
-            wanted = "(B or 1, H or 1, T, S) for pairs; keys are masked by regard.masks.padding(keep)"
+            wanted = f"(B or 1, H or 1, T, S); pass {calls}"
             refuse(WHO, "mask", "has an ambiguous shape", tuple(mask.shape), wanted)
         wrong = [
             n for n, got, ok in zip("BHTS", mask.shape, (B, H, T, S)) if got != ok and not (n in "BH" and got == 1)
@@ -92,6 +98,17 @@ def check_mask(mask: object, B: int, H: int, T: int, S: int, device: torch.devic
     return mask
 
 
+def _calls(mask: Tensor) -> str:
+    """What to write for a mask of this rank, where it says which pairs or which keys may be seen."""
+    true = "mask" if mask.dtype == torch.bool else "mask.bool()"
+    return {
+        1: f"{true}[None, None, None] for the keys of every query",
+        2: f"{true}[None, None] if it says which query sees which key, regard.masks.padding({true}) if which keys of "
+        "each sequence are real",
+        3: f"{true}[:, None] if its first axis is the batch, {true}[None] if that is the heads",
+    }.get(mask.dim(), true)
+
+
 def check_bias(p: Problem) -> Problem:
     """A bias that fits and means what it says; entries at -inf (or as low as the dtype goes) become masked."""
     bias, (B, H, _, T, S) = p.bias, p.shape
@@ -106,25 +123,33 @@ def check_bias(p: Problem) -> Problem:
         refuse(WHO, "bias", "does not broadcast to the scores", tuple(bias.shape), wanted)
     if bias.device != p.q.device:
         refuse(WHO, "bias", "is on another device than q", bias.device, str(p.q.device))
-    if bias.numel() == 0:
+    check_terms(WHO, "bias", bias, 'mask=bias.bool() if True means "may attend"')
+    return lowest_masked(p)
+
+
+def check_terms(who: str, name: str, terms: Tensor, boolean: str) -> None:
+    """Refuse what nobody means to add to scores: NaN, +inf, and a mask of 0 and 1; `boolean` is how one passes that."""
+    if terms.numel() == 0 or not readable(terms):
+        return
+    values = terms.detach()
+    low, high = (float(x) for x in values.aminmax())
+    if math.isnan(low) or high == math.inf:
+        refuse(who, name, "holds NaN or +inf", f"{low} to {high}", "finite terms, or -inf to mask a pair")
+    if low == 0 and high == 1 and bool(((values == 0) | (values == 1)).all()):
+        refuse(who, name, "looks boolean", "only 0 and 1", f"additive terms; pass {boolean}")
+
+
+def lowest_masked(p: Problem) -> Problem:
+    """The same problem with entries of the bias at -inf, or as low as its dtype goes, as a mask."""
+    bias = p.bias
+    if bias is None or bias.numel() == 0:
         return p
     values = bias.detach()
     # Half of the dtype's most negative number is nobody's bias: it is the finfo.min idiom, which averages a fully
     # masked row over all its values instead of giving 0.
-    lowest = torch.finfo(values.dtype).min / 2
-    if not readable(bias, p.q):
-        return _masked(p, bias, values <= lowest)
-    low, high = (float(x) for x in values.aminmax())
-    if math.isnan(low) or high == math.inf:
-        refuse(WHO, "bias", "holds NaN or +inf", f"{low} to {high}", "finite terms, or -inf to mask a pair")
-    if low == 0 and high == 1 and bool(((values == 0) | (values == 1)).all()):
-        wanted = 'additive terms; pass mask=bias.bool() if True means "may attend"'
-        refuse(WHO, "bias", "looks boolean", "only 0 and 1", wanted)
-    return _masked(p, bias, values <= lowest) if low <= lowest else p
-
-
-def _masked(p: Problem, bias: Tensor, masked: Tensor) -> Problem:
-    """These entries as a mask."""
+    masked = values <= torch.finfo(values.dtype).min / 2
+    if readable(bias, p.q) and not bool(masked.any()):
+        return p
     allowed = dense(~masked.expand(-1, -1, p.q.shape[2], p.k.shape[2]))
     return replace(p, bias=bias.masked_fill(masked, 0.0), mask=allowed if p.mask is None else p.mask & allowed)
 
@@ -135,16 +160,13 @@ def _by_name(slot: str, given: object) -> str:
 
 def check_options(scale: float | None, dropout: float, *, who: str = "attention", **stages: object) -> None:
     """Scale, dropout and what fills the slots."""
-    if scale is not None and not (isinstance(scale, float | int) and math.isfinite(scale) and scale > 0):
-        refuse(who, "scale", "is out of range", scale, "a finite number > 0")
-    if not 0.0 <= dropout <= 1.0:
-        refuse(who, "dropout", "is out of range", dropout, "a number in [0, 1]")
+    if scale is not None:
+        number(who, above=0, scale=scale)
+    number(who, least=0, most=1, dropout=dropout)
     slots = [name for name in SLOTS if who != WHO or name not in _OF_THE_LAYER]
     for name, stage in stages.items():
         if name not in slots:
-            near = difflib.get_close_matches(name, slots, n=1)
-            hint = _ELSEWHERE.get(name, "") if who == WHO else ""
-            hint = hint or (f"did you mean {near[0]!r}?" if near else "")
+            hint = (_ELSEWHERE if who == WHO else _OTHERWISE).get(name, "") or meant(name, slots, 1)
             said = f"{who}: there is no argument or slot {name!r}; slots are {', '.join(slots)}"
             raise TypeError(f"{said}; {hint}" if hint else said)
         kind = SLOTS[name].kind

@@ -47,10 +47,10 @@ def why_not(p: Problem) -> list[str]:
 
 def _where(p: Problem) -> list[str]:
     """What the device does not do."""
-    if p.q.device.type in ACCELERATORS:
+    if p.device_kind in ACCELERATORS:
         return [f"dtype {p.q.dtype}: its kernels sum in float32"] if p.q.dtype == torch.float64 else []
-    if not p.q.is_cpu:
-        return [f"tensors are on {p.q.device.type}: only CPUs and {', '.join(ACCELERATORS)}"]
+    if p.device_kind != "cpu":
+        return [f"tensors are on {p.device_kind}: only CPUs and {', '.join(ACCELERATORS)}"]
     reasons = loses(p, MANY)
     trains = ["torch has no gradients for FlexAttention on CPUs; expected torch.no_grad()"] if _trains(p) else []
     return reasons + trains
@@ -65,7 +65,7 @@ def _trains(p: Problem) -> bool:
 def cost(p: Problem) -> Cost:
     """The stored blocks on accelerators; all scores, passed over again and again, on CPUs."""
     B, H, _, T, S = p.shape
-    if p.q.is_cpu:
+    if p.device_kind == "cpu":
         return Cost(products(p, T * S), 2 * B * H * T * S * passed(p), 200, "not compiled on CPUs", io(p), "unfused")
     density = block_sparse.facts(p, BLOCK, BLOCK).density
     words = f"compiled by torch; {density:.0%} of the blocks hold an allowed pair"

@@ -114,7 +114,7 @@ def _groups(tiles: Bool[Tensor, "B H T n"], bk: int, S: int) -> tuple[Int[Tensor
     bh = torch.arange(B * H, device="cpu").repeat_interleave(pairs.sum(1))
     at = torch.arange(len(block), device="cpu") - (pairs.sum(1).cumsum(0) - pairs.sum(1))[bh]
     owner[bh, at] = block
-    cols = owner[..., None] * each + torch.arange(each, device="cpu")
+    cols = owner[..., None] * each + torch.arange(min(each, -(-S // piece)), device="cpu")
     stored = cols * piece < S
     row_ptr = torch.nn.functional.pad(stored.sum(2).flatten().cumsum(0), (1, 0))
     cols = cols[stored]

@@ -1,10 +1,11 @@
 """Which kernel runs, and why not the others."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from torch import Tensor
 
+from regard.checks import choice, refuse
 from regard.kernels import (
     block_sparse,
     chunked,
@@ -66,8 +67,17 @@ class Plan:
         return f" ({self.costs[name]})" if name in self.costs else ""
 
 
-def choose(p: Problem, kernel: str = "auto") -> Plan:
-    """The plan for this problem. A kernel named outright is taken or refused, never replaced."""
+def choose(p: Problem, kernel: str = "auto", device: str | None = None) -> Plan:
+    """The plan for this problem. A kernel named outright is taken or refused, never replaced.
+
+    Args:
+        device: "cpu" or "cuda", for tensors on meta: what would run there, with the packages installed here.
+    """
+    if device is not None:
+        choice("plan", ("cpu", "cuda"), device=device)
+        if not p.q.is_meta:
+            refuse("plan", "device", "is said of tensors that are on one", device, "None, or tensors on meta")
+        p = replace(p, on=device)
     cannot = {name: _reasons(p, module) for name, module in KERNELS.items()}
     if kernel != "auto":
         _named(p, kernel)

@@ -37,6 +37,13 @@ class Problem(Filled):
     """Slot -> what the stage in it made of the tokens."""
     first_key: int = 0
     """Position of the first key handed in: > 0 when a cache has dropped older ones."""
+    on: str | None = None
+    """The kind of device to plan for with tensors that are on none, those on meta."""
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of device that the tensors are on, or are taken to be on."""
+        return self.on or self.q.device.type
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

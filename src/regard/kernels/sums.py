@@ -50,5 +50,5 @@ def loses(p: Any, most: int) -> list[str]:
     `most`."""
     back, ahead = (math.inf, math.inf) if p.mask is None else p.mask.span
     seen = min(p.k.shape[2], back + ahead + 1)
-    exact = not p.q.is_cpu or p.q.dtype != torch.float32 or seen <= most
+    exact = p.device_kind != "cpu" or p.q.dtype != torch.float32 or seen <= most
     return [] if exact else ["over so many keys its float32 sums lose more than 1e-5"]

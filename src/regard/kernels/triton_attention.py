@@ -55,8 +55,8 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"heads are {max(p.q.shape[3], p.v.shape[3])} wide: at most {WIDEST}")
     if not installed():
         reasons.append('triton is not installed: pip install "regard[triton]"')
-    elif not p.q.is_cuda and not (p.q.is_cpu and interpreted()):
-        reasons.append(f"tensors are on {p.q.device.type}: only CUDA devices, or TRITON_INTERPRET=1 in the environment")
+    elif p.device_kind != "cuda" and not (p.device_kind == "cpu" and interpreted()):
+        reasons.append(f"tensors are on {p.device_kind}: only CUDA devices, or TRITON_INTERPRET=1 in the environment")
     if not reasons and (programs := max(launch(p.q.shape, p.k.shape, p.v.shape, block_of(p)).programs)) > PROGRAMS:
         reasons.append(f"{programs} programs exceed the grid limit {PROGRAMS}: split the batch")
     return reasons
@@ -74,7 +74,7 @@ def cost(p: Problem) -> Cost:
     B, H, _, T, S = p.shape
     words = f"{density:.0%} of the blocks hold an allowed pair"
     flops = BEHIND * products(p, T * S * density)
-    if not p.q.is_cuda:
+    if p.device_kind != "cuda":
         return Cost(flops, 0, 1e4 * B * H * -(-T // block[0]), "Triton's interpreter", io(p))
     return Cost(flops, 0, 5, words, io(p))
 

@@ -35,8 +35,7 @@ def why_not(p: Problem) -> list[str]:
 def run(p: Problem) -> Tensor:
     """(B, H, T, V)."""
     (B, H, G, T, S), D, V = p.shape, p.q.shape[3], p.v.shape[3]
-    assert p.mask is not None
-    back, ahead = (int(n) for n in p.mask.span)
+    back, ahead = reach(p)
     if -ahead > back or 0 in (B, T, S):
         return nothing(p, B, H, T, V)
     C, group = block(back + ahead + 1), H // G
@@ -60,7 +59,7 @@ def cost(p: Problem) -> Cost:
     """Every block of C queries against its C + back + ahead keys."""
     assert p.mask is not None
     B, H, _, T, _ = p.shape
-    keys = max(1, int(sum(p.mask.span)) + 1)
+    keys = max(1, sum(reach(p)) + 1)
     C = block(keys)
     L, n = C + keys - 1, -(-T // C)
     # Blocks at the ends have masks of their own, all others share one where only i - j counts.
@@ -68,6 +67,13 @@ def cost(p: Problem) -> Cost:
     traffic = masks * C * L * (asked(p.mask) + 16.0) + B * H * n * C * L * MASKED
     words = f"queries in blocks of {C}, {L} keys each"
     return Cost(products(p, n * C * L), traffic, 150, words, streamed=checked(p) + io(p))
+
+
+def reach(p: Problem) -> tuple[int, int]:
+    """How far back and ahead a query sees, of what is there: a window may be far wider than the sequence."""
+    assert p.mask is not None
+    (back, ahead), (_, _, _, T, S) = p.mask.span, p.shape
+    return int(min(back, S - 1)), int(min(ahead, T - 1))
 
 
 def block(keys: int) -> int:

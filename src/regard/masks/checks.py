@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.checks import refuse, whole
+from regard.checks import foreign, refuse, whole
 
 
 def integer(what: str, value: Any, *, least: int = 1) -> int:
@@ -27,9 +27,12 @@ def tensor(what: str, value: object, ndims: tuple[int, ...], kind: str) -> Tenso
     ranks = " or ".join(map(str, ndims))
     wanted = f"{'an integer' if kind == 'integer' else 'a bool'} Tensor of {ranks} dimensions"
     if not isinstance(value, Tensor):
+        wanted += foreign(name, value)
         refuse(who, name, "has the wrong type", type(value).__name__, wanted, error=TypeError)
     integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if not (value.dtype == torch.bool if kind == "bool" else integers):
+        if kind == "bool" and integers:
+            wanted += f'; pass {name}.bool() if 1 means "may be seen"'
         refuse(who, name, "has the wrong dtype", value.dtype, wanted, error=TypeError)
     if value.ndim not in ndims:
         refuse(who, name, "has the wrong shape", tuple(value.shape), wanted)

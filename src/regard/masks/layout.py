@@ -173,17 +173,23 @@ def inspect(mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tupl
     return torch.cat(counts)
 
 
+def within(block: tuple[int, int], T: int, S: int) -> tuple[int, int]:
+    """The same blocks, no larger than the matrix: what is made for each must not follow a size that was only named."""
+    return min(block[0], max(T, 1)), min(block[1], max(S, 1))
+
+
 def layout(mask: "Mask", T: int, S: int, block: int | tuple[int, int]) -> BlockLayout:
     """Exact: stored if and only if a block allows something, full if and only if it allows everything."""
     block = pair(block)
+    inside = within(block, T, S)
     B, H, nq = mask.batch, mask.heads, -(-T // block[0])
     none = torch.zeros(0, dtype=torch.long, device="cpu")
     rows, cols, fulls = [none], [none], [none.bool()]
-    for where, some, full, may_full in judged(mask, T, S, block):
+    for where, some, full, may_full in judged(mask, T, S, inside):
         unsure = ~some | (full != may_full)
         if unsure.any():
-            count = inspect(mask, where[unsure], T, S, block)
-            some[unsure], full[unsure] = count > 0, count == areas(where[unsure], T, S, block)
+            count = inspect(mask, where[unsure], T, S, inside)
+            some[unsure], full[unsure] = count > 0, count == areas(where[unsure], T, S, inside)
         b, h, r, c = where[some].unbind(1)
         rows.append((b * H + h) * nq + r)
         cols.append(c)

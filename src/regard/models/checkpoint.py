@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +27,24 @@ FORMAT = "regard.lm/1"
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, so that a reader at any moment sees the old file or the new one, whole."""
     mode = path.stat().st_mode & 0o777 if path.exists() else None
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with _named(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        _write(handle, name, path, data, mode)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What goes wrong names the file that was asked for, not the one beside it that nobody knows of."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _write(handle: int, name: str, path: Path, data: bytes, mode: int | None) -> None:
+    """Fill the file beside it, and rename that over it."""
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

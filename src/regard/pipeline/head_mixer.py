@@ -5,7 +5,7 @@ from typing import TypedDict
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.checks import fits, refuse, tokens, whole
+from regard.checks import fits, flag, refuse, tokens, whole
 from regard.masks import Mask, causal, full, padding
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.shapes import head_shape
@@ -53,6 +53,7 @@ class HeadMixer(nn.Module):
     ) -> None:
         super().__init__()
         shape = head_shape(dim, num_heads, num_kv_heads, head_dim, who=type(self).__name__)
+        flag(type(self).__name__, causal=causal, bias=bias)
         G, D = shape.num_kv_heads, shape.head_dim
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim, self.causal = dim, num_heads, G, D, causal
         context_dim = dim if context_dim is None else context_dim

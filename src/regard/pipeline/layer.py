@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import FEATURES
-from regard.checks import called, fits, refuse, tokens, whole
+from regard.checks import called, fits, flag, refuse, tokens, whole
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_mask, check_options
 from regard.masks import Mask, causal, full
@@ -83,6 +83,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         shape = head_shape(dim, num_heads, num_kv_heads, head_dim)
+        flag("Attention", causal=causal, bias=bias)
         check_options(scale, dropout, who="Attention", **slots)
         G, D = shape.num_kv_heads, shape.head_dim
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
@@ -135,9 +136,14 @@ class Attention(nn.Module):
         context: Float[Tensor, "B S C"] | None = None,
         *,
         mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+        device: str | None = None,
     ) -> Plan:
-        """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do."""
-        return choose(self._prepare(x, context, mask, None)[0], self.kernel)
+        """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do.
+
+        Args:
+            device: "cpu" or "cuda", where tensors on meta are taken to be; no such device need be there.
+        """
+        return choose(self._prepare(x, context, mask, None)[0], self.kernel, device)
 
     def init_state(
         self,

@@ -4,7 +4,6 @@
 an installed package; nothing is downloaded.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from regard.cards import Card
-from regard.checks import whole
-from regard.models.mixer import Spec, parse
+from regard.checks import meant, whole
+from regard.spec import Part, Spec, single
 
 if TYPE_CHECKING:  # so that the names of tasks are known without torch
     import torch
@@ -136,6 +135,10 @@ class Task:
         """The data in a few words."""
         raise NotImplementedError
 
+    def told(self) -> list[str]:
+        """What was read for the data, what was not, and what is held out, one line each; [] where all is generated."""
+        return []
+
     def model(self, mechanism: Spec, size: Size) -> "nn.Module":
         """The host with this mechanism in it, initialised from torch's generator.
 
@@ -180,9 +183,7 @@ def names() -> list[str]:
 def find(name: str) -> type[Task]:
     """The class of that name. Raises TaskError with near names if there is none."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names())}"
-        raise TaskError(f"unknown task {name!r}; {hint}")
+        raise TaskError(f"unknown task {name!r}; {meant(name, names()) or 'there are ' + ', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return next(
         value for value in vars(module).values()
@@ -197,8 +198,8 @@ def mechanisms_for(name: str) -> list[str]:
     """
     from regard import catalog
 
-    entries = ((card.name, parse(entry)) for card in catalog.cards().values() for entry in card.tasks)
-    return [str(Spec(mechanism, entry.options)) for mechanism, entry in entries if entry.name == name]
+    entries = ((card.name, single(entry, "task")) for card in catalog.cards().values() for entry in card.tasks)
+    return [str(Part(mechanism, entry.options)) for mechanism, entry in entries if entry.name == name]
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -207,8 +208,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
     known = [f.name for f in fields(task) if f.init]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            hint = meant(option, known, 1) or f"it has {', '.join(known) or 'none'}"
             raise TaskError(f"task {name}: there is no option {option!r}; {hint}")
     several = {f.name for f in fields(task) if isinstance(f.default, tuple)}
     try:

@@ -16,7 +16,7 @@ from regard.cards import Card
 from regard.checks import number
 from regard.detection.places import Reads
 from regard.models.detector import NOTHING, Detector, box_quality, detection_loss
-from regard.models.mixer import Spec, build
+from regard.models.mixer import Part, Spec, build
 from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
 SHAPES = ("square", "disc", "cross")
@@ -93,9 +93,8 @@ class Boxes(Task):
         return f"images of {self.size} x {self.size} pixels with up to 4 of {len(SHAPES)} shapes, generated"
 
     def model(self, mechanism: Spec, size: Size) -> nn.Module:
-        parts = [] if mechanism.own else [catalog.card(part.strip()) for part in mechanism.name.split("+")]
-        if any("num_levels" in part.options for part in parts):
-            mechanism = Spec(mechanism.name, {"num_levels": 3, **mechanism.options})
+        if not mechanism.own:
+            mechanism = Spec(tuple(map(_with_levels, mechanism.parts)))
         return Detector(
             [build(mechanism, size.dim, size.heads, causal=False) for _ in range(size.depth)],
             dim=size.dim,
@@ -124,3 +123,9 @@ class Boxes(Task):
             more, seen = box_quality(model(images), boxes, classes)
             total, count = total + more, count + seen
         return {self.metric.main: total / max(count, 1)}, []
+
+
+def _with_levels(part: Part) -> Part:
+    """The part, told how many maps there are if it asks for that."""
+    asks = "num_levels" in catalog.card(part.name).options
+    return Part(part.name, {"num_levels": 3, **part.options}) if asks else part

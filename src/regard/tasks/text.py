@@ -9,7 +9,7 @@ import math
 import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,8 @@ class Text:
     source: str
     train: bytes
     heldout: bytes
+    told: tuple[str, ...] = ()
+    """Which files were read and which were not, and what is held out, one line each."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,6 +109,9 @@ class NextByte(Task):
 
     def describe(self) -> str:
         return self.data.source
+
+    def told(self) -> list[str]:
+        return list(self.data.told)
 
     def settings(self) -> dict[str, Any]:
         size = len(self.data.train) + len(self.data.heldout)
@@ -177,9 +182,12 @@ def needed_bytes(length: int) -> int:
 
 def load(paths: Sequence[str | Path] = (), *, length: int, heldout: float = 0.1) -> Text:
     """Read text and cut off the held-out end (at least one stretch of four training lengths)."""
-    files = [_named(Path(path)) for path in paths]
-    pieces = [piece for some in files for piece in some] if paths else _standard_library()
-    data = b"\n".join(pieces)
+    found = Reading()
+    for path in paths:
+        _named(Path(path), found)
+    if not paths:
+        _standard_library(found)
+    data = b"\n".join(found.pieces)
     source = ", ".join(map(str, paths)) if paths else "Python standard library"
     if not data.strip():
         raise TextError(f"text: {source} is empty; give text of at least {needed_bytes(length)} bytes")
@@ -189,33 +197,72 @@ def load(paths: Sequence[str | Path] = (), *, length: int, heldout: float = 0.1)
             f"{4 * length} needs at least {needed_bytes(length)} bytes"
         )
     end = len(data) - max(int(len(data) * heldout), 4 * length + 1)
-    return Text(source, data[:end], data[end:])
+    return Text(source, data[:end], data[end:], tuple(found.told(end, len(data))))
 
 
-def _named(path: Path) -> list[bytes]:
+@dataclass
+class Reading:
+    """What was read, piece by piece, and what was not."""
+
+    names: list[str] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    left: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> the files that were not read for it."""
+
+    def take(self, name: str, data: bytes) -> None:
+        self.names.append(name)
+        self.pieces.append(data)
+
+    def leave(self, reason: str, name: str) -> None:
+        self.left.setdefault(reason, []).append(name)
+
+    def told(self, end: int, total: int) -> Iterator[str]:
+        """In words; the pieces stand end to end with a byte between two, and those from byte `end` on are held out."""
+        yield f"read: {_files(self.names)}, {total:,} bytes"
+        for reason, names in self.left.items():
+            yield f"not read, {reason}: {_files(names)}"
+        at, first = 0, 0
+        while at + len(self.pieces[first]) < end:
+            at += len(self.pieces[first]) + 1
+            first += 1
+        inside = f"from byte {end - at:,} of {self.names[first]}" if end > at else f"from {self.names[first]}"
+        yield f"held out: the last {total - end:,} bytes ({(total - end) / total:.1%}), {inside} on"
+
+
+def _files(names: Sequence[str]) -> str:
+    """'2 files (a.txt, b.txt)', '900 files (a.txt, b.txt, c.txt and 897 more)'."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{len(names):,} file{'s' * (len(names) != 1)} ({shown})"
+
+
+def _named(path: Path, found: Reading) -> None:
     if not path.exists():
         raise TextError(f"text: {path} does not exist")
     if path.is_dir():
-        return _folder(path)
+        _folder(path, found)
+        return
     data = _read(path)
     if reason := _binary(data):
         raise TextError(f"text: {path} is not text ({reason}); give plain UTF-8 text")
-    return [data]
+    found.take(str(path), data)
 
 
-def _folder(path: Path) -> list[bytes]:
-    found = []
+def _folder(path: Path, found: Reading) -> None:
+    files: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [file for file in files if file.is_file() and not file.is_symlink()]
-    pieces = list(_distinct(path, found, LIMIT))
-    if not pieces:
-        raise TextError(f"text: {path} holds no text files ({len(found)} files looked at)")
-    return pieces
+        for file in (Path(folder, name) for name in names):
+            if file.name.startswith(".") or file.is_symlink() or not file.is_file():
+                found.leave("hidden, or links", str(file))
+            else:
+                files.append(file)
+    before = len(found.pieces)
+    _distinct(path, files, LIMIT, found)
+    if len(found.pieces) == before:
+        raise TextError(f"text: {path} holds no text files ({len(files)} files looked at)")
 
 
-def _standard_library() -> list[bytes]:
+def _standard_library(found: Reading) -> None:
     """Sources and language reference that come with Python, without its tests: a few MB.
 
     They are the same wherever the same Python is.
@@ -233,12 +280,13 @@ def _standard_library() -> list[bytes]:
         from pydoc_data.topics import topics
     except ImportError:
         topics = {}  # type: ignore[misc]
-    docs = [topics[name].encode() for name in sorted(topics, key=_shuffled)]
-    pieces = _distinct(root, files, DEFAULT_BYTES - sum(map(len, docs)))
-    found = sorted([*docs, *pieces], key=lambda piece: hashlib.sha256(piece).digest())
-    if not found:
+    for name in sorted(topics, key=_shuffled):
+        found.take(f"help({name!r})", topics[name].encode())
+    _distinct(root, files, DEFAULT_BYTES - sum(map(len, found.pieces)), found)
+    if not found.pieces:
         raise TextError(f"text: no sources of the standard library in {root}; name your own text")
-    return found
+    order = sorted(range(len(found.pieces)), key=lambda n: hashlib.sha256(found.pieces[n]).digest())
+    found.names, found.pieces = [found.names[n] for n in order], [found.pieces[n] for n in order]
 
 
 def _walk(root: Path, skip: set[str]) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -247,22 +295,28 @@ def _walk(root: Path, skip: set[str]) -> Iterator[tuple[str, list[str], list[str
         yield folder, folders, names
 
 
-def _distinct(root: Path, files: list[Path], limit: int) -> Iterator[bytes]:
-    """Contents of text files in hashed order, until the limit.
+def _distinct(root: Path, files: list[Path], limit: int, found: Reading) -> None:
+    """Take the text files in hashed order, until the limit.
 
     Copies come once: a copy on both sides of the cut would make the held-out part easy.
     """
     seen, total = set(), 0
     for file in sorted(files, key=lambda file: _shuffled(file.relative_to(root).as_posix())):
+        if total > limit:
+            found.leave(f"beyond the limit of {limit:,} bytes", str(file))
+            continue
         data = _read(file)
         digest = hashlib.sha256(data).digest()
-        if not data.strip() or digest in seen or _binary(data):
+        why = "empty" if not data.strip() else "copies" if digest in seen else "no text" if _binary(data) else ""
+        if why:
+            found.leave(why, str(file))
             continue
         seen.add(digest)
         total += len(data)
         if total > limit:
-            return
-        yield data
+            found.leave(f"beyond the limit of {limit:,} bytes", str(file))
+            continue
+        found.take(str(file), data)
 
 
 def _shuffled(name: str) -> bytes:

@@ -5,12 +5,12 @@ it for markup and attributes, and the plots receive it as JSON. The page loads n
 """
 
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from regard.bench.record import Result
 from regard.bench.report.page import render
+from regard.models.checkpoint import write_atomically
 
 
 def write(results: Sequence[Result], path: str | os.PathLike[str], *, title: str = "regard compare") -> Path:
@@ -23,18 +23,5 @@ def write(results: Sequence[Result], path: str | os.PathLike[str], *, title: str
         raise ModuleNotFoundError('report.html needs plotly: pip install "regard[report]"') from None
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _replace(target, render(results, title, get_plotlyjs()).encode())
+    write_atomically(target, render(results, title, get_plotlyjs()).encode())
     return target
-
-
-def _replace(target: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part: written beside it, then renamed over it."""
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)

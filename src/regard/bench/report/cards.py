@@ -5,6 +5,7 @@ from typing import Any
 
 from regard.bench.report.groups import Group, Row
 from regard.bench.report.text import text
+from regard.spec import parse
 
 VERIFIED = {
     "equation": "against the paper's formula, written out on its own",
@@ -50,7 +51,10 @@ class Cards:
 
 def _parts(mechanism: str) -> list[str]:
     """The names of the cards behind 'gated+rotary' or 'kerple(log_space=True)'."""
-    return [part.strip() for part in mechanism.partition("(")[0].split("+")]
+    try:
+        return parse(mechanism).names
+    except ValueError:  # a row of old, when more could be written
+        return [part.strip() for part in mechanism.partition("(")[0].split("+")]
 
 
 def _find_card(name: str) -> Any | None:

@@ -98,6 +98,14 @@ class Group:
     """Of what was measured on held-out data; the main one first, if it was."""
     main: str
     """The label that ranks: the metric's own wherever it was measured."""
+    results: list[Result] = field(default_factory=list)
+    apart: str = ""
+    """What tells it from the other groups of its task: 'steps=5, data=book.txt'; '' for the only one."""
+
+    @property
+    def title(self) -> str:
+        """'text' or 'text, steps=5'."""
+        return ", ".join(filter(None, (self.task, self.apart)))
 
     @property
     def ranked(self) -> list[Row]:
@@ -110,11 +118,18 @@ class Group:
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
-    """The latest result of every cell, by task."""
+    """The latest result of every cell, by task and all settings that decide what is learnt from what.
+
+    Only numbers of one group are held against each other: another text, or more steps, is another question.
+    """
     latest = {r.cell.key: r for r in results}.values()
     groups, index = [], 0
-    for task in dict.fromkeys(r.cell.task for r in latest):
-        mine = [r for r in latest if r.cell.task == task]
+    asked: dict[str, list[Result]] = {}
+    for r in latest:
+        asked.setdefault(_question(r), []).append(r)
+    tasks = list(dict.fromkeys(r.cell.task for r in latest))
+    for mine in sorted(asked.values(), key=lambda some: tasks.index(some[0].cell.task)):
+        task = mine[0].cell.task
         rows, metric = _rows(mine), next((r.metric for r in mine if r.status == "done"), Metric())
         found = {label for row in rows for label in row.heldout}
         labels = sorted(found, key=lambda label: (label != metric.main, factor(label)))
@@ -122,8 +137,28 @@ def grouped(results: Sequence[Result]) -> list[Group]:
         rows.sort(key=lambda row: _order(row, main, metric.better))
         for row in rows:
             row.index, index = index, index + 1
-        groups.append(Group(task, metric, rows, labels, main))
+        groups.append(Group(task, metric, rows, labels, main, mine))
+    for task in tasks:
+        _tell_apart([group for group in groups if group.task == task])
     return groups
+
+
+ASIDE = ("code", "processor", "threads", "torch")
+"""Settings that change no question: they tell how it was answered, and rows that differ in them say so."""
+
+
+def _question(r: Result) -> str:
+    settings = {name: value for name, value in r.cell.settings.items() if name not in ASIDE}
+    return json.dumps([r.cell.task, settings], sort_keys=True)
+
+
+def _tell_apart(groups: Sequence[Group]) -> None:
+    """Give each what its settings alone have; hashes and sizes only where nothing that people read differs."""
+    settings = [group.results[0].cell.settings for group in groups]
+    keys = [key for key in differing(settings) if key not in ASIDE]
+    keys = [key for key in keys if key not in ("bytes", "fingerprint")] or keys
+    for group, its in zip(groups, settings):
+        group.apart = ", ".join(f"{key}={as_text(its.get(key))}" for key in keys)
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:

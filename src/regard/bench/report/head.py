@@ -20,7 +20,7 @@ FACTS: dict[str, tuple[str, ...]] = {
 
 def headline(group: Group) -> str:
     """Which mechanism is best, by how much, and whether that is more than chance."""
-    where = f" on {text(group.task)}"
+    where = f" on {text(group.title)}"
     count = len({row.mechanism for row in group.rows})
     if not group.ranked:
         seen = f"{plural(count, 'mechanism')} compared{where}"
@@ -92,11 +92,24 @@ def _tokens(settings: dict[str, list[str]]) -> int | None:
     return math.prod(numbers) if len(numbers) == 3 else None
 
 
-def warnings(results: Sequence[Result]) -> str:
-    """A line for every difference between runs that makes their numbers hard to compare."""
+def told(groups: Sequence[Group]) -> str:
+    """Of each group what was read for its data, what was not, and what was held out."""
+    found = {group.title: dict.fromkeys(line for r in group.results for line in r.data) for group in groups}
+    lists = [
+        (f"<p>{text(title)}</p>" if len(groups) > 1 else "")
+        + f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>"
+        for title, lines in found.items()
+        if lines
+    ]
+    return f"<details><summary>What was read, and what was held out</summary>{''.join(lists)}</details>" * bool(lists)
+
+
+def warnings(groups: Sequence[Group]) -> str:
+    """A line for every difference between runs of a group that makes their numbers hard to compare."""
     lines = []
-    for task in dict.fromkeys(r.cell.task for r in results):
-        settings = [r.cell.settings for r in results if r.cell.task == task]
+    results = [r for group in groups for r in group.results]
+    for group in groups:
+        settings = [r.cell.settings for r in group.results]
         keys = [words(key) for key in differing(settings) if all(key in found for found in settings)]
         if keys:
             lines.append(f"Not all runs share the same {listing(keys)}: compare with care.")
@@ -105,17 +118,25 @@ def warnings(results: Sequence[Result]) -> str:
     return "".join(f'<p class="warning">{line}</p>' for line in dict.fromkeys(lines))
 
 
+def traceback(said: str) -> str:
+    """A traceback, folded up; nothing where there is none."""
+    return f"<details><summary>Traceback</summary><pre>{text(said, 20_000)}</pre></details>" if said else ""
+
+
 def failures(results: Sequence[Result]) -> str:
     """The failed runs with their reasons; seeds that failed alike share a line."""
     failed = [r for r in results if r.status != "done"]
     if not failed:
         return ""
     alike: dict[tuple[str, str, bool], list[int]] = {}
+    traces: dict[tuple[str, str, bool], str] = {}
     for r in failed:
-        alike.setdefault((r.cell.mechanism, r.reason or "no reason recorded", r.refused), []).append(r.cell.seed)
+        key = (r.cell.mechanism, r.reason or "no reason recorded", r.refused)
+        alike.setdefault(key, []).append(r.cell.seed)
+        traces.setdefault(key, traceback(r.traceback))
     items = "".join(
         f"<li><strong>{text(name, 80)}</strong> (seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, seeds))}){' is refused' * refused}: {text(reason)}</li>"
+        f"{', '.join(map(str, seeds))}){' is refused' * refused}: {text(reason)}{traces[name, reason, refused]}</li>"
         for (name, reason, refused), seeds in alike.items()
     )
     return f'<div class="warning"><h2>Failed: {plural(len(failed), "run")}</h2><ul>{items}</ul></div>'

@@ -10,7 +10,7 @@ from regard.bench.record import Result
 from regard.bench.report.cards import Cards
 from regard.bench.report.curves import curves
 from regard.bench.report.groups import grouped
-from regard.bench.report.head import facts, failures, headline, warnings
+from regard.bench.report.head import facts, failures, headline, told, warnings
 from regard.bench.report.lengths import along
 from regard.bench.report.pareto import tradeoffs
 from regard.bench.report.reproduce import reproduce
@@ -24,10 +24,10 @@ def render(results: Sequence[Result], title: str, plotly: str) -> str:
     plots: list[dict[str, Any]] = []
     body = [f"<header><h1>{text(title)}</h1>"]
     body += [headline(group) for group in groups]
-    body += [facts(results), warnings(results), failures(results), "</header><main>"]
+    body += [facts(results), told(groups), warnings(groups), failures(results), "</header><main>"]
     cards = Cards(groups)
     for number, group in enumerate(groups):
-        suffix = f": {text(group.task)}" if len(groups) > 1 else ""
+        suffix = f": {text(group.title)}" if len(groups) > 1 else ""
         body.append(f"<h2>Results{suffix}</h2>{table(group, cards)}")
         if group.ranked or any(row.curve() for row in group.rows):
             # Where a task asks more and more, that is the finding; the text's lengths are a question of their own.

@@ -30,8 +30,8 @@ __all__ = ["PANEL", "Walk", "cost", "run", "walk", "why_not", "with_lse"]
 def why_not(p: Problem) -> list[str]:
     """Plain softmax on a CPU, in fp32 or below, with additive terms that need no q or k."""
     reasons = []
-    if p.q.device.type not in ("cpu", "meta"):
-        reasons.append(f"tensors on {p.q.device.type}, not on the CPU")
+    if p.device_kind not in ("cpu", "meta"):
+        reasons.append(f"tensors on {p.device_kind}, not on the CPU")
     if not (p.q.is_meta or build.readable(p.q)):  # of what is on meta only the shape is asked
         reasons.append("it reads memory: no tensor subclasses, no torch.func, no torch.compile")
     if p.q.dtype == torch.float64:
