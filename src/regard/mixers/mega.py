@@ -1,6 +1,6 @@
 """Mega: a damped moving average of the tokens feeds one head of gated attention."""
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, refuse, whole
+from regard.checks import checked, choice, refuse, whole
 from regard.masks import Mask, causal, full, padding
 from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
@@ -26,7 +26,9 @@ out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
 A       softmax(q k^T / sqrt(Z) + b),   or of s = q k^T / n + b, each by itself, n the keys that a query may see:
         squared ReLU max(s, 0)^2,   Laplace (1 + erf((s - m) / (d sqrt 2))) / 2, m = sqrt(1/2), d = sqrt(1 / (4 pi))
 bias    b_ij = table[j - i + P - 1]   or   b_ij = R_i a . R_j b  (rotary turns R)
-x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, P = max_positions""",
+x is the normed token, but in (1 - u) x_t the token itself; with post_norm x is the token, and y is normed
+norm    layer norm, x / rms(x) times a weight a channel ("rms") or times one number ("scale")
+Z = qk_dim, P = max_positions""",
     papers=(
         Paper(
             "Mega: Moving Average Equipped Gated Attention",
@@ -44,6 +46,7 @@ x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, 
     differs=(
         "One dropout, of the weights, in place of three.",
         "The Laplace function divides by the number of keys that a query may see, causal or not, without hidden keys.",
+        "No batch norm, which the authors' code offers, too: hidden tokens and other sequences would change its mean.",
     ),
     verified="third-party",
     example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
@@ -51,6 +54,8 @@ x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, 
     tasks=("mqar",),
     defaults={"weighting": "paper"},
 )
+
+Norm = Literal["layer", "rms", "scale"]
 
 
 class MegaState(NamedTuple):
@@ -74,6 +79,27 @@ class MegaOptions(TypedDict, total=False):
     weighting: Weighting
     max_positions: int | None
     dropout: float
+    norm: Norm
+    post_norm: bool
+
+
+class ScaleNorm(nn.Module):
+    """Each token over its root mean square, times one number for all channels.
+
+    Shapes: (..., M) -> the same.
+    """
+
+    def __init__(self, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Float[Tensor, "... M"]) -> Float[Tensor, "... M"]:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.scale
 
 
 @CARD.module
@@ -90,6 +116,8 @@ class Mega(nn.Module):
         weighting: how scores become weights.
         max_positions: P: b is a table of 2 P - 1 numbers (in chunks P = C will do); None: b turns, for any length.
         dropout: of the weights A, in training.
+        norm: "layer", "rms" or "scale".
+        post_norm: whether the norm stands behind the layer and its residual, rather than before.
     """
 
     def __init__(
@@ -104,15 +132,21 @@ class Mega(nn.Module):
         weighting: Weighting = "softmax",
         max_positions: int | None = None,
         dropout: float = 0.0,
+        norm: Norm = "layer",
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         whole(self, dim=dim)
+        choice(self, get_args(Norm), norm=norm)
         qk_dim = max(2, dim // 8 * 2) if qk_dim is None else qk_dim
         value_dim = 2 * dim if value_dim is None else value_dim
         whole(self, qk_dim=qk_dim, value_dim=value_dim, ema_dim=ema_dim)
         self.dim, self.qk_dim, self.value_dim, self.ema_dim = dim, qk_dim, value_dim, ema_dim
         self.chunk, self.causal = chunk, causal
-        self.norm = nn.LayerNorm(dim)
+        self.post_norm = post_norm
+        # 1e-5 for all of them, as the authors have it.
+        norms: dict[str, nn.Module] = {"layer": nn.LayerNorm(dim), "rms": nn.RMSNorm(dim, eps=1e-5)}
+        self.norm = norms[norm] if norm in norms else ScaleNorm(eps=1e-5)
         self.average = DampedAverage(dim, ema_dim, causal=causal)
         self.omega = nn.Parameter(torch.empty(dim))
         self.v_proj = nn.Linear(dim, value_dim)
@@ -147,7 +181,7 @@ class Mega(nn.Module):
         """`mask` hides tokens from all others: `regard.masks.padding`, or True = a real token."""
         keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
-        normed = self.norm(x)
+        normed = x if self.post_norm else self.norm(x)
         shown = normed if keep is None else normed.masked_fill(~keep[..., None], 0)
         average, _ = self.average(shown)
         out = self._gated(x, normed, average, lambda q, k, v: self.attention(q, k, v, keep))[0]
@@ -189,7 +223,7 @@ class Mega(nn.Module):
         if self.chunk is None and held + t > state.capacity:
             refuse(self, "state", f"has capacity {state.capacity}", f"{held + t} tokens", f"capacity >= {held + t}")
         x = shown(self, x, mask)
-        normed = self.norm(x)
+        normed = x if self.post_norm else self.norm(x)
         average, ema = self.average(normed if mask is None else normed.masked_fill(~mask[..., None], 0), state.ema)
         # Without hidden tokens, now or before, there is no mask to look at.
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
@@ -221,4 +255,4 @@ class Mega(nn.Module):
         out = attend(q, k, v) * F.silu(reset)
         update = update.sigmoid()
         y = update * F.silu(candidate + self.o_proj(out)) + (1 - update) * x
-        return y.to(update.dtype), k, v
+        return (self.norm(y) if self.post_norm else y).to(update.dtype), k, v
