@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import regard
 from mixers.naive_mega import naive_ema, naive_mega
 from regard.laws.agreement import close, same
-from regard.mixers.mega import Mega, MegaState, ScaleNorm
+from regard.mixers.mega import Mega, MegaState
 from regard.mixers.mega_attention import Laplace
 from regard.mixers.mega_average import damped_ema
+from regard.mixers.mega_norm import ScaleNorm
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 

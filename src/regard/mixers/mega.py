@@ -1,6 +1,6 @@
 """Mega: a damped moving average of the tokens feeds one head of gated attention."""
 
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, choice, refuse, whole
+from regard.checks import checked, refuse, whole
 from regard.masks import Mask, causal, full, padding
 from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
 from regard.mixers.mega_average import DampedAverage
+from regard.mixers.mega_norm import Norm, token_norm
 from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
 from regard.tracing import readable
 
@@ -55,8 +56,6 @@ Z = qk_dim, P = max_positions""",
     defaults={"weighting": "paper"},
 )
 
-Norm = Literal["layer", "rms", "scale"]
-
 
 class MegaState(NamedTuple):
     """What the past leaves behind: the moving average, and the keys and values of the chunk at hand (or of all)."""
@@ -81,25 +80,6 @@ class MegaOptions(TypedDict, total=False):
     dropout: float
     norm: Norm
     post_norm: bool
-
-
-class ScaleNorm(nn.Module):
-    """Each token over its root mean square, times one number for all channels.
-
-    Shapes: (..., M) -> the same.
-    """
-
-    def __init__(self, *, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.empty(1))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.scale)
-
-    def forward(self, x: Float[Tensor, "... M"]) -> Float[Tensor, "... M"]:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.scale
 
 
 @CARD.module
@@ -137,16 +117,13 @@ class Mega(nn.Module):
     ) -> None:
         super().__init__()
         whole(self, dim=dim)
-        choice(self, get_args(Norm), norm=norm)
         qk_dim = max(2, dim // 8 * 2) if qk_dim is None else qk_dim
         value_dim = 2 * dim if value_dim is None else value_dim
         whole(self, qk_dim=qk_dim, value_dim=value_dim, ema_dim=ema_dim)
         self.dim, self.qk_dim, self.value_dim, self.ema_dim = dim, qk_dim, value_dim, ema_dim
         self.chunk, self.causal = chunk, causal
         self.post_norm = post_norm
-        # 1e-5 for all of them, as the authors have it.
-        norms: dict[str, nn.Module] = {"layer": nn.LayerNorm(dim), "rms": nn.RMSNorm(dim, eps=1e-5)}
-        self.norm = norms[norm] if norm in norms else ScaleNorm(eps=1e-5)
+        self.norm = token_norm(norm, dim)
         self.average = DampedAverage(dim, ema_dim, causal=causal)
         self.omega = nn.Parameter(torch.empty(dim))
         self.v_proj = nn.Linear(dim, value_dim)
