@@ -44,6 +44,7 @@ class Tokens:
     q_proj: Callable[[Tensor], Tensor]
     """The layer's own projection, (..., M) -> (..., H D)."""
     k_proj: Callable[[Tensor], Tensor]
+    v_proj: Callable[[Tensor], Tensor]
     past: Float[Tensor, "B h 1 F"] | None = None
     """While streaming, `Made.key` of the last token before these; None at the start."""
 

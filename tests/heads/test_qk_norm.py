@@ -1,4 +1,4 @@
-"""Query-key normalisation against loops, and torch's own RMS norm."""
+"""Query-key normalisation against loops, torch's own RMS norm, and the layer of transformers' Qwen3."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import regard
 from regard.heads import QKNorm
 
 
@@ -35,6 +36,37 @@ def test_equals_the_formula(seed: int) -> None:
                 want[row][d] = z[row][d] / size * weight[d]
         assert (result - want).abs().max() < 1e-12
         assert (result - torch.nn.functional.rms_norm(z, (D,), weight, eps)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("position", ["", "+rotary"])
+def test_equals_transformers_qwen3(position: str) -> None:
+    """Values and every gradient of a grouped causal layer, with and without rotation after the norm."""
+    qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    config = qwen3.Qwen3Config(
+        hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5,
+        attention_bias=False, attn_implementation="eager",
+    )  # fmt: skip
+    layer = regard.create(
+        "qk_norm" + position, dim=12, num_heads=4, num_kv_heads=2, head_dim=6, causal=True, eps=1e-5
+    ).double()
+    with torch.no_grad():
+        for n, p in enumerate(layer.parameters()):
+            p.copy_(normal(n, *p.shape))
+    names = {"heads.q_weight": "q_norm.weight", "heads.k_weight": "k_norm.weight"}
+    other = qwen3.Qwen3Attention(config, layer_idx=0).double().eval()
+    other.load_state_dict({names.get(name, name): p for name, p in layer.state_dict().items()})
+    x, direction = normal(20, 2, 5, 12).requires_grad_(), normal(21, 2, 5, 12)
+    still = torch.ones(2, 5, 6, dtype=torch.float64), torch.zeros(2, 5, 6, dtype=torch.float64)
+    turned = qwen3.Qwen3RotaryEmbedding(config)(x, torch.arange(5).expand(2, 5))
+    mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    want = other(x, position_embeddings=turned if position else still, attention_mask=mask[None, None])[0]
+    got = layer(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # its norm, softmax and angles are always fp32
+    ours, theirs = dict(layer.named_parameters()), dict(other.named_parameters())
+    grads = torch.autograd.grad((got * direction).sum(), [x, *ours.values()])
+    wanted = torch.autograd.grad((want * direction).sum(), [x, *(theirs[names.get(name, name)] for name in ours)])
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_are_bounded_whatever_the_input() -> None:

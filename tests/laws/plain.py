@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -94,7 +95,9 @@ def switch_off(card: regard.Card) -> None:
     """For the rest of this process."""
     builder = card.builder
     home = sys.modules[builder.__module__]
-    for cls in [c for c in vars(home).values() if inspect.isclass(c) and c.__module__ == home.__name__]:
+    classes = [c for c in vars(home).values() if inspect.isclass(c) and c.__module__ == home.__name__]
+    made = None if inspect.isclass(builder) else typing.get_type_hints(builder).get("return")
+    for cls in [*classes, made] if inspect.isclass(made) else classes:  # a function may make a part of another file
         for kind, methods in PARTS.items():
             if issubclass(cls, kind):
                 for name, method in methods.items():

@@ -92,7 +92,8 @@ def test_authors_numbers(case):
 
 
 def test_flows_are_conserved():
-    """What enters each sink and leaves each source is 1; the conserved outgoing flows sum to the number of sinks."""
+    """What enters each sink and leaves each source is 1, the conserved outgoing flows sum to the number of sinks; and
+    attention is made of just these flows."""
     q, k, v = qkv(2, 3, 3, 5, 7, 4, 4)
     sinks, sources, _ = _flows(q, k, v, None, None)
     flows = sinks @ sources.mT
@@ -102,6 +103,10 @@ def test_flows_are_conserved():
     close((flows / outgoing.mT).sum(-2), torch.ones(2, 3, 7).double())
     refined_out = _through(sources, (sinks / incoming).sum(2, keepdim=True), 0.0)
     close(refined_out.sum(2), torch.full((2, 3, 1), 5.0).double())
+    refined_in = _through(sinks, (sources / outgoing).sum(2, keepdim=True), 0.0)
+    competing = 7 * refined_out.clamp(-1, 1).softmax(2) * v
+    allotted = (refined_in * 5 / 7).sigmoid()
+    close(flow_attention(q, k, v, eps=0.0), allotted * (sinks / incoming @ (sources.mT @ competing)))
 
 
 def test_sources_compete():

@@ -49,10 +49,18 @@ def naive_rotary_bias(a: Tensor, b: Tensor, i: int, j: int) -> Tensor:
     return sum(x * y for x, y in zip(turned(a, i), turned(b, j), strict=True))  # type: ignore[return-value]
 
 
+def naive_norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Of one token (M): layer norm; or x over its root mean square, times M weights ("rms") or one number ("scale")."""
+    if kind == "layer":
+        mean = x.mean()
+        return (x - mean) / torch.sqrt(((x - mean) ** 2).mean() + 1e-5) * weight + bias
+    return x / torch.sqrt((x**2).mean() + 1e-5) * weight
+
+
 def naive_mega(
     x: Tensor,
     norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     delta: Tensor,
     alpha: Tensor,
     beta: Tensor,
@@ -72,8 +80,10 @@ def naive_mega(
     chunk: int | None = None,
     function: str = "softmax",
     keep: Tensor | None = None,
+    norm: str = "layer",
+    post_norm: bool = False,
 ) -> Tensor:
-    """Steps 1 to 8 with pre-norm (layer norm, eps 1e-5) -> y (B, T, M).
+    """Steps 1 to 8 with pre-norm, or with the norm after step 8 and none before (eps 1e-5) -> y (B, T, M).
 
     x (B, T, M); EMA parameters (M, N) when causal, (2 M, N) when not (first M forward, last M backward); omega (M);
     Wv (E, M), Wmx (Z + E + 2 M, M), Wh (M, E) and their biases; kappa, mu (2, Z); bias: either w (2 P - 1), the simple
@@ -89,9 +99,7 @@ def naive_mega(
         real = [True] * T if keep is None else [bool(one) for one in keep[b]]
         normed, values = [], []
         for t in range(T):
-            mean = x[b, t].mean()
-            variance = ((x[b, t] - mean) ** 2).mean()
-            xn = (x[b, t] - mean) / torch.sqrt(variance + 1e-5) * norm_weight + norm_bias
+            xn = x[b, t] if post_norm else naive_norm(x[b, t], norm_weight, norm_bias, norm)
             normed.append(xn)
             value = Wv @ xn + bv
             values.append(value * torch.sigmoid(value))
@@ -139,6 +147,7 @@ def naive_mega(
                 o = o + weight * values[start + j]
             hh = hxs[t] + Wh @ (o * rs[t]) + bh
             hh = hh * torch.sigmoid(hh)
-            ys.append(us[t] * hh + (1 - us[t]) * x[b, t])
+            y = us[t] * hh + (1 - us[t]) * x[b, t]
+            ys.append(naive_norm(y, norm_weight, norm_bias, norm) if post_norm else y)
         rows.append(torch.stack(ys))
     return torch.stack(rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
@@ -14,8 +14,9 @@ from regard.laws.agreement import close, same
 from regard.mixers.mega import Mega, MegaState
 from regard.mixers.mega_attention import Laplace
 from regard.mixers.mega_average import damped_ema
+from regard.mixers.mega_norm import ScaleNorm
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "B138.npz"
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -39,8 +40,8 @@ def naive(layer: Mega, x: Tensor, keep: Tensor | None = None) -> Tensor:
     projections = [p[f"{name}_proj.{kind}"] for name in ("v", "mixed", "o") for kind in ("weight", "bias")]
     return naive_mega(
         x,
-        p["norm.weight"],
-        p["norm.bias"],
+        p["norm.scale"] if layer_norm_of(layer) == "scale" else p["norm.weight"],
+        p.get("norm.bias"),
         alpha,
         delta,
         beta,
@@ -54,7 +55,13 @@ def naive(layer: Mega, x: Tensor, keep: Tensor | None = None) -> Tensor:
         chunk=layer.chunk,
         function=layer.attention.weighting,
         keep=keep,
+        norm=layer_norm_of(layer),
+        post_norm=layer.post_norm,
     )
+
+
+def layer_norm_of(layer: Mega) -> str:
+    return {nn.LayerNorm: "layer", nn.RMSNorm: "rms", ScaleNorm: "scale"}[type(layer.norm)]
 
 
 def compare(layer: Mega, x: Tensor, keep: Tensor | None = None) -> None:
@@ -81,6 +88,22 @@ def test_equals_the_loops(T: int, chunk: int | None, positions: int | None, caus
     compare(layer, normal(T, 2, T, 5))
 
 
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "rms", "scale"])
+def test_norms_equal_the_loops(norm: str, post_norm: bool) -> None:
+    keep = torch.arange(8) < torch.tensor([[8], [5]])
+    compare(filled(5, chunk=4, norm=norm, post_norm=post_norm), normal(8, 2, 8, 5), keep)
+
+
+def test_norms_stream() -> None:
+    layer, x = filled(6, causal=True, chunk=3, norm="scale", post_norm=True), normal(9, 2, 7, 5)
+    state, outs = layer.init_state(2, 7), []
+    for piece in x.split([2, 4, 1], 1):
+        y, state = layer.step(piece, state)
+        outs.append(y)
+    close(torch.cat(outs, 1).detach(), layer(x).detach())
+
+
 @pytest.mark.parametrize("weighting", ["softmax", "laplace"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -100,23 +123,28 @@ def test_a_short_last_chunk_is_a_sequence_cut_short() -> None:
             close(layer(x[:, :8]).detach(), naive(layer, x, keep)[:, :8].detach())
 
 
-def vectors(case: str) -> dict[str, Tensor]:
-    with np.load(VECTORS) as file:
-        return {k.removeprefix(case + "_"): torch.from_numpy(file[k]) for k in file if k.startswith(case)}
+def vectors(file: str, case: str) -> dict[str, Tensor]:
+    with np.load(VECTORS / file) as held:
+        return {k.removeprefix(case + "_"): torch.from_numpy(held[k]) for k in held if k.startswith(case)}
 
 
 @pytest.mark.parametrize(
-    ("case", "weighting", "causal", "chunk"),
+    ("case", "options"),
     [
-        ("c1", "laplace", False, None),
-        ("c2", "softmax", True, 3),
-        ("c3", "softmax", False, None),
-        ("c4", "laplace", True, None),
-        ("c5", "relu2", True, 3),
+        ("c1", {"weighting": "laplace"}),
+        ("c2", {"causal": True, "chunk": 3}),
+        ("c3", {}),
+        ("c4", {"weighting": "laplace", "causal": True}),
+        ("c5", {"weighting": "relu2", "causal": True, "chunk": 3}),
+        ("d1", {"causal": True, "chunk": 3, "norm": "scale"}),
+        ("d2", {"weighting": "laplace", "norm": "rms", "post_norm": True}),
+        ("d3", {"weighting": "relu2", "chunk": 4, "post_norm": True}),
+        ("d4", {"causal": True, "norm": "rms"}),
     ],
 )
-def test_gives_the_authors_numbers(case: str, weighting: str, causal: bool, chunk: int | None) -> None:
-    z = vectors(case)
+def test_gives_the_authors_numbers(case: str, options: dict) -> None:
+    """Of the d's, which hold them, every parameter's gradient, too; d1 and d3 have the rotary bias inside chunks."""
+    z = vectors("B138.npz" if case.startswith("c") else "B138_norms.npz", case)
     M, N = z["P_move.omega"].shape[0], z["P_move.gamma"].shape[1]
     table = z.get("P_rel_pos_bias.rel_pos_bias")
     layer = Mega(
@@ -124,28 +152,41 @@ def test_gives_the_authors_numbers(case: str, weighting: str, causal: bool, chun
         qk_dim=z["P_gamma"].shape[1],
         value_dim=z["P_v_proj.weight"].shape[0],
         ema_dim=N,
-        causal=causal,
-        chunk=chunk,
-        weighting=weighting,
         max_positions=None if table is None else (len(table) + 1) // 2,
+        **options,
     ).double()
-    state = {"omega": z["P_move.omega"], "kappa": z["P_gamma"], "mu": z["P_beta"]}
-    for own, theirs in (("alpha", "delta"), ("delta", "alpha"), ("beta", "beta"), ("eta", "gamma")):
-        state["average." + own] = z["P_move." + theirs].reshape(-1, M, N)
-    for own, theirs in (("norm", "norm.norm"), ("v_proj",) * 2, ("mixed_proj", "mx_proj"), ("o_proj", "h_proj")):
-        state |= {f"{own}.{kind}": z[f"P_{theirs}.{kind}"] for kind in ("weight", "bias")}
-    if table is None:
-        state |= {
-            "attention.position.a": z["P_rel_pos_bias.alpha"][0],
-            "attention.position.b": z["P_rel_pos_bias.beta"][0],
+
+    def ours(letter: str) -> dict[str, Tensor]:
+        own = {
+            "omega": "move.omega",
+            "kappa": "gamma",
+            "mu": "beta",
+            "attention.position.table": "rel_pos_bias.rel_pos_bias",
         }
-    else:
-        state["attention.position.table"] = table
-    layer.load_state_dict(state)
+        own |= {f"norm.{kind}": f"norm.norm.{kind}" for kind in ("weight", "bias")} | {"norm.scale": "norm.norm.scalar"}
+        for a, b in (("v_proj",) * 2, ("mixed_proj", "mx_proj"), ("o_proj", "h_proj")):
+            own |= {f"{a}.{kind}": f"{b}.{kind}" for kind in ("weight", "bias")}
+        found = {a: z[f"{letter}_{b}"] for a, b in own.items() if f"{letter}_{b}" in z}
+        for a, b in (("alpha", "delta"), ("delta", "alpha"), ("beta", "beta"), ("eta", "gamma")):
+            found["average." + a] = z[f"{letter}_move.{b}"].reshape(-1, M, N)
+        if table is None:
+            found |= {
+                f"attention.position.{a}": z[f"{letter}_rel_pos_bias.{b}"][0]
+                for a, b in (("a", "alpha"), ("b", "beta"))
+            }
+        return found
+
+    layer.load_state_dict(ours("P"))
     x, keep = z["x"].requires_grad_(), z["keep"]
     y = layer(x, mask=None if keep.all() else keep)
     close(y.detach()[keep], z["out"][keep])
-    close(torch.autograd.grad((y * z["w"]).sum(), x)[0], z["gx"])  # w is 0 where keep is False
+    params = dict(layer.named_parameters())
+    grads = torch.autograd.grad((y * z["w"]).sum(), [x, *params.values()])  # w is 0 where keep is False
+    close(grads[0], z["gx"])
+    if case.startswith("d"):
+        wanted = ours("G")
+        for name, grad in zip(params, grads[1:], strict=True):
+            close(grad, wanted[name], name)
 
 
 def test_damped_ema_equals_the_loops() -> None:
@@ -220,6 +261,7 @@ def test_laplace_is_near_the_squared_relu() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"norm": "batch"}, r"norm is unknown \(got 'batch'\); expected one of 'layer', 'rms', 'scale'"),
         ({"weighting": "tanh"}, r"weighting is unknown \(got 'tanh'\)"),
         ({"qk_dim": 3}, r"width is odd \(got 3\); expected an even int"),
         ({"chunk": 0}, r"chunk is too small \(got 0\)"),

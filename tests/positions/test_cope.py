@@ -1,7 +1,9 @@
-"""CoPE (2405.18719): positions counted by gates, as in the paper's listing (position logit not scaled)."""
+"""CoPE (2405.18719): positions counted by gates, as in the paper's listing (position logit not scaled), and B086."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ import regard
 from positions.naive import CASES, attention, case, check, close, rows, run
 from regard import masks
 from regard.positions import CoPE
+from regard.positions.cope import GatedCoPE
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "B086.npz"
 
 
 def build(D, N):
@@ -38,6 +43,85 @@ def test_matches_the_definition(seed):
     table = part.table.detach()
     wanted = attention(c, lambda b, h, t, i, j: c.dot(b, h, t, j) / math.sqrt(D) + interpolated(c, table, b, h, t, j))
     check(c, part, wanted)
+
+
+@pytest.mark.parametrize("gates", ["own_keys", "values"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gates_of_other_vectors_match_the_definition(gates: str, causal: bool) -> None:
+    """A whole layer, two queries a key head, by loops over its projections."""
+    B, T, M, H, G, D, N = 2, 5, 8, 4, 2, 2, 3
+    layer = regard.create("cope", dim=M, num_heads=H, num_kv_heads=G, causal=causal, gates=gates, max_positions=N)
+    layer = layer.double()
+    with torch.no_grad():
+        for n, p in enumerate(layer.parameters()):
+            p.copy_(torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))
+    x = torch.randn(B, T, M, dtype=torch.float64)
+    gate = layer.v_proj if gates == "values" else layer.position.gate_proj
+    q, k, v, c = (proj(x).unflatten(-1, (-1, D)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj, gate))
+    table = layer.position.table
+    out = torch.zeros(B, T, H, D, dtype=torch.float64)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // G)
+            for i in range(T):
+                keys = range(i + 1 if causal else T)
+                logits = []
+                for j in keys:
+                    gated = [
+                        1 / (1 + math.exp(-float((q[b, i, h] @ c[b, n, g]).detach()) / math.sqrt(D)))
+                        for n in keys
+                        if n >= j
+                    ]
+                    p = min(sum(gated), N - 1)
+                    low, high = math.floor(p), math.ceil(p)
+                    row = (p - low) * table[high] + (1 - (p - low)) * table[low]
+                    logits.append(q[b, i, h] @ k[b, j, g] / math.sqrt(D) + q[b, i, h] @ row)
+                weights = torch.stack(logits).softmax(0)
+                out[b, i, h] = sum(w * v[b, j, g] for w, j in zip(weights, keys, strict=True))
+    close(layer(x), layer.o_proj(out.flatten(2)))
+
+
+@pytest.mark.parametrize("case", ["repo", "nodiv", "sep", "val"])
+def test_authors_numbers(case: str) -> None:
+    """Their attention layer with values and all gradients; nodiv and val hide a key from all other tokens."""
+    with np.load(VECTORS) as file:
+        z = {k.removeprefix(case + "_"): torch.from_numpy(file[k]) for k in file if k.startswith(case + "_")}
+    D, N = z["P_attn.pos_emb"].shape[1:]
+    gates = {"sep": "own_keys", "val": "values"}.get(case, "keys")
+    layer = regard.create("cope", dim=6, num_heads=6 // D, bias=True, gates=gates, max_positions=N).double()
+    names = {f"{n}_proj": f"proj_{word}" for n, word in zip("qkvo", ("query", "key", "val", "out"), strict=True)}
+    if case == "sep":
+        names["position.gate_proj"] = "proj_key_cope"
+    divided = 1 if case != "repo" else D**0.5  # by which their default divides the position's term
+
+    def ours(letter: str) -> dict[str, torch.Tensor]:
+        pairs = {f"{a}.{kind}": f"{letter}_{b}.{kind}" for a, b in names.items() for kind in ("weight", "bias")}
+        table = z[f"{letter}_attn.pos_emb"][0].T
+        table = table / divided if letter == "P" else table * divided
+        return {**{a: z[b] for a, b in pairs.items()}, "position.table": table}
+
+    layer.load_state_dict(ours("P"))
+    x = z["x"].requires_grad_()
+    y = layer(x, mask=z["allowed"][None, None])
+    close(y, z["out"])
+    own = dict(layer.named_parameters())
+    grads = torch.autograd.grad((y * z["w"]).sum(), [x, *own.values()])
+    close(grads[0], z["gx"])
+    for name, grad in zip(own, grads[1:], strict=True):
+        close(grad, ours("G")[name])
+
+
+@pytest.mark.parametrize("gates", ["own_keys", "values"])
+def test_gates_stream(gates: str) -> None:
+    layer = regard.create("cope", dim=8, num_heads=4, num_kv_heads=2, causal=True, gates=gates, max_positions=3)
+    layer = layer.double()
+    torch.nn.init.normal_(layer.position.table)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    state, outs = layer.init_state(2, 6), []
+    for piece in x.split([2, 1, 3], 1):
+        y, state = layer.step(piece, state)
+        outs.append(y)
+    close(torch.cat(outs, 1), layer(x))
 
 
 def test_counts_one_kind_of_token():
@@ -89,3 +173,10 @@ def test_refusals():
         CoPE(4).bias(rows(z, z))
     with pytest.raises(ValueError, match=r"CoPE: max_positions is too small \(got 1\); expected an int >= 2"):
         CoPE(4, max_positions=1)
+    with pytest.raises(
+        ValueError, match=r"cope: gates is unknown \(got 'queries'\); expected one of 'keys', 'own_keys'"
+    ):
+        regard.create("cope", dim=8, num_heads=2, gates="queries")
+    z = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(ValueError, match=r"GatedCoPE.*tokens"):
+        regard.attention(z, z, z, position=GatedCoPE(4))

@@ -70,14 +70,26 @@ def test_smoothing_equals_its_matrix(T: int) -> None:
     close(weights.sum(-1), torch.ones(3, T, dtype=torch.float64))
     want = torch.einsum("htj,bjhd->bthd", weights, torch.cat([before.expand(2, 1, 3, 2), v], 1))
     close(exponential_smoothing(v, a, before), want)
+    layer, x = filled(2), normal(4, 2, T, 6)
+    with torch.no_grad():
+        layer.theta.copy_(a.logit())
+        u = layer.v_proj(x).unflatten(-1, (3, 2))
+        steps = u - torch.cat([layer.last.expand(2, 1, 3, 2), u[:, :-1]], 1)
+        steps = torch.cat([layer.smoothed.expand(2, 1, 3, 2), steps], 1)
+        close(layer(x), layer.o_proj(torch.einsum("htj,bjhd->bthd", weights, steps).flatten(2)))
 
 
 def test_no_square_matrix() -> None:
     """Twice as long a series makes tensors twice as large, where the matrix would be four times as large."""
     a, before = torch.tensor([0.1, 0.9, 0.999], dtype=torch.float64), normal(3, 3, 2)
-    sizes = [largest(partial(exponential_smoothing, normal(1, 1, T, 3, 2), a, before)) for T in (512, 1024, 2048)]
-    assert sizes[2] <= 2.1 * sizes[1] <= 2.1 * 2.1 * sizes[0]
-    assert sizes[2] < 2048**2 / 8
+    for run in (
+        lambda T: exponential_smoothing(normal(1, 1, T, 3, 2), a, before),
+        lambda T: filled(1)(normal(1, 1, T, 6)),
+    ):
+        with torch.no_grad():
+            sizes = [largest(partial(run, T)) for T in (512, 1024, 2048)]
+        assert sizes[2] <= 2.1 * sizes[1] <= 2.1 * 2.1 * sizes[0]
+        assert sizes[2] < 2048**2 / 8
 
 
 def test_constant_series_stay_as_they_are() -> None:

@@ -1,7 +1,9 @@
-"""SAITS against loops over every step and weight; and it fills gaps better than the mean and the last value do."""
+"""SAITS against loops over every step and weight and the authors' numbers (A135); what it fills gaps better than."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ import regard
 from regard.laws.agreement import close, same
 from regard.timeseries.saits import SAITS, DiagonallyMaskedLayer, Estimates, hide, saits_loss
 from timeseries.naive_saits import naive_diagonal_attention, naive_mae, naive_saits
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "A135.npz"
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -39,7 +43,7 @@ def weights(model: SAITS) -> tuple[dict[str, Tensor], tuple[list[dict[str, Tenso
 
     p = linear("e", model.embeds[0]) | linear("a", model.embeds[1]) | linear("z", model.first_proj)
     p |= linear("b", model.second_proj) | linear("g", model.refine_proj) | linear("c", model.combine_proj)
-    return p, tuple([layer(own) for own in block] for block in model.blocks)
+    return p, tuple([layer(own) for own in model.running(n)] for n in range(2))
 
 
 def mask(seed: int, *shape: int, share: float = 0.6) -> Tensor:
@@ -48,10 +52,27 @@ def mask(seed: int, *shape: int, share: float = 0.6) -> Tensor:
 
 @pytest.mark.parametrize(("length", "num_features", "num_layers"), [(5, 3, 2), (2, 1, 1), (1, 2, 1), (4, 2, 3)])
 def test_equals_the_loops(length: int, num_features: int, num_layers: int) -> None:
-    model = filled(length, num_features=num_features, length=length, num_layers=num_layers)
-    values, observed = normal(1, 2, length, num_features), mask(2, 2, length, num_features)
+    same_as_loops(filled(length, num_features=num_features, length=length, num_layers=num_layers))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"value_dim": 5},
+        {"mask_input": False, "diagonal": False},
+        {"repeats": 2},
+        {"repeats": 2, "repeated": "stack", "value_dim": 1},
+    ],
+)
+def test_variants_equal_the_loops(options: dict) -> None:
+    same_as_loops(filled(9, length=4, **options), diagonal=options.get("diagonal", True))
+
+
+def same_as_loops(model: SAITS, diagonal: bool = True) -> None:
+    shape = (2, model.length, model.num_features)
+    values, observed = normal(1, *shape), mask(2, *shape)
     leaves = list(model.parameters())
-    want = naive_saits(values.where(observed, 0), observed.double(), *weights(model), heads=2)
+    want = naive_saits(values.where(observed, 0), observed.double(), *weights(model), heads=2, diagonal=diagonal)
     estimates = model.estimates(values, observed)
     got = [*estimates, model(values, observed)]
     for name, g, w in zip(("X1", "X2", "X3", "imputed"), got, want, strict=True):
@@ -62,6 +83,62 @@ def test_equals_the_loops(length: int, num_features: int, num_layers: int) -> No
     ]
     for (name, _), g, w in zip(model.named_parameters(), *grads, strict=True):
         close(g, w, name)
+
+
+NAMES = {
+    "norm": "layer_norm",
+    "q_proj": "slf_attn.w_qs",
+    "k_proj": "slf_attn.w_ks",
+    "v_proj": "slf_attn.w_vs",
+    "o_proj": "slf_attn.fc",
+    "hidden_proj": "pos_ffn.w_1",
+    "feed_proj": "pos_ffn.w_2",
+    "feed_norm": "pos_ffn.layer_norm",
+    "embeds.0": "embedding_1",
+    "embeds.1": "embedding_2",
+    "first_proj": "reduce_dim_z",
+    "second_proj": "reduce_dim_beta",
+    "refine_proj": "reduce_dim_gamma",
+    "combine_proj": "weight_combine",
+}
+"""Ours and those of the authors' code, a layer's own without the layer."""
+
+
+def theirs(name: str) -> str:
+    *place, kind = name.split(".")
+    if place[0] == "blocks":
+        block, n, part = ("first", "second")[int(place[1])], place[2], NAMES[".".join(place[3:])]
+        return f"layer_stack_for_{block}_block.{n}.{part}.{kind}"
+    return f"{NAMES['.'.join(place)]}.{kind}"
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("a", {"num_heads": 2, "head_dim": 3}),
+        ("b", {"num_heads": 2, "head_dim": 3, "value_dim": 5, "mask_input": False, "repeats": 2, "repeated": "stack"}),
+        ("c", {"num_heads": 3, "head_dim": 5, "value_dim": 2, "diagonal": False, "repeats": 3}),
+        ("d", {"num_heads": 1, "head_dim": 2, "value_dim": 6, "mask_input": False, "diagonal": False, "repeats": 3,
+               "repeated": "stack"}),
+    ],
+)  # fmt: skip
+def test_authors_numbers(case: str, options: dict) -> None:
+    """All three estimates, what is imputed, and every gradient, of the released model."""
+    with np.load(VECTORS) as file:
+        z = {k.removeprefix(case + "_"): torch.from_numpy(file[k]) for k in file if k.startswith(case + "_")}
+    (_, length, features), dim = z["x"].shape, len(z["P_embedding_1.bias"])
+    hidden = len(z["P_layer_stack_for_first_block.0.pos_ffn.w_1.bias"])
+    model = SAITS(features, length, dim=dim, hidden_dim=hidden, dropout=0.0, **options).double()
+    model.load_state_dict({name: z["P_" + theirs(name)] for name in model.state_dict()})
+    x, observed = z["x"].requires_grad_(), z["observed"]
+    estimates = model.estimates(x, observed)
+    close(torch.stack(estimates).detach(), z["estimates"], "estimates")
+    close(model(x, observed).detach(), z["out"], "imputed")
+    own = dict(model.named_parameters())
+    loss = (torch.stack(estimates) * z["w"]).sum()
+    for name, grad in zip(own, torch.autograd.grad(loss, list(own.values()), retain_graph=True), strict=True):
+        close(grad, z["G_" + theirs(name)], name)
+    close(torch.autograd.grad(loss, x)[0][observed], z["gx"][observed], "x")  # unobserved values aren't read
 
 
 def test_loss_equals_its_formula() -> None:
@@ -154,6 +231,10 @@ def test_bad_input() -> None:
         filled(1, dim=5)
     with pytest.raises(ValueError, match=r"dropout is out of range \(got 2.0\)"):
         filled(1, dropout=2.0)
+    with pytest.raises(ValueError, match=r"repeated is unknown \(got 'all'\); expected one of 'layers', 'stack'"):
+        filled(1, repeated="all")
+    with pytest.raises(ValueError, match=r"repeats is too small \(got 0\)"):
+        filled(1, repeats=0)
     with pytest.raises(ValueError, match="hidden overlaps observed"):
         saits_loss(model.estimates(values, observed), values, observed, observed)
     with pytest.raises(ValueError, match=r"fraction is out of range \(got 1.0\)"):

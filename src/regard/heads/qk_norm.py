@@ -24,7 +24,7 @@ CARD = Card(
             "Qiu et al.",
             2025,
             "2505.06708",
-            "released code, which has this RMS form with a weight per channel",
+            "released code, which has this RMS form with a weight per channel, as transformers' Qwen3",
         ),
     ),
     traits=PLAIN,

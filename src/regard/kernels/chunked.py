@@ -23,7 +23,7 @@ CARD = Card(
         ),
     ),
     traits=PLAIN,
-    claim="Never holds more than a tile of the score matrix; `python -m benchmarks.memory` measures the peak: "
+    claim="Never holds more than a tile of the score matrix: "
     "tests/kernels/test_chunked.py::test_no_more_than_a_tile_of_scores_at_once.",
     differs=(
         "Backward recomputes each tile from the kept log-sum-exp instead of checkpointing the forward.",

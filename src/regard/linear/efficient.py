@@ -36,6 +36,7 @@ scaling:  rho_q = q / sqrt(S),   rho_k = k / sqrt(S):   the same as (q k^T / S) 
     differs=(
         "Several heads, as in the authors' code; the paper has one.",
         "The residual of the authors' module belongs to the model around it.",
+        "The four projections have a bias only with bias=True, as in the authors' code.",
         "The scaling form divides by the number of real keys, also where T != S; the paper has one n for queries and "
         "keys.",
     ),

@@ -38,6 +38,7 @@ causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is s
         "number of tokens so far come from the authors' code.",
         "Hidden tokens are neither sinks nor sources; the authors' code takes no mask.",
         "No dropout after the output projection.",
+        "The four projections have a bias only with bias=True, as in the authors' code.",
     ),
     verified="third-party",
     defaults={"bound": "code", "eps": "code"},

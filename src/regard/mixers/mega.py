@@ -13,6 +13,7 @@ from regard.masks import Mask, causal, full, padding
 from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
 from regard.mixers.mega_average import DampedAverage
+from regard.mixers.mega_norm import Norm, token_norm
 from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
 from regard.tracing import readable
 
@@ -26,7 +27,9 @@ out     y_t = u c + (1 - u) x_t,   c = silu( W_c m_t + W_o (r * A v)_t )
 A       softmax(q k^T / sqrt(Z) + b),   or of s = q k^T / n + b, each by itself, n the keys that a query may see:
         squared ReLU max(s, 0)^2,   Laplace (1 + erf((s - m) / (d sqrt 2))) / 2, m = sqrt(1/2), d = sqrt(1 / (4 pi))
 bias    b_ij = table[j - i + P - 1]   or   b_ij = R_i a . R_j b  (rotary turns R)
-x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, P = max_positions""",
+x is the normed token, but in (1 - u) x_t the token itself; with post_norm x is the token, and y is normed
+norm    layer norm, x / rms(x) times a weight a channel ("rms") or times one number ("scale")
+Z = qk_dim, P = max_positions""",
     papers=(
         Paper(
             "Mega: Moving Average Equipped Gated Attention",
@@ -44,6 +47,7 @@ x is the layer-normed token, but in (1 - u) x_t the token itself;   Z = qk_dim, 
     differs=(
         "One dropout, of the weights, in place of three.",
         "The Laplace function divides by the number of keys that a query may see, causal or not, without hidden keys.",
+        "No batch norm, which the authors' code offers, too: hidden tokens and other sequences would change its mean.",
     ),
     verified="third-party",
     example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
@@ -74,6 +78,8 @@ class MegaOptions(TypedDict, total=False):
     weighting: Weighting
     max_positions: int | None
     dropout: float
+    norm: Norm
+    post_norm: bool
 
 
 @CARD.module
@@ -90,6 +96,8 @@ class Mega(nn.Module):
         weighting: how scores become weights.
         max_positions: P: b is a table of 2 P - 1 numbers (in chunks P = C will do); None: b turns, for any length.
         dropout: of the weights A, in training.
+        norm: "layer", "rms" or "scale".
+        post_norm: whether the norm stands behind the layer and its residual, rather than before.
     """
 
     def __init__(
@@ -104,6 +112,8 @@ class Mega(nn.Module):
         weighting: Weighting = "softmax",
         max_positions: int | None = None,
         dropout: float = 0.0,
+        norm: Norm = "layer",
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         whole(self, dim=dim)
@@ -112,7 +122,8 @@ class Mega(nn.Module):
         whole(self, qk_dim=qk_dim, value_dim=value_dim, ema_dim=ema_dim)
         self.dim, self.qk_dim, self.value_dim, self.ema_dim = dim, qk_dim, value_dim, ema_dim
         self.chunk, self.causal = chunk, causal
-        self.norm = nn.LayerNorm(dim)
+        self.post_norm = post_norm
+        self.norm = token_norm(norm, dim)
         self.average = DampedAverage(dim, ema_dim, causal=causal)
         self.omega = nn.Parameter(torch.empty(dim))
         self.v_proj = nn.Linear(dim, value_dim)
@@ -147,7 +158,7 @@ class Mega(nn.Module):
         """`mask` hides tokens from all others: `regard.masks.padding`, or True = a real token."""
         keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
-        normed = self.norm(x)
+        normed = x if self.post_norm else self.norm(x)
         shown = normed if keep is None else normed.masked_fill(~keep[..., None], 0)
         average, _ = self.average(shown)
         out = self._gated(x, normed, average, lambda q, k, v: self.attention(q, k, v, keep))[0]
@@ -189,7 +200,7 @@ class Mega(nn.Module):
         if self.chunk is None and held + t > state.capacity:
             refuse(self, "state", f"has capacity {state.capacity}", f"{held + t} tokens", f"capacity >= {held + t}")
         x = shown(self, x, mask)
-        normed = self.norm(x)
+        normed = x if self.post_norm else self.norm(x)
         average, ema = self.average(normed if mask is None else normed.masked_fill(~mask[..., None], 0), state.ema)
         # Without hidden tokens, now or before, there is no mask to look at.
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
@@ -221,4 +232,4 @@ class Mega(nn.Module):
         out = attend(q, k, v) * F.silu(reset)
         update = update.sigmoid()
         y = update * F.silu(candidate + self.o_proj(out)) + (1 - update) * x
-        return y.to(update.dtype), k, v
+        return (self.norm(y) if self.post_norm else y).to(update.dtype), k, v

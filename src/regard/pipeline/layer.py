@@ -252,7 +252,7 @@ class Attention(nn.Module):
         """What the stages make of the tokens; `past` is what they made of the last one before."""
         if not (preparing := self._preparing()):
             return None
-        past, given = past or {}, (x, source, where, self.q_proj, self.k_proj)
+        past, given = past or {}, (x, source, where, self.q_proj, self.k_proj, self.v_proj)
         return {name: stage.prepare(Tokens(*given, past.get(name))) for name, stage in preparing.items()}
 
     def _finish(self, out: Float[Tensor, "B H T D"], x: Tensor) -> Tensor:

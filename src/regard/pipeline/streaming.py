@@ -59,7 +59,7 @@ def init_state(
     none = torch.zeros(batch_size, 0, layer.dim, **at)
     here = torch.zeros(0, dtype=torch.long, device=none.device)
     for name, stage in layer._preparing().items():
-        made = stage.prepare(Tokens(none, none, here, layer.q_proj, layer.k_proj))
+        made = stage.prepare(Tokens(none, none, here, layer.q_proj, layer.k_proj, layer.v_proj))
         for prefix, value in ((MADE, made.key), (ASKED, made.query if halo else None)):
             if value is not None:
                 buffers[prefix + name] = value.new_zeros(batch_size, value.shape[1], n, value.shape[3])

@@ -58,7 +58,7 @@ NTK_AWARE = Card(
             "Peng, Quesnelle, Fan, Shippole",
             2023,
             "2309.00071",
-            "section 3.1, in the authors' code and in transformers",
+            "eqs. 14-16, in a close summary of section 3.1; the authors' code; transformers",
         ),
         STUDY,
     ),

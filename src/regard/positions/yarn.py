@@ -17,7 +17,10 @@ CARD = Card(
 pair(n) = D ln(L / (2 pi n)) / (2 ln base): the pair that makes n turns within the trained length L
 low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys times m = 0.1 ln s + 1,   s = factor""",
     papers=(
-        replace(NTK_AWARE.paper, read="sections 3.2 and 3.4, in the authors' code and in transformers, which agree"),
+        replace(
+            NTK_AWARE.paper,
+            read="eqs. 17-22, in a close summary of sections 3.2 and 3.4; the authors' code; transformers",
+        ),
         STUDY,
     ),
     traits=NTK_AWARE.traits,
@@ -25,7 +28,8 @@ low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys t
     claim="Equals plain rotary on pairs before the ramp and interpolation after it: "
     "tests/positions/test_rotary.py::test_yarn_keeps_fast_pairs_and_interpolates_slow_ones.",
     differs=(
-        "The ramp runs over pair indices with rounded ends, as in the authors' code; truncate=False doesn't round.",
+        "The paper's ramp is linear in the turns that a pair makes within L (eq. 18). Here it is linear in the pair's "
+        "index, with rounded ends, as in the authors' code; truncate=False doesn't round.",
     ),
     verified="third-party",
     example={"factor": 2.0, "original_max": 8, "beta_fast": 2.0, "beta_slow": 0.5},
