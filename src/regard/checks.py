@@ -113,22 +113,17 @@ def usual(who: object, /, **tensors: Any) -> None:
 
     Nested and sparse ones, and numbers of 8 bits: torch's own operators fail on them somewhere inside.
     """
+    import torch
+
     for name, tensor in tensors.items():
         if tensor.is_nested:
             words = f"a padded one, torch.nested.to_padded_tensor({name}, 0.0), and regard.masks.padding(lengths=...)"
             refuse(who, name, "is nested", "a nested tensor", words, error=TypeError)
-        if tensor.is_sparse or tensor.is_sparse_csr or (tensor.layout in _sparse()):
+        if tensor.layout != torch.strided:
             refuse(who, name, "is sparse", tensor.layout, f"a dense tensor, {name}.to_dense()", error=TypeError)
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
             words = f"float32, bfloat16, float16 or float64, as {name}.float() gives"
             refuse(who, name, "has the wrong dtype", tensor.dtype, words, error=TypeError)
-
-
-@functools.cache
-def _sparse() -> frozenset[Any]:
-    import torch
-
-    return frozenset({torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
 def foreign(name: str, value: object) -> str:
@@ -142,8 +137,14 @@ Axis = tuple[str, str]
 """The kind of an axis ("name", "broadcast", "many", "free" or "size") and its letter."""
 
 
-@functools.lru_cache(maxsize=512)
 def _axes(text: str) -> tuple[Axis, ...]:
+    import torch
+
+    # Compilers warn of caches, which they can't look into.
+    return _parsed(text) if torch.compiler.is_compiling() else _known(text)
+
+
+def _parsed(text: str) -> tuple[Axis, ...]:
     found: list[Axis] = []
     for word in text.split():
         if word == "...":
@@ -157,6 +158,9 @@ def _axes(text: str) -> tuple[Axis, ...]:
         else:
             found.append(("size" if word.isdigit() else "name", word))
     return tuple(found)
+
+
+_known = functools.lru_cache(maxsize=512)(_parsed)
 
 
 def _matches(shape: tuple[int, ...], axes: tuple[Axis, ...], sizes: dict[str, Any]) -> bool:
