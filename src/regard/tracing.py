@@ -37,6 +37,12 @@ def transformed(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
+def exporting() -> bool:
+    """Whether torch.export looks on. Its one graph is for all lengths: no count of chunks, and no branch, may depend on
+    the length, nor may torch have to ask whether something that does is 1."""
+    return torch.compiler.is_exporting()
+
+
 def recomputing() -> bool:
     """Whether backward is at work, as when a checkpoint runs `forward` once more: what it moved must not move twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -133,7 +133,7 @@ class ELAttention(Attention):
         self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries for the hidden states, and these as the one key and value of all heads."""
-        if x.shape[1] > self.folded:
+        if not self._folds(x):
             return super()._project(x, source, where, where_keys, turn)
         q = fold_keys(self._split(self.q_proj(x), self.num_heads), self._per_group(self.k_proj.weight))
         hidden = source[:, None].to(q.dtype)  # autocast projects to fewer bits than tokens have
@@ -141,10 +141,14 @@ class ELAttention(Attention):
         return q, hidden, values, x, source
 
     def _finish(self, out: Float[Tensor, "B H t V"], x: Tensor) -> Tensor:
-        if x.shape[1] <= self.folded:
+        if self._folds(x):
             bias = None if self.v_proj.bias is None else self._per_group(self.v_proj.bias)
             out = unfold_values(out, self._per_group(self.v_proj.weight), bias)
         return super()._finish(out, x)
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether these tokens go over the hidden states; not where torch.export leaves open how many there are."""
+        return not isinstance(x.shape[1], torch.SymInt) and x.shape[1] <= self.folded
 
     def _per_group(self, weight: Tensor) -> Tensor:
         return weight.unflatten(0, (self.num_kv_heads, self.head_dim))

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.checks import choice, fits, refuse, whole
-from regard.tracing import as_it_is, autocasts
+from regard.kernels.blocks import from_blocks, in_blocks
+from regard.tracing import as_it_is, autocasts, exporting
 
 CHUNK = 64
 """Tokens a chunk, by `python -m benchmarks.scan_chunks`: over 16 to 256, widths 16 to 128, all decays, with and without
@@ -119,11 +120,12 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     T = q.shape[2]
     C = chunk if torch.compiler.is_compiling() else min(chunk, T)  # one graph for all short lengths
-    N = -(-T // C)
-    rest = T - (N - 1) * C  # tokens of the last chunk
-    if g is not None:
-        g = g.expand(-1, -1, C, -1).unsqueeze(2) if g.shape[2] == 1 else _cut(g, N, C)
-    q, k, v = (_cut(z, N, C) for z in (q, k, v))
+    # A chunk that is filled up adds nothing and, where the decays were cut too, keeps everything.
+    if g is not None and g.shape[2] == 1 and not exporting():
+        g = g.expand(-1, -1, C, -1).unsqueeze(2)
+    elif g is not None:
+        g = in_blocks(g.expand(-1, -1, T, -1), C, 2)
+    q, k, v = (in_blocks(z, C, 2) for z in (q, k, v))
     per_feature = g is not None and g.shape[4] > 1
     if g is None:
         weights = (q @ k.mT).tril()
@@ -131,20 +133,19 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, c
     else:
         weights = _per_feature(q, k, g) if per_feature else (q @ k.mT) * _between(g[..., 0]).exp()
         by_end, since_start = k * _until_end(g).exp(), q * g.cumsum(3).exp()
-    added = (by_end.mT @ v)[:, :, :-1]
-    before = _prefix(torch.cat([state.unsqueeze(2), added], 2), q.new_zeros(1, 1, 1, 1) if g is None else g.sum(3))
-    out = (weights @ v + since_start @ before).flatten(2, 3)[:, :, :T]
+    added = by_end.mT @ v
+    keeps = (q.new_zeros(1, 1, 1, 1) if g is None else g.sum(3)).expand(-1, -1, q.shape[2], -1)
+    if exporting():  # all chunks are alike, and what stands after the last is the final state
+        states = _prefix(torch.cat([state.unsqueeze(2), added], 2), keeps)
+        return from_blocks(weights @ v + since_start @ states[:, :, :-1], T, 2), states[:, :, -1]
+    before = _prefix(torch.cat([state.unsqueeze(2), added[:, :, :-1]], 2), keeps[:, :, :-1])
+    out = from_blocks(weights @ v + since_start @ before, T, 2)
+    rest = (T - 1) % C + 1  # tokens of the last chunk
     last, k, v = before[:, :, -1], k[:, :, -1, :rest], v[:, :, -1, :rest]
     if g is None:
         return out, last + k.mT @ v
     g = g[:, :, -1, :rest]
     return out, g.sum(2)[..., None].exp() * last + (k * _until_end(g).exp()).mT @ v
-
-
-def _cut(z: Float[Tensor, "B H T K"], N: int, C: int) -> Float[Tensor, "B H N C K"]:
-    """N chunks of C tokens, the last filled up with zeros: they add nothing and keep everything."""
-    short = N * C - z.shape[2]
-    return (F.pad(z, (0, 0, 0, short)) if short else z).unflatten(2, (N, C))
 
 
 def _between(g: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n n"]:
@@ -184,10 +185,10 @@ def _per_feature(
     return whole[..., :n, :n]
 
 
-def _prefix(x: Float[Tensor, "B H N K V"], g: Float[Tensor, "b h n F"]) -> Float[Tensor, "B H N K V"]:
-    """S_n = exp(g_{n-1}) S_{n-1} + x_n: the state before each chunk, from what the ones before it added."""
+def _prefix(x: Float[Tensor, "B H N K V"], g: Float[Tensor, "b h N_1 F"]) -> Float[Tensor, "B H N K V"]:
+    """S_n = exp(g_{n-1}) S_{n-1} + x_n: the states between chunks, from the first one and what each chunk adds."""
     B, H, N, K, V = x.shape
-    g = F.pad(g.expand(-1, -1, N, -1)[:, :, :-1], (0, 0, 1, 0)).mT
+    g = F.pad(g, (0, 0, 1, 0)).mT
     decays = g.shape[2]
     by_decay = x.reshape(B, H, N, decays, K // decays * V).transpose(2, 3)
     return _recur(by_decay, g).transpose(2, 3).reshape(B, H, N, K, V)
@@ -196,7 +197,7 @@ def _prefix(x: Float[Tensor, "B H N K V"], g: Float[Tensor, "b h n F"]) -> Float
 def _recur(x: Float[Tensor, "B H F n R"], g: Float[Tensor, "b h F n"]) -> Float[Tensor, "B H F n R"]:
     """y_n = exp(g_n) y_{n-1} + x_n, by groups, groups of groups and so on: a few products, whatever n is."""
     n = x.shape[3]
-    if n <= GROUP:
+    if exporting() or n <= GROUP:  # groups would be counted, and their number held for good
         return _between(g).exp() @ x
     groups = -(-n // GROUP)
     short = groups * GROUP - n

@@ -23,7 +23,7 @@ from regard.kernels.cost import Cost, rates
 from regard.kernels.problem import CAUSAL, Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes
 from regard.stages import IN_KERNELS
-from regard.tracing import as_it_is
+from regard.tracing import as_it_is, exporting
 
 KERNELS: dict[str, ModuleType] = {
     "sdpa": sdpa,
@@ -148,7 +148,7 @@ def _unseen(p: Problem) -> ModuleType:
     one length, and ask masks for their tiles, which takes data."""
     if not sdpa.why_not(p):
         return sdpa
-    return chunked if p.q.shape[0] * score_bytes(p) > MATERIALISE else eager
+    return chunked if not exporting() and p.q.shape[0] * score_bytes(p) > MATERIALISE else eager
 
 
 def _plain(p: Problem) -> bool:

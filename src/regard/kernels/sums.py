@@ -22,8 +22,8 @@ def needed(weights: Float[Tensor, "*b S"]) -> bool:
 
     Compiled, a number of pieces would tie the graph to one length; accelerators add up in pieces by themselves.
     """
-    many = weights.shape[-1] > MANY and weights.dtype == torch.float32 and weights.is_cpu
-    return many and not torch.compiler.is_compiling()
+    careful = weights.dtype == torch.float32 and weights.is_cpu and not torch.compiler.is_compiling()
+    return careful and weights.shape[-1] > MANY
 
 
 def over_keys(weights: Float[Tensor, "*b t S"], values: Float[Tensor, "*b S V"]) -> Float[Tensor, "*b t V"]:
@@ -47,7 +47,9 @@ def summed_to_one(weights: Float[Tensor, "*b t S"]) -> Float[Tensor, "*b t S"]:
 
 def loses(p: Any, most: int) -> list[str]:
     """Why a kernel that sums plainly in float32 on a CPU is no good for a problem whose queries see more keys than
-    `most`."""
+    `most`. Compiled, all sum plainly."""
+    if torch.compiler.is_compiling():
+        return []
     back, ahead = (math.inf, math.inf) if p.mask is None else p.mask.span
     seen = min(p.k.shape[2], back + ahead + 1)
     exact = p.device_kind != "cpu" or p.q.dtype != torch.float32 or seen <= most

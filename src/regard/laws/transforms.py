@@ -161,16 +161,21 @@ def fake_tensors(s: Subject) -> None:
 
 @law("L50", needs="compile", where=lambda s: "its inputs are its own" if s.given is not None else "", weight="long")
 def exported_with_a_free_length(s: Subject) -> None:
-    """torch.export with a length that is free gives one graph, right at other lengths."""
-    longest = min(512, s.example.get("max_length", 512))
-    free = torch.export.Dim("T", min=2, max=longest)
+    """torch.export with a length that is free, without bounds of its own, gives one graph, right at other lengths."""
+    longest = s.example.get("max_length")
+    # torch frees no axis that may have a size of 0 or 1, as that of the tokens beside those that stand apart.
+    free = torch.export.Dim("T", min=2 + s.example.get("num_global", 0), max=longest)
     for causal in s.causalities:
         module, x = s.build(causal=causal), s.tokens()
         with or_refused(s, f"export, causal={causal}"):
             exported = torch.export.export(module, (x,), dynamic_shapes=({1: free},)).module()
-            for length in (s.length, 5, min(31, longest)):
+            for length in (s.length, 5, min(31, longest or 31), min(150, longest or 150)):
                 other = s.tokens(length=length, seed=8)
-                close(exported(other), module(other), f"exported, causal={causal}, at {length} tokens")
+                try:
+                    want = module(other)
+                except ValueError:  # more tokens than it has positions for
+                    continue
+                close(exported(other), want, f"exported, causal={causal}, at {length} tokens")
 
 
 @law("L50", protocols=LAYERS, weight="heavy")

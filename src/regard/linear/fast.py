@@ -14,6 +14,7 @@ from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.linear._shared import RecurrentMixer, hide, ratio, repeat_heads, widened, with_ones
 from regard.pipeline.head_mixer import Projections
+from regard.tracing import exporting
 
 CARD = Card(
     "fast",
@@ -113,15 +114,15 @@ def fast_attention(
 
 
 def segments(length: int) -> list[slice]:
-    """The tokens in parts; one part, maybe empty, where they are few."""
-    if length <= SEGMENT:
+    """The tokens in parts; one part, maybe empty, where they are few, or where nobody may count them."""
+    if exporting() or length <= SEGMENT:
         return [slice(None)]
     return [slice(n * SEGMENT, (n + 1) * SEGMENT) for n in range(-(-length // SEGMENT))]
 
 
 def lean(f: Callable[..., Any], *given: Tensor | None, length: int) -> Any:
     """f(*given), forgetting what it computed on the way where the sequence has more than one part."""
-    if torch.is_grad_enabled() and length > SEGMENT:
+    if torch.is_grad_enabled() and not exporting() and length > SEGMENT:
         return checkpoint(f, *given, use_reentrant=False, preserve_rng_state=False)
     return f(*given)
 

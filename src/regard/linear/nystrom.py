@@ -12,7 +12,7 @@ from regard.kernels.check import check_inputs
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
-from regard.tracing import as_it_is
+from regard.tracing import as_it_is, exporting
 
 CARD = Card(
     "nystromformer",
@@ -57,7 +57,7 @@ def segment_means(
     count = real.sum(1, keepdim=True)
     used = count.clamp(max=num_landmarks)
     segment = (real.cumsum(1) - 1) * used // count.clamp(min=1)
-    landmark = torch.arange(min(num_landmarks, length), device=like.device)
+    landmark = torch.arange(num_landmarks if exporting() else min(num_landmarks, length), device=like.device)
     member = ((segment[:, None] == landmark[:, None]) & real[:, None]).to(like.dtype)
     return member / member.sum(-1, keepdim=True).clamp(min=1)
 
@@ -176,6 +176,8 @@ class NystromAttention(HeadMixer):
         keep: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B H T D"]:
         T = q.shape[2]
+        if exporting() and keep is None:  # whether there are more tokens than landmarks is for tensors to tell
+            keep = torch.ones(q.shape[0], T, dtype=torch.bool, device=q.device)
         like = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
         means = segment_means(T, self.num_landmarks, keep, like=like)
         out = nystrom_attention(q, k, v, means, keep=keep, iterations=self.iterations, coefficient=self.coefficient)

@@ -15,10 +15,13 @@ from jaxtyping import Inexact
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.tracing import as_it_is
+from regard.kernels.blocks import from_blocks, in_blocks
+from regard.tracing import as_it_is, exporting
 
 BLOCK = 64
 """Most tokens whose sums are taken directly."""
+FAR = 2**24
+"""Blocks up to which an exported graph adds up, as its loop can't end where the blocks do."""
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -53,23 +56,24 @@ def exponential_sum(
         return x, state
     with as_it_is(x.device):
         size = powers.shape[-1] - 1
-        count = -(-T // size)
-        rest = T - (count - 1) * size
-        blocks = F.pad(x.to(work_dtype(x)), (0, 0, 0, count * size - T)).unflatten(1, (count, size))
+        blocks = in_blocks(x.to(work_dtype(x)), size, 1)
+        count, at = blocks.shape[1], -2 if exporting() else -1  # the last block that holds a token
         blocks = blocks.permute(3, 0, 1, 2).flatten(1, 2).contiguous()  # else each product copies it anew
         kernel = _real_product(weight[:, None], powers[..., :size])[:, 0]
         y = blocks @ F.pad(kernel, (size - 1, 0)).unfold(-1, size, 1).flip(-2)  # [m, s, t] = K[m, t - s], 0 for s > t
-        h = _starts(_added(blocks, powers).unflatten(1, (B, count)), powers[..., -1], state)
+        added = _added(blocks, powers[..., :size].flip(-1)).unflatten(1, (B, count))
+        h = _starts(added, powers[..., -1], state)
         y = y + _real_product((h * weight[:, None, None]).flatten(1, 2), powers[..., 1:])
-        last = blocks.unflatten(1, (B, count))[:, :, -1, :rest]
-        faded = h[:, :, -1] * powers.narrow(-1, rest, 1).mT
-        state = (faded + _added(last, powers)).transpose(0, 1)
-        return y.unflatten(1, (B, count)).permute(1, 2, 3, 0).flatten(1, 2)[:, :T].to(x.dtype), state
+        rest = (T - 1) % size + 1  # tokens of the last block
+        ages = (rest - 1 - torch.arange(size, device=x.device)).clamp(min=0)
+        late = _added(blocks.unflatten(1, (B, count))[:, :, at], powers[..., ages])
+        state = (h[:, :, at] * powers[..., rest][:, None] + late).transpose(0, 1)
+        return from_blocks(y.unflatten(1, (B, count)).permute(1, 2, 3, 0), T, 1).to(x.dtype), state
 
 
-def _added(x: Inexact[Tensor, "M b t"], powers: Inexact[Tensor, "#M N C1"]) -> Inexact[Tensor, "M b N"]:
-    """What t tokens add to the state: sum_s decay^(t - 1 - s) x_s."""
-    factors = powers[..., : x.shape[-1]].flip(-1).mT.contiguous()
+def _added(x: Inexact[Tensor, "M b t"], factors: Inexact[Tensor, "#M N t"]) -> Inexact[Tensor, "M b N"]:
+    """What t tokens add to the state: sum_s factor_s x_s."""
+    factors = factors.mT.contiguous()
     if not factors.is_complex():
         return x @ _shared(factors)
     real, imaginary = (x @ _shared(torch.cat([factors.real, factors.imag], -1))).chunk(2, -1)
@@ -92,8 +96,15 @@ def _starts(
     added: Inexact[Tensor, "M B c N"], fade: Inexact[Tensor, "#M N"], state: Inexact[Tensor, "B M N"]
 ) -> Inexact[Tensor, "M B c N"]:
     """The states before each block, h_c = fade h_{c-1} + added_{c-1}, summed over 1, 2, 4, ... blocks."""
-    h = torch.cat([state.transpose(0, 1)[:, :, None], added[:, :, :-1]], 2)
     fade, reach = fade[:, None, None], 1
+    if exporting():
+        h = torch.cat([state.transpose(0, 1)[:, :, None], added], 2)[:, :, :-1]
+        at = torch.arange(added.shape[2], device=added.device)
+        while reach < FAR:
+            earlier = h.index_select(2, (at - reach).clamp(min=0)).masked_fill((at < reach)[:, None], 0)
+            h, fade, reach = torch.addcmul(h, earlier, fade), fade * fade, 2 * reach
+        return h
+    h = torch.cat([state.transpose(0, 1)[:, :, None], added[:, :, :-1]], 2)
     while reach < h.shape[2]:
         h = torch.cat([h[:, :, :reach], torch.addcmul(h[:, :, reach:], h[:, :, :-reach], fade)], 2)
         fade, reach = fade * fade, 2 * reach

@@ -11,6 +11,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.masks import Mask, full, padding
 from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.tracing import exporting
 
 CARD = Card(
     "fftnet",
@@ -77,6 +78,8 @@ def spectral_filter(
         return x.clone()  # transforms of nothing are refused on some machines
     # Not by promote_types: transforms in half precision don't exist everywhere, for a plain computation neither.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if exporting():  # else torch asks whether there is something to fill up
+        x = F.pad(x, (0, 0, 0, length - T))
     spectrum = torch.fft.rfft(x.to(wide), n=length, dim=1, norm="ortho").unflatten(2, (H, -1))
     f, b = (z.to(wide).mT.unsqueeze(-1) for z in (factor, offset))
     if activation == "modrelu":

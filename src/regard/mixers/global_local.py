@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.kernels.blocks import from_blocks, in_blocks
 from regard.kernels.sums import over_keys
 from regard.normalizers.softmax import softmax
+from regard.tracing import exporting
 
 P = TypeVar("P")
 
@@ -58,7 +60,7 @@ def global_local_attention(
     width, globals_ = 2 * radius + 1, global_q.shape[2]
     inside = window(torch.ones(1, N, dtype=torch.bool, device=long_q.device), radius)
     l2l = inside if masks.l2l is None else inside & masks.l2l.bool()
-    block = min(max(radius, 32), max(N, radius, 1))
+    block = max(radius, 32) if exporting() else min(max(radius, 32), max(N, radius, 1))
     scores = torch.cat([_local_scores(long_q, k.l2l, radius, block), long_q @ k.l2g.mT], -1)
     scores = scores + _label_scores(long_q, long_table, labels.l2l, labels.l2g, (width, globals_))
     weights = softmax(scores / math.sqrt(D), _join(l2l, masks.l2g, (N, globals_))[:, None])
@@ -78,7 +80,8 @@ def window(z: Tensor, radius: int) -> Tensor:
     """(B, N) -> (B, N, 2 radius + 1): what stands at i - radius .. i + radius, zero outside."""
     if z.shape[1] == 0:
         return z.new_zeros(z.shape[0], 0, 2 * radius + 1)
-    return F.pad(z, (radius, radius)).unfold(1, 2 * radius + 1, 1)
+    view = F.pad(z, (radius, radius)).unfold(1, 2 * radius + 1, 1)
+    return view.contiguous() if exporting() else view  # both its strides are 1: torch asks for the longer axis
 
 
 def _join(near: Tensor, far: Tensor | None, shape: tuple[int, int]) -> Bool[Tensor, "#B t s"]:
@@ -110,13 +113,12 @@ def _label_scores(
 
 def _blocks(z: Float[Tensor, "B H N D"], block: int, *, around: bool) -> Float[Tensor, "B H n c D"]:
     """Cut tokens into blocks; `around` adds the block before and the block after (zeros at the ends)."""
-    count = max(1, -(-z.shape[2] // block))
     # Contiguous first: padding by nothing keeps strides, which a graph compiled for some padding does not expect.
-    own = F.pad(z.contiguous(), (0, 0, 0, count * block - z.shape[2])).unflatten(2, (count, block))
+    own = in_blocks(z.contiguous(), block, 2)
     if not around:
         return own
-    before, after = F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0)), F.pad(own[:, :, 1:], (0, 0, 0, 0, 0, 1))
-    return torch.cat([before, own, after], 3)
+    wide = F.pad(own, (0, 0, 0, 0, 1, 1))
+    return torch.cat([wide[:, :, :-2], own, wide[:, :, 2:]], 3)
 
 
 def _columns(radius: int, block: int, device: torch.device) -> Int[Tensor, "c W"]:
@@ -127,14 +129,14 @@ def _columns(radius: int, block: int, device: torch.device) -> Int[Tensor, "c W"
 def _local_scores(q: Tensor, k: Tensor, radius: int, block: int) -> Float[Tensor, "B H N W"]:
     scores = _blocks(q, block, around=False) @ _blocks(k, block, around=True).mT
     columns = _columns(radius, block, q.device).expand(*scores.shape[:3], -1, -1)
-    return scores.gather(4, columns).flatten(2, 3)[:, :, : q.shape[2]]
+    return from_blocks(scores.gather(4, columns), q.shape[2], 2)
 
 
 def _local_values(weights: Float[Tensor, "B H N W"], v: Tensor, radius: int, block: int) -> Float[Tensor, "B H N V"]:
     cut = _blocks(weights, block, around=False)
     columns = _columns(radius, block, v.device).expand(*cut.shape[:3], -1, -1)
     wide = cut.new_zeros(*cut.shape[:4], 3 * block).scatter(4, columns, cut)
-    return (wide @ _blocks(v, block, around=True)).flatten(2, 3)[:, :, : weights.shape[2]]
+    return from_blocks(wide @ _blocks(v, block, around=True), weights.shape[2], 2)
 
 
 def distance_labels(distance: Int[Tensor, "..."], max_distance: int) -> Int[Tensor, "..."]:

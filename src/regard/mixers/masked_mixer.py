@@ -13,6 +13,7 @@ from regard.checks import checked, choice, divides, refuse, whole
 from regard.masks import Mask, full, padding
 from regard.masks import causal as causal_mask
 from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
+from regard.tracing import exporting
 
 CARD = Card(
     "masked_mixer",
@@ -62,7 +63,11 @@ def masked_mix(
 ) -> Float[Tensor, "B H T D"]:
     """Rows `first` .. S - 1 of W x + b; kernels of K taps run along the features."""
     S, K = x.shape[2], weight.shape[3]
-    weight, bias = weight[:, first:S, :S], bias[:, first:S, None]
+    if exporting():  # a view would be another graph where it is all of W
+        at = torch.arange(S, device=x.device)
+        weight, bias = weight[:, at[first:, None], at], bias[:, at[first:], None]
+    else:
+        weight, bias = weight[:, first:S, :S], bias[:, first:S, None]
     if causal:
         # Cut out anew each time: a parameter with zeros in it would still be trained there.
         later = torch.ones(S - first, S, dtype=torch.bool, device=x.device).triu(first + 1)

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.checks import choice, number, refuse, whole
+from regard.kernels.blocks import from_blocks, in_blocks
 from regard.masks import causal, padding
 from regard.mixers.exponential import work_dtype
 from regard.pipeline.function import attention
 from regard.positions._shared import angles, frequencies
 from regard.positions.rotary import rotate
 from regard.stages import Normalizer, Position, Rows
+from regard.tracing import exporting
 
 Weighting = Literal["softmax", "laplace", "relu2"]
 
@@ -83,7 +85,7 @@ class TurnedBias(Position):
         work = work_dtype(rows.q)
         w = frequencies(self.a.shape[0], 10000.0, rows.q.device)
         sides = ((self.a, rows.i), (self.b, rows.j))
-        a, b = (rotate(p.to(work).expand(1, 1, len(n), -1), angles(n, w)) for p, n in sides)
+        a, b = (rotate(p.to(work).expand(1, 1, n.shape[0], -1), angles(n, w)) for p, n in sides)
         return a @ b.mT
 
 
@@ -121,14 +123,14 @@ class ChunkAttention(nn.Module):
     ) -> Float[Tensor, "B T E"]:
         """Chunk by chunk, each as a batch row of its own. `keep` is True at real keys."""
         T, C = q.shape[1], self.chunk
-        if C is None or T <= C:
+        if C is None or (not exporting() and T <= C):
             return self.whole(q, k, v, keep)
-        short = -T % C
-        if short and not self.causal and keep is None:
+        if not self.causal and keep is None and (exporting() or T % C):
             keep = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-        q, k, v = (F.pad(z, (0, 0, 0, short)).unflatten(1, (-1, C)).flatten(0, 1) for z in (q, k, v))
-        keep = None if keep is None else F.pad(keep, (0, short)).unflatten(1, (-1, C)).flatten(0, 1)
-        return self.whole(q, k, v, keep).unflatten(0, (-1, (T + short) // C)).flatten(1, 2)[:, :T]
+        q, k, v = (in_blocks(z, C, 1) for z in (q, k, v))
+        keep = None if keep is None else in_blocks(keep, C, 1).flatten(0, 1)
+        out = self.whole(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), keep)
+        return from_blocks(out.unflatten(0, q.shape[:2]), T, 1)
 
     def whole(
         self,

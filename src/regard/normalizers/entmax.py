@@ -48,7 +48,7 @@ _BLOCK = 1 << 16
 """Numbers worked on at a time in eager CPU code, so that they stay in cache."""
 
 
-def _solve(x: Float[Tensor, "N S"], alpha: float | Float[Tensor, "N 1"]) -> Float[Tensor, "N S"]:
+def _solve(x: Float[Tensor, "*n S"], alpha: float | Float[Tensor, "*#n 1"]) -> Float[Tensor, "*n S"]:
     """(alpha - 1) z of each row -> p, in place. A row of only -inf gives 0."""
     tiny, eps = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
     early = x.is_cpu and readable(x)
@@ -115,15 +115,16 @@ def _alpha_rate(p: Tensor, alpha: Tensor) -> Tensor:
 
 
 def _in_blocks(x: Tensor, alpha: float | Tensor) -> Iterator[tuple[slice, float | Tensor]]:
-    """Cut the rows of x (N, S) into pieces that fit in cache; in one piece where that does not help."""
-    whole = not x.is_cpu or not readable(x)
-    if whole:  # no loop: its count would tie a compiled graph to one length
-        yield slice(None), alpha
-        return
+    """Cut the rows of x (N, S) into pieces that fit in cache."""
     size = max(1, _BLOCK // max(1, x.shape[1]))
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
         yield rows, alpha if isinstance(alpha, float) else alpha[rows]
+
+
+def _cached(*tensors: Tensor) -> bool:
+    """Whether to go block by block. A compiled graph would be tied to the number of blocks, and so to one length."""
+    return tensors[0].is_cpu and readable(*tensors)
 
 
 def _per_row(alpha: float | Tensor, x: Tensor) -> float | Tensor:
@@ -143,6 +144,8 @@ class _Entmax(torch.autograd.Function):
         x = scores * (alpha - 1)
         if allowed is not None:
             x.masked_fill_(~allowed, -torch.inf)
+        if not _cached(x):
+            return _solve(x, alpha)
         flat = x.view(-1, x.shape[-1])
         for rows, each in _in_blocks(flat, _per_row(alpha, x)):
             _solve(flat[rows], each)
@@ -166,7 +169,7 @@ class _Entmax(torch.autograd.Function):
         elif ctx.needs_input_grad[0] and native.able(p, alpha):
             dz = native.entmax_backward(dp.reshape(-1, p.shape[-1]), p.view(-1, p.shape[-1]), alpha).view(p.shape)
         elif ctx.needs_input_grad[0]:
-            if not readable(p, dp):
+            if not _cached(p, dp):
                 return _pull_back(dp, p, alpha), _alpha_grad(ctx, dp, p, alpha), None
             dz = torch.empty_like(p)
             out, flat_dp, flat_p = (

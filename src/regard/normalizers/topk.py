@@ -6,6 +6,7 @@ from torch import Tensor
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, whole
+from regard.kernels.blocks import greatest
 from regard.kernels.native import rows as native
 from regard.normalizers.softmax import softmax
 from regard.stages import Normalizer
@@ -71,7 +72,7 @@ def topk(
         return _TopK.apply(z.contiguous(), k, allowed).to(scores.dtype)
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf)
-    kth = z.detach().topk(min(k, z.shape[-1])).values[..., -1:]
+    kth = greatest(z.detach(), k).values[..., -1:]
     return softmax(z.masked_fill(z < kth, -torch.inf)).to(scores.dtype)
 
 

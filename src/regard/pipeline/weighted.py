@@ -35,7 +35,7 @@ class Weighted(nn.Module):
     @checked(M="dim", H="num_heads")
     def forward(self, x: Float[Tensor, "B S M"], weights: Float[Tensor, "#B H T S"]) -> Float[Tensor, "B T M"]:
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        out = combine(weights.expand(len(x), -1, -1, -1), v).to(x.dtype)
+        out = combine(weights.expand(x.shape[0], -1, -1, -1), v).to(x.dtype)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

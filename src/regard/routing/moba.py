@@ -11,16 +11,18 @@ both the pairs kept and the blocks visited. Scoring costs T S / P dot products.
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import whole
+from regard.kernels.blocks import among, in_blocks
 from regard.kernels.problem import dots
-from regard.masks import Mask, causal, chosen
+from regard.masks import Mask, causal
+from regard.masks.selection import Chosen
 from regard.routing._shared import hides_keys_only, real_keys
 from regard.stages import Selector
+from regard.tracing import exporting
 
 CARD = Card(
     "moba",
@@ -79,10 +81,9 @@ def moba(
     own = torch.arange(S - T, S, device=q.device)[:, None].div(block, rounding_mode="floor")
     column = torch.arange(scores.shape[3], device=q.device)
     scores = scores.masked_fill(column > own, -math.inf).masked_fill(column == own, math.inf)
-    best = scores.topk(min(topk, scores.shape[3])).indices
     # Not `>`: a block that holds NaN is taken, so that the NaN stays to be seen.
-    tiles = torch.zeros_like(scores, dtype=torch.bool).scatter(3, best, True) & (scores != -math.inf)
-    kept = chosen(tiles, T, S, (1, block))
+    tiles = among(scores, topk) & (scores != -math.inf)
+    kept = Chosen(tiles, T, S, (1, block))
     return kept if mask is not None and mask.is_causal else causal() & kept
 
 
@@ -91,23 +92,22 @@ def block_scores(
 ) -> Float[Tensor, "B H T n"]:
     """q_t . (mean of the keys of block i that the query may see), in at least fp32; -inf where it may see none."""
     T, S = q.shape[2], k.shape[2]
-    tail = -S % block
     if hides_keys_only(mask):
         keys, real = k.to(torch.promote_types(k.dtype, torch.float32)), real_keys(mask, S, k.device)
         if real is None:
             real = torch.ones(1, 1, S, dtype=torch.bool, device=k.device)
-        total = F.pad(keys.masked_fill(~real[..., None], 0.0), (0, 0, 0, tail)).unflatten(2, (-1, block)).sum(3)
-        count = F.pad(real, (0, tail)).unflatten(2, (-1, block)).sum(3)
+        total = in_blocks(keys.masked_fill(~real[..., None], 0.0), block, 2).sum(3)
+        count = in_blocks(real, block, 2).sum(3)
         means = total / count.clamp(min=1)[..., None]
         return dots(q, means).masked_fill(count[:, :, None] == 0, -math.inf)
     assert mask is not None
     i, j = torch.arange(S - T, S, device=q.device), torch.arange(S, device=q.device)
     scores = []
-    for rows in torch.arange(T, device=q.device).split(max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * S))):
+    at, step = torch.arange(T, device=q.device), max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * S))
+    for rows in [at] if exporting() else at.split(step):
         allowed = mask.at(i[rows], j)
         pairs = dots(q[:, :, rows], k).masked_fill(~allowed, 0.0)
-        total = F.pad(pairs, (0, tail)).unflatten(3, (-1, block)).sum(4)
-        count = F.pad(allowed, (0, tail)).unflatten(3, (-1, block)).sum(4)
+        total, count = (in_blocks(z, block, 3).sum(4) for z in (pairs, allowed))
         scores.append((total / count.clamp(min=1)).masked_fill(count == 0, -math.inf))
     return torch.cat(scores, 2)
 

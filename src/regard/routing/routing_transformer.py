@@ -22,7 +22,7 @@ from regard.masks import window as near
 from regard.pipeline.function import attention
 from regard.pipeline.head_mixer import HeadMixer
 from regard.routing.clusters import clustered_attention, gathered_tokens, nearest
-from regard.tracing import recomputing
+from regard.tracing import exporting, recomputing
 
 COMPETE = "tokens of the whole sequence compete for places in a cluster, so later ones can change an earlier one's keys"
 
@@ -164,10 +164,14 @@ class RoutingAttention(HeadMixer):
             self._before = (*self._before[1 - CALLS :], centroids)
             for tokens in (x,) if self.causal else (x, y):
                 self._follow(tokens, keep)
+        v, T = v[:, L:], x.shape[2]
+        if exporting():  # hidden tokens, so that there are enough for all places of a cluster
+            x, y, v = (F.pad(z, (0, 0, 0, self.size)) for z in (x, y, v))
+            keep = F.pad(x.new_ones(x.shape[0], T, dtype=torch.bool) if keep is None else keep, (0, self.size))
         queries = nearest(x, centroids, size=self.size, keep=keep)
         keys = queries if self.causal else nearest(y, centroids, size=self.size, keep=keep)
-        routed = clustered_attention(x, y, v[:, L:], queries, keys, causal=self.causal, keep=keep, scale=1.0)
-        return torch.cat([*local, routed], 1)
+        routed = clustered_attention(x, y, v, queries, keys, causal=self.causal, keep=keep, scale=1.0)
+        return torch.cat([*local, routed[:, :, :T]], 1)
 
     @torch.no_grad()
     def _follow(self, x: Tensor, keep: Tensor | None) -> None:

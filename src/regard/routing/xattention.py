@@ -15,10 +15,13 @@ from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import divides, number, refuse, whole
+from regard.kernels.blocks import in_blocks
 from regard.kernels.problem import dots
-from regard.masks import Mask, chosen, full
+from regard.masks import Mask, full
+from regard.masks.selection import Chosen
 from regard.routing._shared import hides_keys_only, real_keys
 from regard.stages import Selector
+from regard.tracing import exporting
 
 TOGETHER = "a block of queries chooses its keys together, so later queries of the block can change the choice"
 
@@ -91,16 +94,18 @@ def antidiagonal_mass(
     if real is not None and (causal or T == S):
         query = F.pad(real[..., max(0, S - T) :], (max(0, T - S), 0), value=True)
     q, k = q.masked_fill(~query[..., None], 0.0), k.masked_fill(~key[..., None], 0.0)
-    back, tail = -(T + front) % block, -S % block
-    query = F.pad(query, (front, back)).unflatten(2, (-1, stride)).any(3)
-    key = F.pad(key, (0, tail)).unflatten(2, (-1, stride)).any(3)
+    per = block // stride
+
+    def grouped(z: Tensor) -> Tensor:
+        return in_blocks(z, block, 2).unflatten(3, (per, stride)).flatten(2, 3)
+
+    query, key = grouped(F.pad(query, (front, 0))).any(3), grouped(key).any(3)
     # One dot product of width stride * D per pair of groups: the queries of a group are turned round.
-    turned = F.pad(q, (0, 0, front, back)).unflatten(2, (-1, stride)).flip(3).flatten(3)
-    groups = F.pad(k, (0, 0, 0, tail)).unflatten(2, (-1, stride)).flatten(3)
-    per, column = block // stride, torch.arange(groups.shape[2], device=q.device)
-    step = max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * len(column) * per)) * per
-    masses = []
-    for rows in torch.arange(turned.shape[2], device=q.device).split(step):
+    turned, groups = grouped(F.pad(q, (0, 0, front, 0))).flip(3).flatten(3), grouped(k).flatten(3)
+    column = torch.arange(groups.shape[2], device=q.device)
+    step = max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * groups.shape[2] * per)) * per
+    masses, at = [], torch.arange(turned.shape[2], device=q.device)
+    for rows in [at] if exporting() else at.split(step):
         allowed = key[:, :, None]
         if causal:
             allowed = allowed & (column <= rows[:, None] + offset * per)
@@ -140,7 +145,7 @@ def xattention(
     # A block is kept if the better ones have not reached tau yet. Where no query counts, nothing is known: all are.
     enough = (ranked.cumsum(3) - ranked >= tau * R.sum(3, keepdim=True)) & (R.sum(3, keepdim=True) > 0)
     tiles = forced | ~torch.zeros_like(enough).scatter(3, order, enough)
-    return chosen(tiles & past if causal else tiles, T + front, S, block)
+    return Chosen(tiles & past if causal else tiles, T + front, S, (block, block))
 
 
 @CARD.fills("selector")

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost
 from regard.checks import checked, refuse, whole
+from regard.kernels.blocks import among
 from regard.masks import Mask, full
 from regard.mixers.exponential import work_dtype
 from regard.pipeline.tokens import quarantine, spoil
 from regard.timeseries.exponential_smoothing import PAPERS
-from regard.tracing import as_it_is
+from regard.tracing import as_it_is, exporting
 
 CARD = Card(
     "frequency_attention",
@@ -43,6 +44,8 @@ def frequency_attention(x: Float[Tensor, "B T M"], top_k: int, horizon: int = 0)
     T = x.shape[1]
     if T == 0 and horizon:
         refuse("frequency_attention", "x", "has 0 tokens", f"horizon = {horizon}", "some tokens to go on from")
+    if exporting() and horizon == 0:
+        return _season(x, top_k)
     bins = max(0, (T - 1) // 2)
     if bins == 0 or x.numel() == 0:
         return 0 * x[:, torch.arange(T + horizon, device=x.device) % max(T, 1)]
@@ -54,6 +57,17 @@ def frequency_attention(x: Float[Tensor, "B T M"], top_k: int, horizon: int = 0)
         season = torch.fft.irfft(chosen, n=T, dim=1).to(x.dtype)
     # Every kept frequency runs through whole cycles in T tokens: the season starts anew after them.
     return season if horizon == 0 else season[:, torch.arange(T + horizon, device=x.device) % T]
+
+
+def _season(x: Float[Tensor, "B T M"], top_k: int) -> Float[Tensor, "B T M"]:
+    """The season in steps that are the same for few and many, odd and even T: from all frequencies, twice as many."""
+    T = x.shape[1]
+    with as_it_is(x.device):
+        spectrum = torch.fft.fft(x.to(work_dtype(x)), dim=1)
+        f = torch.arange(T, device=x.device)[:, None]
+        may = (f > 0) & (2 * f < T)
+        kept = may & among(spectrum.detach().abs().masked_fill(~may, -torch.inf).mT, top_k).mT
+        return 2 * torch.fft.ifft(spectrum * kept, dim=1).real.to(x.dtype)
 
 
 @CARD.module
