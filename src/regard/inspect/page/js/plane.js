@@ -56,7 +56,7 @@ views.set("plane", (() => {
     }
     const found = traces[one()].planes[plane][state.layer].agreement[state.head];
     key.textContent = `In this plane a query's scores and distances correlate at ${found.toFixed(2)} (at −1, the nearest key would always be read most).   `
-      + (seen.lost ? `${seen.lost} queries and keys hold what is no number and have no place.   ` : "");
+      + (seen.lost ? `No place for ${seen.lost} of the queries and keys: they hold what is no number.   ` : "");
     const entry = (colour, words) => {
       const dot = make("span", { "aria-hidden": "true" }, "■ ");
       dot.style.color = colour;

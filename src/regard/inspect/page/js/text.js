@@ -37,7 +37,7 @@ if (!traces[0].picture) {
       const lost = Math.max(...maps.map((map) => map.sizes.reduce((sum, size) => sum + Number.isNaN(size), 0)));
       const same = layerOf(layer).queries === layerOf(layer).keys;
       note.textContent = held === null ? "Click a token to see its own map. Until then, the average over all tokens is shown."
-          + (lost ? ` It leaves out ${lost} queries whose weights are no numbers.` : "")
+          + (lost ? ` It leaves out ${lost} of the queries, whose weights are no numbers.` : "")
         : `${along ? "Query" : "Key"} ${held} “${(along ? queryToken : keyToken)(0, layer, held)}”. Shades reach up to the largest value.`
           + (same ? "" : " The text shown is the other stack's; j and k choose the next token.");
       panel.dataset.drawn = `${source} ${direction} ${held}`;
