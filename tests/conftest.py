@@ -59,7 +59,7 @@ def laws(request):
     from regard.laws.checking import chosen
 
     asked = request.config.getoption("law")
-    return chosen(asked, heavy=True) if asked else list(LAWS)
+    return chosen(asked, long=True) if asked else list(LAWS)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -101,16 +101,24 @@ def pytest_terminal_summary(terminalreporter):
     cells = _cells(terminalreporter)
     if not cells:
         return
+    from regard.laws import LAWS
+
+    weights = {law.name: law.weight for law in LAWS}
     write, took = terminalreporter.write_line, defaultdict(float)
     for _, id, name, _, seconds in cells:
         took[f"{id} {name}"] += seconds
     excepted = sorted({tuple(cell[:3]) for cell in cells if cell[3] == "excepted"})
-    out, total, cards = sum(c[3] == "excepted" for c in cells), sum(took.values()), len({c[0] for c in cells})
+    out, cards, spent = sum(c[3] == "excepted" for c in cells), len({c[0] for c in cells}), defaultdict(dict)
+    for card, _, name, _, seconds in cells:
+        spent[weights[name]][card] = spent[weights[name]].get(card, 0) + seconds
     terminalreporter.section("laws")
     write(f"{len(cells)} cells of {cards} cards, {out} excepted ({100 * out / len(cells):.1f} %)")
-    write(f"{total:.0f} s of CPU, {total / cards:.2f} a card; most by")
-    for name, seconds in sorted(took.items(), key=lambda item: -item[1])[:8]:
-        write(f"  {seconds:6.1f} s  {name}")
+    for weight, each in spent.items():
+        total = sum(each.values())
+        write(f"{weight} laws: {total:.0f} s of CPU, {total / len(each):.2f} s for each of {len(each)} cards; most by")
+        most = [(seconds, name) for name, seconds in took.items() if weights[name.split()[1]] == weight]
+        for seconds, name in sorted(most, reverse=True)[:5]:
+            write(f"  {seconds:6.1f} s  {name}")
     for card, id, name in excepted:
         write(f"  {card} is excepted from {id} {name}: {_reason(card, id, name)}")
     for card, key in sorted(_stale(cells)):

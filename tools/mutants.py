@@ -4,8 +4,8 @@
     python tools/mutants.py --seed 1 --count 80 --list      show them without running anything
 
 A mutant is one edit of the file that a card stands in, at a line that runs when the card's rows are measured, so that
-it can matter. Its card's rows (L48) are run first, then the other laws, and with --own-tests the file of tests of its
-own; the first that fails has killed it. Everything runs on copies of src/, two at a time.
+it can matter. Its card's rows (L48) are run first, then its light and heavy laws, and with --own-tests the file of
+tests of its own; the first that fails has killed it. Everything runs on copies of src/, two at a time.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 import regard
 
@@ -281,26 +283,28 @@ class Runner:
 
     def killer(self, source: Path, card: str) -> str:
         """The first stage whose tests fail, or take too long."""
-        stages = {"rows": [f"tests/laws/test_rows.py::test_rows[{card}]"]}
-        if not self.asked.rows:
-            stages["laws"] = [f"tests/laws/test_laws.py::test_laws[{card}]"]
-        own = (
-            ROOT / "tests" / regard.card(card).family / f"test_{regard.card(card).builder.__module__.split('.')[-1]}.py"
-        )
-        if self.asked.own_tests and own.exists():
-            stages["own tests"] = [str(own)]
+        stages = {"rows": [f"test_rows.py::test_rows[{card}]"]}
+        if not self.asked.rows:  # heavy laws, too, as for every card that has changed
+            stages["laws"] = [f"test_laws.py::test_laws[{card}]", f"test_laws.py::test_heavy_laws[{card}]"]
+        tests = {f"tests/laws/{test}": stage for stage, tests in stages.items() for test in tests}
+        builder = regard.card(card).builder.__module__.split(".")[-1]
+        own = Path("tests", regard.card(card).family, f"test_{builder}.py")
+        if self.asked.own_tests and (ROOT / own).exists():
+            tests[str(own)] = "own tests"
         env = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-        for stage, arguments in stages.items():
-            command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--no-header", *arguments]
+        command = [sys.executable, "-m", "pytest", "-x", "-vp", "no:cacheprovider", "-m", "slow or not slow", *tests]
+        with tempfile.TemporaryFile("w+") as said:
             try:
-                code = subprocess.run(
-                    command, cwd=ROOT, env=env, capture_output=True, timeout=self.asked.limit
-                ).returncode
+                code = subprocess.run(command, cwd=ROOT, env=env, stdout=said, stderr=said, timeout=self.asked.limit)
+                if code.returncode == 0:
+                    return ""
             except subprocess.TimeoutExpired:
-                return stage
-            if code:
-                return stage
-        return ""
+                pass
+            said.seek(0)
+            text = said.read()
+        # Each test that has ended is named on a line of its own; the one that stopped the run comes next, or last.
+        passed = sum(f"{test} PASSED" in text for test in tests)
+        return list(tests.values())[min(passed, len(tests) - 1)]
 
 
 def main(asked: argparse.Namespace) -> None:
@@ -311,13 +315,18 @@ def main(asked: argparse.Namespace) -> None:
     if asked.list:
         print(*(f"{mutant}\n{mutant.diff()}" for mutant in drawn), sep="\n")
         return
+    progress = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
         run = Runner(Path(folder), asked)
         sound = {mutant.card: mutant for mutant in drawn}
         unchanged = [Mutant(m.card, m.kind, m.file, m.line, m.file.read_text(encoding="utf-8")) for m in sound.values()]
-        if failing := [m.card for m, killer in zip(unchanged, pool.map(run, unchanged)) if killer]:
+        found = track(pool.map(run, unchanged), "without faults", len(unchanged), console=progress)
+        if failing := [m.card for m, killer in zip(unchanged, found) if killer]:
             sys.exit(f"mutants: the tests of {failing} fail without any fault")
-        killers = list(pool.map(run, drawn))
+        killers = []
+        for mutant, killer in zip(drawn, track(pool.map(run, drawn), "mutants", len(drawn), console=progress)):
+            killers.append(killer)
+            print(f"{'killed by ' + killer if killer else 'lived':20} {mutant}", flush=True)
     stages = ("rows", "laws", "own tests")
     print(
         f"{'kind':16} {'drawn':>6} {'killed':>7}"

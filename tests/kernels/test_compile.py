@@ -135,3 +135,19 @@ def test_kernels_by_name(kernel: str) -> None:
     )
     x = torch.randn(3, 2, H, 65, 8)
     same(compiled(*x), regard.attention(*x, mask=near, kernel="eager"))
+
+
+SOME = ("causal", *(pytest.param(case, marks=pytest.mark.slow) for case in ("window", "rotary", "entmax", "grouped")))
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_a_step_is_one_graph(case: str) -> None:
+    module, x = layer(case).eval(), torch.randn(2, 3, M)
+    torch._dynamo.reset()
+    step = torch.compile(module.step, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        ours, theirs = module.init_state(2, 3), module.init_state(2, 3)
+        for t in range(3):
+            got, ours = step(x[:, t : t + 1], ours)
+            want, theirs = module.step(x[:, t : t + 1], theirs)
+            same(got, want)

@@ -39,16 +39,11 @@ def test_a_right_module_holds() -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_what_is_wrong_is_found_by_the_right_law(bug: type[nn.Module]) -> None:
-    (found,) = {f.law.id for f in regard.check(bug, traits=FREE, laws=[BUGS[bug]]).failures}
-    assert found == BUGS[bug]
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_few_other_laws_are_broken_by_it(bug: type[nn.Module]) -> None:
+def test_what_is_wrong_is_found_by_the_right_law_and_few_others(bug: type[nn.Module]) -> None:
     """A report that names everything names nothing."""
-    failing = {f.law.name for f in regard.check(bug, traits=FREE).failures}
-    assert 1 <= len(failing) <= 15, sorted(failing)
+    failures = regard.check(bug, traits=FREE).failures
+    assert BUGS[bug] in {f.law.id for f in failures}
+    assert len({f.law.name for f in failures}) <= 15, [f.law.name for f in failures]
 
 
 def test_a_function() -> None:

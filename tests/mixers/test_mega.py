@@ -248,3 +248,25 @@ def test_bad_input() -> None:
     assert isinstance(state, MegaState)
     with pytest.raises(ValueError, match="causal=True"):
         filled(1).init_state(1, 1)
+
+
+@pytest.mark.parametrize("how", ["vmap", "compile"])
+def test_what_was_hidden_stays_hidden_where_nobody_may_look(how: str) -> None:
+    """A step with a hidden token, then one without a mask: mapped or compiled it sees what it sees plainly."""
+    torch.manual_seed(0)
+    layer = Mega(8, causal=True).double().eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+
+    def both(x: Tensor) -> Tensor:
+        _, state = layer.step(x[:, :3], layer.init_state(2, 5), mask=mask)
+        return layer.step(x[:, 3:], state)[0]
+
+    with torch.no_grad():
+        want = both(x)
+        if how == "vmap":
+            got = torch.func.vmap(both)(torch.stack([x, x.flip(0)]))[0]
+        else:
+            torch._dynamo.reset()
+            got = torch.compile(both, backend="eager")(x)
+    close(got, want)

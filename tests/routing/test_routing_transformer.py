@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
+from torch.utils.checkpoint import checkpoint
 
 import regard
 from regard import masks
@@ -220,3 +221,17 @@ def test_centroids_find_the_groups_of_tokens() -> None:
 def test_refuses(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RoutingAttention(24, 6, **options)
+
+
+def test_checkpoints_of_two_passes() -> None:
+    """Both are run once more in one backward, last one first: each with the centroids that it had."""
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        layer = RoutingAttention(8, 2, clusters=2, size=3, num_local_heads=0, decay=0.5).double().train()
+        first, second = (normal(n, 2, 7, 8).requires_grad_() for n in (7, 8))
+        outs = [checkpoint(layer, x, use_reentrant=False) if again else layer(x) for x in (first, second)]
+        (outs[0].square().sum() + outs[1].pow(3).sum()).backward()
+        found.append([*outs, first.grad, second.grad, layer.q_proj.weight.grad, layer.counts, layer.sums])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from regard.laws.agreement import close
 from regard.vision import AttentionGate
@@ -111,3 +112,18 @@ def test_bad_input() -> None:
         ValueError, match=r"x is smaller than a step \(got \(2, 4, 1, 4\)\); expected axes of at least \(2, 2\)"
     ):
         layer(normal(0, 2, 4, 1, 4), normal(0, 2, 3, 2, 2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpoints_normalise_as_the_first_pass_did(frozen: bool, reentrant: bool) -> None:
+    found = []
+    for again in (False, True):
+        layer = filled(AttentionGate(4, gating_dim=3, inner_dim=2)).train()
+        layer.norm.train(not frozen)
+        x, g = leaves(normal(1, 2, 4, 4, 6), normal(2, 2, 3, 2, 3))
+        out = checkpoint(layer, x, g, use_reentrant=reentrant) if again else layer(x, g)
+        out.square().sum().backward()
+        found.append([out, x.grad, g.grad, *(p.grad for p in layer.parameters()), *layer.norm.buffers()])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)

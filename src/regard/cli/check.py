@@ -21,7 +21,7 @@ def check(
     heads: Annotated[int | None, typer.Option(min=1, help="H, heads (default: 6).")] = None,
     options: Annotated[str, typer.Option(help="To build it with, as 'rank=4, bias=False'.")] = "",
     law: Annotated[str, typer.Option(help="Only these laws, by id or name, with commas between.")] = "",
-    heavy: Annotated[bool, typer.Option("--heavy", help="Also compile, export and train it: minutes.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Also compile and export it, and long inputs: minutes.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check an attention law by law: holds, fails, or does not apply. Exit code 1 if one fails.
@@ -52,7 +52,7 @@ def check(
         disable=not screen.is_terminal,
     )
     with bars:
-        task = bars.add_task("laws", total=len(chosen(asked, heavy)))
+        task = bars.add_task("laws", total=len(chosen(asked, long)))
 
         def seen(finding: Finding) -> None:
             bars.update(task, advance=1, description=str(finding.law))
@@ -66,7 +66,7 @@ def check(
             heads=heads,
             options=parse(f"options({options})", "options").options,
             laws=asked,
-            heavy=heavy,
+            long=long,
             seen=seen,
         )
     if as_json:

@@ -100,7 +100,7 @@ def check(
     inputs: Callable[..., tuple[Any, ...]] | None = None,
     exceptions: Mapping[str, str] | None = None,
     laws: Iterable[str] | None = None,
-    heavy: bool = False,
+    long: bool = False,
     seen: Callable[[Finding], None] | None = None,
 ) -> Report:
     """Put an attention through every law that speaks of it.
@@ -118,13 +118,13 @@ def check(
         inputs: f(shape) -> the positional arguments of `forward`, where the protocol alone does not say them.
         exceptions: law id, or id and name -> why it need not hold.
         laws: ids or names, to look at those alone.
-        heavy: the laws that take a second or more, too: compilation, export, training.
+        long: the laws that take many seconds, too: compilation for other lengths and masks, export, a million tokens.
         seen: called with every finding when it is there.
 
     Raises:
         ValueError, TypeError: it can't be found, built or called; unknown protocols, features, traits and laws.
     """
-    asked, findings = chosen(laws, heavy), []
+    asked, findings = chosen(laws, long), []
     with _undisturbed():
         s = subject(
             thing,
@@ -137,7 +137,7 @@ def check(
             inputs=inputs,
             exceptions=exceptions,
         )
-        if heavy and s.foreign and supports is None:
+        if long and s.foreign and supports is None:
             s = replace(s, supports=s.supports | {"compile"})
         for law in asked:
             findings.append(look(law, s))
@@ -146,14 +146,14 @@ def check(
     return Report(s.name, tuple(sorted(s.supports)), tuple(sorted(s.traits)), tuple(findings))
 
 
-def chosen(laws: Iterable[str] | None, heavy: bool) -> list[Law]:
-    """The laws to look at: those named, by id or name, or all, the heavy ones if they are wanted."""
+def chosen(laws: Iterable[str] | None, long: bool) -> list[Law]:
+    """The laws to look at: those named, by id or name, or all, the long ones if they are wanted."""
     if laws is not None:
         named = set(laws)
         if unknown := named - {name for law in LAWS for name in (law.id, law.name)}:
             raise ValueError(f"laws are unknown (got {sorted(unknown)}); expected ids or names of regard.laws.LAWS")
         return [law for law in LAWS if {law.id, law.name} & named]
-    return [law for law in LAWS if heavy or law.weight == "light"]
+    return [law for law in LAWS if long or law.weight != "long"]
 
 
 def look(law: Law, s: Subject) -> Finding:
@@ -233,10 +233,10 @@ def suite(thing: object, **claims: Any) -> Callable[..., None]:
     """
     import pytest
 
-    heavy, asked = claims.pop("heavy", False), claims.pop("laws", None)
+    long, asked = claims.pop("long", False), claims.pop("laws", None)
     with _undisturbed():
         s = subject(thing, **claims)
-        cases = [law for law in chosen(asked, heavy) if not law.why_not(s)]
+        cases = [law for law in chosen(asked, long) if not law.why_not(s)]
 
     @pytest.mark.parametrize("law", [pytest.param(law, id=f"{law.id}-{law.name}") for law in cases])
     def test(law: Law) -> None:

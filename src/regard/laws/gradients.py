@@ -73,14 +73,14 @@ def first_derivatives_of_few(s: Subject) -> None:
         first_derivatives_at(s, length)
 
 
-@law("L23", protocols=LAYERS.replace("TokenMixer ", ""))
+@law("L23", protocols=LAYERS.replace("TokenMixer ", ""), weight="heavy")
 def first_derivatives_of_all_inputs(s: Subject) -> None:
     """Derivatives agree with finite differences, for all inputs and parameters."""
     s = smaller(s)
     differentiable(s.build(noise=0.02), s.inputs(), {}, "its inputs")
 
 
-@law("L24", protocols=LAYERS)
+@law("L24", protocols=LAYERS, weight="heavy")
 def second_derivatives(s: Subject) -> None:
     """Second derivatives are right, or refused in so many words."""
     s = smaller(s)

@@ -51,7 +51,7 @@ def no_normaliser(s: Subject) -> str:
     return "" if form is not None and "normalizer" in form.parts else "it is no normaliser"
 
 
-@law("L59", where=no_normaliser)
+@law("L59", where=no_normaliser, weight="heavy")
 def long_rows_sum(s: Subject) -> None:
     """Weights of 100,000 scores, in float32, have the sums and means that they have in float64."""
     rows(s, SOME)

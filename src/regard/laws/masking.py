@@ -66,7 +66,7 @@ def padding_changes_nothing(s: Subject) -> None:
                     close(got[key], total, f"{side} padding with {content}: {key}")
 
 
-@law("L5", needs="padding")
+@law("L5", needs="padding", weight="heavy")
 def padding_changes_nothing_in_training(s: Subject) -> None:
     """Padding does not count in training either, for outputs, gradients and buffers: no statistic is over pads."""
     lengths = (max(3, s.length * 3 // 4), max(1, s.length // 3), 2)

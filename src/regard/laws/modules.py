@@ -132,7 +132,7 @@ def held(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-@law("L53", protocols=LAYERS)
+@law("L53", protocols=LAYERS, weight="heavy")
 def built_under_a_device(s: Subject) -> None:
     """torch.device as a context, `create(device=)` and `.to()` give the same keys, shapes and dtypes, all there."""
     want = s.build(dtype=torch.float32, noise=0)

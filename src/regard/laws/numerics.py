@@ -35,7 +35,7 @@ def half_precision(s: Subject, dtype: torch.dtype) -> None:
         no_worse_than_naive(s, dtype, [(s.tokens(dtype=dtype, seed=100 + n),) for n in range(4)])
 
 
-@law("L2", where=not_routed)
+@law("L2", where=not_routed, weight="heavy")
 def bfloat16_precision(s: Subject) -> None:
     """In bfloat16, forward and backward are no worse than a plain computation in bfloat16."""
     half_precision(s, torch.bfloat16)
@@ -142,7 +142,7 @@ LAYOUTS = {
 }
 
 
-@law("L26")
+@law("L26", weight="heavy")
 def layouts(s: Subject) -> None:
     """However x and the output's gradient lie in memory, the answer is that of the contiguous ones."""
     module, x, grad_out = s.build(), s.tokens(), s.tokens(seed=8)

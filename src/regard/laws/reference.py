@@ -17,7 +17,7 @@ LONG = 37
 """Tokens: three chunks of 16 queries, the last one ragged."""
 
 
-@law("L1", pipeline=True)
+@law("L1", pipeline=True, weight="heavy")
 def kernels_agree(s: Subject) -> None:
     """Every kernel that can run the layer gives the reference's output and all its gradients."""
     agree(s, s.causalities[-1:])

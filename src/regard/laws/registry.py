@@ -23,8 +23,8 @@ LAYERS = f"{MIXERS} Loss"
 
 
 Weight = Literal["light", "heavy", "long"]
-"""light: always looked at. heavy, about a second: for one card of each protocol and family, for all on demand. long,
-many seconds: on demand alone."""
+"""light, hundredths of a second: the suite looks at them for every card, always. heavy, up to seconds: always for one
+card of each protocol and family and for those that have changed, for all on demand. long, many seconds: on demand."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from regard.laws.together import hidden, poisoned, stream, unchanged, worst
 from regard.laws.transforms import calls, floating, or_refused
 
 
-@law("L52", protocols=LAYERS)
+@law("L52", protocols=LAYERS, weight="heavy")
 def checkpointed(s: Subject) -> None:
     """Activation checkpointing gives the plain pass's outputs and gradients bit for bit, and buffers move once."""
     for causal in s.causalities:
@@ -42,6 +42,8 @@ def checkpointed(s: Subject) -> None:
 @law("L53", protocols=LAYERS, weight="heavy")
 def built_on_another_device(s: Subject) -> None:
     """Built under a default device everything it has stands there, and calls there give the right shapes."""
+    if s.fixed:
+        does_not_apply("it is built already")
     for causal in s.causalities:
         given = s.inputs()
         want = s.build(causal=causal)(*given)
@@ -55,7 +57,7 @@ def built_on_another_device(s: Subject) -> None:
             hold(got.is_meta and got.shape == want.shape and got.dtype == want.dtype, f"on meta: {got.shape}")
 
 
-@law("L53", protocols=LAYERS)
+@law("L53", protocols=LAYERS, weight="heavy")
 def follows_its_inputs(s: Subject) -> None:
     """Whatever the default device is, a call and its gradients are computed where its inputs are."""
     for name, module, given, call in calls(s):

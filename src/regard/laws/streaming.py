@@ -63,7 +63,7 @@ def token_by_token(s: Subject) -> None:
     close(stream(module, x, [T]), want, "all at once")
 
 
-@law("L19", needs="streaming")
+@law("L19", needs="streaming", weight="heavy")
 @torch.no_grad()
 def any_partition(s: Subject) -> None:
     """However the tokens are cut into chunks, empty ones included, the outputs are the full pass's."""

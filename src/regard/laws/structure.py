@@ -91,7 +91,7 @@ def far_future_changes_nothing(s: Subject) -> None:
             raise shortest_look_ahead(module, x)
 
 
-@law("L4", needs="causal")
+@law("L4", needs="causal", weight="heavy")
 def future_changes_nothing_in_training(s: Subject) -> None:
     """The future changes nothing while training, either."""
     module, x = s.build(causal=True).train(), s.tokens()
@@ -118,7 +118,7 @@ def shortest_look_ahead(module: Any, x: Tensor) -> Broken:
     return Broken(f"the future of {x.shape[1]} tokens changes the past, but their last token alone changes nothing")
 
 
-@law("L6", needs="causal")
+@law("L6", needs="causal", weight="heavy")
 def prefixes(s: Subject) -> None:
     """f(x[:t]) = f(x)[:t], and so for the gradients of a loss on the first t outputs."""
     module, x = s.build(causal=True), s.tokens()
@@ -162,7 +162,7 @@ def batch_rows_do_not_meet(s: Subject) -> None:
     rows_apart(s, "eval")
 
 
-@law("L10", protocols=BATCHED)
+@law("L10", protocols=BATCHED, weight="heavy")
 def batch_rows_do_not_meet_in_training(s: Subject) -> None:
     """Another batch row changes nothing while training, either."""
     rows_apart(s, "training")

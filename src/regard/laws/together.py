@@ -39,7 +39,7 @@ def poisoned(x: Tensor, keep: Tensor, value: float) -> Tensor:
     return x.masked_fill(~keep[..., None], value)
 
 
-@law("L49", needs="padding cross")
+@law("L49", needs="padding cross", weight="heavy")
 def padding_of_a_context(s: Subject) -> None:
     """Hidden keys of a context are as if cut away, whatever they hold; so with fewer key heads."""
     for causal, options in itertools.product(s.crossings, grouped(s)):
@@ -57,7 +57,7 @@ def padding_of_a_context(s: Subject) -> None:
         same(other, got, f"what hidden keys hold, {options}")
 
 
-@law("L49", needs="mask cross")
+@law("L49", needs="mask cross", weight="heavy")
 def mask_of_a_context(s: Subject) -> None:
     """A mask of pairs over a context that hides whole keys is the padding of them; with padding, both hide."""
     for causal, options in itertools.product(s.crossings, grouped(s)):
@@ -72,7 +72,7 @@ def mask_of_a_context(s: Subject) -> None:
         close(both, module(x, context, mask=some & each), f"pairs and padding, {options}")
 
 
-@law("L49", needs="mask causal")
+@law("L49", needs="mask causal", weight="heavy")
 def mask_of_a_causal_layer(s: Subject) -> None:
     """A mask and causality hide what either hides; with padding and fewer key heads, too."""
     for options in grouped(s):
@@ -102,7 +102,7 @@ def padding_of_a_causal_layer(s: Subject) -> None:
             same(module(poisoned(x, keep, value), mask=mask)[keep], want, f"{value} in hidden tokens, {options}")
 
 
-@law("L49", needs="streaming")
+@law("L49", needs="streaming", weight="heavy")
 @torch.no_grad()
 def features_of_a_stream(s: Subject) -> None:
     """Token by token is the full pass with fewer key heads, in eval with dropout, and under autograd's eye or not."""
@@ -113,7 +113,7 @@ def features_of_a_stream(s: Subject) -> None:
         close(stream(module, x, [3, 1, s.length - 4]), module(x), f"{options}")
 
 
-@law("L49", needs="streaming padding")
+@law("L49", needs="streaming padding", weight="heavy")
 @torch.no_grad()
 def padding_of_a_stream(s: Subject) -> None:
     """Left padding, NaN in it, is hidden in a stream as in the full pass; so is what is hidden later."""
@@ -130,7 +130,7 @@ def padding_of_a_stream(s: Subject) -> None:
             close(got[keep], want[keep], f"chunks {sizes}, {options}")
 
 
-@law("L49", needs="streaming mask")
+@law("L49", needs="streaming mask", weight="heavy")
 @torch.no_grad()
 def mask_of_a_stream(s: Subject) -> None:
     """A mask of pairs over absolute positions hides in a stream what it hides in the full pass."""

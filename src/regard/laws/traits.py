@@ -159,7 +159,7 @@ def equal_values_come_out(s: Subject) -> None:
         close(got, torch.full_like(got, 3.0), "weighted sum of values that are all 3")
 
 
-@law("L56", traits="nonnegative", protocols=MIXERS)
+@law("L56", traits="nonnegative", protocols=MIXERS, weight="heavy")
 def layer_weights_are_not_negative(s: Subject) -> None:
     """No token's value counts negatively; with weights that sum to 1, outputs lie within the range of the values."""
     for module, values in built(s):
@@ -167,7 +167,7 @@ def layer_weights_are_not_negative(s: Subject) -> None:
             hold((got >= 0).all(), f"the value of token {n} has the weight {got.min():.3g}")
 
 
-@law("L56", traits="sparse", protocols=MIXERS)
+@law("L56", traits="sparse", protocols=MIXERS, weight="heavy")
 def some_layer_weights_are_zero(s: Subject) -> None:
     """A token that may be seen, as the layer itself says, has weight exactly 0 somewhere."""
     for module, values in built(s):
@@ -178,7 +178,7 @@ def some_layer_weights_are_zero(s: Subject) -> None:
         hold((a.transpose(1, 2)[allowed] == 0).any(), "no weight is 0")
 
 
-@law("L56", traits="routed", protocols="TokenMixer FeatureMixer")
+@law("L56", traits="routed", protocols="TokenMixer FeatureMixer", weight="heavy")
 def content_decides_what_is_seen(s: Subject) -> None:
     """Which tokens count at all for an output differs from input to input."""
     x = s.tokens(6) if s.protocol == "TokenMixer" and s.given is None else s.inputs()[0]

@@ -76,7 +76,7 @@ def calls(s: Subject) -> Iterator[tuple[str, Any, tuple[Tensor, ...], dict[str, 
             yield f"causal={causal} and padding", module, s.inputs(), {"mask": masks.padding(hidden(s, s.length))}
 
 
-@law("L50", protocols=BATCHED)
+@law("L50", protocols=BATCHED, weight="heavy")
 def mapped_over_the_batch(s: Subject) -> None:
     """torch.vmap over the batch, one sequence at a time, gives what the batch gives."""
     for name, module, given, call in calls(s):
@@ -87,7 +87,7 @@ def mapped_over_the_batch(s: Subject) -> None:
             close(got, module(*given), f"vmap, {name}")
 
 
-@law("L50", protocols=BATCHED)
+@law("L50", protocols=BATCHED, weight="heavy")
 def gradients_of_each_sample(s: Subject) -> None:
     """vmap of grad gives each sample's gradients."""
     module, given = s.build(), s.inputs()
@@ -131,7 +131,7 @@ def forward_mode(s: Subject) -> None:
             close((forwards * w).sum().detach(), want.to(out.dtype), f"jvp, {name}")
 
 
-@law("L50", protocols=LAYERS)
+@law("L50", protocols=LAYERS, weight="heavy")
 def hessians(s: Subject) -> None:
     """torch.func.hessian in two directions, forwards through backward, is what backward through backward gives."""
     module, (leaves, filled) = s.build(), floating(s)
@@ -186,7 +186,7 @@ def traced_by_jit(s: Subject) -> None:
             close(traced(*others), module(*others), f"jit.trace, {name}")
 
 
-@law("L50", protocols=LAYERS)
+@law("L50", protocols=LAYERS, weight="heavy")
 def inference_then_training(s: Subject) -> None:
     """After calls under torch.inference_mode training goes on as if there had been none."""
     module, fresh, (leaves, filled) = s.build(), s.build(), floating(s)
@@ -205,7 +205,7 @@ def inference_then_training(s: Subject) -> None:
         same(got, want, f"result {n} after inference_mode")
 
 
-@law("L50", needs="streaming")
+@law("L50", needs="streaming", weight="heavy")
 def inference_then_steps(s: Subject) -> None:
     """A state that was begun under torch.inference_mode can be stepped from outside of it."""
     module, x = s.build(causal=True), s.tokens()
@@ -215,7 +215,7 @@ def inference_then_steps(s: Subject) -> None:
         close(module.step(x[:, 4:], state)[0], module(x)[:, 4:], "steps after inference_mode")
 
 
-@law("L50", protocols=BATCHED)
+@law("L50", protocols=BATCHED, weight="heavy")
 def autocast_in_steps(s: Subject) -> None:
     """Under autocast outputs are about as exact as in half precision, in a stream as in the full pass."""
     chooses = "routed" in s.traits

@@ -86,8 +86,7 @@ class RoutingAttention(HeadMixer):
     counts: Tensor
     sums: Tensor
     _before: tuple[Tensor, ...] = ()
-    """The centroids of the last passes in training, for checkpoints that run one once more, the last one first."""
-    """The centroids of the last training step before they moved: a checkpoint runs that step once more."""
+    """Those of the last passes in training before they moved. Checkpoints run passes once more, the last one first."""
 
     def __init__(
         self,
