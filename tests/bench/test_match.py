@@ -54,10 +54,28 @@ def test_matching_draws_nothing_from_the_generator():
 
 @pytest.mark.parametrize("mechanism", [SOFTMAX, *OTHERS], ids=str)
 def test_flops_are_what_torch_counts_for_an_example(mechanism):
+    """Where attention is plain products, less the pairs that the mask forbids."""
     model = TASK.model(mechanism, SIZE).eval()
+    found = flops(TASK, model)
+    masked = 0.0
+    for mixer in model.mixers:
+        mixer.kernel = "eager"
+        masked += (1 - mixer.receptive_field().density(32)) * 2 * 2 * 32 * 64
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 32, dtype=torch.long))
-    assert flops(TASK, model) == pytest.approx(counter.get_total_flops() / 32, rel=1e-6)
+    assert found == pytest.approx(counter.get_total_flops() / 32 - masked, rel=1e-6)
+
+
+def test_longer_texts_ask_more_of_softmax_and_not_of_what_sees_a_window():
+    """So that at equal FLOPs a window leaves more for the MLPs, the more the longer the text is."""
+    long = NextByte(length=256, text=TASK.text)
+    near = parse("window(window=8)")
+    pairs = [length * (length + 1) / 2 / length for length in (32, 256)]
+    more = flops(long, long.model(SOFTMAX, SIZE)) - flops(TASK, TASK.model(SOFTMAX, SIZE))
+    assert more == 2 * 2 * 2 * 64 * (pairs[1] - pairs[0])
+    assert flops(long, long.model(near, SIZE)) < 1.01 * flops(TASK, TASK.model(near, SIZE))
+    widths = [matched(task, near, SIZE, "flops").mlp_dim - SIZE.mlp_dim for task in (TASK, long)]
+    assert 0 < 4 * widths[0] < widths[1]
 
 
 def test_hidden_work_counts_at_least_its_parameters():

@@ -213,7 +213,7 @@ def test_two_stacks_and_pictures_name_their_tokens():
     assert named == expected
     seen = facts(render(made.picture()))["traces"][0]
     assert seen["tokens"]["picture"][0][:3] == ["[CLS]", "row 1, column 1", "row 1, column 2"]
-    assert seen["picture"] == {"size": [24, 32], "grid": [3, 4], "extra": 1}
+    assert seen["picture"] == {"size": [24, 32], "grid": [3, 4], "extra": 1, "lost": 0}
 
 
 @pytest.mark.parametrize(

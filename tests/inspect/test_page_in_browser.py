@@ -5,6 +5,7 @@ Every page is opened from disk; `opened` fails a test whose page logs, throws, a
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -390,3 +391,33 @@ def test_twelve_layers_of_twelve_heads_on_512_tokens_do_not_freeze_it(browser, t
         page.locator(".queries .tok").nth(20).hover()
         expect(page.locator("#said")).to_contain_text("query 20")
         assert page.evaluate("window.longest") < 4000  # ms that the page did not answer; about 150 when idle
+
+
+def test_what_is_no_number_is_named_and_hides_no_other_head(browser, tmp_path):
+    trace = made.text()
+    q = trace.layers[0].q.clone()
+    q[0, 1, 4] = float("nan")
+    trace = replace(trace, layers=(replace(trace.layers[0], q=q), *trace.layers[1:]))
+    with opened(browser, render(trace), tmp_path) as page:
+        drawn(page, "model")
+        expect(page.locator("#view-model")).to_contain_text("Weights that are no numbers: layer 0 head 1 (1 query).")
+        page.get_by_role("button", name="layer 0, head 1").hover()
+        expect(page.locator("#tip")).to_contain_text("entropy not a number")
+        page.get_by_role("button", name="layer 0, head 1").click()
+        drawn(page, "head")
+        place, box = cells(page, 0), page.locator("#view-head .drawing").bounding_box()
+        page.mouse.move(box["x"] + place[0] + 2.5 * place[2], box["y"] + place[1] + 4.5 * place[2])
+        expect(page.locator("#tip")).to_contain_text("not a number")
+        page.get_by_role("tab", name="Queries and keys").click()
+        expect(page.locator("#view-plane")).to_contain_text("No place for 1 of the queries and keys")
+        assert inks(page, "#view-plane canvas") > 5
+        page.get_by_role("tab", name="On the text").click()
+        expect(page.locator("#view-text")).to_contain_text(
+            "leaves out 12 of the queries"
+        )  # of the rollout, in which all read it
+        page.get_by_role("tab", name="In numbers").click()
+        expect(page.locator('#view-table tr[data-head="0,1"]')).to_contain_text("not a number")
+        page.get_by_role("button", name="entropy").click()
+        rows = page.locator("#view-table tbody tr")
+        expect(rows.last).to_have_attribute("data-head", "0,1")
+        assert rows.count() == 6

@@ -3,21 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from regard.kernels.flops import FlopCounter
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """Two for each multiply-add of its matrix products and convolutions, by torch's own count.
-
-    Which knows fused attention on GPUs alone.
-    """
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mapping = {fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    """Two for each multiply-add, as `regard.kernels.flops` counts them."""
+    with FlopCounter() as counter:
         call()
     return counter.get_total_flops()
 

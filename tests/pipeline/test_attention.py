@@ -389,3 +389,49 @@ def test_a_users_own_stages() -> None:
         )
     with pytest.raises(ValueError, match=r"normalizer Relu is not softmax.*these can: block_sparse, chunked, eager"):
         regard.attention(q, k, v, mask=masks.causal(), normalizer=Relu(), kernel="sdpa")
+
+
+POSITIONS = [n for n in regard.mechanisms("positions") if "streaming" in regard.card(n).supports]
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_left_padded_rows_are_decoded_as_alone(name: str) -> None:
+    """A prompt behind padding, then token by token, in one batch with a longer prompt."""
+    torch.manual_seed(0)
+    card = regard.card(name)
+    layer = regard.create(name, dim=24, num_heads=6, causal=True, dtype=torch.float64, **card.example).eval()
+    x = torch.randn(2, 10, 24, dtype=torch.float64)
+    kept = torch.ones(2, 10, dtype=torch.bool)
+    kept[0, :4] = False
+    mask, where = regard.masks.padding(kept), (kept.cumsum(1) - 1).clamp(min=0)
+    x[0, :4] = torch.nan
+    with torch.no_grad():
+        alone, longer = layer(x[:1, 4:]), layer(x[1:])
+        out, state = layer.step(x[:, :6], layer.init_state(2, 10), mask=mask, positions=where[:, :6])
+        outs = [out]
+        for n in range(6, 10):
+            out, state = layer.step(x[:, n : n + 1], state, mask=mask, positions=where[:, n : n + 1])
+            outs.append(out)
+        got = torch.cat(outs, 1)
+        torch.testing.assert_close(got[:1, 4:], alone)
+        torch.testing.assert_close(got[1:], longer)
+        full = layer(x, mask=mask, positions=where)
+        torch.testing.assert_close(got[kept], full[kept])
+
+
+def test_positions_of_a_step_must_fit_it() -> None:
+    layer = regard.create("rotary", dim=16, num_heads=2, causal=True)
+    state = layer.init_state(2, 8)
+    with pytest.raises(ValueError, match=r"positions don't fit x .*\(8,\).*integers of shape .3,. or .2, 3."):
+        layer.step(torch.randn(2, 3, 16), state, positions=torch.arange(8))
+
+
+def test_positions_of_a_step_count_on_by_default() -> None:
+    torch.manual_seed(0)
+    layer = regard.create("rotary", dim=16, num_heads=2, causal=True).eval()
+    x = torch.randn(2, 6, 16)
+    _, told = layer.step(x[:, :4], layer.init_state(2, 6), positions=torch.arange(4))
+    _, untold = layer.step(x[:, :4], layer.init_state(2, 6))
+    want, _ = layer.step(x[:, 4:], untold)
+    assert torch.equal(layer.step(x[:, 4:], told, positions=torch.arange(4, 6))[0], want)
+    assert not torch.allclose(layer.step(x[:, 4:], told, positions=torch.arange(7, 9))[0], want)

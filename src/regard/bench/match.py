@@ -3,11 +3,11 @@
     params   parameters of the whole model are equal within 1%
     flops    forward FLOPs per token are equal within 1%
 
-What is counted as FLOPs: two per multiply-add of every matrix product, convolution and fused attention that
-really runs (torch's own counter), for one example, divided by its tokens. The counter charges the full T x T
-square for fused attention, causal or not. It sees neither elementwise work nor FFTs, nor a softmax; where it
-sees less of a mixer than one use of each of its parameters, two FLOPs per parameter and token are counted
-instead. An embedding lookup is free, the prediction over the vocabulary is not.
+What is counted as FLOPs, `regard.kernels.flops` says: two per multiply-add of matrix products, convolutions and
+attention, for one example, divided by its tokens. Attention is charged the pairs that its mask allows, whatever kernel
+runs. Elementwise work and softmax are free; where less is seen of a mixer than one use of each of its parameters, two
+FLOPs per parameter and token are counted instead. An embedding lookup is free, the prediction over the vocabulary is
+not.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard.bench.record import Match
+from regard.kernels.flops import FlopCounter
 from regard.models.mixer import Spec, parse
 from regard.tasks import Size, Task
 
@@ -41,7 +41,7 @@ def flops(task: Task, model: Any) -> float:
     """Forward FLOPs per token of a task's model, as the module docstring says."""
     device = next(model.parameters()).device
     training = model.training
-    with FlopCounterMode(display=False) as counter:  # without no_grad, which its count by modules cannot bear
+    with FlopCounter() as counter:  # without no_grad, which its count by modules cannot bear
         model.eval()(*(x.to(device) for x in task.example()))
     model.train(training)
     total, counts = counter.get_total_flops() / task.tokens, counter.get_flop_counts()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.cache.prefix_tree import PrefixTree
@@ -114,12 +114,17 @@ class ChunkAttention(Attention):
         return Branches(tree, tuple(tree.add() for _ in range(batch_size)), capacity)
 
     def step(  # type: ignore[override]
-        self, x: Float[Tensor, "B t M"], state: Branches, *, mask: Mask | None = None
+        self,
+        x: Float[Tensor, "B t M"],
+        state: Branches,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*b t"] | None = None,
     ) -> tuple[Float[Tensor, "B t M"], Branches]:
         """The next t tokens: what `forward` would give at these positions, and the state with them in it.
 
         Args:
-            mask: over absolute positions, e.g. `padding` of the whole sequence's keys.
+            mask, positions: as in `regard.Attention`; this layer has nothing that reads positions.
         """
         check_streams(self)
         tokens(self, "x", x, self.dim)
@@ -134,6 +139,7 @@ class ChunkAttention(Attention):
         if (end := state.length + t) > state.capacity:
             new = f"with {t} new token{'s' * (t != 1)} exceeds capacity {state.capacity}"
             refuse(self, "x", new, f"{state.length} held before", f"a state with capacity >= {end}")
+        self._positions(positions, B, t, x.device)
         where = torch.arange(state.length, state.length + t, device=x.device)
         q, k, v, _, _ = self._project(x, x, where, where, where)
         if autocasts(x.device):  # the tree keeps the dtype it was made with

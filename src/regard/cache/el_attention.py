@@ -11,7 +11,7 @@ no such slots.
 from typing import Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.cards import PLAIN, Card, Cost, Paper
@@ -113,9 +113,18 @@ class ELAttention(Attention):
         return KVCache({"x": torch.zeros(batch_size, capacity, self.dim, device=device, dtype=keys.dtype)})
 
     def step(
-        self, x: Float[Tensor, "B t M"], state: KVCache, *, mask: Mask | None = None
+        self,
+        x: Float[Tensor, "B t M"],
+        state: KVCache,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*b t"] | None = None,
     ) -> tuple[Float[Tensor, "B t M"], KVCache]:
-        """The next t tokens: what `forward` would give at these positions, and the state with them in it."""
+        """The next t tokens: what `forward` would give at these positions, and the state with them in it.
+
+        Args:
+            mask, positions: as in `regard.Attention`; this layer has nothing that reads positions.
+        """
         check_streams(self)
         tokens(self, "x", x, self.dim)
         if not isinstance(state, KVCache):
@@ -125,6 +134,7 @@ class ELAttention(Attention):
             refuse(self, "mask", "has the wrong type", type(mask).__name__, "a regard.masks.Mask", error=TypeError)
         kept = x.to(state.buffers["x"].dtype) if autocasts(x.device) and "x" in state.buffers else x
         held, state = state.append(x=kept)
+        self._positions(positions, x.shape[0], x.shape[1], x.device)
         where = torch.arange(state.length, device=x.device)
         q, k, v, _, _ = self._project(x, held["x"], where, where, where)
         return self._finish(execute(self._problem(q, k, v, None, None, self._static(mask)), self.kernel), x), state

@@ -18,10 +18,10 @@ from regard.checks import checked, divides, refuse
 from regard.inspect.layers import Chosen, chosen
 from regard.kernels import execute
 from regard.kernels.problem import combine
-from regard.masks import Mask
+from regard.masks import Mask, padding
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.layer import Attention
-from regard.pipeline.tokens import key_padding, quarantine
+from regard.pipeline.tokens import key_padding, quarantine, spoil
 
 WHO = "effective_weights"
 
@@ -51,7 +51,8 @@ def effective_weights(
     """
     with torch.no_grad(), undisturbed(layer):
         attend, v = values_of(layer, x, context, mask=mask)
-        return measured_weights(attend, v, keys=keys)
+        weights = measured_weights(attend, v, keys=keys)
+        return weights.masked_fill(_unknown(layer, x, context, mask)[:, None, :, None], torch.nan)
 
 
 @checked()
@@ -103,6 +104,20 @@ def values_of(
     wanted = "a regard.Attention or HeadMixer; for others, measured_weights of a function of values"
     wrong = "is no layer of queries, keys and values that regard knows"
     refuse(WHO, "layer", wrong, type(layer).__name__, wanted, error=TypeError)
+
+
+def _unknown(layer: nn.Module, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None) -> Bool[Tensor, "B T"]:
+    """Which rows held NaN or infinity, or may see a token that did."""
+    rows = x.new_zeros(*x.shape[:2], 1)
+    if isinstance(layer, Attention):
+        _, _, allowed, bad = layer._prepare(x, context, mask, None)
+        return spoil(rows, *bad, allowed)[..., 0].isnan()
+    assert isinstance(layer, HeadMixer)
+    source = x if context is None else context
+    keep, allowed = key_padding(layer, mask, source), layer.receptive_field()
+    return spoil(rows, quarantine(x)[1], quarantine(source)[1], allowed if keep is None else allowed & padding(keep))[
+        ..., 0
+    ].isnan()
 
 
 def projected(
@@ -159,6 +174,8 @@ def _drawn(like: Tensor, seed: int) -> Tensor:
 
 def _near(a: Tensor, b: Tensor) -> bool:
     """Equal up to what sums in this dtype lose. What is not finite proves nothing."""
+    finite = a.isfinite() & b.isfinite()
+    a, b = a[finite], b[finite]
     if a.numel() == 0:
         return True
     scale = torch.maximum(a.abs(), b.abs()).max()

@@ -4,6 +4,7 @@ Only safetensors are read and no code that comes with a model is run.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from regard.models.lm import LanguageModel
 
 RUNS = Path("runs")
 """Where `regard compare` writes."""
+
+SHOWN = 8
+"""Heads that a line of the summary names."""
 
 Say = Callable[[str], None]
 
@@ -113,12 +117,15 @@ def summary(name: str, traced: Trace) -> list[str]:
         "following": "on the token after",
     }
     for field, what in words.items():
-        known = [row for row in table if getattr(row, field) is not None]
+        known = [row for row in table if getattr(row, field) is not None and math.isfinite(getattr(row, field))]
         if known:
             most = max(known, key=lambda row: getattr(row, field))
             if getattr(most, field) < 0.005:
                 continue
             lines.append(f"most weight {what}: {getattr(most, field):.0%} in {_head(most)}")
+    if lost := [_head(row) for row in table if not math.isfinite(row.entropy)]:
+        named = ", ".join(lost[:SHOWN]) + f" and {len(lost) - SHOWN} more" * (len(lost) > SHOWN)
+        lines.append(f"weights that are no numbers (NaN or infinity): {named}")
     return lines
 
 

@@ -1,7 +1,8 @@
 """What the heads of a trace do on average, as plain data: a table with one row for each head.
 
 Every number is a mean over the query rows that see anything and belong to a token that some query may see, which
-leaves padding out. Distances and neighbours count positions bottom-right: the last query stands at the last key.
+leaves padding out; NaN where one of these rows is no number. Distances and neighbours count positions bottom-right: the
+last query stands at the last key.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def head_statistics(
     T, S = weights.shape[2:]
     j = torch.arange(S, device=weights.device)
     i = torch.arange(S - T, S, device=weights.device)
-    rows = (weights > 0).any(-1)  # (B, H, T)
+    rows = (weights != 0).any(-1)  # (B, H, T); NaN is not 0
     if aligned:
         rows = rows & (seen[:, S - T :] if T <= S else seen.any(1, keepdim=True))[:, None]
     count = rows.sum((0, 2)).clamp(min=1)

@@ -1,6 +1,7 @@
 """Which kernel runs, and why not the others."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from regard.kernels import (
     window,
 )
 from regard.kernels.cost import Cost, rates
+from regard.kernels.flops import counted, counting
 from regard.kernels.problem import CAUSAL, Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes
 from regard.stages import IN_KERNELS
@@ -124,7 +126,7 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
     if empty:
         module = sdpa  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
     with as_it_is(p.q.device):
-        return _run(p, module)
+        return counted(p, partial(_run, module=module)) if counting(p) else _run(p, module)
 
 
 def _run(p: Problem, module: ModuleType) -> Tensor:

@@ -250,18 +250,23 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     """
     if p.readable and (not p.q.is_cpu or _finite(p.q, p.k, p.v)):
         return run(p)
+    clean, hit = cleaned(p)
+    return run(clean).masked_fill(hit[..., None], math.nan)
+
+
+def cleaned(p: Problem) -> tuple[Problem, Bool[Tensor, "B H T"]]:
+    """The problem with zeros for what is not finite, and the rows that see such."""
     bad_q, bad_k = ~_rows_finite(p.q), ~(_rows_finite(p.k) & _rows_finite(p.v))
     clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
     if p.x is not None and p.context is not None:
         clean = replace(clean, x=_zero(p.x, bad_q.any(1)), context=_zero(p.context, bad_k.any(1)))
-    out = run(clean)
     if p.mixes:  # heads (and a mix's earlier rows) read each other
         bad_q, bad_k = (
             bad_q.any(1, keepdim=True).expand_as(bad_q),
             bad_k.any(1, keepdim=True).expand_as(bad_k),
         )
     hit = sees(p.mask, p.i, p.j, bad_q, bad_k.repeat_interleave(p.q.shape[1] // p.k.shape[1], 1))
-    return out.masked_fill(hit[..., None], math.nan)
+    return clean, hit
 
 
 def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from regard import masks
 from regard.laws.agreement import close, does_not_apply, hold, refused, same, says
 from regard.laws.registry import law
-from regard.laws.subject import Subject
+from regard.laws.subject import Subject, takes
 from regard.pipeline.kv_cache import KVCache
 
 
@@ -90,6 +90,30 @@ def padded_stream(s: Subject) -> None:
     kept[1:, :3] = False
     mask = masks.padding(kept)
     close(stream(module, x, [2, 1, 6, s.length - 9], mask=mask), module(x, mask=mask))
+
+
+@law("L18", needs="streaming padding", pipeline=True)
+@torch.no_grad()
+def left_padded_stream(s: Subject) -> None:
+    """Told where its tokens stand, a row behind padding comes out of the stream as it does alone, however long the
+    others are."""
+    module, x, pads = s.build(causal=True), s.tokens(), 3
+    if not takes(module, "positions"):
+        does_not_apply("it can't be told positions")
+    kept = torch.ones(s.batch, s.length, dtype=torch.bool)
+    kept[0, :pads] = False
+    mask, where = masks.padding(kept), (kept.cumsum(1) - 1).clamp(min=0)
+    want = module(x)
+    want[0, pads:] = module(x[:1, pads:])[0]
+    for sizes in ([2, 1, 0, 4, s.length - 7], [1] * s.length):
+        state, outs, done = module.init_state(s.batch, s.length), [], 0
+        for size in sizes:
+            at = slice(done, done + size)
+            out, state = module.step(x[:, at], state, mask=mask, positions=where[:, at])
+            outs.append(out)
+            done += size
+        got = torch.cat(outs, 1)
+        close(got[kept], want[kept], f"chunks of {sizes}")
 
 
 @law("L18", needs="streaming")

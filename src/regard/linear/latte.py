@@ -35,7 +35,7 @@ a = x W_q,   b = x W_k     (L latents a head: they are the columns of W_q and W_
     ),
     supports={"causal", "bidirectional", "padding", "streaming", "compile"},
     traits=PLAIN,
-    cost=Cost("2*B*H*(T + S)*num_latents*D", "H*num_latents*(D + 1)"),
+    cost=Cost("B*H*(T + S)*num_latents*D", "H*num_latents*(D + 1)"),
     claim="Weights are a row-stochastic matrix of rank <= L, with a constant state: "
     "tests/linear/test_latte.py::test_weights_are_stochastic_and_of_low_rank, "
     "tests/linear/test_latte.py::test_the_state_does_not_grow.",

@@ -162,14 +162,20 @@ class Attention(nn.Module):
         return streaming.init_state(self, batch_size, capacity, device=device, dtype=dtype)
 
     def step(
-        self, x: Float[Tensor, "B t M"], state: KVCache, *, mask: Mask | None = None
+        self,
+        x: Float[Tensor, "B t M"],
+        state: KVCache,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*b t"] | None = None,
     ) -> tuple[Float[Tensor, "B t M"], KVCache]:
         """The next t tokens: what `forward` would give at these positions, and the state with them in it.
 
         Args:
-            mask: over absolute positions, e.g. `padding` of the whole sequence's keys.
+            mask: over places in the cache, counted from 0, e.g. `padding` of the whole sequence's keys.
+            positions: where the new tokens stand, as in `forward`; (t,) or (B, t), default behind those held.
         """
-        return streaming.step(self, x, state, mask)
+        return streaming.step(self, x, state, mask, positions)
 
     def _prepare(
         self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, positions: Tensor | None
@@ -283,9 +289,9 @@ class Attention(nn.Module):
     def _preparing(self) -> dict[str, Stage]:
         return {name: stage for name, stage in self._stages().items() if stage.prepares()}
 
-    def _positions(self, positions: Tensor | None, B: int, T: int, device: torch.device) -> Tensor:
+    def _positions(self, positions: Tensor | None, B: int, T: int, device: torch.device, first: int = 0) -> Tensor:
         if positions is None:
-            return torch.arange(T, device=device)
+            return torch.arange(first, first + T, device=device)
         if positions.dtype not in (torch.int64, torch.int32) or positions.shape not in ((T,), (B, T)):
             got = f"{positions.dtype} {tuple(positions.shape)}"
             refuse(self, "positions", "don't fit x", got, f"integers of shape ({T},) or ({B}, {T})")

@@ -66,7 +66,9 @@ def init_state(
     return KVCache(buffers, window=window)
 
 
-def step(layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None) -> tuple[Tensor, KVCache]:
+def step(
+    layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None, positions: Tensor | None = None
+) -> tuple[Tensor, KVCache]:
     """See `Attention.step`."""
     check_streams(layer)
     tokens(layer, "x", x, layer.dim)
@@ -77,7 +79,7 @@ def step(layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None) -> tu
     if not (mask is None or isinstance(mask, Mask)):
         refuse("step", "mask", "has the wrong type", type(mask).__name__, "a Mask of regard.masks", error=TypeError)
     t = x.shape[1]
-    where = torch.arange(state.length, state.length + t, device=x.device)
+    where = layer._positions(positions, x.shape[0], t, x.device, state.length)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
     q, k, v, x, _ = layer._project(x, x, where, where, where)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.

@@ -23,7 +23,7 @@ CARD = Card(
 season_t = sum over kept f of (2 |X_f| / T) cos(2 pi f t / T + arg X_f),   t = 0 .. T - 1, and on to T + P - 1""",
     papers=PAPERS,
     supports={"bidirectional", "compile"},
-    cost=Cost("B*T*M*log2(T)*5", ""),
+    cost=Cost("2.5*B*T*M*log2(T)", ""),
     claim="Goes on with a sum of K sines of whole cycles without error: "
     "tests/timeseries/test_frequency_attention.py::test_sines_go_on_exactly.",
     differs=(

@@ -91,7 +91,9 @@ def _legend(group: Group) -> str:
         f"★ best mean of its column, ≈ not further from it than the spread, {DASH} not measured or not "
         f"possible. {text(metric.name[:1].upper() + metric.name[1:])}: {'more' if metric.better > 0 else 'less'} is "
         "better. Memory, state and FLOP: less is better; 1 KB = 1000 bytes. State: what one sequence keeps while "
-        "streaming, after the length of an example. Tokens are what is mixed: bytes, pixels, nodes, steps."
+        "streaming, after the length of an example. FLOP: two for each multiply-add of one example's forward pass; "
+        "attention is charged the pairs that its mask allows, elementwise work and softmax are free. Tokens are what "
+        "is mixed: bytes, pixels, nodes, steps."
     )
 
 

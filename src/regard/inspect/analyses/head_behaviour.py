@@ -63,6 +63,8 @@ class HeadBehaviour(NamedTuple):
     def names(self, *, position: float = 0.5, delimiter: float = 0.6, broad: float = 0.78) -> list[list[str]]:
         """[layer][head]: 'next', 'previous', 'broad', 'delimiter': the last that holds, as the authors colour them; ''.
 
+        'no number' where a head has weights that are NaN.
+
         Args:
             position, delimiter: mean weights above which a head is named so.
             broad: share of the uniform entropy; 0.78 is their 3.8 nats on 128 tokens.
@@ -73,6 +75,7 @@ class HeadBehaviour(NamedTuple):
             "broad": self.entropy > broad * self.uniform,
             "delimiter": self.delimiters > delimiter,
         }
+        rules["no number"] = ~self.entropy.isfinite()
         L, H = self.entropy.shape
         return [[next((n for n in reversed(rules) if rules[n][at, h]), "") for h in range(H)] for at in range(L)]
 

@@ -61,12 +61,15 @@ def massive_activations(hidden: Hidden, *, floor: float = 100.0, ratio: float = 
         hidden: (B, T, M) after each block.
         floor: magnitudes up to this are none.
         ratio: nor are those up to so many times the median magnitude of their sequence.
+
+    NaN and infinity are always found, and the median is that of what is finite.
     """
     h = _stacked("massive_activations", hidden)
     number("massive_activations", least=0, floor=floor, ratio=ratio)
     size = h.abs()
-    median = size.flatten(2).median(-1).values[..., None, None]
-    at = ((size > floor) & (size > ratio * median)).nonzero(as_tuple=True)
+    finite = size.isfinite()
+    median = size.masked_fill(~finite, torch.nan).flatten(2).nanmedian(-1).values[..., None, None]
+    at = ((size > floor) & (size > ratio * median) | ~finite).nonzero(as_tuple=True)
     layer, sequence, token, width = at
     return Massive(layer, sequence, token, width, h[at], (size / median)[at])
 

@@ -11,9 +11,11 @@ from regard.inspect.capture.recorder import Recorder
 from regard.inspect.effective import measured_weights, projected, undisturbed
 from regard.inspect.layers import LayerTrace, Measured
 from regard.kernels import Problem
-from regard.kernels.problem import biased_scores, mixed, rectangle, softmax
+from regard.kernels.problem import all_finite, biased_scores, cleaned, mixed, rectangle, softmax
+from regard.masks import dense
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.layer import Attention
+from regard.pipeline.tokens import quarantine
 from regard.stages import IN_KERNELS, SLOTS
 
 
@@ -26,7 +28,8 @@ def record(recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs:
         return
     with torch.no_grad(), undisturbed(module):
         if isinstance(module, Attention):
-            recorder.keep(of_problem(place, module._prepare(x, context, call.get("mask"), call.get("positions"))[0]))
+            p, *_, bad = module._prepare(x, context, call.get("mask"), call.get("positions"))
+            recorder.keep(of_problem(place, replace(p, **_as_given(p.q, p.k, p.v, *bad))))
         elif isinstance(module, HeadMixer):
             recorder.keep(_of_mixer(place, module, x, context, call.get("mask")))
 
@@ -86,13 +89,21 @@ class Stages:
     ) -> Tensor:
         """Each run of neighbouring rows at once, with the earlier ones that it needs."""
         q, k, v = (z.to(self.problem.q.dtype) for z in (layer.q, layer.k, layer.v))
-        p = replace(self.problem, q=q, k=k, v=v, dropout=0.0)
+        p, hit = _cleaned(replace(self.problem, q=q, k=k, v=v, dropout=0.0))
         parts = [q.new_empty(q.shape[0], q.shape[1], 0, k.shape[2], dtype=torch.float32)] * (not len(rows))
         with torch.no_grad():
             for start, stop in _runs(rows):
                 first = max(0, start - p.halo)
                 parts.append(run(p, slice(first, stop))[:, :, start - first :])
-        return torch.cat(parts, 2).index_select(1, heads)
+        found = torch.cat(parts, 2)
+        if hit is not None:
+            found = found.masked_fill(hit.index_select(2, rows)[..., None], torch.nan)
+        return found.index_select(1, heads)
+
+
+def _cleaned(p: Problem) -> tuple[Problem, Tensor | None]:
+    """The problem as kernels see it, and which rows (B, H, T) see what is not finite; None where all is."""
+    return (p, None) if all(map(all_finite, (p.q, p.k, p.v))) else cleaned(p)
 
 
 def _all(p: Problem) -> slice:
@@ -113,9 +124,22 @@ def _of_mixer(place: dict[str, Any], module: HeadMixer, x: Tensor, context: Tens
     if keep is not None:
         allowed = allowed & keep[:, None, None]
     keep = None if keep is None else keep.clone()
+    bad = quarantine(x)[1], quarantine(x if context is None else context)[1]
 
     def measure(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p, hit = _cleaned(Problem(q, k, v, 1.0, mask=dense(allowed)))
         with undisturbed(module):
-            return measured_weights(lambda values: module.mixed(q, k, values, keep, alone=context is None), v)
+            weights = measured_weights(lambda values: module.mixed(p.q, p.k, values, keep, alone=context is None), p.v)
+        return weights if hit is None else weights.masked_fill(hit[..., None], torch.nan)
 
-    return LayerTrace(**place, q=q, k=k, v=v, scale=1.0, mask=allowed, weight_rule=Measured(measure, q.dtype))
+    given = place | _as_given(q, k, v, *bad)
+    return LayerTrace(**given, scale=1.0, mask=allowed, weight_rule=Measured(measure, q.dtype))
+
+
+def _as_given(q: Tensor, k: Tensor, v: Tensor, bad: Tensor | None, bad_source: Tensor | None) -> dict[str, Any]:
+    """NaN again where a layer put zeros for tokens that held NaN or infinity."""
+
+    def spoilt(z: Tensor, bad: Tensor | None) -> Tensor:
+        return z if bad is None else z.masked_fill(bad[:, None, :, None], torch.nan)
+
+    return {"q": spoilt(q, bad), "k": spoilt(k, bad_source), "v": spoilt(v, bad_source)}

@@ -22,6 +22,8 @@ from regard.inspect.layers import LayerTrace
 
 PROBE = 200
 """Queries, and keys, that agreement is measured on."""
+NOWHERE = 65535
+"""Both coordinates of a point that is no number."""
 
 
 def joint(q: Float[Tensor, "N D"], k: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "M D"]]:
@@ -95,19 +97,27 @@ def spread(places: Integer[Tensor, "N 2"], count: int) -> Integer[Tensor, "n 2"]
 def flat(
     layer: LayerTrace, head: int, queries: Integer[Tensor, "N 2"], keys: Integer[Tensor, "M 2"], *, plane: str
 ) -> tuple[Integer[Tensor, "L 2"], float]:
-    """Queries, then keys, of one head in the plane, in steps of 1/65535 of the larger side; and their agreement."""
-    q = _vectors(layer.q[queries[:, 0], head, queries[:, 1]])
-    k = _vectors(layer.k[keys[:, 0], head // (layer.q.shape[1] // layer.k.shape[1]), keys[:, 1]])
+    """Queries, then keys, of one head in the plane, in steps of 1/65534 of the larger side; and their agreement.
+
+    What holds NaN or infinity has no place: `NOWHERE`.
+    """
+    q = layer.q[queries[:, 0], head, queries[:, 1]].detach().cpu().double()
+    k = layer.k[keys[:, 0], head // (layer.q.shape[1] // layer.k.shape[1]), keys[:, 1]].detach().cpu().double()
+    finite = torch.cat([q, k]).isfinite().all(-1)
+    places = torch.full((len(finite), 2), NOWHERE, dtype=torch.int32)
+    placed, near = _placed(q[finite[: len(q)]], k[finite[len(q) :]], plane)
+    places[finite] = placed
+    return places, near
+
+
+def _placed(q: Float[Tensor, "N D"], k: Float[Tensor, "M D"], plane: str) -> tuple[Integer[Tensor, "L 2"], float]:
     if not len(q) or not len(k):
         return torch.zeros(len(q) + len(k), 2, dtype=torch.int32), 0.0
+    # Whatever their size, so that no square overflows; the plane is scaled anyway.
+    q, k = (x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny) for x in (q, k))
     points = PLANES[plane](torch.cat(joint(q, k)))
     few, many = slice(0, len(q), 1 + len(q) // PROBE), slice(0, len(k), 1 + len(k) // PROBE)
     near = agreement(q[few] @ k[many].mT, torch.cdist(points[: len(q)][few], points[len(q) :][many]))
     low = points.amin(0)
     side = (points.amax(0) - low).max().clamp_min(1e-12)
-    return ((points - low) / side * 65535).round().to(torch.int32), near
-
-
-def _vectors(x: Tensor) -> Float[Tensor, "N D"]:
-    x = x.detach().cpu().nan_to_num()
-    return x if x.dtype == torch.float64 else x.float()
+    return ((points - low) / side * (NOWHERE - 1)).round().to(torch.int32), near

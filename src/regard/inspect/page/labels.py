@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +15,9 @@ LONGEST = 120
 """Characters of a token that the page keeps."""
 WIDEST = 384
 """Pixels of a picture's longer side."""
+
+LOST = (255, 0, 255)
+"""What pixels are drawn in that hold NaN or infinity."""
 
 Lists = dict[str, list[list[str]]]
 """Token lists by name, each with one list for a batch row."""
@@ -54,10 +58,16 @@ def named(trace: Traced, layer: LayerTrace, found: Lists) -> tuple[str | None, s
 
 
 def picture(image: Float[Tensor, "3 Y X"]) -> Integer[Tensor, "Y X 3"]:
-    """The picture in 0..255, its own darkest and brightest values at the ends; at most WIDEST pixels a side."""
+    """The picture in 0..255, its own darkest and brightest values at the ends; at most WIDEST pixels a side.
+
+    Pixels that are no numbers are magenta.
+    """
     scale = WIDEST / max(image.shape[-2:])
-    image = image.float().nan_to_num()
+    image = image.double()
     if scale < 1:
         image = F.interpolate(image[None], scale_factor=scale, mode="area")[0]
-    low, high = image.min(), image.max()
-    return ((image - low) / (high - low).clamp_min(1e-12) * 255).round().byte().permute(1, 2, 0).contiguous()
+    lost = ~image.isfinite()
+    known = image[~lost] if not lost.all() else image.new_zeros(1)
+    levels = (image - known.min()) / (known.max() - known.min()).clamp_min(1e-12) * 255
+    levels = torch.where(lost.any(0), levels.new_tensor(LOST)[:, None, None], levels)
+    return levels.round().byte().permute(1, 2, 0).contiguous()

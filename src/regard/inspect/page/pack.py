@@ -77,9 +77,10 @@ def bits(mask: Bool[Tensor, "H T S"]) -> str:
 
 
 def thumbnails(weights: Float[Tensor, "*N T S"], side: int) -> Integer[Tensor, "*N t s"]:
-    """Small pictures of the maps, in levels of sqrt |w|."""
-    block = max(1, math.ceil(max(weights.shape[-2:]) / side))
-    return (pooled(weights, block).abs().nan_to_num().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
+    """Small pictures of the maps, in levels of sqrt |w| up to 254; 255 is no number."""
+    small = pooled(weights, max(1, math.ceil(max(weights.shape[-2:]) / side)))
+    levels = (small.abs().nan_to_num().clamp(0, 1).sqrt() * 254).round()
+    return torch.where(small.isfinite(), levels, 255).to(torch.uint8)
 
 
 def vectors(x: Float[Tensor, "N D"]) -> str:

@@ -67,11 +67,12 @@ def _layer(layer: LayerTrace, key: str, plan: pack.Plan, chunks: Chunks) -> tupl
     """Packs one layer's maps, a head at a time; also their mean over heads."""
     B, H, T, S = layer.shape
     rows = min(B, plan.rows)
-    thumbs, signed = [], []
+    thumbs, signed, lost = [], [], []
     mean = torch.zeros(B, T, S)
     for head in range(H):
         weights = layer.weights(heads=head)[:, 0].detach().float().cpu()
         signed.append(bool((weights < 0).any()))
+        lost.append(int((~weights.isfinite()).any(-1).sum()))
         mean += weights / H
         thumbs.append(pack.thumbnails(weights[:rows], THUMBNAIL))
         for row in range(rows):
@@ -90,6 +91,7 @@ def _layer(layer: LayerTrace, key: str, plan: pack.Plan, chunks: Chunks) -> tupl
         "shape": [H, -(-T // plan.pool), -(-S // plan.pool)],
         "thumb": list(pictures.shape[-2:]),
         "signed": signed,
+        "lost": lost,
         "scored": layer.has_logits and layer.logit_rule is None,
         "scale": float(layer.scale),
         "extras": _extras(layer),
@@ -190,7 +192,9 @@ def _pictures(trace: Traced, key: str, plan: pack.Plan, chunks: Chunks) -> Facts
     """Packs the pictures; None where there are none or their patches were pooled together."""
     if trace.images is None or trace.grid is None or plan.pool > 1:
         return None
-    for row in range(min(plan.rows, len(trace.images))):
-        drawn = labels.picture(trace.images[row])
+    shown = trace.images[: plan.rows]
+    lost = int((~shown.isfinite()).any(1).sum())
+    for row, image in enumerate(shown):
+        drawn = labels.picture(image.detach().cpu())
         chunks[f"{key}-picture-{row}"] = pack.compressed(drawn.numpy().tobytes())
-    return {"size": list(drawn.shape[:2]), "grid": list(trace.grid), "extra": trace.extra_tokens}
+    return {"size": list(drawn.shape[:2]), "grid": list(trace.grid), "extra": trace.extra_tokens, "lost": lost}

@@ -67,6 +67,10 @@ def render(
     traces = {names[0]: trace} if other is None else {names[0]: trace, names[1]: other}
     if not trace.layers:
         refuse("render", "trace", "holds no layers", 0, "one at least")
+    for layer in trace.layers:
+        if min(layer.shape) < 1:
+            wanted = "a batch row, a head, a query and a key at least"
+            refuse("render", f"trace.layers: {layer.name}", "has nothing to show", tuple(layer.shape), wanted)
     if len(traces) < 1 + (other is not None):
         refuse("render", "names", "are the same for both traces", names, "two names")
     shapes = [[tuple(layer.shape) for layer in one.layers] for one in traces.values()]

@@ -22,15 +22,20 @@ def columns() -> list[dict[str, str]]:
     return [{"field": field, "name": name, "help": words} for field, (name, words) in COLUMNS.items()]
 
 
-def table(trace: Traced) -> list[list[float | None]]:
-    """One row for each head: the layer's place, the head's place in it, and a number for each column."""
+def table(trace: Traced) -> list[list[float | str | None]]:
+    """One row for each head: the layer's place, the head's place in it, and a number for each column.
+
+    JSON has no NaN and no infinity: these are words that JavaScript's Number reads.
+    """
     seen: dict[int, int] = {}
-    rows: list[list[float | None]] = []
+    rows: list[list[float | str | None]] = []
     for one in trace.statistics():
         place = seen[one.layer] = seen.get(one.layer, -1) + 1
-        rows.append([one.layer, place, *(_finite(getattr(one, field)) for field in COLUMNS)])
+        rows.append([one.layer, place, *(_number(getattr(one, field)) for field in COLUMNS)])
     return rows
 
 
-def _finite(value: Any) -> float | None:
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+def _number(value: Any) -> float | str | None:
+    if value is None or math.isfinite(value):
+        return None if value is None else float(f"{value:.6g}")
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -4,6 +4,7 @@
 
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const traces = facts.traces;
+for (const trace of traces) trace.table = trace.table.map((row) => row.map((x) => (typeof x === "string" ? Number(x) : x)));
 const paired = traces.length > 1;
 const DIFFERENCE = 2; // state.shown: 0 and 1 are the traces, this is the second less the first
 const state = { view: "model", row: 0, layer: 0, head: 0, more: new Set(), shown: 0, held: null, lines: "3", shade: "weight" };
@@ -27,7 +28,7 @@ function choose(label, options, value, changed) {
   return make("label", {}, label + " ", select);
 }
 
-const percent = (w) => Number.isNaN(w) ? "not a number" : Math.abs(w) >= 0.0995 ? (100 * w).toFixed(0) + " %"
+const percent = (w) => Number.isNaN(w) ? "not a number" : !Number.isFinite(w) ? String(w) : Math.abs(w) >= 0.0995 ? (100 * w).toFixed(0) + " %"
   : Math.abs(w) >= 0.00995 ? (100 * w).toFixed(1) + " %" : (100 * w).toFixed(2) + " %";
 
 const layerOf = (layer = state.layer, trace = 0) => traces[trace].layers[layer];

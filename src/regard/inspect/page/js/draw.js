@@ -58,7 +58,7 @@ function heat(map, width, height, tint, rowwise = false) {
     for (let j = 0; j < map.S; j++) {
       const n = y + Math.floor((j * W) / map.S);
       const w = map.at(i, j) * scale;
-      if (!(Math.abs(w) <= Math.abs(most[n]))) most[n] = w;
+      if (!Number.isNaN(most[n]) && !(Math.abs(w) <= Math.abs(most[n]))) most[n] = w;
     }
   }
   return painted(most, W, H, tint);

@@ -49,6 +49,16 @@ views.set("model", (() => {
     return button;
   }
 
+  // Which heads have queries whose weights are no numbers.
+  function lost() {
+    const found = tracesShown().flatMap((t) => traces[t].layers.flatMap((layer, n) => layer.lost.map((count, head) => [t, n, head, count])))
+      .filter(([, , , count]) => count);
+    const words = found.slice(0, 8).map(([t, n, head, count]) =>
+      `${paired ? traces[t].name + ", " : ""}layer ${layerName(n)} head ${headName(n, head)} (${count} ${count === 1 ? "query" : "queries"})`);
+    if (found.length > 8) words.push(`${found.length - 8} heads more`);
+    return found.length ? `Weights that are no numbers: ${words.join("; ")}.` : "";
+  }
+
   function about(layer, head) {
     const found = traces[one()];
     const row = found.table.find((r) => r[0] === layer && r[1] === head);
@@ -63,7 +73,8 @@ views.set("model", (() => {
     const tint = tinter(1, compared);
     note.replaceChildren(
       compared ? legend(traces[0].name + " more", traces[1].name + " more", tint, -1) : legend("0", "100 % of a query's attention", tint),
-      make("span", { class: "note" }, "Queries go down, keys across. A point that covers several weights shows the largest."));
+      make("span", { class: "note" }, "Queries go down, keys across. A point that covers several weights shows the largest."),
+      make("span", { class: "note warn" }, lost()));
     for (let layer = 0; layer < traces[0].layers.length; layer++) {
       const parts = await Promise.all(compared ? [thumbs(0, layer), thumbs(1, layer)] : [thumbs(one(), layer)]);
       if (stale()) return;
@@ -71,7 +82,7 @@ views.set("model", (() => {
       for (let head = 0; head < H; head++) {
         const values = new Float32Array(T * S);
         for (let n = 0; n < values.length; n++) {
-          const [x, y] = parts.map((part) => (part[head * T * S + n] / 255) ** 2);
+          const [x, y] = parts.map((part) => part[head * T * S + n]).map((level) => (level === 255 ? NaN : (level / 254) ** 2));
           values[n] = compared ? y - x : x;
         }
         const canvas = buttons.get(`${layer},${head}`).firstChild;

@@ -5,7 +5,7 @@ if (traces[0].picture) {
   views.set("picture", (() => {
     const panel = make("section");
     const controls = make("div", { class: "controls" });
-    const { size: [Y, X], grid: [rows, columns], extra } = traces[0].picture;
+    const { size: [Y, X], grid: [rows, columns], extra, lost } = traces[0].picture;
     const large = tracesShown().map((t) => ({ trace: t, canvas: make("canvas", { class: "drawing", role: "img", "aria-label": "the picture" }) }));
     const left = make("div", { class: "panels" }, ...large.map(({ trace, canvas }) => make("div", {}, make("h3", {}, paired ? traces[trace].name : ""), canvas)));
     left.style.gridTemplateColumns = paired ? "1fr 1fr" : "1fr";
@@ -25,20 +25,21 @@ if (traces[0].picture) {
       }, queryToken(0, state.layer, n)));
       controls.replaceChildren(choose("Paint", sources, source, (value) => { source = value; go({}); }),
         make("span", { class: "note" }, "What is seen by"), ...extras,
-        make("span", { class: "note" }, "or by a patch: click on it. The patch that is read most is the brightest."));
+        make("span", { class: "note" }, "or by a patch: click on it. The patch that is read most is the brightest."),
+        make("span", { class: "note warn" }, lost ? `${lost} pixels of the pictures are no numbers, and drawn in magenta.` : ""));
     }
 
     // The picture under a dark veil, which is lifted from a patch as far as the query reads it.
     function cover(canvas, width, map, query) {
       const height = (width * Y) / X;
       const brush = fit(canvas, width, height);
-      const values = Array.from({ length: rows * columns }, (_, n) => Math.abs(map.at(query, extra + n)) || 0);
-      const largest = Math.max(...values) || 1;
+      const values = Array.from({ length: rows * columns }, (_, n) => Math.abs(map.at(query, extra + n)));
+      const largest = Math.max(...values.filter((value) => !Number.isNaN(value)), 0) || 1;
       brush.drawImage(background, 0, 0, width, height);
       const veil = make("canvas", { width: columns, height: rows });
       const pixels = veil.getContext("2d").createImageData(columns, rows);
       values.forEach((value, n) => {
-        pixels.data.set([8, 10, 16, 190 * (1 - value / largest)], 4 * n);
+        pixels.data.set(Number.isNaN(value) ? [...hex(colours.warn), 190] : [8, 10, 16, 190 * (1 - value / largest)], 4 * n);
       });
       veil.getContext("2d").putImageData(pixels, 0, 0);
       brush.imageSmoothingEnabled = false;

@@ -32,13 +32,15 @@ views.set("plane", (() => {
     const raw = await points(one(), state.layer, plane, state.head);
     if (stale()) return;
     const made = [];
+    let count = 0;
     for (const [kind, list] of [["queries", facts.queries], ["keys", facts.keys]]) {
       for (const [row, place] of list) {
-        const n = made.length;
-        made.push({ x: raw[2 * n] / 65535, y: 1 - raw[2 * n + 1] / 65535, kind, row, place, text: token(one(), state.layer, kind, place, row) });
+        const n = count++;
+        if (raw[2 * n] === 65535) continue; // no number
+        made.push({ x: raw[2 * n] / 65534, y: 1 - raw[2 * n + 1] / 65534, kind, row, place, text: token(one(), state.layer, kind, place, row) });
       }
     }
-    seen = { points: made, near: null, map: null };
+    seen = { points: made, near: null, map: null, lost: count - made.length };
     paint();
     panel.dataset.drawn = `${state.layer} ${state.head}`;
   });
@@ -53,7 +55,8 @@ views.set("plane", (() => {
       [...counts].sort((a, b) => b[1] - a[1]).slice(0, 7).forEach(([text], n) => shared.set(text, n));
     }
     const found = traces[one()].planes[plane][state.layer].agreement[state.head];
-    key.textContent = `In this plane a query's scores and distances correlate at ${found.toFixed(2)} (at −1, the nearest key would always be read most).   `;
+    key.textContent = `In this plane a query's scores and distances correlate at ${found.toFixed(2)} (at −1, the nearest key would always be read most).   `
+      + (seen.lost ? `No place for ${seen.lost} of the queries and keys: they hold what is no number.   ` : "");
     const entry = (colour, words) => {
       const dot = make("span", { "aria-hidden": "true" }, "■ ");
       dot.style.color = colour;
@@ -74,6 +77,11 @@ views.set("plane", (() => {
 
   function paint() {
     if (!seen || !panel.clientWidth) return;
+    canvas.hidden = !seen.points.length;
+    if (canvas.hidden) {
+      inkOf();
+      return;
+    }
     const width = panel.clientWidth;
     const height = Math.min(600, 0.7 * innerHeight);
     // Both axes have the same scale: the plane is fitted into the canvas as a whole.

@@ -3,6 +3,7 @@
 
 function measure(name, value) {
   if (value === null) return "–";
+  if (!Number.isFinite(value)) return percent(value);
   const text = name === "entropy" ? value.toFixed(2) : name === "distance" ? value.toFixed(1) : percent(value);
   return /^-[0.]+( %)?$/.test(text) ? text.slice(1) : text;
 }
@@ -38,9 +39,11 @@ views.set("table", (() => {
     const found = traces[0].table.map(([layer, h], n) => ({ layer, head: h, n, values: values(n) }));
     if (sorted.by !== "place") {
       const c = Number(sorted.by);
-      found.sort((a, b) => (a.values[c] === null) - (b.values[c] === null) || (sorted.down ? b.values[c] - a.values[c] : a.values[c] - b.values[c]) || a.n - b.n);
+      const none = (r) => r.values[c] === null || Number.isNaN(r.values[c]);
+      found.sort((a, b) => none(a) - none(b) || (none(a) ? a.n - b.n : 0) || (sorted.down ? b.values[c] - a.values[c] : a.values[c] - b.values[c]) || a.n - b.n);
     } else if (sorted.down) found.reverse();
-    const most = columns.map((_, c) => Math.max(...found.map((r) => Math.abs(r.values[c]) || 0)) || 1);
+    const finite = (x) => (Number.isFinite(x) ? Math.abs(x) : 0);
+    const most = columns.map((_, c) => Math.max(...found.map((r) => finite(r.values[c]))) || 1);
     body.replaceChildren(...found.map((row) => line(row, most)));
     note.textContent = state.shown === DIFFERENCE ? `${traces[1].name} less ${traces[0].name}.` : "Averages over all queries of all inputs. Entropy is in nats, distance in tokens.";
     panel.dataset.drawn = `${sorted.by} ${sorted.down}`;
@@ -56,7 +59,7 @@ views.set("table", (() => {
     }, make("td", { class: "name" }, name), ...row.values.map((value, c) => {
       const cell = make("td", { class: "bar" }, measure(columns[c].name, value));
       if (state.shown === DIFFERENCE) cell.style.setProperty("--tint", `color-mix(in srgb, var(${value < 0 ? "--less" : "--more"}) 24%, transparent)`);
-      cell.style.setProperty("--part", `${(100 * Math.abs(value || 0)) / most[c]}%`);
+      cell.style.setProperty("--part", `${Math.min(100, (100 * Math.abs(value || 0)) / most[c])}%`);
       return cell;
     }));
   }

@@ -34,8 +34,10 @@ if (!traces[0].picture) {
       const along = direction === "row";
       const held = state.held === null ? null : Math.min(state.held, (along ? T : S) - 1);
       blocks.forEach(({ trace, words }, n) => fill(words, trace, layer, maps[n], held, along));
+      const lost = Math.max(...maps.map((map) => map.sizes.reduce((sum, size) => sum + Number.isNaN(size), 0)));
       const same = layerOf(layer).queries === layerOf(layer).keys;
       note.textContent = held === null ? "Click a token to see its own map. Until then, the average over all tokens is shown."
+          + (lost ? ` It leaves out ${lost} of the queries, whose weights are no numbers.` : "")
         : `${along ? "Query" : "Key"} ${held} “${(along ? queryToken : keyToken)(0, layer, held)}”. Shades reach up to the largest value.`
           + (same ? "" : " The text shown is the other stack's; j and k choose the next token.");
       panel.dataset.drawn = `${source} ${direction} ${held}`;
@@ -57,13 +59,13 @@ if (!traces[0].picture) {
       const own = layerOf(layer).queries === layerOf(layer).keys;
       words.replaceChildren(...values.flatMap((w, n) => {
         const text = (along ? keyToken : queryToken)(trace, layer, n);
-        const part = Math.abs(w) / largest || 0;
+        const part = Number.isNaN(w) ? 1 : Math.abs(w) / largest || 0;
         const word = make("span", {
           class: "word" + (own && n === held ? " held" : ""), "data-place": n, "data-value": w,
           mousemove: (event) => showTip(event, `${n}: ${text}\n${percent(w)}`), mouseleave: hideTip,
           click: () => go({ held: state.held === n ? null : n }),
         }, text);
-        word.style.background = `color-mix(in srgb, ${w < 0 ? colours.warn : colours.link} ${Math.round(70 * Math.sqrt(part))}%, transparent)`;
+        word.style.background = `color-mix(in srgb, ${w < 0 || Number.isNaN(w) ? colours.warn : colours.link} ${Math.round(70 * Math.sqrt(part))}%, transparent)`;
         return [word, " "];
       }));
     }
