@@ -25,6 +25,7 @@ CARD = Card(
         "Queries beyond the table share its last entry.",
     ),
     example={"max_length": 16},
+    defaults={"max_length": "ours", "start": "ours, plain attention; the paper prints 0.01 and 0.1"},
 )
 
 
