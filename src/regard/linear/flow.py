@@ -40,7 +40,12 @@ causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is s
         "No dropout after the output projection.",
     ),
     verified="third-party",
-    defaults={"bound": "code", "eps": "code"},
+    defaults={
+        "bound": "code",
+        "eps": "code",
+        "bias": "ours, the authors' code has one",
+        "context_dim": "ours, as wide as dim",
+    },
 )
 
 

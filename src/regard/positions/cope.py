@@ -34,6 +34,7 @@ score[i,j] = q_i . k_j / sqrt(D) + q_i . E[p[i,j]],   linear between the two nea
     ),
     verified="reconstructed",
     example={"max_positions": 6},
+    defaults={"max_positions": "ours, the paper's as remembered"},
 )
 
 

@@ -40,7 +40,7 @@ out = (softmax(q k^T / sqrt(M)) v + depthwise(v)) Wo          M: the width of al
     "map in 7 x 7 regions, 4 of them chosen: tests/routing/test_biformer.py::test_a_query_reads_16_of_196_tokens.",
     verified="reconstructed",
     example={"regions": 3, "topk": 2, "kernel": 3},
-    defaults={"kernel": "code, the classification models"},
+    defaults={"regions": "code", "topk": "code", "kernel": "code, the classification models", "bias": "code"},
 )
 
 
