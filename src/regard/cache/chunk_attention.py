@@ -51,6 +51,7 @@ m[C] = max s, z[C] = sum exp(s - m[C]), o[C] = sum exp(s - m[C]) v over a chunk'
     verified="third-party",
     example={"chunk": 4},
     tries={"chunk": ...},
+    defaults={"chunk": "ours", "kernel": "ours", "bias": "ours", "context_dim": "ours, as wide as dim"},
 )
 
 

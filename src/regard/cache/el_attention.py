@@ -51,6 +51,12 @@ out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
     verified="third-party",
     example={"folded": 64},
     tries={"folded": ...},
+    defaults={
+        "folded": "ours, no more arithmetic than keys and values cost",
+        "kernel": "ours",
+        "bias": "ours, the authors' code has one",
+        "context_dim": "ours, as wide as dim",
+    },
 )
 
 

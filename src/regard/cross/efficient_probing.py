@@ -39,7 +39,7 @@ CARD = Card(
     ),
     verified="third-party",
     tasks=("digits",),
-    defaults={"reduction": "code", "bias": "code"},
+    defaults={"num_queries": "ours, one for each head", "reduction": "code", "bias": "code"},
 )
 
 

@@ -33,7 +33,7 @@ discrete: sample = V_l[row, column],  column = trunc(loc_x X_l + 1/2), row = tru
     verified="third-party",
     example={"points": (2, 1, 3)},
     tasks=("boxes",),
-    defaults={"offset_scale": "code"},
+    defaults={"num_levels": "code", "points": "code", "sampling": "code", "offset_scale": "code"},
 )
 
 

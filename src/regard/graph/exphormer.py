@@ -55,7 +55,7 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
     verified="third-party",
     example={"degree": 2},
     tasks=("nodes",),
-    defaults={"degree": "code"},
+    defaults={"edge_dim": "code", "degree": "code", "virtual": "ours", "bias": "code", "seed": "ours"},
 )
 
 

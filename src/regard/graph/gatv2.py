@@ -42,7 +42,12 @@ y_i = sum_j alpha_ij W_src h_j""",
         "Biases of the projections start at 0, where the code leaves torch's start.",
     ),
     verified="third-party",
-    defaults={"self_loops": "code, PyG", "share_weights": "code, PyG", "negative_slope": "code"},
+    defaults={
+        "edge_dim": "code, PyG",
+        "share_weights": "code, PyG",
+        "self_loops": "code, PyG",
+        "negative_slope": "code",
+    },
 )
 
 

@@ -46,6 +46,7 @@ share = s: gamma gives C / s numbers, and channels c, c + C / s, ... have one we
         "The segmentation network's transitions are the host's; its batch norms go in through theta= and gamma=.",
     ),
     verified="third-party",
+    defaults={"pos_dim": "code", "share": "paper", "self_loops": "ours, `nearest` holds them", "bias": "code, PyG"},
 )
 
 

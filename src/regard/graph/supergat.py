@@ -46,7 +46,14 @@ edge loss: mean over edges and sampled non-edges of BCE(sigmoid(mean over heads 
     verified="third-party",
     auxiliary="auxiliary_loss",
     tasks=("nodes",),
-    defaults={"negative_slope": "paper", "edge_sample_ratio": "code, PyG"},
+    defaults={
+        "form": "code, PyG",
+        "self_loops": "code",
+        "negative_slope": "code",
+        "auxiliary_weight": "code, PyG's example",
+        "edge_sample_ratio": "code, PyG",
+        "neg_sample_ratio": "code, PyG",
+    },
 )
 
 Form = Literal["MX", "SD", "GO", "DP"]

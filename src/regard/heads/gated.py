@@ -30,7 +30,13 @@ CARD = Card(
     differs=("The gate has a projection of its own, not rows interleaved with the query's.",),
     verified="third-party",
     tasks=("text",),
-    defaults={"site": "paper", "combine": "paper", "activation": "paper", "shared": "paper"},
+    defaults={
+        "site": "paper",
+        "granularity": "ours, both are released",
+        "combine": "paper",
+        "activation": "paper",
+        "shared": "paper",
+    },
 )
 HEADWISE = CARD.variant(
     "gated_headwise",

@@ -24,6 +24,7 @@ CARD = Card(
     "tests/heads/test_knocking.py::test_the_layer_knocks_before_the_scores, "
     "tests/heads/test_knocking.py::test_starts_as_plain_attention.",
     differs=("The paper names the maps diagonal at the start; that the diagonal is 1 is inferred.",),
+    defaults={"form": "paper, the recommended form"},
 )
 LINEAR = CARD.variant(
     "knocking_heads_linear",

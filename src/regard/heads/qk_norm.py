@@ -37,7 +37,7 @@ CARD = Card(
         "Dehghani et al. 2023 (2302.05442) use LayerNorm in the same place.",
     ),
     verified="third-party",
-    defaults={"eps": "code"},
+    defaults={"eps": "code, Qiu et al."},
 )
 
 

@@ -39,7 +39,7 @@ a: adaptive average pooling of q to n cells;   conv: depthwise, 3 wide;   B1, B2
     ),
     verified="reconstructed",
     example={"num_agents": 5},
-    defaults={"num_agents": "code"},
+    defaults={"bias": "ours, the authors' code has one", "num_agents": "code"},
 )
 
 TABLE = 7

@@ -25,7 +25,7 @@ conv: depthwise, 3 x 3;   a: adaptive average pooling of the map of queries to s
     differs=("Maps need not be square.", "No dropout of the two attention maps."),
     verified="third-party",
     example={"size": (8, 8), "num_agents": 9},
-    defaults={"num_agents": "code"},
+    defaults={"size": "ours", "bias": "ours, the authors' code has one", "num_agents": "code"},
 )
 
 

@@ -41,6 +41,11 @@ scaling:  rho_q = q / sqrt(S),   rho_k = k / sqrt(S):   the same as (q k^T / S) 
         "keys.",
     ),
     verified="third-party",
+    defaults={
+        "bias": "ours, the authors' code has one",
+        "context_dim": "ours, as wide as dim",
+        "normalisation": "code",
+    },
 )
 
 Normalisation = Literal["softmax", "scaling"]

@@ -44,7 +44,12 @@ factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi
         "The code's dropout of features is not there.",
     ),
     verified="third-party",
-    defaults={"order": "code", "norm": "ours"},
+    defaults={
+        "order": "code, example.py",
+        "norm": "ours, no token sees a later one",
+        "bias": "ours",
+        "context_dim": "ours, as wide as dim",
+    },
 )
 
 Norm = Literal["token", "sequence", "none"]

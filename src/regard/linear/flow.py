@@ -41,7 +41,12 @@ causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is s
         "The four projections have a bias only with bias=True, as in the authors' code.",
     ),
     verified="third-party",
-    defaults={"bound": "code", "eps": "code"},
+    defaults={
+        "bound": "code",
+        "eps": "code",
+        "bias": "ours, the authors' code has one",
+        "context_dim": "ours, as wide as dim",
+    },
 )
 
 

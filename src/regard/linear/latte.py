@@ -45,6 +45,7 @@ a = x W_q,   b = x W_k     (L latents a head: they are the columns of W_q and W_
     ),
     verified="reconstructed",
     example={"num_latents": 5},
+    defaults={"bias": "code", "num_latents": "ours, as many as head_dim"},
 )
 
 

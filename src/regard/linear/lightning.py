@@ -42,7 +42,13 @@ streaming:  S <- exp(-s_h) S + k^T v,   o = q S""",
     "tests/linear/test_lightning.py::test_core_equals_the_loops.",
     differs=("The gate's activation is an option; the released weights have none.",),
     verified="third-party",
-    defaults={"eps": "code", "gate": "code", "position": "paper, abstract"},
+    defaults={
+        "bias": "code",
+        "depth": "ours, the first layer's",
+        "position": "paper, abstract",
+        "gate": "code",
+        "eps": "code",
+    },
 )
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "silu": F.silu, "sigmoid": torch.sigmoid}

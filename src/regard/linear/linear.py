@@ -35,6 +35,7 @@ streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) .
     verified="reconstructed",
     tasks=("profile",),
     exceptions={"L25": "below -87 exp(k) leaves float32, so gradients through a sum of nothing else are not finite"},
+    defaults={"bias": "ours", "context_dim": "ours, as wide as dim"},
 )
 
 

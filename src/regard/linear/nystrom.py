@@ -43,7 +43,13 @@ c: the largest column sum of A;   conv: depthwise over positions, one kernel a h
     ),
     verified="third-party",
     example={"num_landmarks": 4, "conv_width": 3},
-    defaults={"iterations": "code, transformers", "conv_width": "code, transformers"},
+    defaults={
+        "bias": "ours, the authors' code has one",
+        "num_landmarks": "code, transformers",
+        "conv_width": "code, transformers",
+        "iterations": "code, transformers",
+        "coefficient": "ours, samples of a batch don't touch",
+    },
 )
 
 Coefficient = Literal["exact", "original"]

@@ -49,7 +49,14 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
     verified="third-party",
     example={"num_features": 8},
     tasks=("mqar",),
-    defaults={"eps": "code, the official factory", "orthogonal": "paper", "kernel": "paper"},
+    defaults={
+        "num_features": "code, lucidrains",
+        "kernel": "paper",
+        "orthogonal": "paper",
+        "eps": "code, the official factory",
+        "bias": "ours",
+        "context_dim": "ours, as wide as dim",
+    },
 )
 
 

@@ -34,6 +34,7 @@ WINDOW = Card(
         "selective_copying(window=16)",
         "profile(window=512)",
     ),
+    defaults={"window": "ours"},
 )
 
 DILATED = Card(
@@ -49,6 +50,7 @@ DILATED = Card(
     differs=(SIDES, "One dilation for all heads, where the paper gives each head its own: join masks with `per_head`."),
     verified="reconstructed",
     example={"window": 3, "dilation": 2},
+    defaults={"window": "ours", "dilation": "ours"},
 )
 
 

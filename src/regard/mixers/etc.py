@@ -41,7 +41,12 @@ label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K""
     ),
     verified="third-party",
     example={"num_global": 2, "radius": 2, "max_distance": 3},
-    defaults={"share": "code"},
+    defaults={
+        "num_global": "ours",
+        "radius": "paper, base model",
+        "max_distance": "paper, base model",
+        "share": "code",
+    },
 )
 
 _PROJECTIONS = {

@@ -41,6 +41,7 @@ y = irfft(Y);  f0, b, a: one number for each head and frequency""",
     exceptions={
         "L43 training": "no projections: a real factor for each head and frequency cannot fit any target whatever"
     },
+    defaults={"max_length": "ours", "activation": "paper, abstract"},
 )
 
 Activation = Literal["modrelu", "gelu"]

@@ -41,6 +41,12 @@ out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), th
     ),
     verified="third-party",
     example={"hidden_dim": 20, "state_dim": 7, "num_states": 5},
+    defaults={
+        "hidden_dim": "code, lucidrains",
+        "state_dim": "ours, lucidrains' 256 where M = 1024",
+        "num_states": "ours, lucidrains' 512 where M = 1024",
+        "positive_turns": "code, lucidrains",
+    },
 )
 
 

@@ -42,6 +42,7 @@ heads     y = concat_h(W_h (P_h x) + b_h) O        a projection and a matrix for
     ),
     verified="third-party",
     example={"max_length": 48, "form": "heads"},
+    defaults={"max_length": "ours", "form": "code", "kernel_width": "code"},
 )
 
 Form = Literal["flat", "expanded", "heads"]

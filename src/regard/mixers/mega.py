@@ -53,7 +53,14 @@ Z = qk_dim, P = max_positions""",
     example={"qk_dim": 6, "value_dim": 10, "ema_dim": 3},
     tries={"chunk": 5, "max_positions": 12},
     tasks=("mqar",),
-    defaults={"weighting": "paper"},
+    defaults={
+        "qk_dim": "code, the larger language model",
+        "value_dim": "code, the larger language model",
+        "ema_dim": "code",
+        "chunk": "code",
+        "weighting": "code",
+        "max_positions": "ours, any length",
+    },
 )
 
 

@@ -18,6 +18,14 @@ CARD = Card(
     verified="third-party",
     example={"chunk": 5, "qk_dim": 6, "value_dim": 10, "ema_dim": 3, "weighting": "laplace"},
     tries={"max_positions": 12},
+    defaults={
+        "chunk": "ours",
+        "qk_dim": "code, the larger language model",
+        "value_dim": "code, the larger language model",
+        "ema_dim": "code",
+        "weighting": "code",
+        "max_positions": "ours, any length",
+    },
 )
 
 

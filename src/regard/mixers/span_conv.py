@@ -37,6 +37,7 @@ c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2,   zeros outside""",
     differs=(HIDDEN, "All heads convolve, not half of them, and an output projection of its own follows."),
     verified="third-party",
     example={"kernel_size": 5},
+    defaults={"kernel_size": "code, transformers"},
 )
 
 

@@ -32,6 +32,7 @@ Scores equal to the k-th stay, so a row can keep more than k.""",
     "tests/normalizers/test_topk.py::test_more_keys_take_nothing_from_the_best.",
     differs=("k is one number; the authors' code can also make it a share of the keys.",),
     example={"k": 3},
+    defaults={"k": "code, the script for translation"},
 )
 
 

@@ -38,7 +38,7 @@ gates: k_j in g is the key; or one of a projection of its own ("own_keys"), or t
     ),
     verified="third-party",
     example={"max_positions": 6},
-    defaults={"gates": "code"},
+    defaults={"max_positions": "ours, the paper's as remembered", "gates": "code"},
 )
 
 

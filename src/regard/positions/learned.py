@@ -31,6 +31,7 @@ CARD = Card(
     ),
     verified="reconstructed",
     example={"max_positions": 64},
+    defaults={"max_positions": "ours"},
 )
 
 

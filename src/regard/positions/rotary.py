@@ -39,7 +39,7 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
     ),
     verified="third-party",
     tasks=("text", "retrieval", "copying", "selective_copying", "imputation"),
-    defaults={"base": "paper"},
+    defaults={"base": "paper", "interleaved": "code, transformers' Llama"},
 )
 
 

@@ -46,7 +46,7 @@ LINEAR = Card(
     "tests/positions/test_rotary.py::test_linear_is_interpolation.",
     verified="third-party",
     example={"factor": 2.0},
-    defaults={"base": "paper"},
+    defaults={"factor": "ours", "base": "paper, RoFormer", "interleaved": "code, transformers' Llama"},
 )
 
 NTK_AWARE = Card(
@@ -69,7 +69,7 @@ NTK_AWARE = Card(
     "tests/positions/test_rotary.py::test_ntk_keeps_the_first_frequency_and_slows_the_last.",
     verified="third-party",
     example={"factor": 2.0},
-    defaults={"base": "paper"},
+    defaults={"factor": "ours", "base": "paper, RoFormer", "interleaved": "code"},
 )
 
 

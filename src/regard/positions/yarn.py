@@ -35,13 +35,16 @@ low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys t
     example={"factor": 2.0, "original_max": 8, "beta_fast": 2.0, "beta_slow": 0.5},
     tries={"beta_fast": {"beta_fast": 8.0, "base": 10.0, "original_max": 64}},
     defaults={
+        "factor": "ours",
+        "original_max": "code",
         "beta_fast": "code",
         "beta_slow": "code",
-        "attention_factor": "code",
-        "mscale": "code",
-        "mscale_all_dim": "code",
+        "attention_factor": "code, transformers",
+        "mscale": "code, transformers",
+        "mscale_all_dim": "code, transformers",
         "truncate": "code",
-        "base": "paper",
+        "base": "paper, RoFormer",
+        "interleaved": "code",
     },
 )
 

@@ -44,6 +44,12 @@ v2: as v1, but Delta = softplus(d^), sigma = softplus(s^)""",
     ),
     verified="reconstructed",
     example={"hidden": 8, "components": 3},
+    defaults={
+        "components": "ours, the paper's as remembered",
+        "hidden": "ours, the paper's as remembered",
+        "version": "paper, GMMv2b",
+        "biased": "paper, GMMv2b",
+    },
 )
 
 Version = Literal["v0", "v1", "v2"]

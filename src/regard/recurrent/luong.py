@@ -36,7 +36,7 @@ a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t
         "'concat' has a matrix on the encoder states too, as the paper's formula; the authors' code has none there.",
     ),
     verified="third-party",
-    defaults={"score": "code"},
+    defaults={"context_dim": "ours, as wide as dim", "score": "code", "hidden": "code", "max_source": "ours, none"},
 )
 
 Score = Literal["dot", "general", "concat", "location"]

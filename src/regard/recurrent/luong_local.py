@@ -30,7 +30,13 @@ c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])        D = half_width"
     differs=("With padding, places are counted among the real tokens; nothing else is known to differ.",),
     verified="reconstructed",
     example={"half_width": 2},
-    defaults={"score": "code", "half_width": "code"},
+    defaults={
+        "context_dim": "ours, as wide as dim",
+        "alignment": "paper",
+        "half_width": "code",
+        "score": "code",
+        "hidden": "code",
+    },
     exceptions={"L59": "a predicted place among 100,000 is a float32 number: sigmoid's own rounding moves it by 0.006"},
 )
 

@@ -34,6 +34,7 @@ CARD = Card(
     differs=("Hidden inputs, and those pointed at before, can be forbidden before the softmax.",),
     verified="third-party",
     tries={"hidden": 5},
+    defaults={"context_dim": "ours, as wide as dim", "hidden": "code, rl4co"},
 )
 
 

@@ -37,6 +37,7 @@ beta      the sentinel's share of alpha;  c_t = beta s_t + sum_i alpha_i v_i;  y
     ),
     verified="third-party",
     tries={"attention_dim": 5},
+    defaults={"attention_dim": "code, ruotianluo/ImageCaptioning.pytorch"},
 )
 
 

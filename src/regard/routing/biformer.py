@@ -56,7 +56,13 @@ pool: the keys and values of a region are pool_to^2 means or maxima of them""",
         "pool_to": {"pool": "mean", "pool_to": 1},
         "pool": {"pool": "mean", "pool_to": 1},
     },
-    defaults={"kernel": "code, the classification models", "pool_to": "code"},
+    defaults={
+        "regions": "code",
+        "topk": "code",
+        "kernel": "code, the classification models",
+        "pool_to": "code",
+        "bias": "code",
+    },
 )
 
 Routing = Literal["hard", "soft"]

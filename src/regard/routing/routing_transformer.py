@@ -59,7 +59,14 @@ training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens 
     example={"clusters": 3, "size": 5, "window": 3},
     tries={"num_local_heads": 1},
     exceptions={"L4": COMPETE, "L6": COMPETE},
-    defaults={"decay": "code"},
+    defaults={
+        "clusters": "ours",
+        "size": "ours",
+        "num_local_heads": "ours, half of the heads",
+        "window": "ours",
+        "decay": "code, lucidrains",
+        "bias": "ours",
+    },
 )
 
 

@@ -50,6 +50,7 @@ y = concat_h( N(A' v) * sigmoid(N(A' v) w + b) ) W_o,   N = RMS norm of a head (
         "key_size": "code, released language models",
         "head_group": "code, released language models",
         "layer": "code, released language models",
+        "eps": "code",
     },
 )
 

@@ -33,6 +33,7 @@ season_t = sum over kept f of (2 |X_f| / T) cos(2 pi f t / T + arg X_f),   t = 0
     verified="third-party",
     example={"top_k": 2},
     exceptions={"L43 training": "a season has neither a mean nor the shortest wave, so it cannot fit random targets"},
+    defaults={"top_k": "code"},
 )
 
 

@@ -47,7 +47,14 @@ loss = weight / L sum over layers of 1/H sum over heads, batch and rows of (d^2 
     verified="third-party",
     example={"num_layers": 2, "weight": 1.0, "margin": 0.05},
     tries={"context_size": 9},
-    defaults={"margin": "paper", "weight": "paper", "per": "code"},
+    defaults={
+        "num_layers": "ours",
+        "context_size": "ours, the keys at hand",
+        "margin": "paper",
+        "weight": "paper, on CodeParrot",
+        "per": "code",
+        "threshold": "ours, within the range of the paper's learned ones",
+    },
 )
 
 

@@ -44,7 +44,14 @@ else       (in eval, and for the last training steps) dense attention""",
     ),
     verified="reconstructed",
     exceptions={"L29": "training draws the sources from torch's generator, as dropout does"},
-    defaults={"ratio": "paper, abstract"},
+    defaults={
+        "ratio": "paper, abstract",
+        "kind": "ours, the authors' project page prefers it",
+        "spread": "ours",
+        "subsampling": "paper",
+        "bias": "ours",
+        "context_dim": "ours, as wide as dim",
+    },
 )
 
 

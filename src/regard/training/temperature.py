@@ -29,6 +29,7 @@ CARD = Card(
         "L18 left_padded_stream": "Temperatures belong to places in the batch, padding included; `positions` doesn't "
         "reach a score mix, in the full pass neither.",
     },
+    defaults={"max_length": "ours", "start": "ours, plain attention; the paper prints 0.01 and 0.1"},
 )
 
 

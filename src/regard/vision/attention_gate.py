@@ -50,7 +50,14 @@ y = BN(W(a x))                       pointwise""",
     ),
     verified="third-party",
     exceptions={"L10 batch_rows_do_not_meet_in_training": "the authors' batch normalisation reads the whole batch"},
-    defaults={"inner_dim": "code", "subsample": "code", "normalize": "code"},
+    defaults={
+        "gating_dim": "ours, as wide as dim",
+        "inner_dim": "code",
+        "subsample": "code",
+        "axes": "ours",
+        "normalize": "code",
+        "align_corners": "code, on today's torch",
+    },
 )
 
 CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}

@@ -37,7 +37,13 @@ halo of h on every side make up; R_y and R_x hold one vector for each of the 2W 
     ),
     verified="third-party",
     example={"block": 4, "halo": 1},
-    defaults={"block": "code, timm", "halo": "code, timm", "bias": "code, timm", "scale_positions": "code, timm"},
+    defaults={
+        "block": "code, timm",
+        "halo": "code, timm",
+        "padding": "code, timm",
+        "scale_positions": "code, timm",
+        "bias": "code, timm",
+    },
 )
 
 Tables = tuple[Float[Tensor, "offsets D"], Float[Tensor, "offsets D"]]

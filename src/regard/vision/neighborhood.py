@@ -71,6 +71,15 @@ R (NAT) has one value for each head and difference, and needs odd windows and s 
     example={"window": 3},
     tries={"causal_axes": (True, False)},
     tasks=("digits",),
+    defaults={
+        "axes": "code, NAT",
+        "window": "code, the released models",
+        "dilation": "code, NAT",
+        "stride": "code, NAT",
+        "causal_axes": "ours, as `causal`",
+        "relative": "code, natten from 0.20",
+        "bias": "code",
+    },
 )
 
 Each = int | Sequence[int]

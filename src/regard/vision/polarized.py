@@ -35,6 +35,7 @@ q is one channel, v, q' and v' have M / 2: the first gate keeps channels and col
     ),
     verified="third-party",
     tasks=("digits",),
+    defaults={"layout": "ours", "form": "ours, the code's spatial gate hardly leaves 1/2"},
 )
 
 Score = Literal["channels", "positions", "values"]
