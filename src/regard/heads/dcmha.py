@@ -42,7 +42,7 @@ y = Compose_post(softmax(Compose_pre(q k^T / sqrt(D)))) v""",
     ),
     verified="third-party",
     tries={"hidden": 5, "groups": 3},
-    defaults={"rank": "code", "hidden": "code"},
+    defaults={"rank": "code", "hidden": "code", "sides": "paper", "groups": "code"},
 )
 
 

@@ -37,7 +37,7 @@ def why_not(p: Problem) -> list[str]:
     if p.position_bias is not None and "scores" in p.position_bias.needs:
         reasons.append(f"position {type(p.position).__name__} reads the scores")
     # Values of another width than keys leave torch its plain products, which lose more.
-    return reasons + loses(p, MANY if p.v.shape[3] != p.q.shape[3] else 16 * MANY)
+    return reasons + loses(p, most_keys(p))
 
 
 def run(p: Problem) -> Tensor:
@@ -92,6 +92,11 @@ def _term(p: Problem, rows: slice, keys: Keys) -> Tensor | None:
         return None
     term = term if term.dtype == torch.bool else term.to(p.q.dtype)
     return term.expand(-1, -1, p.i[rows].shape[0], p.j[keys].shape[0])
+
+
+def most_keys(p: Problem) -> int:
+    """Over how many torch's CPU kernels sum well: the fused one, which needs V = D, adds up in pieces."""
+    return MANY if p.v.shape[3] != p.q.shape[3] else 16 * MANY
 
 
 def torch_kernels(p: Problem) -> AbstractContextManager[Any]:

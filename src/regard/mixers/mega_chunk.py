@@ -23,6 +23,8 @@ CARD = Card(
         "qk_dim": "code, the larger language model",
         "value_dim": "code, the larger language model",
         "ema_dim": "code",
+        "norm": "code",
+        "post_norm": "code",
         "weighting": "code",
         "max_positions": "ours, any length",
     },
