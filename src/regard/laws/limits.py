@@ -93,9 +93,10 @@ def changes(f: Form) -> list[str]:
 
 
 def able(f: Form, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """The kernels that can run this here."""
+    """The kernels that can run this here, without those that an interpreter of GPU code would take minutes for."""
     whole = plan(q, k, v, **f.arguments())
-    return [whole.kernel, *(name for name in whole.costs if name != whole.kernel)]
+    slow = {name for name in whole.costs if q.is_cpu and name.startswith("triton")}
+    return [whole.kernel, *(name for name in whole.costs if name not in {whole.kernel, *slow})]
 
 
 @law("L59", protocols=MIXERS, weight="long")
