@@ -195,7 +195,7 @@ def test_ffts(real: bool) -> None:
 
 def test_scans_cost_their_chunked_form() -> None:
     """On GPUs the Triton scan is an operator of its own: charged the same."""
-    from regard.kernels.flops import _FORMULAS
+    from regard.kernels.triton_scan import FORMULAS
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 100, 8, requires_grad=True).unbind(0)
@@ -209,7 +209,7 @@ def test_scans_cost_their_chunked_form() -> None:
             return out.sum() + last.sum()
 
         given = {"q": q, "k": k, "v": v, "g": g, "state": state}
-        found = tuple(_FORMULAS[f"regard.triton_scan{name}"](given) for name in ("", "_backward"))
+        found = tuple(FORMULAS[f"regard.triton_scan{name}"](given) for name in ("", "_backward"))
         assert found == plainly(both)
 
 

@@ -372,8 +372,8 @@ def nan_is_hidden(patch):
 
 @bug((streaming.token_by_token, "moba"))
 def chosen_blocks_are_the_neighbours(patch):
-    real = moba.chosen
-    patch.setattr(moba, "chosen", lambda tiles, *rest: real(tiles.roll(1, 2), *rest))
+    real = moba.Chosen
+    patch.setattr(moba, "Chosen", lambda tiles, *rest: real(tiles.roll(1, 2), *rest))
 
 
 @bug((kernel_is_the_formula, "window", "window"))

@@ -108,13 +108,13 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _option(card: Card, name: str, default: object, own: Mapping[str, Any]) -> str:
-    """'window = 128  (here 3)'; with the other values that it may have, where these are words."""
+    """'window = 128  (here 3)  (default: ours)'; with the other values that it may have, where these are words."""
     words = f"{name} (required)" if default is inspect.Parameter.empty else f"{name} = {default!r}"
     assert card.made is not None
     others = [repr(value) for value in _values(card.made.signature.parameters[name].annotation) if value != default]
     words += f"  or {', '.join(others)}" if others else ""
-    words += f"  (default: {card.defaults[name]})" if name in card.defaults else ""
-    return f"{words}  (here {own[name]!r})" if name in own else words
+    words += f"  (here {own[name]!r})" if name in own else ""
+    return words + (f"  (default: {card.defaults[name]})" if name in card.defaults else "")
 
 
 def _values(annotation: object) -> list[object]:

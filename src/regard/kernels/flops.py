@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.kernels import eager
-from regard.kernels.linear_scan import linear_scan
 from regard.kernels.problem import Problem
 from regard.tracing import readable
 
@@ -65,7 +64,7 @@ class FlopCounter(FlopCounterMode):
         """What torch's counter does at every operator."""
         if self.muted:
             return out
-        formula = _FORMULAS.get(str(packet))
+        formula = FORMULAS.get(str(packet))
         if formula is None:
             return super()._count_flops(packet, out, args, kwargs)
         names = (a.name for a in packet.default._schema.arguments)
@@ -244,27 +243,6 @@ def _fft(given: Given, *, real: bool) -> float:
     return (2.5 if real else 5.0) * math.prod(shape) * math.log2(max(1, n))
 
 
-def _scan(given: Given) -> int:
-    return _scanned(given)[0]
-
-
-def _scan_backward(given: Given) -> int:
-    return _scanned(given)[1]
-
-
-def _scanned(given: Given) -> tuple[int, int]:
-    """Forward and backward of the chunked form on the same shapes."""
-    q, k, v, state = (torch.empty_like(given[n], device="meta").requires_grad_() for n in ("q", "k", "v", "state"))
-    g = given["g"]
-    decay = None if g is None else torch.empty_like(g, device="meta").requires_grad_()
-    decay = decay if decay is None or decay.shape[3] > 1 else decay[..., 0]
-    with FlopCounterMode(display=False) as counter:
-        out, last = linear_scan(q, k, v, decay, state=state)
-        forward = counter.get_total_flops()
-        torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
-    return forward, counter.get_total_flops() - forward
-
-
 def _decode(given: Given) -> int:
     q, k, v, lengths = (given[n] for n in ("q", "k", "v", "lengths"))
     return 2 * q.shape[1] * (k.shape[2] + v.shape[2]) * int(lengths.sum())
@@ -277,13 +255,12 @@ _FUSED = (
     "cudnn_attention",
     "fused_attention_overrideable",
 )
-_FORMULAS: dict[str, Callable[[Given], float]] = {
+FORMULAS: dict[str, Callable[[Given], float]] = {
     **{f"aten._scaled_dot_product_{name}": _fused for name in _FUSED},
     **{f"aten._scaled_dot_product_{name}_backward": _fused_backward for name in _FUSED},
     "aten._fft_c2c": lambda given: _fft(given, real=False),
     "aten._fft_r2c": lambda given: _fft(given, real=True),
     "aten._fft_c2r": lambda given: _fft(given, real=True),
-    "regard.triton_scan": _scan,
-    "regard.triton_scan_backward": _scan_backward,
     "regard.triton_decode": _decode,
 }
+"""Operator -> its FLOPs from its arguments by name. A file with operators of its own adds theirs."""

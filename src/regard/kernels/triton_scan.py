@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from regard.kernels.flops import FORMULAS, Given
 from regard.kernels.triton_attention import installed, interpreted
 
 LARGEST = 64
@@ -205,3 +207,22 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+def _flops(given: Given) -> tuple[int, int]:
+    """Forward and backward of the chunked form on the same shapes."""
+    from regard.kernels.linear_scan import linear_scan
+
+    q, k, v, state = (torch.empty_like(given[n], device="meta").requires_grad_() for n in ("q", "k", "v", "state"))
+    g = given["g"]
+    decay = None if g is None else torch.empty_like(g, device="meta").requires_grad_()
+    decay = decay if decay is None or decay.shape[3] > 1 else decay[..., 0]
+    with FlopCounterMode(display=False) as counter:
+        out, last = linear_scan(q, k, v, decay, state=state)
+        forward = counter.get_total_flops()
+        torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
+    return forward, counter.get_total_flops() - forward
+
+
+FORMULAS["regard.triton_scan"] = lambda given: _flops(given)[0]
+FORMULAS["regard.triton_scan_backward"] = lambda given: _flops(given)[1]

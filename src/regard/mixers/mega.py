@@ -56,11 +56,7 @@ Z = qk_dim, P = max_positions""",
     defaults={
         "qk_dim": "code, the larger language model",
         "value_dim": "code, the larger language model",
-        "ema_dim": "code",
-        "norm": "code",
-        "post_norm": "code",
-        "chunk": "code",
-        "weighting": "code",
+        **dict.fromkeys(("ema_dim", "norm", "post_norm", "chunk", "weighting"), "code"),
         "max_positions": "ours, any length",
     },
 )

@@ -38,7 +38,7 @@ pool: the keys and values of a region are pool_to^2 means or maxima of them""",
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     traits={"routed"},
-    cost=Cost("B*(qk_dim + M)*topk*(Y*X/regions**2)*Y*X + B*qk_dim*regions**4", ""),
+    cost=Cost("2*B*M*topk*(Y*X/regions**2)*Y*X + B*M*regions**4", ""),
     claim="Sparsity that depends on the query with dense products alone: a query reads 16 of 196 keys of a 14 x 14 "
     "map in 7 x 7 regions, 4 of them chosen: tests/routing/test_biformer.py::test_a_query_reads_16_of_196_tokens.",
     differs=(
