@@ -52,4 +52,4 @@ def among(z: Tensor, k: int) -> Tensor:
     """Whether each is one of the k greatest along the last axis."""
     best, n = greatest(z, k).indices, z.shape[-1]
     room = z.new_zeros(*z.shape[:-1], n + k if exporting() else n, dtype=torch.bool)
-    return room.scatter(-1, best, True)[..., :n]
+    return room.scatter(-1, best, 1)[..., :n]

@@ -67,7 +67,7 @@ def exponential_sum(
         rest = (T - 1) % size + 1  # tokens of the last block
         ages = (rest - 1 - torch.arange(size, device=x.device)).clamp(min=0)
         late = _added(blocks.unflatten(1, (B, count))[:, :, at], powers[..., ages])
-        state = (h[:, :, at] * powers[..., rest][:, None] + late).transpose(0, 1)
+        state = (h[:, :, at] * powers.narrow(-1, rest, 1).mT + late).transpose(0, 1)
         return from_blocks(y.unflatten(1, (B, count)).permute(1, 2, 3, 0), T, 1).to(x.dtype), state
 
 
