@@ -168,7 +168,7 @@ def _buckets(p: Problem, layout: BlockLayout) -> Tensor:
         keys, values = (z.index_select(0, at).view(len(items), 1, n * bk, -1).to(q.dtype) for z in (k, v))
         mask = _allowed(p, b[items], h[items], r[items], chosen, (bq, bk)) if masked else None
         queries = q.index_select(0, items).unsqueeze(1)
-        if n * bk > sdpa.most_keys(p) and q.is_cpu and q.dtype == torch.float32:
+        if n * bk > sdpa.most_keys(p) and q.is_cpu and q.dtype == torch.float32:  # whose sums would lose 1e-5
             queries, keys, values = queries.double(), keys.double(), values.double()
         out = F.scaled_dot_product_attention(queries, keys, values, mask, p.dropout, scale=p.scale).squeeze(1)
         return out.to(q.dtype)
