@@ -111,9 +111,11 @@ def test_compare_and_profile_stay_within_narrow_terminals(columns, tmp_path, mon
     from regard.bench import compare, profile
 
     def trained(job, *, on_step, **rest):
+        if "speeds" in job:
+            return {"result": {name: {"train_tokens_per_second": 5e4, "train_spread": 1e3} for name in job["speeds"]}}
         found = {"1x": 3.0 + job["cell"]["seed"], "2x": 4.0, "4x": 5.0}
-        made = {"train_tokens_per_second": 5e4, "peak_memory_bytes": 10**8, "state_bytes": 4000, "parameters": 10**6}
-        return {"result": {"status": "done", "heldout": found, "generate_tokens_per_second": 1e3, **made}}
+        made = {"peak_memory_bytes": 10**8, "state_bytes": 4000, "parameters": 10**6}
+        return {"result": {"status": "done", "heldout": found, **made}}
 
     monkeypatch.setattr(compare.execute, "__kwdefaults__", {"train": trained})
     monkeypatch.setattr(profile.run, "__kwdefaults__", {
@@ -552,7 +554,7 @@ def test_compare_tells_its_defaults():
     text = " ".join(re.sub(r"[│\s]+", " ", output("compare", "--help")).split())
     for name in ("match", "out", "timeout", "task", "device"):
         assert f"[default: {getattr(CompareConfig, name)}]" in text, name
-    assert "[default: 0, 1]" in text
+    assert "[default: 0, 1, 2]" in text
     its = tasks.find("text").defaults
     for value in (
         its.steps,

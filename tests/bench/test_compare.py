@@ -17,10 +17,10 @@ from rich.console import Console
 
 from regard import mechanisms
 from regard.bench import cells, compare
+from regard.bench.closing import closing_lines, table
 from regard.bench.compare import execute, run
 from regard.bench.config import CompareConfig, CompareError, validate
-from regard.bench.events import Finished, Planned, Started, Stepped
-from regard.bench.live import table
+from regard.bench.events import Finished, Planned, Started, Stepped, Timed
 from regard.bench.record import Cell, Result
 from regard.bench.store import read
 
@@ -51,14 +51,20 @@ def config(tmp_path):
     )
 
 
+SPEED = {"train_tokens_per_second": 100.0, "train_spread": 1.0}
+
+
 class Fake:
     """Trains nothing, at once, and remembers what it was asked."""
 
     def __init__(self, **answers):
-        self.answers, self.asked = answers, []
+        self.answers, self.asked, self.timed = answers, [], []
 
     def __call__(self, job, *, timeout, stop, on_step):
         cell = job["cell"]
+        if "speeds" in job:
+            self.timed.append(job["speeds"])
+            return self.answers.get("speeds", {"result": dict.fromkeys(job["speeds"], SPEED)})
         self.asked.append((cell["mechanism"], cell["seed"]))
         on_step(1, 8.0)
         loss = 3 + cell["seed"] + len(cell["mechanism"]) / 100
@@ -130,7 +136,7 @@ def test_events_tell_the_story(config):
     events = []
     outcome = execute(config, events.append, train=Fake())
     assert isinstance(events[0], Planned)
-    assert [type(e) for e in events[1:]] == [Started, Stepped, Finished] * 4
+    assert [type(e) for e in events[1:]] == [*[Started, Stepped, Finished] * 4, Timed]
     assert [(e.cell.mechanism, e.cell.seed) for e in events if isinstance(e, Started)] == ALL
     assert [e.number for e in events if isinstance(e, Finished)] == [1, 2, 3, 4]
     assert outcome.exit_code == 0
@@ -150,6 +156,45 @@ def test_more_seeds_run_only_what_is_new(config):
     fake = Fake()
     assert len(execute(config, train=fake).results) == 4
     assert fake.asked == ALL[2:]
+
+
+def test_speeds_are_measured_once_for_all_that_stand_in_the_table(config):
+    fake = Fake(alibi={"failed": "it broke"})
+    outcome = execute(replace(config, mechanisms=("softmax", "rotary", "alibi")), train=fake)
+    assert fake.timed == [["softmax", "rotary"]]
+    done = [r for r in outcome.results if r.status == "done"]
+    assert {r.train_tokens_per_second for r in done} == {SPEED["train_tokens_per_second"]}
+    assert len({r.turns for r in done}) == 1
+    assert outcome.results == read(config.out)
+    execute(replace(config, mechanisms=("softmax", "rotary")), train=fake)
+    assert len(fake.timed) == 1, "those two were measured with each other"
+    execute(replace(config, mechanisms=("softmax", "gated")), train=fake)
+    assert fake.timed[1:] == [["softmax", "gated"]]
+
+
+def test_speeds_that_cannot_be_measured_are_told_and_lose_nothing(config):
+    outcome = execute(config, train=Fake(speeds={"failed": "out of memory"}))
+    assert outcome.exit_code == 0
+    assert outcome.untimed == "out of memory"
+    assert {r.turns for r in outcome.results} == {""}
+    assert "speeds could not be measured: out of memory" in closing_lines(config, outcome, "")
+    again = Fake()
+    assert execute(config, train=again).untimed == ""
+    assert (again.asked, again.timed) == ([], [["softmax", "alibi"]])
+
+
+def test_a_stop_before_speeds_are_measured_says_so(config):
+    def stopping(job, *, stop, **rest):
+        if "speeds" in job:
+            stop.number = 15
+            return None
+        return Fake()(job, stop=stop, **rest)
+
+    outcome = execute(config, train=stopping)
+    assert outcome.exit_code == 128 + 15
+    assert "stopped with speeds to be measured; the same command goes on from here" in closing_lines(
+        config, outcome, ""
+    )
 
 
 @pytest.mark.parametrize("change", [{"steps": 3}, {"lr": 0.1}, {"match": "flops"}, {"threads": 2}])
@@ -438,7 +483,7 @@ def test_the_table_fits_and_marks_the_best():
     assert text.index("a_very") < text.index("window") < text.index("broken"), "best first"
     assert "*2.500" in text
     assert "*3.100" not in text
-    assert "*51.7k" in text
+    assert " 51.7k" in text, "nothing to be better than"
     assert "427k" in text
 
 
@@ -455,7 +500,7 @@ def test_the_table_has_a_line_a_row_at_any_width(width):
     heading, *rows = shown(results, width).splitlines()
     assert max(map(len, [heading, *rows])) <= width
     assert [row.split()[0][:6] for row in rows[:4]] == [name[:6] for name in names]
-    assert all(re.search(r" \*?\d\.\d{3} ±\.007", row) for row in rows[:4])
+    assert all(re.search(r" [*~]?\d\.\d{3} ±\.007", row) for row in rows[:4])
     assert heading.split()[:3] == ["mechanism", "bits/byte", "1x"]
     missing = " ".join(rows[4:])
     headings = ["2x", "4x", "train tok/s", "peak MB", "state KB", "params"]

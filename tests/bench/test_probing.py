@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 
 from regard import card, tasks
+from regard.bench.closing import closing_lines
 from regard.bench.compare import execute, run
 from regard.bench.config import CompareConfig, validate
-from regard.bench.live import closing_lines
 from regard.bench.match import sizes
 from regard.bench.probing import Refused, another, calls, exceptions, modes, refuse_what_breaks_laws, said
 from regard.bench.worker import reason, work
@@ -145,6 +145,8 @@ def test_a_peek_is_refused_before_training_and_a_late_one_after_it(config):
     steps = []
 
     def train(job, **how):  # as a worker does, but here
+        if "speeds" in job:
+            return {"result": {}}
         try:
             return {"result": work(job, lambda step, loss: steps.append(job["cell"]["mechanism"]))}
         except Refused as refused:

@@ -48,7 +48,7 @@ def result(name="alibi", seed=0, loss=1.5, **changes):
     heldout = {"1x": loss, "2x": loss + 0.1, "4x": loss + 0.4}
     values = {
         "status": "done",
-        "curve": [(s, loss + 5 * math.exp(-s / 10)) for s in range(1, 101)],
+        "curve": [(s, loss + 5 * math.exp(-s / 5)) for s in range(1, 101)],
         "heldout": heldout,
         "parameters": 1_234_567,
         "flops_per_token": 2.5e6,
@@ -149,7 +149,7 @@ def test_the_table_shows_means_and_sample_deviations(render):
     starred = {name for name, cells in page.table.items() if cells["1x"].startswith("★")}
     assert starred == {"gated"}
     assert "gated is best on held-out data: 1.420 ± 0.010 bits per byte (3 seeds)" in page.text
-    assert "alibi, the next, is 0.110 behind, which is more than the spread" in page.text
+    assert "It is told apart from alibi (0.110) and kerple (0.350)." in page.text
 
 
 def test_units_are_readable(render):
@@ -189,19 +189,40 @@ def test_stars_mark_only_what_the_table_can_tell_apart(render):
     assert {page.table[f"m{i}"]["FLOP"] for i in range(3)} == {"1.00 M"}
 
 
-def test_a_difference_within_the_spread_is_said_to_be_undecided(render):
-    results = [result("alibi", s, v) for s, v in enumerate((1.50, 1.54))]
-    results += [result("gated", s, v) for s, v in enumerate((1.51, 1.55))]
-    results += [result("kerple", s, v) for s, v in enumerate((1.90, 1.91))]
+def test_what_the_test_does_not_tell_apart_is_said_and_marked(render):
+    flat = [(step, 1.0) for step in range(1, 101)]
+    later = [(step, 1.4) for step in range(1, 101)]
+    results = [result("alibi", s, v, curve=flat) for s, v in enumerate((1.50, 1.54, 1.52))]
+    results += [result("gated", s, v, curve=later) for s, v in enumerate((1.51, 1.52, 1.54))]
+    results += [result("kerple", s, v, curve=later) for s, v in enumerate((1.90, 1.93, 1.92))]
     page = render(results)
-    assert "The difference from gated is within the spread over seeds" in page.text
+    assert re.search(r"It is not told apart from gated \(0\.003, p = 0\.\d+\)", page.text)
     assert page.table["gated"]["1x"].startswith("≈")
+    assert "It is told apart from kerple (0.397)." in page.text
     assert not page.table["kerple"]["1x"].startswith("≈")
 
 
-def test_one_seed_says_that_the_spread_is_unknown(render):
+def test_a_speed_within_the_spread_of_the_best_is_marked(render):
+    speeds = {"alibi": (100.0, 3.0), "gated": (98.0, 1.0), "kerple": (90.0, 1.0)}
+    page = render(
+        [
+            result(name, 0, 1.5 + n, train_tokens_per_second=speed, train_spread=spread, turns="now")
+            for n, (name, (speed, spread)) in enumerate(speeds.items())
+        ]
+    )
+    assert [page.table[name]["Train"][:1] for name in speeds] == ["★", "≈", "9"]
+    assert "± 3" in page.table["alibi"]["Train"]
+
+
+def test_speeds_that_were_not_measured_in_turns_with_each_other_are_warned_of(render):
+    both = [result("alibi", 0, 1.5, turns="now"), result("gated", 0, 1.6, turns="then")]
+    assert "Not all speeds were measured in turns" in render(both).text
+    assert "Not all speeds were measured in turns" not in render([replace(one, turns="now") for one in both]).text
+
+
+def test_one_seed_says_that_nothing_is_known_of_chance(render):
     page = render([result("alibi", 0, 1.5), result("gated", 0, 1.6)])
-    assert "With one seed the spread is unknown" in page.text
+    assert "Nothing is known of chance for gated: fewer than two seeds in common." in page.text
     assert "±" not in page.table["alibi"]["1x"]
 
 
@@ -383,7 +404,7 @@ def test_where_more_is_better_the_most_comes_first(render):
     )
     assert list(page.table) == ["softmax", "performer", "window"]
     assert "Of 3 mechanisms on mqar, softmax is best on held-out data: 99.2 ± 0.4% accuracy (2 seeds)" in page.text
-    assert "performer, the next, is 39.5 points behind" in page.text
+    assert "performer (39.5 points" in page.text
     assert [n for n, cells in page.table.items() if cells["accuracy"].startswith("★")] == ["softmax"]
     assert numbers(page.table["performer"]["16"]) == [29.5, 0.7]
     assert "Generate" not in page.table["softmax"], "nothing generates"

@@ -1,21 +1,23 @@
 """The main job: train every mechanism in the same model on the same data, and keep what each cell found.
 
 A cell is one mechanism with one seed. Cells run one after the other, each in a process of its own with all
-cores, so that their times and memory can be compared. Each is committed when it ends; the same command goes
-on where it stopped.
+cores, so that their memory can be compared; speeds are measured in turns when all are trained. Each cell is committed
+when it ends; the same command goes on where it stopped.
 """
 
 import errno
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regard import terminal
 from regard.bench.cells import plan
 from regard.bench.config import Checked, CompareConfig, CompareError, one_line, task_options, validate
-from regard.bench.events import Event, Finished, Outcome, Planned, Started, Stepped
+from regard.bench.events import Event, Finished, Outcome, Planned, Started, Stepped, Timed
 from regard.bench.process import Stop, answer
 from regard.bench.record import Cell, Result
 from regard.bench.store import Store, StoreError, disk_full, opened
@@ -50,10 +52,12 @@ def execute(config: CompareConfig, on_event: OnEvent = lambda event: None, *, tr
                 store.put(result)
                 known[cell.key] = result
                 on_event(Finished(result, number))
-    results = [result for cell in cells if (result := known[cell.key]) is not None]
+            results = [result for cell in cells if (result := known[cell.key]) is not None]
+            untimed = "" if stop.number else _timed(results, store, config, stop, on_event, train)
     failed = [result for result in results if result.status == "failed"]
-    # A signal that came after the last cell took nothing away.
-    return Outcome(results, cells, stop.number if len(results) < len(cells) else 0, failed)
+    # A signal that came after all was done took nothing away.
+    ended = len(results) == len(cells) and not (stop.number and _untimed(results))
+    return Outcome(results, cells, 0 if ended else stop.number, failed, untimed)
 
 
 def run(config: CompareConfig, *, console: "Console | None" = None) -> int:
@@ -62,7 +66,8 @@ def run(config: CompareConfig, *, console: "Console | None" = None) -> int:
     Returns the exit code: 0, 3 if some cells failed, 130 or 143 if stopped by SIGINT or SIGTERM. Raises
     CompareError, whose text is the one-line reason.
     """
-    from regard.bench.live import Live, closing_lines, table
+    from regard.bench.closing import closing_lines, table
+    from regard.bench.live import Live
 
     with Live(config, console) as live:
         outcome = execute(config, live)
@@ -109,6 +114,33 @@ def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: OnEvent, train
     if "failed" in said:
         return Result(cell, "failed", reason=said["failed"], traceback=said.get("traceback", ""))
     return Result(cell, **said["result"])
+
+
+def _untimed(results: Sequence[Result]) -> bool:
+    """Whether speeds are missing, or were not all measured in turns with each other."""
+    turns = {result.turns for result in results if result.status == "done"}
+    return len(turns) > 1 or "" in turns
+
+
+def _timed(
+    results: list[Result], store: Store, config: CompareConfig, stop: Stop, on_event: OnEvent, train: Any
+) -> str:
+    """Measure the speeds of what is done, in turns, and keep them. Returns why there are none, or ''."""
+    done = [result for result in results if result.status == "done"]
+    if not _untimed(results):
+        return ""
+    names = list(dict.fromkeys(result.cell.mechanism for result in done))
+    on_event(Timed(0, names))
+    job = {**_job(done[0].cell, config), "speeds": names}
+    said = train(job, timeout=config.timeout, stop=stop, on_step=lambda turn, _: on_event(Timed(turn, names)))
+    if said is None or "result" not in said:
+        return str((said or {}).get("failed", ""))
+    turns = datetime.now(UTC).isoformat(timespec="milliseconds")
+    for place, result in enumerate(results):
+        if result.status == "done":
+            results[place] = replace(result, turns=turns, **said["result"].get(result.cell.mechanism, {}))
+            store.put(results[place])
+    return ""
 
 
 def _job(cell: Cell, config: CompareConfig) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class CompareConfig:
     None, here and below: what the task has by default."""
     text: Sequence[str | Path] = ()
     """A file or folder, for the task `text`; none = the standard library's sources and docs."""
-    seeds: Sequence[int] = (0, 1)
-    """Each mechanism is trained once with each."""
+    seeds: Sequence[int] = (0, 1, 2)
+    """Each mechanism is trained once with each; from two on a test can say who is told apart."""
     steps: int | None = None
     """Training steps of a cell."""
     batch: int | None = None

@@ -1,8 +1,6 @@
 """How a model does token by token: speed, and what it keeps of the past."""
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,37 +9,36 @@ from torch import Tensor
 
 from regard.models.lm import LanguageModel
 
-GENERATED = 64
+
+@torch.no_grad()
+def generating(model: LanguageModel, length: int, tokens: int, device: torch.device) -> Callable[[], None]:
+    """A function that generates one more token each time, behind a past of the training length.
+
+    Without streaming, each token is a full pass.
+
+    Args:
+        tokens: how often it may be called.
+    """
+    vocab = model.embedding.num_embeddings
+    past = torch.randint(vocab, (1, length + tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    places = iter(range(tokens))
+    if not model.eval().streams:
+        return lambda: _full_pass(model, past[:, (start := next(places)) : start + length])
+    _, states = model.step(past[:, :length], model.init_state(1, length + tokens))
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal states
+        place = length + next(places)
+        logits, states = model.step(past[:, place : place + 1], states)
+        logits[:, -1].argmax(-1).item()
+
+    return step
 
 
 @torch.no_grad()
-def generation_speed(model: LanguageModel, length: int, device: torch.device) -> float:
-    """Tokens per second of one sequence behind a past of the training length.
-
-    Without streaming, each token is a full pass.
-    """
-    vocab = model.embedding.num_embeddings
-    past = torch.randint(vocab, (1, length + GENERATED), generator=torch.Generator().manual_seed(0)).to(device)
-    if not model.streams:
-        return _rate(lambda n: model(past[:, n : n + length])[:, -1].argmax(-1).item(), range(4))
-    _, states = model.step(past[:, :length], model.init_state(1, length + GENERATED))
-
-    def step(n: int) -> None:
-        nonlocal states
-        logits, states = model.step(past[:, n : n + 1], states)
-        logits[:, -1].argmax(-1).item()
-
-    return _rate(step, range(length, past.shape[1]))
-
-
-def _rate(work: Callable[[int], object], numbers: range) -> float:
-    """How often a second the work is done, in the median over these numbers."""
-    seconds = []
-    for n in numbers:
-        start = time.perf_counter()
-        work(n)
-        seconds.append(time.perf_counter() - start)
-    return 1 / statistics.median(seconds)
+def _full_pass(model: LanguageModel, ids: Tensor) -> None:
+    model(ids)[:, -1].argmax(-1).item()
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from regard.bench.record import Cell, Result
 from regard.tasks import Metric
 
+TURNS = 9
+"""How often each mechanism has its turn when speeds are measured."""
 PARTIAL = 3
 """Exit code when some cells failed and the rest is done."""
 
@@ -55,7 +57,15 @@ class Finished:
     number: int
 
 
-Event = Planned | Started | Stepped | Finished
+@dataclass(frozen=True)
+class Timed:
+    """Speeds are being measured, in turns; each mechanism has had so many."""
+
+    turn: int
+    mechanisms: Sequence[str]
+
+
+Event = Planned | Started | Stepped | Finished | Timed
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class Outcome:
     signal: int = 0
     """The signal that ended the run early, or 0."""
     failed: list[Result] = field(default_factory=list)
+    untimed: str = ""
+    """Why no speeds could be measured, or ''."""
 
     @property
     def exit_code(self) -> int:

@@ -51,7 +51,13 @@ class Result:
     mlp_dim: int = 0
     """Hidden width of the host's MLP after matching."""
     train_tokens_per_second: float = 0.0
+    """Measured in turns with the other mechanisms of the run, at its end; 0 until then. So are the next three."""
+    train_spread: float = 0.0
+    """Half the distance between the quartiles over the rounds."""
     generate_tokens_per_second: float = 0.0
+    generate_spread: float = 0.0
+    turns: str = ""
+    """When that was: those of the same time were measured in turns with each other."""
     peak_memory_bytes: int = 0
     """Peak resident memory that training added, or the device's peak on a GPU."""
     state_bytes: int = 0

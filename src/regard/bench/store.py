@@ -49,7 +49,11 @@ class Store:
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
         with _explained(self.path), self._database:
-            self._database.execute("INSERT OR REPLACE INTO cells VALUES (?, ?, ?, ?, ?)", row)
+            self._database.execute(
+                "INSERT INTO cells VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
+                "result = excluded.result, status = excluded.status, created = excluded.created",
+                row,
+            )
 
     def results(self) -> list[Result]:
         """Every row, in the order of their commits."""

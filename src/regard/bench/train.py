@@ -7,7 +7,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.bench.auxiliary import auxiliary_losses
-from regard.bench.decoding import generation_speed, state_after
+from regard.bench.decoding import state_after
 from regard.bench.machine import processor
 from regard.bench.match import flops, matched, parameters, sizes
 from regard.bench.memory import PeakMemory
 from regard.bench.probing import another, refuse_what_breaks_laws
 from regard.bench.record import Cell, Result
-from regard.models.lm import LanguageModel
 from regard.models.mixer import parse
 from regard.tasks import Task
 
@@ -50,14 +49,13 @@ def train(
     same = another(model, task, mechanism, device)
     cost = flops(task, model)
     memory = PeakMemory(device)
-    curve, speed = fit(model, task, want, cell.seed, device, progress)
+    curve = fit(model, task, want, cell.seed, device, progress)
     peak = memory.bytes()
     refuse_what_breaks_laws(model, task, mechanism, device, "after training")
     model.eval()
     heldout, notes = task.measure(model, want["batch"], device)
     if not math.isfinite(heldout[task.metric.main]):
         raise TrainingError(f"the held-out {task.metric.name} is {heldout[task.metric.main]}")
-    generation = generation_speed(model, task.tokens, device) if isinstance(model, LanguageModel) else 0.0
     if checkpoint is not None:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         task.keep(model, mechanism, size, checkpoint)
@@ -70,8 +68,6 @@ def train(
         parameters=parameters(model),
         flops_per_token=cost,
         mlp_dim=size.mlp_dim,
-        train_tokens_per_second=speed,
-        generate_tokens_per_second=generation,
         peak_memory_bytes=peak,
         state_bytes=sum(state_after(mixer, size.dim, task.tokens, device) for mixer in model.mixers),
         seconds=time.perf_counter() - began,
@@ -94,29 +90,21 @@ def fit(
     seed: int,
     device: torch.device,
     progress: Progress,
-) -> tuple[list[tuple[int, float]], float]:
+) -> list[tuple[int, float]]:
     """AdamW, warm-up over a tenth of the steps, then a cosine down to a tenth.
 
     What is lowered is the task's loss and the mechanism's own, if it has one. Returns the curve of the task's loss
-    (means over stretches of steps, in the task's unit) and tokens per second (median over the steps after the first
-    tenth).
+    (means over stretches of steps, in the task's unit).
     """
     steps = want["steps"]
     warm, every = max(1, steps // 10), max(1, math.ceil(steps / CURVE_POINTS))
     optimizer, schedule = optimized(model, want["lr"], steps, warm)
-    curve, recent, seconds = [], [], []
+    curve, recent = [], []
     model.train()
     with auxiliary_losses(model) as others:
         for step, batch in zip(range(1, steps + 1), task.batches(want["batch"], seed)):
-            start = time.perf_counter()
-            loss = task.loss(model, on(device, batch))
-            optimizer.zero_grad(set_to_none=True)
-            sum(others(), start=loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            shown = descend(model, task, optimizer, on(device, batch), others)
             schedule.step()
-            shown = loss.item() * task.loss_scale
-            seconds.append(time.perf_counter() - start)
             if not math.isfinite(shown):
                 raise TrainingError(f"the training loss became {shown} at step {step}")
             recent.append(shown)
@@ -124,7 +112,23 @@ def fit(
                 curve.append((step, statistics.fmean(recent)))
                 recent.clear()
             progress(step, shown)
-    return curve, want["batch"] * task.tokens / statistics.median(seconds[min(warm, steps - 1) :])
+    return curve
+
+
+def descend(
+    model: nn.Module,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    others: Callable[[], Iterable[Tensor]],
+) -> float:
+    """One step down the task's loss and the model's own ones. Returns the task's, in its unit."""
+    loss = task.loss(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    sum(others(), start=loss).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item() * task.loss_scale
 
 
 def optimized(

@@ -44,10 +44,11 @@ def main() -> None:
 
 
 def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Do the job and return the fields of its result, without the cell."""
+    """Do the job and return the fields of its result, without the cell; or of each mechanism whose speed is asked."""
     import torch
 
     from regard import tasks
+    from regard.bench.speeds import in_turns
     from regard.bench.train import TrainingError, train
 
     cell = Cell(**job["cell"])
@@ -55,6 +56,8 @@ def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
     # Numbers below 1e-38 make matrix products on CPUs many times slower and carry nothing.
     torch.set_flush_denormal(True)
     task = tasks.make(cell.task, job["options"])
+    if "speeds" in job:
+        return in_turns(task, job["speeds"], cell.settings, lambda turn: progress(turn, 0.0))
     if not task.settings().items() <= cell.settings.items():
         raise TrainingError("the data has changed since the run began")
     checkpoint = Path(job["folder"]) / job["checkpoint"] if job["checkpoint"] else None

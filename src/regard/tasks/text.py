@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from regard import catalog
 from regard.models.checkpoint import save
 from regard.models.lm import LanguageModel, LMConfig, language_model
-from regard.models.mixer import Spec
+from regard.models.mixer import Spec, parse
 from regard.tasks import Batch, Defaults, Metric, Size, Task, TaskError, counts
 
+POSITIONS = "rotary"
 DEFAULT_BYTES = 6_000_000
 LIMIT = 1 << 30
 """Most bytes taken from files; what is beyond stays unread."""
@@ -80,18 +82,23 @@ class NextByte(Task):
     metric: ClassVar[Metric] = Metric()
     loss_scale: ClassVar[float] = 1 / math.log(2)
     defaults: ClassVar[Defaults] = Defaults(
-        steps=180,
-        batch=8,
-        dim=96,
+        steps=600,
+        batch=4,
+        dim=64,
         depth=2,
         heads=4,
         lr=3e-3,
     )
     keeps_models: ClassVar[bool] = True
 
-    length: int = 128
+    length: int = 256
     text: Text | Sequence[str | Path] = ()
     """Files and folders; none = the standard library's sources and docs."""
+
+    @classmethod
+    def mechanisms(cls) -> tuple[str, ...]:
+        """Everything that is compared has positions: the host has none, and the order of bytes is most of the task."""
+        return tuple(dict.fromkeys(map(with_positions, super().mechanisms())))
 
     def __post_init__(self) -> None:
         counts(self, length=1)
@@ -173,6 +180,15 @@ class NextByte(Task):
             else:
                 notes.append(f"no {factor}x: the held-out loss is {bits}")
         return found, notes
+
+
+def with_positions(mechanism: str) -> str:
+    """Joined to rotary positions where it takes some and brings none; softmax with them is `rotary`."""
+    spec = parse(mechanism)
+    cards = [catalog.card(name) for name in spec.names]
+    if any(card.family == "positions" or not card.is_part for card in cards):
+        return mechanism
+    return POSITIONS if spec.name == "softmax" else f"{mechanism}+{POSITIONS}"
 
 
 def needed_bytes(length: int) -> int:

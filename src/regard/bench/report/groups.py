@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from regard.bench.record import Result
 from regard.bench.report.settings import as_text, differing
@@ -20,11 +20,13 @@ MEASURES: dict[str, tuple[str, str, int]] = {
     "flops_per_token": ("FLOP per token", "", -1),
 }
 """Field of a result -> its heading in the table, unit, whether more is better (1), less (-1) or neither."""
+SPREADS = {"train_tokens_per_second": "train_spread", "generate_tokens_per_second": "generate_spread"}
+"""Of what is measured in rounds, the field that holds its spread over them."""
 
 
 @dataclass(frozen=True)
 class Stat:
-    """A mean over seeds with its sample standard deviation (None with fewer than two seeds)."""
+    """A mean over seeds with its sample standard deviation (None with fewer than two seeds), or as SPREADS says."""
 
     mean: float
     spread: float | None
@@ -49,11 +51,9 @@ def _stat(values: Iterable[float]) -> Stat | None:
     return Stat(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
 
 
-def undecided(best: Stat, other: Stat) -> bool | None:
-    """Whether two means lie within the larger of their spreads; None where one seed leaves that unknown."""
-    if best.spread is None or other.spread is None:
-        return None
-    return abs(other.mean - best.mean) <= max(best.spread, other.spread)
+def undecided(best: Stat, other: Stat) -> bool:
+    """Whether two means lie within the larger of their spreads, as far as one seed lets that be known."""
+    return abs(other.mean - best.mean) <= max(best.spread or 0, other.spread or 0)
 
 
 @dataclass
@@ -79,6 +79,9 @@ class Row:
             stat = _stat(value for r in self.done if (value := getattr(r, name)) > 0)
             if stat is not None and stat.finite:
                 self.measures[name] = stat
+        for name, spread in SPREADS.items():
+            if name in self.measures:  # the same number at each seed: it was measured once, in rounds
+                self.measures[name] = replace(self.measures[name], spread=max(getattr(r, spread) for r in self.done))
 
     def curve(self) -> list[tuple[int, float]]:
         """The mean training loss at the steps that every seed recorded."""

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 from regard.bench.record import Result
-from regard.bench.report.groups import Group, Stat, undecided
+from regard.bench.report.groups import Group
 from regard.bench.report.settings import collected, differing, words
 from regard.bench.report.text import listing, plural, quantity, text
-from regard.tasks import Metric
+from regard.bench.report.wording import sentences
 
 FACTS: dict[str, tuple[str, ...]] = {
     "Data": ("data", "text", "dataset", "source", "files", "bytes", "tokenizer", "vocab"),
@@ -19,43 +19,9 @@ FACTS: dict[str, tuple[str, ...]] = {
 
 
 def headline(group: Group) -> str:
-    """Which mechanism is best, by how much, and whether that is more than chance."""
-    where = f" on {text(group.title)}"
-    count = len({row.mechanism for row in group.rows})
-    if not group.ranked:
-        seen = f"{plural(count, 'mechanism')} compared{where}"
-        return f'<p class="answer">{seen}; none finished with a usable result.</p>'
-    best, *others = group.ranked
-    metric, stat = group.metric, best.heldout[group.main]
-    at = "" if group.main == metric.main else f" at {text(group.main)}"
-    reached = f"{_mean_and_spread(metric, stat)} {text(metric.name)}{at}"
-    name = f"<strong>{text(best.label, 80)}</strong>"
-    seeds = "one seed" if stat.count == 1 else f"{stat.count} seeds"
-    if not others:
-        lead = f'<p class="answer">{name} reaches {reached} on held-out data{where} ({seeds}).</p>'
-        alone = "<p>No other mechanism finished, so there is nothing to compare it with.</p>"
-        return lead + (alone if count > 1 else "")
-    lead = f"Of {plural(count, 'mechanism')}{where}, {name} is best on held-out data: {reached} ({seeds})."
-    second = others[0].heldout[group.main]
-    gap = metric.number(abs(second.mean - stat.mean)) + " points" * metric.percent
-    follower = f"{text(others[0].label, 80)}, the next, is {gap} behind"
-    close = [text(r.label, 80) for r in others if undecided(stat, r.heldout[group.main])]
-    if undecided(stat, second) is None:
-        rest = f"{follower}. With one seed the spread is unknown: the gap may be chance."
-    elif close:
-        rest = (
-            f"{follower}. <strong>The difference from {listing(close)} is within the spread</strong> "
-            "over seeds, so these runs do not tell them apart."
-        )
-    else:
-        rest = f"{follower}, which is more than the spread over seeds."
-    return f'<p class="answer">{lead}</p><p>{rest}</p>'
-
-
-def _mean_and_spread(metric: Metric, stat: Stat) -> str:
-    if stat.spread is None:
-        return metric.write(stat.mean)
-    return f"{metric.number(stat.mean)}\u00a0±\u00a0{metric.write(stat.spread)}"
+    """Which mechanism is best, by how much, and what that rests on."""
+    answer, *rest = (text(sentence, 1000) for sentence in sentences(group))
+    return f'<p class="answer">{answer}</p>' + (f"<p>{' '.join(rest)}</p>" if rest else "")
 
 
 def facts(results: Sequence[Result]) -> str:
@@ -115,6 +81,8 @@ def warnings(groups: Sequence[Group]) -> str:
             lines.append(f"Not all runs share the same {listing(keys)}: compare with care.")
     if keys := differing([r.environment for r in results if r.status == "done"]):
         lines.append(f"The runs differ in {listing([words(k) for k in keys])}: compare speed with care.")
+    if len({r.turns for r in results if r.status == "done"}) > 1:
+        lines.append("Not all speeds were measured in turns with each other: compare speed with care.")
     return "".join(f'<p class="warning">{line}</p>' for line in dict.fromkeys(lines))
 
 
