@@ -1,5 +1,6 @@
 """A swap checks itself on a few tokens before it is trusted: regard's exact attention against the model's eager one."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,11 +208,16 @@ def _outputs(model: "PreTrainedModel", inputs: Mapping[str, Tensor], *, cached: 
     given = {**inputs, "return_dict": True}
     out = model(**given)
     found = _real(out, inputs, "")
-    ids = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    if not cached or out.get("past_key_values") is None or ids not in inputs:
+    keep = inputs.get("attention_mask")
+    if keep is not None and not any(_by_token(t, keep) for t in out.values()):
+        # A head that reads one row hides what padding does to the others.
+        found |= _real(_last_states(model(**given, output_hidden_states=True)), inputs, "")
+    ids = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    if not cached or not takes_cache or out.get("past_key_values") is None or ids not in inputs:
         return found
     # The last two tokens come one at a time, each with what the cache holds.
-    T, keep = inputs[ids].shape[1], inputs.get("attention_mask")
+    T = inputs[ids].shape[1]
     past = None
     for end in (T - 2, T - 1, T):
         start = 0 if past is None else end - 1
@@ -225,12 +231,27 @@ def _outputs(model: "PreTrainedModel", inputs: Mapping[str, Tensor], *, cached: 
     return found
 
 
-def _real(out: Any, inputs: Mapping[str, Tensor], when: str) -> dict[str, Tensor]:
-    """The floating tensors among the outputs; of those with a row for each token, the rows of real ones."""
+def _last_states(out: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of each stack of hidden states the last."""
+    return {name: t[-1] for name, t in out.items() if name.endswith("hidden_states") and isinstance(t, tuple) and t}
+
+
+def _by_token(t: Any, keep: Tensor) -> bool:
+    """Whether it has a row for each token."""
+    return isinstance(t, Tensor) and t.is_floating_point() and t.shape[:2] == keep.shape
+
+
+def _real(out: Mapping[str, Any], inputs: Mapping[str, Tensor], when: str) -> dict[str, Tensor]:
+    """The floating tensors among the outputs: with a row for each token, those of real ones; with one for each sequence,
+    those of sequences without padding, as the row that they are read from may be a padded one."""
     keep = inputs.get("attention_mask")
     found = {}
     for name, t in out.items():
-        if isinstance(t, Tensor) and t.is_floating_point():
-            by_token = keep is not None and t.dim() >= 3 and t.shape[:2] == keep.shape
-            found[name + when] = t[keep.bool()] if by_token and keep is not None else t
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            continue
+        if keep is not None and _by_token(t, keep):
+            t = t[keep.bool()]
+        elif keep is not None and keep.dim() == 2 and t.dim() and t.shape[0] == len(keep):
+            t = t[keep.bool().all(1)]
+        found[name + when] = t
     return found

@@ -28,7 +28,9 @@ def sample_batches(model: "PreTrainedModel") -> list[dict[str, Tensor]]:
         # CLIP and some classifiers read the row of the end token, which must not be padding.
         if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < vocabulary:
             tokens[[0, 1, 2], [-1, -1, -4]] = end
-        tokens[keep == 0] = plain.min()
+        # Others find their row by what is no padding.
+        pad = getattr(text, "pad_token_id", None)
+        tokens[keep == 0] = pad if isinstance(pad, int) and 0 <= pad < vocabulary else plain.min()
         ids = {"input_ids": tokens, "attention_mask": keep}
         if config.is_encoder_decoder:
             ids["decoder_input_ids"] = plain[pick.flip(1)[:, :-2]]
@@ -36,7 +38,11 @@ def sample_batches(model: "PreTrainedModel") -> list[dict[str, Tensor]]:
     sounds = _sounds(config, random)
     if config.is_encoder_decoder and ids:
         sounds = [{**sound, "decoder_input_ids": ids["decoder_input_ids"][:1]} for sound in sounds]
-    found = [ids, {**ids, **pictures}, pictures, *sounds]
+    # Some take no padding, some want as many tokens to decode as to encode, and some several texts a question.
+    alone = {name: t[:1] for name, t in ids.items()}
+    even = {name: ids["input_ids"] if name == "decoder_input_ids" else t for name, t in ids.items()}
+    choices = {"input_ids": plain[pick][None], "attention_mask": torch.ones_like(keep)[None]} if ids else {}
+    found = [ids, {**ids, **pictures}, pictures, *sounds, alone, even, choices]
     found = sorted((c for c in found if c), key=lambda c: model.main_input_name not in c)
     return [{name: _placed(t, model) for name, t in c.items()} for c in found]
 
