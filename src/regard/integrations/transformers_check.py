@@ -242,8 +242,11 @@ def _by_token(t: Any, keep: Tensor) -> bool:
 
 
 def _real(out: Mapping[str, Any], inputs: Mapping[str, Tensor], when: str) -> dict[str, Tensor]:
-    """The floating tensors among the outputs: with a row for each token, those of real ones; with one for each sequence,
-    those of sequences without padding, as the row that they are read from may be a padded one."""
+    """The floating tensors among the outputs.
+
+    Of those with a row for each token, the rows of real ones; of those with one for each sequence, the rows of
+    sequences without padding, as what they are read from may be a padded token.
+    """
     keep = inputs.get("attention_mask")
     found = {}
     for name, t in out.items():
