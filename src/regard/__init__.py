@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from regard.inspect.trace import trace
     from regard.integrations.transformers import swap
     from regard.integrations.transformers_heads import scale_heads
+    from regard.integrations.transformers_prune import prune_heads
     from regard.kernels import Plan
     from regard.laws import check
     from regard.pipeline import Attention, HeadMixer, KVCache, attention, plan
@@ -35,6 +36,7 @@ _FROM = {
     "effective_weights": "regard.inspect.effective",
     "mechanisms": "regard.catalog",
     "plan": "regard.pipeline",
+    "prune_heads": "regard.integrations.transformers_prune",
     "scale_heads": "regard.integrations.transformers_heads",
     "share": "regard.stages",
     "swap": "regard.integrations.transformers",
@@ -65,6 +67,7 @@ __all__ = [
     "normalizers",
     "plan",
     "positions",
+    "prune_heads",
     "scale_heads",
     "scores",
     "share",

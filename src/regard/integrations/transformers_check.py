@@ -48,9 +48,9 @@ def self_check(model: "PreTrainedModel", inputs: Mapping[str, Tensor] | None) ->
     about: dict[str, About] = {}
     with quiet(model):
         with under_eager(model):
-            inputs, expected = _sampled(model) if inputs is None else (inputs, _outputs(model, inputs))
+            inputs, expected = _sampled(model) if inputs is None else (inputs, outputs(model, inputs))
         with Interception(model, _exact, mask=lazy_mask), _watched(model, about):
-            got = _outputs(model, inputs)
+            got = outputs(model, inputs)
     worst = 0.0
     for name, reference in expected.items():
         tolerance = TOLERANCE.get(reference.dtype, 1e-4)
@@ -105,7 +105,7 @@ def difference(got: Tensor, reference: Tensor) -> float:
 def changed_outputs(model: "PreTrainedModel", checked: Checked) -> float:
     """How far the model's outputs are now from the exact ones, on the same inputs."""
     with quiet(model):
-        got = _outputs(model, checked.inputs, cached=False)
+        got = outputs(model, checked.inputs, cached=False)
     return max((difference(t, checked.outputs[name]) for name, t in got.items()), default=0.0)
 
 
@@ -193,7 +193,7 @@ def _sampled(model: "PreTrainedModel") -> tuple[Mapping[str, Tensor], dict[str, 
     failed: list[str] = []
     for inputs in sample_batches(model):
         try:
-            return inputs, _outputs(model, inputs)
+            return inputs, outputs(model, inputs)
         except Exception as error:  # models say in many ways that an input is missing
             said = str(error).partition("\n")[0]
             failed.append(f"{', '.join(inputs)}: {type(error).__name__}: {said}")
@@ -203,7 +203,7 @@ def _sampled(model: "PreTrainedModel") -> tuple[Mapping[str, Tensor], dict[str, 
     )
 
 
-def _outputs(model: "PreTrainedModel", inputs: Mapping[str, Tensor], *, cached: bool = True) -> dict[str, Tensor]:
+def outputs(model: "PreTrainedModel", inputs: Mapping[str, Tensor], *, cached: bool = True) -> dict[str, Tensor]:
     """What the model gives for these inputs, at real tokens alone; and again with the last two tokens after a cache."""
     given = {**inputs, "return_dict": True}
     out = model(**given)
