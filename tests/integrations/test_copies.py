@@ -209,9 +209,10 @@ def test_a_pickled_model_is_swapped(what: str):
 def test_a_pickled_model_is_swapped_in_another_process(tmp_path):
     """Where none of the names are known, and where transformers has not been imported."""
     model, inputs = tiny("t5"), batch("t5")
-    with torch.no_grad(), swapped(model, mechanism="kerple", layers=lambda layer: layer.kind == "self"):
-        with regard.swap(model, "entmax", layers=0):
-            torch.save((model, inputs, outputs(model, inputs)), tmp_path / "model.pt")
+    regard.swap(model, "kerple", layers=lambda layer: layer.kind == "self")
+    regard.swap(model, "entmax", layers=0)
+    with torch.no_grad():
+        torch.save((model, inputs, outputs(model, inputs)), tmp_path / "model.pt")
     code = (
         "import sys, torch\n"
         "model, inputs, want = torch.load(sys.argv[1], weights_only=False)\n"

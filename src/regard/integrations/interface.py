@@ -131,7 +131,7 @@ class Interception:
             original = functools.partial(_mask_below, name)
             AttentionInterface.register(name, functools.partial(_attend, name))
             AttentionMaskInterface.register(name, original if mask is None else functools.partial(mask, original))
-        weakref.finalize(self, _retire, self.names, configs).atexit = False
+        weakref.finalize(self, _retire, self.names, configs).atexit = False  # type: ignore[misc]
 
     @property
     def wraps(self) -> bool:

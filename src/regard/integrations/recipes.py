@@ -215,8 +215,9 @@ def _unlike(made: Mapping[Any, Any], want: Mapping[Any, Any], where: str) -> lis
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[str, torch.Size]]:
-    held = {"parameter": module._parameters, "buffer": module._buffers}
-    return {name: (kind, t.shape) for kind, of in held.items() for name, t in of.items() if t is not None}
+    named: list[tuple[str, str, Tensor | None]] = [("parameter", *pair) for pair in module._parameters.items()]
+    named += [("buffer", *pair) for pair in module._buffers.items()]
+    return {name: (kind, t.shape) for kind, name, t in named if t is not None}
 
 
 def unlike(made: Parts, want: Parts) -> list[str]:

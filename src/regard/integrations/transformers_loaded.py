@@ -146,7 +146,7 @@ def _config(folder: Path) -> tuple[Any, Any]:
     if (folder / "adapter_config.json").exists():
         raise ValueError("adapter_config.json stands beside it, with which no swapped model is saved")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if not isinstance(config, kind.config_class):
+    if kind.config_class is None or not isinstance(config, kind.config_class):
         raise ValueError(f"its model_type {config.model_type!r} is not that of {given[0]}")
     return kind, config
 
@@ -224,7 +224,7 @@ def _swapped(model: "PreTrainedModel", swaps: Sequence[Mapping[str, Any]], tenso
     fill(model, {name.removeprefix("buffer."): left.pop(name) for name in buffers})
     largest = max(max(p.shape, default=0) for p in model.parameters())
     attending = {layer.name: layer for layer in layers(model)}
-    chosen = []
+    chosen: list[list[Any]] = []
     for n, said in enumerate(swaps):
         masks = {name.removeprefix(f"swap{n}."): left.pop(name) for name in list(left) if _is_mask(name, n)}
         chosen.append([])

@@ -152,10 +152,10 @@ def config_paths(model: nn.Module) -> dict[str, Any]:
     of = {id(config): config for config in configs_of(model)}
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
-        waiting = [(path + ":", getattr(module, "config", None))]
+        waiting: list[tuple[str, Any]] = [(path + ":", getattr(module, "config", None))]
         while waiting:
             at, config = waiting.pop()
-            if of.pop(id(config), None) is not None:
+            if config is not None and of.pop(id(config), None) is not None:
                 found[at] = config
                 waiting += [(f"{at}{key}.", getattr(config, key, None)) for key in config.sub_configs]
     return found
