@@ -75,9 +75,10 @@ def header(path: Path) -> Header:
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: these, or all."""
+    """The tensors of a safetensors file: these, or all. Each in memory of its own, which is aligned: within the file
+    they are not, and some operations round otherwise there."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+        return {name: file.get_tensor(name).clone() for name in (file.keys() if names is None else names)}
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> Header:

@@ -15,14 +15,14 @@ import functools
 import itertools
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from regard.integrations.layers import Layer, _asks, check_model, layers
+from regard.integrations.layers import Layer, _asks, check_model, configs_of, layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -298,18 +298,3 @@ def resolve(module: nn.Module, name: str | None) -> AttentionFunction:
         raise ValueError(f"interface: {type(module).__name__} does not ask transformers' attention registry")
     namespace, eager = found
     return namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(name, namespace.get(eager))
-
-
-def configs_of(model: nn.Module) -> Iterator[Any]:
-    """Every config that names an attention function, outer ones first, each once."""
-    seen: set[int] = set()
-    held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    waiting = [config for config in held if hasattr(config, "_attn_implementation")]
-    while waiting:
-        config = waiting.pop(0)
-        if id(config) in seen:
-            continue
-        seen.add(id(config))
-        yield config
-        parts = [getattr(config, key, None) for key in config.sub_configs]
-        waiting = [part for part in parts if part is not None] + waiting

@@ -21,6 +21,7 @@ from regard.integrations.slots import Parts
 from regard.masks import Mask, algebra, grids, patterns, selection
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
+from regard.shapes import HeadShape
 from regard.spec import Part, Spec, parse
 from regard.stages import SLOTS
 
@@ -41,8 +42,11 @@ def spelled(mechanism: str, options: Mapping[str, Any]) -> str:
     return _text(Spec(tuple(Part(c.name, mine) for c, mine in zip(known, each))), mechanism)
 
 
-def part_as_data(part: Any, tensors: dict[str, Tensor]) -> Any:
-    """What fills a slot: a tree for a mask, whose tensors are added to `tensors`; text for a part of this library."""
+def part_as_data(part: Any, shape: HeadShape, tensors: dict[str, Tensor]) -> Any:
+    """What fills a slot: a tree for a mask, whose tensors are added to `tensors`; text for a part of this library.
+
+    Widths that the part does not keep are taken for those of its layer: `unlike` tells whether they are.
+    """
     if isinstance(part, Mask):
         return mask_as_data(part, tensors)
     name = type(part).__name__
@@ -50,11 +54,13 @@ def part_as_data(part: Any, tensors: dict[str, Tensor]) -> Any:
         _refuse(
             type(part).__qualname__, "is no part of this library", "a name of the catalogue, which can be registered"
         )
-    arguments = {}
-    for argument in inspect.signature(type(part)).parameters:
-        if not hasattr(part, argument):
+    arguments, widths = {}, vars(shape)
+    for argument, told in inspect.signature(type(part)).parameters.items():
+        if told.kind in (told.VAR_POSITIONAL, told.VAR_KEYWORD):
+            continue
+        if not hasattr(part, argument) and argument not in widths:
             _refuse(name, f"does not keep its argument {argument!r}", "the mechanism's name in its place")
-        arguments[argument] = getattr(part, argument)
+        arguments[argument] = getattr(part, argument, widths.get(argument))
     return _text(Spec((Part(name, arguments),)), name)
 
 

@@ -51,11 +51,11 @@ def load_swapped(folder: str | Path) -> Swap:
         recipe, digest = _recipe(recipe_file)
     with naming(tensors_file):
         tensors = _tensors(tensors_file, recipe)
-    model = _host(folder, recipe, digest)
-    with naming(recipe_file):
-        _name_attention(model, recipe["attention"])
-        swapped = _swapped(model, recipe["swaps"], tensors)
-    return swapped
+    with torch.random.fork_rng([]):
+        model = _host(folder, recipe, digest)
+        with naming(recipe_file):
+            _name_attention(model, recipe["attention"])
+            return _swapped(model, recipe["swaps"], tensors)
 
 
 def _recipe(path: Path) -> tuple[dict[str, Any], str]:
@@ -94,8 +94,6 @@ def _tensors(path: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedModel":
-    with naming(folder / "config.json"):
-        kind, config = _config(folder)
     weights = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
     marked, numbers, names = None, 0, 0
     for path in weights:
@@ -111,7 +109,14 @@ def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedMo
             )
             raise ValueError(f"{wrong}, so that it does not belong to {RECIPE}; save both again")
     with naming(folder / "config.json"):
-        _check_sizes(kind, config, numbers, names)
+        kind, config = _config(folder, names)
+        with torch.device("meta"):
+            asked = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+        if asked > numbers:
+            raise ValueError(f"it asks for {asked} parameters, and the model's files hold {numbers} numbers")
+    if kind.can_generate():  # transformers itself would go on without it
+        with naming(folder / "generation_config.json"):
+            files.read_json(folder / "generation_config.json")
     with naming(weights[0]), _quiet():
         top = recipe["attention"].get(":")
         model, info = kind.from_pretrained(
@@ -130,8 +135,9 @@ def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedMo
     return model
 
 
-def _config(folder: Path) -> tuple[Any, Any]:
-    """The host's class, and its config."""
+def _config(folder: Path, names: int) -> tuple[Any, Any]:
+    """The host's class, and its config. `names`: how many tensors there are, which a config may not go far beyond: its
+    lists, and the model's, grow with its numbers of layers and labels, whatever stands in the files."""
     import transformers
 
     said, _ = files.read_json(folder / "config.json")
@@ -145,24 +151,17 @@ def _config(folder: Path) -> tuple[Any, Any]:
         raise ValueError(f"it has {sorted(odd)[0]!r}, with which no swapped model is saved")
     if (folder / "adapter_config.json").exists():
         raise ValueError("adapter_config.json stands beside it, with which no swapped model is saved")
+    for name, value in _whole_numbers(said):
+        if any(word in name for word in ("layer", "block", "label")) and value > max(1000, names):
+            refuse("config", name, "is too large", value, f"no more than the files' {names} tensors")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if kind.config_class is None or not isinstance(config, kind.config_class):
         raise ValueError(f"its model_type {config.model_type!r} is not that of {given[0]}")
     return kind, config
 
 
-def _check_sizes(kind: Any, config: Any, numbers: int, names: int) -> None:
-    """Refuse a config that asks for more than the files hold, before it is built: that could take all memory."""
-    for name, value in _whole_numbers(config.to_dict()):
-        if ("layer" in name or "block" in name) and value > max(1000, names):
-            refuse("config", name, "is too large", value, f"no more than the files' {names} tensors")
-    with torch.device("meta"):
-        asked = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
-    if asked > numbers:
-        raise ValueError(f"it asks for {asked} parameters, and the model's files hold {numbers} numbers")
-
-
 def _whole_numbers(said: Any) -> Iterator[tuple[str, int]]:
+    """Those of a config and of the configs in it, by name."""
     for name, value in said.items() if isinstance(said, dict) else ():
         if isinstance(value, int):
             yield str(name), value

@@ -62,13 +62,19 @@ def save_swapped(model: "PreTrainedModel", folder: str | Path) -> None:
         swaps = [_swap_as_data(n, one, tensors) for n, one in enumerate(standing)]
     except RecursionError:
         raise ValueError("save: a mask is nested too deep to be written as data") from None
-    inside = {
-        f"{name}.{entry.held}." for one in standing for name, (_, entry) in one.entries.items() if entry.held != ""
-    }
-    state = {name: t for name, t in model.state_dict().items() if not name.startswith(tuple(inside))}
+    inside = tuple(
+        f"{name}.{entry.held}."
+        for one in standing
+        for name, (_, entry) in one.entries.items()
+        if isinstance(entry.held, str)
+    )
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith(inside)}
     with _as_it_was(model) as names:
         fresh = _check_host(model, state)
-        for name, buffer in model.named_buffers():
+        for (
+            name,
+            buffer,
+        ) in model.named_buffers():  # those that are not in the host's file; a cast may have rounded them
             if name in fresh and name not in state and buffer.shape == fresh[name].shape:
                 tensors[f"buffer.{name}"] = buffer
         held = files.header_of(tensors)
@@ -115,7 +121,8 @@ def _swap_as_data(n: int, one: Standing, tensors: dict[str, Tensor]) -> dict[str
     if entry.named is not None:
         said: dict[str, Any] = {"mechanism": spelled(*entry.named), "slots": None}
     else:
-        said = {"mechanism": None, "slots": {s: part_as_data(p, masks) for s, p in parts.filled().items()}}
+        slots = {slot: part_as_data(part, entry.about.shape, masks) for slot, part in parts.filled().items()}
+        said = {"mechanism": None, "slots": slots}
     said |= {"kernel": parts.kernel, "measure": one.attending.measure, "layers": {}}
     for name, (module, entry) in one.entries.items():
         parts = entry.parts(module)
@@ -183,7 +190,7 @@ def _check_host(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[s
                 f"save: {name} is {t.dtype}, and the model {model.dtype}; transformers loads all in one dtype: "
                 "model.to(dtype) first"
             )
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng([]):
         made = kind(copy.deepcopy(model.config))
     want = made.state_dict()
     odd = sorted(name for name in want.keys() | state.keys() if _shape(want, name) != _shape(state, name))
