@@ -26,12 +26,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default=CompareConfig.task)
     parser.add_argument("--times", type=int, nargs="+", default=[1, 3, 10])
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/budgets"))
     asked = parser.parse_args()
     console, groups = Console(highlight=False), []
     for times in sorted(asked.times):
         steps = times * find(asked.task).defaults.steps
-        config = CompareConfig(task=asked.task, steps=steps, out=asked.out / f"{steps}-steps")
+        config = CompareConfig(task=asked.task, steps=steps, threads=asked.threads, out=asked.out / f"{steps}-steps")
         with Live(config, console) as live:
             results = execute(config, live).results
         console.print(table(results, console.width), soft_wrap=True)

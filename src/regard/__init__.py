@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from regard.inspect.trace import trace
     from regard.integrations.transformers import swap
     from regard.integrations.transformers_heads import scale_heads
+    from regard.integrations.transformers_loaded import load_swapped
     from regard.integrations.transformers_prune import prune_heads
     from regard.kernels import Plan
     from regard.laws import check
@@ -34,6 +35,7 @@ _FROM = {
     "check": "regard.laws",
     "create": "regard.catalog",
     "effective_weights": "regard.inspect.effective",
+    "load_swapped": "regard.integrations.transformers_loaded",
     "mechanisms": "regard.catalog",
     "plan": "regard.pipeline",
     "prune_heads": "regard.integrations.transformers_prune",
@@ -62,6 +64,7 @@ __all__ = [
     "inspect",
     "kinds",
     "laws",
+    "load_swapped",
     "masks",
     "mechanisms",
     "normalizers",

@@ -1,7 +1,10 @@
 """Copies of a model that is swapped, traced or scaled compute what it does, or say why not (L55)."""
 
 import copy
+import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -191,12 +194,43 @@ def test_a_copy_can_be_swapped_again():
         assert torch.equal(outputs(twin, inputs), first)
 
 
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_pickled_model_is_swapped(what: str):
+    model, inputs, file = tiny("llama"), batch("llama"), io.BytesIO()
+    with torch.no_grad(), swapped(model, **CHANGES[what]):
+        want = outputs(model, inputs)
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+        assert torch.equal(outputs(twin, inputs), want)
+    assert torch.equal(outputs(twin, inputs), want)
+
+
+def test_a_pickled_model_is_swapped_in_another_process(tmp_path):
+    """Where none of the names are known, and where transformers has not been imported."""
+    model, inputs = tiny("t5"), batch("t5")
+    regard.swap(model, "kerple", layers=lambda layer: layer.kind == "self")
+    regard.swap(model, "entmax", layers=0)
+    with torch.no_grad():
+        torch.save((model, inputs, outputs(model, inputs)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model, inputs, want = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(): out = model(**inputs).logits\n"
+        "print(torch.equal(out[inputs['attention_mask'].bool()] if out.shape[:2] == inputs['attention_mask'].shape"
+        " else out, want))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_what_can_not_be_pickled_says_so():
     model = tiny("llama")
     plain, inputs = outputs(model, batch("llama")), batch("llama")
-    with swapped(model, mechanism=regard.masks.window(2)), pytest.raises(TypeError, match="expected it restored"):
-        pickle.dumps(model)
     with regard.scale_heads(model, torch.ones(2, 4)), pytest.raises(TypeError, match="or its state_dict"):
+        pickle.dumps(model)
+    rule = regard.masks.predicate(lambda b, h, i, j: i == j)
+    with regard.swap(model, rule), pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         pickle.dumps(model)
     assert torch.equal(outputs(pickle.loads(pickle.dumps(model)), inputs), plain)
     regard.trace(model, inputs)

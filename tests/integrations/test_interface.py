@@ -9,7 +9,7 @@ import torch
 import transformers as tr
 from torch import nn
 
-from integrations.tiny import BASE, batch, outputs, shared, tiny
+from integrations.tiny import BASE, IMAGE, batch, outputs, shared, tiny
 from regard.integrations.interface import Interception, interceptions, layers
 from regard.integrations.transformers import scale_heads, swap
 
@@ -129,14 +129,94 @@ def test_a_forgotten_model_is_let_go():
     assert gone() is None
 
 
-def test_a_copy_that_outlives_the_swap_says_so():
+def test_a_copy_that_outlives_the_swap_stays_swapped():
+    model, inputs = tiny("bert"), batch("bert")
+    with torch.no_grad():
+        plain = outputs(model, inputs)
+        with swap(model, "entmax"):
+            want, kept = outputs(model, inputs), copy.deepcopy(model)
+        assert torch.equal(outputs(kept, inputs), want)
+        assert torch.equal(outputs(model, inputs), plain)
+        del model
+        gc.collect()
+        assert torch.equal(outputs(kept, inputs), want)
+        kept.set_attn_implementation("sdpa")
+        assert torch.equal(outputs(kept, inputs), plain)
+
+
+# --- what outlives a swapped model ----------------------------------------------------------------------------
+
+
+def test_a_config_that_outlives_a_swapped_model_is_as_before():
+    config = tr.CLIPConfig(text_config=BASE, vision_config=IMAGE, projection_dim=16)
+    first, second = tr.CLIPModel(config).eval(), tr.CLIPModel(config).eval()
+    inputs = batch("clip", torch.float32)
+    with torch.no_grad():
+        want = outputs(second, inputs)
+        swap(first, "entmax")
+        copied = copy.deepcopy(config)
+        del first
+        gc.collect()
+        names = {c._attn_implementation for c in (config, config.text_config, config.vision_config)}
+        assert names == {"sdpa"}
+        assert torch.equal(outputs(second, inputs), want)
+        for other in (config, copied):  # the copy still has the name, which means what stood there before
+            new = tr.CLIPModel(other).eval()
+            new.load_state_dict(second.state_dict())
+            assert torch.equal(outputs(new, inputs), want)
+        text = tr.CLIPTextModel(copied.text_config).eval()
+        assert text(inputs["input_ids"]).last_hidden_state.isfinite().all()
+
+
+def test_a_config_is_shared_by_two_swapped_models_which_end_in_any_order():
+    config = tr.BertConfig(**BASE)
+    ids = torch.arange(12).view(2, 6)
+    for first_ends_first in (True, False):
+        models = [tr.BertModel(config).eval() for _ in range(2)]
+        with torch.no_grad():
+            plain = [m(ids).last_hidden_state for m in models]
+            held = [swap(m, "entmax") for m in models]
+            changed = [m(ids).last_hidden_state for m in models]
+            assert not any(torch.equal(p, c) for p, c in zip(plain, changed))
+            over, left = (0, 1) if first_ends_first else (1, 0)
+            held[over].restore()
+            assert torch.equal(models[over](ids).last_hidden_state, plain[over])
+            assert torch.equal(models[left](ids).last_hidden_state, changed[left])
+            held[left].restore()
+            assert torch.equal(models[left](ids).last_hidden_state, plain[left])
+        assert config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("what", ["entmax", "kerple", "gated"])
+def test_a_part_that_outlives_a_swapped_model_stays_swapped(what):
+    model = tiny("t5")
+    ids = batch("t5")["input_ids"]
+    with torch.no_grad():
+        plain = model.get_encoder()(ids).last_hidden_state
+        swap(model, what, layers=lambda layer: layer.kind == "self")
+        encoder = model.get_encoder()
+        want = encoder(ids).last_hidden_state
+        assert not torch.equal(want, plain)
+        del model
+        gc.collect()
+        assert torch.equal(encoder(ids).last_hidden_state, want)
+        maps = encoder(ids, output_attentions=True).attentions
+        assert [m.shape for m in maps] == [(3, 4, 9, 9)] * 2
+        encoder.set_attn_implementation("eager")
+        torch.testing.assert_close(encoder(ids).last_hidden_state, plain)
+
+
+def test_nothing_of_a_collected_model_stays_in_the_registries():
     model = tiny("bert")
-    with swap(model, "softmax"):
-        kept = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match=r"taken back.*set_attn_implementation"):
-        outputs(kept, batch("bert"))
-    kept.set_attn_implementation("sdpa")
-    torch.testing.assert_close(outputs(kept, batch("bert")), outputs(model, batch("bert")))
+    swapped = swap(model, "kerple")
+    parts = weakref.ref(next(iter(swapped.parts.values())))
+    held = [weakref.ref(one._function) for one in interceptions(model)]
+    assert parts() is not None
+    assert held
+    del model, swapped
+    gc.collect()
+    assert parts() is None
+    assert all(one() is None for one in held)
 
 
 @pytest.mark.parametrize(

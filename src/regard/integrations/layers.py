@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +54,21 @@ def check_model(model: object) -> None:
             f"model: no layer of {type(model).__name__} asks transformers' attention registry (models with attention "
             "or mixers of their own, such as Longformer, DeBERTa or Mamba, never do), so nothing can be exchanged"
         )
+
+
+def configs_of(model: nn.Module) -> Iterator[Any]:
+    """Every config that names an attention function, outer ones first, each once."""
+    seen: set[int] = set()
+    held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    waiting = [config for config in held if hasattr(config, "_attn_implementation")]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) in seen:
+            continue
+        seen.add(id(config))
+        yield config
+        parts = [getattr(config, key, None) for key in config.sub_configs]
+        waiting = [part for part in parts if part is not None] + waiting
 
 
 def _asks(module: nn.Module) -> tuple[dict[str, Any], str] | None:

@@ -53,6 +53,10 @@ class Parts(nn.Module):
         self.kernel: str = slots.get("kernel", "auto")
         self.x: Tensor | None = None
 
+    def filled(self) -> dict[str, Any]:
+        """What stands in which slot; empty ones are left out."""
+        return {name: part for name in SLOTS if (part := getattr(self, name)) is not None}
+
     @property
     def sparse(self) -> bool:
         """Whether it leaves pairs out."""

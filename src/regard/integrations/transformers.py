@@ -1,8 +1,8 @@
 """Another attention inside a transformers model, through its own extension points: `swap`, and gates on its heads."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,11 +19,12 @@ from regard.integrations.slots import (
     start_as_original,
     why_not,
 )
-from regard.integrations.transformers_call import compute, read, weights
-from regard.integrations.transformers_check import about_layers, changed_outputs, incoming, self_check
+from regard.integrations.transformers_attend import Attending, Called, Entry, fed, listening
+from regard.integrations.transformers_check import about_layers, changed_outputs, self_check
 from regard.integrations.transformers_heads import scale_heads
 from regard.integrations.transformers_masks import lazy_mask
-from regard.integrations.transformers_report import Report, Row, count
+from regard.integrations.transformers_report import Report, Row
+from regard.integrations.transformers_saved import save_swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +83,14 @@ def swap(
     checked = None if check is False else self_check(model, None if check is True else check)
     about = about_layers(model) if checked is None else checked.about
     chosen, notes = _fill(_wanted(model, layers), about, layers is not None, mechanism, options, supports)
-    swapped = Swap(model, [(layer, parts, _heads(heads, about[layer.name])) for layer, parts in chosen], notes, measure)
+    named = (mechanism, dict(options)) if isinstance(mechanism, str) else None
+    swapped = Swap(
+        model,
+        [(layer, parts, about[layer.name], _heads(heads, about[layer.name])) for layer, parts in chosen],
+        notes,
+        measure,
+        named,
+    )
     if checked is not None:
         try:
             off = changed_outputs(model, checked)
@@ -97,38 +105,44 @@ def swap(
 
 
 class Swap:
-    """A model that attends in another way until `restore`. Made by `swap`.
+    """A model that attends in another way until `restore`. Made by `swap` and `load_swapped`.
+
+    Copies of the model (by deepcopy, pickle, torch.save, DataParallel) and parts of it that outlive it attend as it
+    does then, and go on so when it is restored; `set_attn_implementation` makes them plain.
 
     Attributes:
         layers: those that changed.
         parts: by layer name, the mechanism's parts there, with their parameters.
         notes: what was left as it was and why, and how near to the original the model starts.
+        under: the swaps that `load_swapped` made before this one, as they stood on the model that was saved.
     """
 
     def __init__(
         self,
         model: "PreTrainedModel",
-        chosen: Sequence[tuple[Layer, Parts, Bool[Tensor, " H"] | None]],
+        chosen: Sequence[tuple[Layer, Parts, About, Bool[Tensor, " H"] | None]],
         notes: Sequence[str],
         measure: str,
+        named: tuple[str, Mapping[str, Any]] | None,
+        under: Sequence["Swap"] = (),
     ) -> None:
-        self.model, self.notes = model, list(notes)
-        self.layers = tuple(layer for layer, _, _ in chosen)
-        self.parts = {layer.name: parts for layer, parts, _ in chosen}
-        attending, called = _Attending(unique("_regard_swap"), measure), _Called()
-        self._entries: list[_Entry] = []
+        self.model, self.notes, self.under = model, list(notes), tuple(under)
+        self.layers = tuple(layer for layer, _, _, _ in chosen)
+        self.parts = {layer.name: parts for layer, parts, _, _ in chosen}
+        attending, called = Attending(unique("_regard_swap"), measure), Called()
+        self._entries: list[Entry] = []
         self._undo: list[Callable[[], None]] = []
         try:
-            for layer, parts, here in chosen:
+            for layer, parts, about, here in chosen:
                 name, undo = _placed(layer.module, parts)
                 self._undo += undo
-                entry = _Entry(name or parts, here, Row(layer.name), called)
+                entry = Entry(name or parts, here, Row(layer.name), called, about, named)
                 setattr(layer.module, attending.place, entry)
                 self._undo.append(partial(delattr, layer.module, attending.place))
                 self._entries.append(entry)
                 if parts.gate is not None:
-                    self._undo += _fed(layer.module, attending.place)
-            self._undo += _listening(model, called)
+                    self._undo += fed(layer.module, attending.place)
+            self._undo += listening(model, called)
             interception = Interception(model, attending, mask=lazy_mask)
             self._undo.append(interception.restore)
         except BaseException:
@@ -136,9 +150,30 @@ class Swap:
             raise
 
     def restore(self) -> None:
-        """Put the model back as it was before. Calling it again does nothing."""
+        """Put the model back as it was before the swap, one that was loaded to the plain host. Calling it again does
+        nothing."""
         while self._undo:
             self._undo.pop()()
+        for swap in reversed(self.under):
+            swap.restore()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the swapped model to a folder, whole; `regard.load_swapped(folder)` gives it back bit for bit.
+
+        transformers writes the host, its config and generation config, as `model.save_pretrained` does: a checkpoint
+        that `from_pretrained` loads as the plain model, with a warning that it left something out. What was put in is
+        beside it: tensors in `regard.safetensors`, and in `regard.json` what was swapped where, with all options. All
+        swaps that stand on the model are written, this one or not.
+
+        Raises:
+            ValueError: the swap is over, or something can't be written as data: a mask that is a function, parts of
+                classes of your own, options that are no plain values, heads that are scaled now, a host that is
+                quantized, on the device "meta", of a class that transformers doesn't have, in several dtypes, or not
+                as its config says (with adapters). Nothing is written then.
+        """
+        if not self._undo:
+            raise ValueError("save: the swap was restored, and the model is plain; save before restore()")
+        save_swapped(self.model, folder)
 
     def report(self) -> Report:
         """What was computed since the swap began, by layer: calls, density, kept mass. Print it."""
@@ -162,63 +197,6 @@ class Swap:
 
     def __repr__(self) -> str:
         return "\n".join([f"swap of {len(self.layers)} layers of {type(self.model).__name__}", *self.notes])
-
-
-@dataclass(eq=False)
-class _Called:
-    """How a model was called. Its layers and its hooks have the same one, and so those of its copy among themselves."""
-
-    asked: bool = False
-    """Whether with output_attentions=True, which not all models pass on to their layers."""
-
-
-@dataclass(eq=False)
-class _Entry:
-    """What stands on a swapped layer, and goes where its copies go."""
-
-    held: Parts | str
-    """The parts; those with parameters stand in the layer itself, under this name."""
-    heads: Bool[Tensor, " H"] | None
-    row: Row
-    called: _Called
-
-    def parts(self, module: nn.Module) -> Parts:
-        return getattr(module, self.held) if isinstance(self.held, str) else self.held
-
-
-class _Attending:
-    """The attention function of a swapped model. What it is to do in a layer stands on the layer."""
-
-    def __init__(self, place: str, measure: str) -> None:
-        self.place, self.measure = place, measure
-
-    def entry(self, module: nn.Module) -> _Entry | None:
-        """None for a layer that stays as it was."""
-        return getattr(module, self.place, None)
-
-    def __call__(
-        self, original: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        entry = self.entry(module)
-        if entry is None:
-            return original(module, q, k, v, mask, **options)
-        call, parts = read(module, q, k, v, mask, **options), entry.parts(module)
-        changed = parts.applied(call)
-        if parts.sparse:
-            count(entry.row, call.problem, changed, mass=self.measure == "mass")
-            entry.row.dense += parts.dense_now(call)
-        else:
-            entry.row.calls += 1
-        out = parts.gated(compute(changed, parts.kernel))
-        seen = weights(changed, parts.kernel) if call.wants_weights or entry.called.asked else None
-        if entry.heads is None:
-            return out, seen
-        here = entry.heads.to(out.device)
-        out = torch.where(here[:, None], out, original(module, q, k, v, mask, **options)[0])
-        if seen is not None:
-            exact = weights(call.problem)
-            seen = None if exact is None else torch.where(here[:, None, None], seen, exact)
-        return out, seen
 
 
 def _fill(
@@ -263,37 +241,6 @@ def _placed(module: nn.Module, parts: Parts) -> tuple[str, list[Callable[[], Non
     name = next(names)
     module.add_module(name, parts)
     return name, [partial(delattr, module, name)]
-
-
-# Hooks of a copied module are called with the copy, and what `partial` holds is copied with it: closures would go on to
-# mean the original.
-
-
-def _fed(module: nn.Module, place: str) -> list[Callable[[], None]]:
-    """The layer's gate gets the tokens that come in."""
-    hook = module.register_forward_pre_hook(partial(_feed, place), with_kwargs=True)
-    return [hook.remove, module.register_forward_hook(partial(_clear, place)).remove]
-
-
-def _feed(place: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-    getattr(module, place).parts(module).x = incoming(args, kwargs)
-
-
-def _clear(place: str, module: nn.Module, *_: Any) -> None:
-    getattr(module, place).parts(module).x = None
-
-
-def _listening(model: nn.Module, called: _Called) -> list[Callable[[], None]]:
-    hook = model.register_forward_pre_hook(partial(_hear, called), with_kwargs=True)
-    return [hook.remove, model.register_forward_hook(partial(_forget, called), always_call=True).remove]
-
-
-def _hear(called: _Called, _: nn.Module, args: Any, kwargs: Any) -> None:
-    called.asked = bool(kwargs.get("output_attentions"))
-
-
-def _forget(called: _Called, *_: Any) -> None:
-    called.asked = False
 
 
 def _wanted(model: nn.Module, which: Which) -> tuple[Layer, ...]:

@@ -105,6 +105,12 @@ def weights(problem: Problem, kernel: str = "auto") -> Float[Tensor, "B H T S"] 
     return execute(replace(problem, v=one_hot, dropout=0.0), kernel)
 
 
+def maps(problem: Problem, kernel: str, key: Float[Tensor, "B G S D"]) -> Float[Tensor, "B H T S"] | None:
+    """`weights`, with a column for every key that the layer was given, of which a static cache has some to spare."""
+    seen = weights(problem, kernel)
+    return None if seen is None else torch.nn.functional.pad(seen, (0, key.shape[2] - seen.shape[3]))
+
+
 class SoftCap(Mix):
     """c tanh(score / c): scores stay within the cap. Gemma 2 (https://arxiv.org/abs/2408.00118), section 2."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regard.integrations.interface import Interception, Layer, layers, resolve
 from regard.integrations.slots import About
-from regard.integrations.transformers_call import compute, read, weights
+from regard.integrations.transformers_call import compute, maps, read
 from regard.integrations.transformers_masks import lazy_mask
 from regard.integrations.transformers_samples import sample_batches
 from regard.shapes import HeadShape
@@ -143,7 +143,7 @@ def _exact(
     original: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     call = read(module, query, key, value, attention_mask, **options)
-    return compute(call.problem), weights(call.problem) if call.wants_weights else None
+    return compute(call.problem), maps(call.problem, "auto", key) if call.wants_weights else None
 
 
 @contextmanager

@@ -32,7 +32,6 @@ H no power of two: the slopes of the largest power of two P <= H, then of 2P hea
         "Padded keys keep their place: distances count tokens, masked or not.",
     ),
     verified="third-party",
-    tasks=("text",),
     exceptions={
         "L11 order_of_heads_is_free": "slopes belong to the heads' order by definition, so heads can't be permuted"
     },

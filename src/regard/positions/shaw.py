@@ -94,6 +94,7 @@ class Shaw(Position):
         self.head_dim, self.value_dim = head_dim, value_dim
         self.max_distance = max_distance
         self.num_heads = num_heads if per_head else None
+        self.per_head = per_head
         heads = () if self.num_heads is None else (self.num_heads,)
         self.key_table = nn.Parameter(torch.empty(*heads, 2 * max_distance + 1, head_dim))
         self.value_table = nn.Parameter(torch.empty(*heads, 2 * max_distance + 1, value_dim))

@@ -82,7 +82,7 @@ class NextByte(Task):
     metric: ClassVar[Metric] = Metric()
     loss_scale: ClassVar[float] = 1 / math.log(2)
     defaults: ClassVar[Defaults] = Defaults(
-        steps=600,
+        steps=400,
         batch=4,
         dim=64,
         depth=2,
