@@ -121,7 +121,8 @@ def create(
             raise ValueError(f"create: {part.name!r} is {what}, not a layer; call {where}")
     alone = not all(c.is_part for c in parts)
     if alone and len(parts) > 1:
-        raise ValueError(f"create: {name!r}: only mechanisms that fill slots can be joined by '+'")
+        got = " and ".join(f"{c.name!r}, a {c.protocol}" for c in parts if not c.is_part)
+        raise ValueError(f"create: {name!r}: only mechanisms that fill slots can be joined by '+' (got {got})")
     told, extra = told_each("create", spec, parts, settings, {*SIZES, *(() if alone else LAYER)})
     if sizes := {key: extra.pop(key) for key in SIZES if key in extra}:  # which are arguments of this very function
         given_too = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dropout": dropout or None}

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from regard import mechanisms
-from regard.bench import cells, compare
+from regard.bench import cells, compare, machine
 from regard.bench.closing import closing_lines, table
 from regard.bench.compare import execute, run
 from regard.bench.config import CompareConfig, CompareError, validate
@@ -156,6 +156,14 @@ def test_more_seeds_run_only_what_is_new(config):
     fake = Fake()
     assert len(execute(config, train=fake).results) == 4
     assert fake.asked == ALL[2:]
+
+
+def test_small_models_get_as_many_threads_as_they_can_feed(config, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    for dim, threads in ((8, 1), (64, 1), (128, 2), (1024, 4)):
+        checked = validate(replace(config, threads=None, dim=dim, batch=4, length=256, text=()))
+        assert cells.settings(checked)["threads"] == threads
+    assert cells.settings(validate(replace(config, threads=3)))["threads"] == 3
 
 
 def test_speeds_are_measured_once_for_all_that_stand_in_the_table(config):
@@ -332,7 +340,7 @@ def test_a_task_runs_in_real_workers_to_a_report_of_its_own(mqar):
 RUN = """
 import json, sys, time
 from pathlib import Path
-from regard.bench import cells, compare
+from regard.bench import cells, compare, machine
 from regard.bench.config import Checked, CompareConfig
 from regard.tasks.text import NextByte, Text
 
@@ -517,8 +525,7 @@ def test_a_line_a_cell_where_there_is_no_terminal(config, monkeypatch):
     lines = console.file.getvalue().splitlines()
     said = " ".join(" ".join(lines).split())
     assert said.startswith("2 mechanisms x 2 seeds, 2 steps of 2 x 8 bytes, equal params; text: ")
-    assert "read: 1 file (" in said
-    assert re.search(r"held out: the last [\d,]+ bytes \(10.\d%\), from byte [\d,]+ of .*book.txt on", said)
+    assert re.search(r" read 1 file, 3,900 bytes; held out: the last 390 bytes \(10.0%\) \[1/4\]", said)
     assert next(line for line in lines if line.startswith("[1/4]")).startswith(
         "[1/4] softmax seed 0: 3.070 bits per byte"
     )

@@ -177,4 +177,5 @@ def test_the_report_shows_it_refused_and_does_not_rank_it(config):
     page = (config.out / "report.html").read_text()
     assert "1 of 1 run refused" in page
     assert "<strong>stubs:Peeks</strong> (seed 0) is refused: L4: the future changes nothing" in page
+    assert "Traceback" not in page, "the law's words say more than where they were said"
     assert "window is softmax at 8 tokens" in page

@@ -151,10 +151,13 @@ def test_what_was_read_and_what_was_not_is_told(tmp_path):
     (folder / ".hidden").write_text("x")
     (folder / "link.txt").symlink_to(folder / "sub" / "t2.txt")
     text = load([folder], length=8)
-    read, *left, held = text.told
+    short, read, *left, held = text.told
     total = len(text.train) + len(text.heldout)
+    assert short.startswith(
+        f"read 5 files, {total:,} bytes, and left out 5; held out: the last {len(text.heldout)} bytes"
+    )
     assert read.startswith("read: 5 files (")
-    assert read.endswith(f" and 2 more), {total:,} bytes")
+    assert read.endswith(" and 2 more)")
     reasons = {line.split("not read, ")[1].split(": ")[0]: line for line in left}
     assert reasons.keys() == {"hidden, or links", "copies", "empty", "no text"}
     assert "2 files (" in reasons["hidden, or links"]
@@ -167,6 +170,7 @@ def test_what_was_read_and_what_was_not_is_told(tmp_path):
 
 def test_the_default_text_tells_what_it_is():
     told = load(length=8).told
-    assert re.match(r"read: [\d,]+ files \(.* and [\d,]+ more\), [\d,]+ bytes", told[0])
+    assert re.match(r"read [\d,]+ files, [\d,]+ bytes, and left out [\d,]+; held out: the last [\d,]+ bytes", told[0])
+    assert re.match(r"read: [\d,]+ files \(.* and [\d,]+ more\)", told[1])
     assert any(line.startswith("not read, beyond the limit of ") for line in told)
     assert told[-1].startswith("held out: the last ")

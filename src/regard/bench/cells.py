@@ -6,7 +6,7 @@ from typing import Any
 from regard import catalog
 from regard.bench.closure import Closures
 from regard.bench.config import Checked
-from regard.bench.machine import cores, processor
+from regard.bench.machine import processor, threads_for
 from regard.bench.record import Cell
 from regard.models.mixer import Spec, parse
 from regard.tasks import Task
@@ -40,7 +40,7 @@ def settings(checked: Checked) -> dict[str, Any]:
         "device": config.device,
         "processor": processor(),
         "dtype": "float32",
-        "threads": config.threads or cores(),
+        "threads": config.threads or threads_for((config.batch or 1) * checked.task.tokens * (config.dim or 1)),
         "torch": version("torch"),
     }
 

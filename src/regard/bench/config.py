@@ -59,7 +59,7 @@ class CompareConfig:
     device: str = "cpu"
     """'cpu', 'cuda' or 'cuda:N'."""
     threads: int | None = None
-    """CPU threads of a cell; none given = all cores, at most 8."""
+    """CPU threads of a cell; none given = one for each 65,536 numbers of an activation, at most all cores."""
     timeout: float = 3600
     """Seconds after which a cell counts as failed."""
     retry_failed: bool = False

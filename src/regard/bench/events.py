@@ -27,7 +27,7 @@ class Planned:
     named: Sequence[str] = ()
     """A line for each that is another mechanism at this size."""
     data: Sequence[str] = ()
-    """What was read for the data, what was not, and what is held out."""
+    """What was read for the data, what was not, and what is held out: the first line tells it in short."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Live:
             f"{plural(mechanisms, 'mechanism')} x {plural(seeds, 'seed')}, {settings['steps']} steps of "
             f"{settings['batch']}{length}, equal {settings['match']}; {task}: {settings['data']}{size}"
         )
-        for told in event.data:
+        for told in event.data[:1]:  # the report has the rest
             self._say(told)
         for reason, names in _alike(event.unfit).items():
             self._say(f"left out: {', '.join(names)}: {reason}")

@@ -29,6 +29,14 @@ def cores() -> int:
     return min(count, 8)
 
 
+def threads_for(numbers: int) -> int:
+    """CPU threads for a model whose activations hold so many numbers: one for each 65,536, at most all cores.
+
+    A thread that has less to do waits longer for the others than it works.
+    """
+    return max(1, min(cores(), numbers // 65_536))
+
+
 def check_device(who: str, device: str) -> None:
     """Refuse what torch cannot compute on here, before any work is done."""
     if device == "cpu":

@@ -36,7 +36,9 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             say({"full": str(error.filename or job["checkpoint"])})
         else:
-            say({"failed": reason(error), "traceback": told(error)})
+            from regard.bench.probing import Refused  # whose words tell more than where they were said
+
+            say({"failed": reason(error), "traceback": "" if isinstance(error, Refused) else told(error)})
     else:
         say({"result": result})
     events.close()

@@ -26,7 +26,8 @@ def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.M
     given = {"dim": dim, "num_heads": num_heads, "causal": causal}
     options = spec.parts[0].options
     if twice := sorted(given.keys() & options.keys()):
-        raise ValueError(f"mechanism {str(spec)!r}: {', '.join(twice)} is set for all alike; leave it out")
+        said = ", ".join(f"{name} = {options[name]!r}" for name in twice)
+        raise ValueError(f"mechanism {spec.name}: options hold what is set for all alike (got {said}); leave it out")
     return factory(spec)(**given, **options)
 
 

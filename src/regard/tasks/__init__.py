@@ -136,7 +136,7 @@ class Task:
         raise NotImplementedError
 
     def told(self) -> list[str]:
-        """What was read for the data, what was not, and what is held out, one line each; [] where all is generated."""
+        """What was read, what was not and what is held out: a line in short, then one each; [] where all is made."""
         return []
 
     def model(self, mechanism: Spec, size: Size) -> "nn.Module":

@@ -233,8 +233,15 @@ class Reading:
         self.left.setdefault(reason, []).append(name)
 
     def told(self, end: int, total: int) -> Iterator[str]:
-        """In words; the pieces stand end to end with a byte between two, and those from byte `end` on are held out."""
-        yield f"read: {_files(self.names)}, {total:,} bytes"
+        """In words, first all in short; the pieces stand end to end with a byte between two.
+
+        Args:
+            end: those from this byte on are held out.
+        """
+        left = sum(map(len, self.left.values()))
+        out = f"the last {total - end:,} bytes ({(total - end) / total:.1%})"
+        yield f"read {_plural(self.names)}, {total:,} bytes{f', and left out {left:,}' * bool(left)}; held out: {out}"
+        yield f"read: {_files(self.names)}"
         for reason, names in self.left.items():
             yield f"not read, {reason}: {_files(names)}"
         at, first = 0, 0
@@ -242,13 +249,17 @@ class Reading:
             at += len(self.pieces[first]) + 1
             first += 1
         inside = f"from byte {end - at:,} of {self.names[first]}" if end > at else f"from {self.names[first]}"
-        yield f"held out: the last {total - end:,} bytes ({(total - end) / total:.1%}), {inside} on"
+        yield f"held out: {out}, {inside} on"
 
 
 def _files(names: Sequence[str]) -> str:
     """'2 files (a.txt, b.txt)', '900 files (a.txt, b.txt, c.txt and 897 more)'."""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{len(names):,} file{'s' * (len(names) != 1)} ({shown})"
+    return f"{_plural(names)} ({shown})"
+
+
+def _plural(names: Sequence[str]) -> str:
+    return f"{len(names):,} file{'s' * (len(names) != 1)}"
 
 
 def _named(path: Path, found: Reading) -> None:
@@ -275,7 +286,9 @@ def _folder(path: Path, found: Reading) -> None:
     before = len(found.pieces)
     _distinct(path, files, LIMIT, found)
     if len(found.pieces) == before:
-        raise TextError(f"text: {path} holds no text files ({len(files)} files looked at)")
+        raise TextError(
+            f"text: {path} holds no text files (got {len(files)} files that are empty, or no UTF-8); expected some text"
+        )
 
 
 def _standard_library(found: Reading) -> None:
