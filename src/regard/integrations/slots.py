@@ -55,7 +55,8 @@ class Parts(nn.Module):
 
     def filled(self) -> dict[str, Any]:
         """What stands in which slot; empty ones are left out."""
-        return {name: part for name in SLOTS if (part := getattr(self, name)) is not None}
+        found = {name: getattr(self, name) for name in SLOTS}
+        return {name: part for name, part in found.items() if part is not None}
 
     @property
     def sparse(self) -> bool:
@@ -69,12 +70,12 @@ class Parts(nn.Module):
         q, k, v = (p.q, p.k, p.v) if self.heads is None else self.heads(p.q, p.k, p.v)
         if self.position is not None and self.position.changes("rotate"):
             q, k = self.position.rotate(q, p.i), self.position.rotate(k, p.j)
-        filled = {name: part for name in IN_KERNELS if (part := getattr(self, name)) is not None}
+        filled = {name: part for name, part in self.filled().items() if name in IN_KERNELS}
         if unless_softmax(filled.get("normalizer")) is None:
             filled.pop("normalizer", None)
         p = replace(p, q=q, k=k, v=v, **filled)
         stale = self.position is not None and not self.position.streams
-        if T < S and call.causal and (p.halo or stale):
+        if T < S and (p.halo or stale) and call.causal:
             raise ValueError(
                 f"swap: {self._names()} needs earlier queries or the whole length, which a cache does not keep; "
                 "generate with use_cache=False"
@@ -85,6 +86,11 @@ class Parts(nn.Module):
                 chosen = self.selector(p.q.detach(), p.k.detach(), p.mask)
             pattern = chosen if pattern is None else pattern & chosen
         return p if pattern is None else replace(p, mask=pattern if p.mask is None else p.mask & pattern)
+
+    @property
+    def placeless(self) -> bool:
+        """Whether nothing in it asks where queries and keys stand."""
+        return self.filled().keys() <= {"heads", "normalizer", "gate"}
 
     def dense_now(self, call: Call) -> bool:
         """Whether the selector leaves this call alone: one that judges blocks of queries together can't judge one."""

@@ -22,7 +22,7 @@ from regard.integrations.slots import (
 from regard.integrations.transformers_attend import Attending, Called, Entry, fed, listening
 from regard.integrations.transformers_check import about_layers, changed_outputs, self_check
 from regard.integrations.transformers_heads import scale_heads
-from regard.integrations.transformers_masks import lazy_mask
+from regard.integrations.transformers_masks import formed_when_compiled, lazy_mask
 from regard.integrations.transformers_report import Report, Row
 from regard.integrations.transformers_saved import save_swapped
 
@@ -143,7 +143,8 @@ class Swap:
                 if parts.gate is not None:
                     self._undo += fed(layer.module, attending.place)
             self._undo += listening(model, called)
-            interception = Interception(model, attending, mask=lazy_mask)
+            everywhere = all(parts.placeless for _, parts, _, _ in chosen)
+            interception = Interception(model, attending, mask=formed_when_compiled if everywhere else lazy_mask)
             self._undo.append(interception.restore)
         except BaseException:
             self.restore()

@@ -61,12 +61,24 @@ class Attending:
         entry = self.entry(module)
         if entry is None:
             return original(module, q, k, v, mask, **options)
+        if torch.compiler.is_compiling() and not entry.parts(module).placeless:
+            return self.uncompiled(entry, original, module, q, k, v, mask, **options)
+        return self.attend(entry, original, module, q, k, v, mask, **options)
+
+    @torch.compiler.disable
+    def uncompiled(self, *given: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Places come from Python's numbers, which with a static cache are others at each token."""
+        return self.attend(*given, **options)
+
+    def attend(
+        self, entry: Entry, original: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
         call, parts = read(module, q, k, v, mask, **options), entry.parts(module)
         changed = parts.applied(call)
         if parts.sparse:
             count(entry.row, call.problem, changed, mass=self.measure == "mass")
             entry.row.dense += parts.dense_now(call)
-        else:
+        elif not torch.compiler.is_compiling():  # a number that changes with each call would be compiled anew
             entry.row.calls += 1
         out = parts.gated(compute(changed, parts.kernel))
         seen = maps(changed, parts.kernel, k) if call.wants_weights or entry.called.asked else None

@@ -69,6 +69,7 @@ class LazyMask(Tensor):
         return function(*args, **kwargs)
 
 
+@torch.compiler.disable
 def lazy_mask(for_original: Callable[..., Any], **asked: Any) -> LazyMask:
     """What transformers' mask interface is answered. `for_original(**asked)` is what it would have got instead."""
     from transformers.masking_utils import sdpa_mask
@@ -84,6 +85,19 @@ def lazy_mask(for_original: Callable[..., Any], **asked: Any) -> LazyMask:
         _once(lambda: sdpa_mask(**{**asked, **never})),
         _once(lambda: for_original(**asked)),
     )
+
+
+def formed_when_compiled(for_original: Callable[..., Any], **asked: Any) -> Tensor:
+    """`lazy_mask`; while torch.compile looks, the tensor, which it can trace, over every slot of a static cache.
+
+    For mechanisms to which places are nothing: the tensor doesn't tell where the queries stand.
+    """
+    if not torch.compiler.is_compiling():
+        return lazy_mask(for_original, **asked)
+    from transformers.masking_utils import sdpa_mask
+
+    formed: Tensor = sdpa_mask(**{**asked, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})  # type: ignore[assignment]
+    return formed
 
 
 def structure(
