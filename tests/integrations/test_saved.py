@@ -243,7 +243,7 @@ def subclasses(kind: type) -> list[type]:
 SHAPE = HeadShape(32, 4, 2, 8)
 
 
-@pytest.mark.parametrize("name", ["entmax", "kerple", "shaw", "gated", "knocking_heads", "cog", "moba", "xattention"])
+@pytest.mark.parametrize("name", ["entmax", "kerple", "shaw", "qk_norm", "cog", "moba", "xattention", "headmask"])
 def test_parts_are_data(name: str):
     """Of those that are handed in, these; others are refused, and can be named instead."""
     (part,) = regard.card(name).parts(vars(SHAPE), regard.card(name).example).values()

@@ -132,6 +132,9 @@ def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedMo
         for key, found in info.items():
             if found:
                 raise ValueError(f"it does not fit config.json: {key.replace('_', ' ')} {str(sorted(found)[0])[:120]}")
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:  # as it lies in the file; some operations round otherwise there
+            parameter.data = parameter.data.clone()
     return model
 
 

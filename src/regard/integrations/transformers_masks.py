@@ -76,6 +76,9 @@ def lazy_mask(for_original: Callable[..., Any], **asked: Any) -> LazyMask:
 
     if "q_length" not in asked:
         raise ImportError('swap: needs transformers 5.4 or later; pip install "regard[transformers]"')
+    # A static cache counts in place, and has gone on by the time that the mask is formed.
+    asked = {name: value.clone() if name.endswith("_offset") and isinstance(value, Tensor) else value
+             for name, value in asked.items()}  # fmt: skip
     never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     shape = (asked["batch_size"], 1, asked["q_length"], asked["kv_length"])
     return LazyMask(
