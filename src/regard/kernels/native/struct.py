@@ -69,6 +69,8 @@ def call(
     if table is not None:
         p.table, p.table_h = table.data_ptr(), 0 if len(table) == 1 else table.stride(0)
     if bias is not None:
+        if bias.shape[3] > 1 and bias.stride(3) > 1:  # keys are read by whole vectors; T5's bias is a view by heads
+            bias = bias.contiguous()
         strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
         p.bias, p.bias_b, p.bias_h, p.bias_t, p.bias_s = bias.data_ptr(), *strides
     p.vt = vt.data_ptr()
