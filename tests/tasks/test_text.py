@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from regard import catalog
 from regard.models.lm import LanguageModel
-from regard.tasks.text import NextByte, Text, TextError, load, needed_bytes
+from regard.models.mixer import parse
+from regard.tasks.text import NextByte, Text, TextError, load, needed_bytes, with_positions
 
 PROSE = "".join(f"line {n} of a text that nobody wrote\n" for n in range(2000)).encode()
 
@@ -174,3 +176,24 @@ def test_the_default_text_tells_what_it_is():
     assert re.match(r"read: [\d,]+ files \(.* and [\d,]+ more\)", told[1])
     assert any(line.startswith("not read, beyond the limit of ") for line in told)
     assert told[-1].startswith("held out: the last ")
+
+
+def test_everything_in_the_default_comparison_has_positions():
+    for mechanism in NextByte.mechanisms():
+        families = {catalog.card(name).family for name in parse(mechanism).names}
+        assert "positions" in families, mechanism
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "compared"),
+    [
+        ("softmax", "rotary"),
+        ("gated", "gated+rotary"),
+        ("window(window=64)", "window(window=64)+rotary"),
+        ("kerple", "kerple"),
+        ("gated+alibi", "gated+alibi"),
+        ("mega", "mega"),
+    ],
+)
+def test_positions_are_joined_where_there_are_none(mechanism, compared):
+    assert with_positions(mechanism) == compared
