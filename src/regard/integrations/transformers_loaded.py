@@ -93,6 +93,30 @@ def _tensors(path: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
 # --- the host ------------------------------------------------------------------------------------------------
 
 
+def _check_files(folder: Path, weights: Sequence[Path]) -> None:
+    """Refuse whatever would have transformers open other weights than these: it takes pickles, too, where it is led."""
+    with naming(folder / "config.json"):
+        config = files.read_json(folder / "config.json")[0]
+        if isinstance(config, dict) and config.get("transformers_weights") is not None:
+            raise ValueError("it names files of weights; expected those of model*.safetensors alone")
+    real = folder.resolve()
+    home = real.parent.parent if real.parent.name == "snapshots" else real  # the hub's cache links to its blobs
+    for path in weights:
+        with naming(path):
+            if not path.resolve().is_relative_to(home):
+                raise ValueError("it is a link out of the folder; expected a plain file")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        if index.exists() or len(weights) > 1:
+            raise ValueError(f"{folder}: it holds model.safetensors and others besides; expected one or the other")
+        return
+    with naming(index):
+        said = files.read_json(index)[0]
+        named = said.get("weight_map") if isinstance(said, dict) else None
+        if not isinstance(named, dict) or {str(name) for name in named.values()} != {path.name for path in weights}:
+            raise ValueError("it does not name the files model*.safetensors of its folder, and those alone")
+
+
 def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedModel":
     weights = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
     marked, numbers, names = None, 0, 0
@@ -108,6 +132,7 @@ def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedMo
                 "it was not written by Swap.save_pretrained" if marked is None else "it was written with another one"
             )
             raise ValueError(f"{wrong}, so that it does not belong to {RECIPE}; save both again")
+    _check_files(folder, weights)
     with naming(folder / "config.json"):
         kind, config = _config(folder, names)
         with torch.device("meta"):
