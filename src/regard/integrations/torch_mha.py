@@ -10,16 +10,16 @@ mechanism out; `_qkv_same_embed_dim = False` tells it, by its own rule, not to t
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.checks import divides, flag, foreign, number, refuse, usual, whole
+from regard.checks import divides, flag, number, whole
 from regard.integrations.slots import About, Parts, check_mechanism, slots_of, start_as_original, why_not
+from regard.integrations.torch_mha_inputs import check_masks, check_tensors, masks_of
 from regard.integrations.transformers_call import Call, weights
 from regard.kernels import Problem, execute
-from regard.kernels.check import check_terms, lowest_masked
-from regard.masks import Mask, causal, dense, padding
+from regard.kernels.check import lowest_masked
 from regard.shapes import HeadShape
 
 
@@ -129,24 +129,19 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's: `key_padding_mask` (B, S) and `attn_mask` (T, S) or (B H, T, S) are True where a key is HIDDEN,
         or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one."""
-        self._check(query, key, value)
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        check_tensors(query, key, value, widths, self.out_proj.weight, batch_first=self.batch_first)
         batched, same = query.dim() == 3, query is key
         if is_causal and attn_mask is None:
             raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask, which must be given too")
         x, keys, values = (z[None] if not batched else z if self.batch_first else z.transpose(0, 1)
                            for z in (query, key, value))  # fmt: skip
-        if not batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[None]
+        sizes = (x.shape[0], self.num_heads, x.shape[1], keys.shape[1])
+        check_masks(attn_mask, key_padding_mask, sizes, query)
         q, k, v = self._project(x, keys, values)
-        (B, H, T, D), S = q.shape, k.shape[2]
-        mask, bias = _attn_mask(attn_mask, B, H, T, S, causal_hint=is_causal)
-        keep = None
-        if key_padding_mask is not None:
-            keep, added = _hidden(key_padding_mask, (B, S), "key_padding_mask")
-            mask = padding(keep) if mask is None else mask & padding(keep)
-            if added is not None:
-                bias = added[:, None, None] if bias is None else bias + added[:, None, None]
-        p = Problem(q, k, v, D**-0.5, mask=mask, bias=bias, dropout=self.dropout if self.training else 0.0)
+        mask, bias, keep = masks_of(attn_mask, key_padding_mask, sizes, causal_hint=is_causal)
+        scale, dropout = self.head_dim**-0.5, self.dropout if self.training else 0.0
+        p = Problem(q, k, v, scale, mask=mask, bias=bias, dropout=dropout)
         call = Call(lowest_masked(p), keep, need_weights)
         check_call(self.supports, call, cross=not same)
         changed = self.parts.applied(call)
@@ -160,28 +155,6 @@ class MultiheadAttention(nn.Module):
         if not batched:
             return y[0], None if seen is None else seen[0]
         return y if self.batch_first else y.transpose(0, 1), seen
-
-    def _check(self, query: object, key: object, value: object) -> None:
-        """Refuse what is no three tensors of the layer's widths that belong together."""
-        who, weight = "MultiheadAttention", self.out_proj.weight
-        found = []
-        widths = (self.embed_dim, self.kdim, self.vdim)
-        for (name, given), width in zip((("query", query), ("key", key), ("value", value)), widths):
-            if not isinstance(given, Tensor):
-                words = "a Tensor" + foreign(name, given)
-                refuse(who, name, "has the wrong type", type(given).__name__, words, error=TypeError)
-            usual(who, **{name: given})
-            if given.dim() not in (2, 3) or given.shape[-1] != width:
-                refuse(who, name, "has the wrong shape", tuple(given.shape), f"2 or 3 axes, the last {width} wide")
-            if given.dtype != weight.dtype and not torch.is_autocast_enabled(given.device.type):
-                refuse(who, name, "has another dtype than the layer", given.dtype, str(weight.dtype), error=TypeError)
-            found.append(given)
-        q, k, v = found
-        if k.shape[:-1] != v.shape[:-1] or k.dim() != q.dim():
-            refuse(who, "value", "does not belong to key", tuple(v.shape), f"what key has, {tuple(k.shape)}, as query")
-        batch = 0 if self.batch_first else 1
-        if q.dim() == 3 and q.shape[batch] != k.shape[batch]:
-            refuse(who, "key", "has another batch than query", k.shape[batch], str(q.shape[batch]))
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
         """(B, H, T, D), (B, H, S, D), (B, H, S, D)."""
@@ -217,33 +190,3 @@ def check_call(supports: frozenset[str], call: Call, *, cross: bool) -> None:
         kind = "causal" if call.causal else "bidirectional"
         if kind not in supports:
             raise ValueError(f"mechanism: it does not support {kind} attention; the masks given make it so")
-
-
-def _attn_mask(
-    given: Tensor | None, B: int, H: int, T: int, S: int, *, causal_hint: bool
-) -> tuple[Mask | None, Tensor | None]:
-    if given is None:
-        return None, None
-    if causal_hint and T == S:
-        return causal(), None
-    if given.shape not in ((T, S), (B * H, T, S)):
-        raise ValueError(
-            f"MultiheadAttention: attn_mask must be {(T, S)} or {(B * H, T, S)}, got shape {tuple(given.shape)}"
-        )
-    allowed, added = _hidden(given, given.shape, "attn_mask")
-    shape = (B, H, T, S) if given.dim() == 3 else (1, 1, T, S)
-    return dense(allowed.view(shape)), None if added is None else added.view(shape)
-
-
-def _hidden(given: Tensor, shape: tuple[int, ...], name: str) -> tuple[Bool[Tensor, "..."], Tensor | None]:
-    """What torch's mask leaves to be seen, and what it adds."""
-    if given.shape != shape:
-        raise ValueError(f"MultiheadAttention: {name} must be {tuple(shape)}, got shape {tuple(given.shape)}")
-    if given.dtype == torch.bool:
-        return ~given, None
-    if not given.is_floating_point():
-        words = f"bool with True = hidden, or floating point; pass {name}.bool() if 1 means hidden"
-        refuse("MultiheadAttention", name, "has the wrong dtype", given.dtype, words, error=TypeError)
-    check_terms("MultiheadAttention", name, given, f"{name}.bool() if 1 means hidden")
-    hidden = given == -torch.inf
-    return ~hidden, given.masked_fill(hidden, 0.0)

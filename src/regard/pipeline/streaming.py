@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regard.checks import called, refuse, tokens, whole
 from regard.kernels import execute
+from regard.kernels.check import check_mask
 from regard.masks import Mask
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.tokens import quarantine
@@ -78,8 +79,9 @@ def step(
         )
     if not (mask is None or isinstance(mask, Mask)):
         refuse("step", "mask", "has the wrong type", type(mask).__name__, "a Mask of regard.masks", error=TypeError)
-    t = x.shape[1]
-    where = layer._positions(positions, x.shape[0], t, x.device, state.length)
+    (B, t), where_from = x.shape[:2], state.length
+    check_mask(mask, B, layer.num_heads, t, where_from + t, x.device)  # now, for the cache will have been written to
+    where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
     q, k, v, x, _ = layer._project(x, x, where, where, where)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
