@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regard.files import write_atomically
 from regard.inspect.page.render import render
 from regard.inspect.statistics import HeadStatistics
 from regard.inspect.trace import Trace, trace
+from regard.integrations.folder import config_of, fetched, look, pretrained, tokenizer
 from regard.models.checkpoint import load as read
-from regard.models.checkpoint import write_atomically
 from regard.models.lm import LanguageModel
 
 RUNS = Path("runs")
@@ -166,18 +167,13 @@ def _trained(say: Say) -> Path:
 
 def _transformers(model: str) -> Loaded:
     try:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        from transformers.utils import logging
+        from transformers import AutoModel
     except ImportError as error:
         raise ImportError('explain --model needs transformers: pip install "regard[transformers]"') from error
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": Path(model).is_dir()}
-    config = AutoConfig.from_pretrained(model, **safe)
-    made = AutoModel.from_pretrained(model, config=config, use_safetensors=True, **safe)
-    main = getattr(made, "main_input_name", "input_ids")
-    tokenizer = AutoTokenizer.from_pretrained(model, **safe) if main == "input_ids" else None
-    return Loaded(f"{type(made).__name__} of {model}", made.eval(), tokenizer, Path(model))
+    found = look(Path(model) if Path(model).is_dir() else fetched(model))
+    made = pretrained(AutoModel, found, config_of(found))
+    reads = getattr(made, "main_input_name", "input_ids") == "input_ids"
+    return Loaded(f"{type(made).__name__} of {model}", made.eval(), tokenizer(found) if reads else None, found.folder)
 
 
 def _inputs(loaded: Loaded, text: str | None, image: Path | None) -> Any:
