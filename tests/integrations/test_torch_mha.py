@@ -131,12 +131,9 @@ def test_mechanisms():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: MultiheadAttention(M, H, add_bias_kv=True), "add_bias_kv and add_zero_attn are not supported"),
-        (lambda: MultiheadAttention(M, H, add_zero_attn=True), "add_bias_kv and add_zero_attn are not supported"),
         (lambda: MultiheadAttention(M, 5), "is no multiple of num_heads = 5"),
         (lambda: MultiheadAttention(M, H, mechanism="performer"), "no softmax pipeline"),
         (lambda: MultiheadAttention(M, H, mechanism="learned"), "before they are projected"),
-        (lambda: MultiheadAttention.from_torch(nn.MultiheadAttention(M, H, add_bias_kv=True)), "add_bias_kv"),
     ],
 )
 def test_refusals(make, match):

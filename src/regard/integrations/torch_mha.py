@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.checks import divides, flag, number, whole
+from regard.checks import divides, flag, number, refuse, whole
 from regard.integrations.slots import About, Parts, check_mechanism, slots_of, start_as_original, why_not
-from regard.integrations.torch_mha_inputs import check_masks, check_tensors, masks_of
+from regard.integrations.torch_mha_inputs import WHO, check_masks, check_tensors, masks_of, static_length
 from regard.integrations.transformers_call import Call, weights
 from regard.kernels import Problem, execute
 from regard.kernels.check import lowest_masked
@@ -27,11 +27,16 @@ class MultiheadAttention(nn.Module):
     """Drop-in for torch.nn.MultiheadAttention.
 
     Args:
-        embed_dim ... dtype: torch's own. `add_bias_kv` and `add_zero_attn` are refused: they add keys of no token.
+        embed_dim ... dtype: torch's own.
         mechanism, options: as in `regard.swap`. Its parameters are in `parts`, and start where the layer is softmax's.
+            The keys of `add_bias_kv` and `add_zero_attn` are of no token and stand nowhere: a mechanism that asks where
+            keys stand is refused beside them.
 
     Shapes: query (T, B, M), key (S, B, kdim), value (S, B, vdim), or batch first, or without a batch.
     """
+
+    bias_k: Tensor | None
+    bias_v: Tensor | None
 
     def __init__(
         self,
@@ -51,18 +56,15 @@ class MultiheadAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if add_bias_kv or add_zero_attn:
-            raise ValueError("MultiheadAttention: add_bias_kv and add_zero_attn are not supported; they must be False")
-        flag("MultiheadAttention", bias=bias, batch_first=batch_first)
-        number("MultiheadAttention", least=0, most=1, dropout=dropout)
-        whole("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads)
-        divides("MultiheadAttention", num_heads=num_heads, embed_dim=embed_dim)
+        flag(WHO, bias=bias, batch_first=batch_first, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
+        number(WHO, least=0, most=1, dropout=dropout)
+        whole(WHO, embed_dim=embed_dim, num_heads=num_heads)
+        divides(WHO, num_heads=num_heads, embed_dim=embed_dim)
         D = embed_dim // num_heads
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, D
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first = dropout, batch_first
-        self.bias_k = self.bias_v = None
-        self.add_zero_attn = False
+        self.add_zero_attn = add_zero_attn
         self._qkv_same_embed_dim = False
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -76,17 +78,24 @@ class MultiheadAttention(nn.Module):
             parameter = None if width is None else nn.Parameter(torch.empty(embed_dim, width, **at))
             self.register_parameter(name, parameter)
         self.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * embed_dim, **at)) if bias else None)
+        for name in ("bias_k", "bias_v"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, embed_dim, **at)) if add_bias_kv else None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **at)
         self.supports = check_mechanism(mechanism)
         self.parts = parts_for(mechanism, HeadShape(embed_dim, num_heads, num_heads, D), self.supports, options).to(
             **at
         )
+        if (add_bias_kv or add_zero_attn) and not self.parts.placeless:
+            got = f"{mechanism!r} beside add_bias_kv or add_zero_attn"
+            refuse(WHO, "mechanism", "asks where keys stand", got, "one that doesn't: the keys added stand nowhere")
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("weight"):
                 nn.init.xavier_uniform_(parameter)
+            elif name in ("bias_k", "bias_v"):
+                nn.init.xavier_normal_(parameter)
             else:
                 nn.init.zeros_(parameter)
         if self.out_proj.bias is not None:
@@ -98,13 +107,13 @@ class MultiheadAttention(nn.Module):
     ) -> "MultiheadAttention":
         """The same layer with another mechanism; weights are copied."""
         held = module.out_proj.weight
-        if module.bias_k is not None or module.add_zero_attn:
-            raise ValueError("MultiheadAttention: the module has add_bias_kv or add_zero_attn, which is not supported")
         made = cls(
             module.embed_dim,
             module.num_heads,
             dropout=module.dropout,
             bias=module.in_proj_bias is not None,
+            add_bias_kv=module.bias_k is not None,
+            add_zero_attn=module.add_zero_attn,
             kdim=module.kdim,
             vdim=module.vdim,
             batch_first=module.batch_first,
@@ -126,9 +135,19 @@ class MultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        static_k: Float[Tensor, "BH S D"] | None = None,
+        static_v: Float[Tensor, "BH S D"] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's: `key_padding_mask` (B, S) and `attn_mask` (T, S) or (B H, T, S) are True where a key is HIDDEN,
-        or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one."""
+        or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one.
+
+        Keys that the layer adds come last in the weights, first that of `add_bias_kv`; masks say nothing of them.
+
+        Args:
+            static_k, static_v: take the place of the projected keys and values, as in torch's function
+                `multi_head_attention_forward`; its module has no way to them.
+        """
         widths = (self.embed_dim, self.kdim, self.vdim)
         check_tensors(query, key, value, widths, self.out_proj.weight, batch_first=self.batch_first)
         batched, same = query.dim() == 3, query is key
@@ -136,10 +155,18 @@ class MultiheadAttention(nn.Module):
             raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask, which must be given too")
         x, keys, values = (z[None] if not batched else z if self.batch_first else z.transpose(0, 1)
                            for z in (query, key, value))  # fmt: skip
-        sizes = (x.shape[0], self.num_heads, x.shape[1], keys.shape[1])
+        if self.bias_k is not None and (static_k is not None or static_v is not None):
+            refuse(WHO, "static_k and static_v", "are given beside add_bias_kv", "both", "one of the two, as in torch")
+        B, H = x.shape[0], self.num_heads
+        S = static_length(static_k, static_v, (B * H, keys.shape[1], self.head_dim), self.out_proj.weight)
+        sizes = (B, H, x.shape[1], S)
         check_masks(attn_mask, key_padding_mask, sizes, query)
         q, k, v = self._project(x, keys, values)
-        mask, bias, keep = masks_of(attn_mask, key_padding_mask, sizes, causal_hint=is_causal)
+        k = k if static_k is None else static_k.unflatten(0, (B, H))
+        v = v if static_v is None else static_v.unflatten(0, (B, H))
+        k, v = self._with_more(k, self.bias_k), self._with_more(v, self.bias_v)
+        more = k.shape[2] - S
+        mask, bias, keep = masks_of(attn_mask, key_padding_mask, sizes, causal_hint=is_causal, more=more)
         scale, dropout = self.head_dim**-0.5, self.dropout if self.training else 0.0
         p = Problem(q, k, v, scale, mask=mask, bias=bias, dropout=dropout)
         call = Call(lowest_masked(p), keep, need_weights)
@@ -155,6 +182,13 @@ class MultiheadAttention(nn.Module):
         if not batched:
             return y[0], None if seen is None else seen[0]
         return y if self.batch_first else y.transpose(0, 1), seen
+
+    def _with_more(self, z: Float[Tensor, "B H S D"], bias: Tensor | None) -> Float[Tensor, "B H S1 D"]:
+        """Keys or values with those behind them that the layer adds."""
+        added = [] if bias is None else [bias.view(1, self.num_heads, 1, self.head_dim).expand(len(z), -1, -1, -1)]
+        if self.add_zero_attn:
+            added.append(z.new_zeros(*z.shape[:2], 1, self.head_dim))
+        return torch.cat([z, *added], 2) if added else z
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
         """(B, H, T, D), (B, H, S, D), (B, H, S, D)."""

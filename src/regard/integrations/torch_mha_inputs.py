@@ -6,6 +6,7 @@ Torch's masks are the other way round than regard's: True hides.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from regard.checks import foreign, refuse, usual
 from regard.kernels.check import check_terms
@@ -26,10 +27,7 @@ def check_tensors(
             refuse(WHO, name, "has the wrong shape", tuple(given.shape), ranks)
         if given.dim() != query.dim():
             refuse(WHO, name, "has other axes than query", tuple(given.shape), f"{query.dim()}, as {_shape(query)} has")
-        if given.dtype != like.dtype and not autocasts(given.device):
-            refuse(WHO, name, "has another dtype than the layer", given.dtype, str(like.dtype), error=TypeError)
-        if given.device != like.device:
-            refuse(WHO, name, "is on another device than the layer", given.device, str(like.device))
+        _check_kind(name, given, like)
     batch, length = (0, 1) if batch_first else (1, 0)
     if query.dim() == 3:
         for name, given in (("key", key), ("value", value)):
@@ -39,6 +37,21 @@ def check_tensors(
         length = 0
     if value.shape[length] != key.shape[length]:
         refuse(WHO, "value", "has another length than key", value.shape[length], str(key.shape[length]))
+
+
+def static_length(static_k: Tensor | None, static_v: Tensor | None, shape: tuple[int, int, int], like: Tensor) -> int:
+    """How many keys there are when these take the place of the projected ones; `shape` is (B H, S, D) of those."""
+    rows, S, D = shape
+    given = {name: z for name, z in (("static_k", static_k), ("static_v", static_v)) if z is not None}
+    for name, z in given.items():
+        _check_tensor(name, z)
+        length = S if len(given) == 1 or z.dim() != 3 else given["static_k"].shape[1]
+        if tuple(z.shape) != (rows, length, D):
+            wanted = f"(batch times heads, keys, head width) = {(rows, length, D)}"
+            refuse(WHO, name, "has the wrong shape", tuple(z.shape), wanted)
+        _check_kind(name, z, like)
+        S = length
+    return S
 
 
 def check_masks(
@@ -69,12 +82,16 @@ def masks_of(
     sizes: tuple[int, int, int, int],
     *,
     causal_hint: bool,
+    more: int,
 ) -> tuple[Mask | None, Float[Tensor, "#B #H #T S"] | None, Bool[Tensor, "B S"] | None]:
-    """The mask, what is added to the scores, and which keys the padding leaves."""
+    """The mask, what is added to the scores, and which keys the padding leaves; `more` keys behind are always seen."""
     B, H, T, S = sizes
+    # Not hidden and with nothing added is 0 in torch's masks of both kinds.
+    attn_mask, key_padding_mask = (z if z is None else F.pad(z, (0, more)) for z in (attn_mask, key_padding_mask))
+    S += more
     mask: Mask | None = None
     bias = keep = None
-    if attn_mask is not None and causal_hint and T == S:
+    if attn_mask is not None and causal_hint and not more and T == S:
         mask = causal()
     elif attn_mask is not None:
         allowed, bias = _hidden(attn_mask.view(1, 1, T, S) if attn_mask.dim() == 2 else attn_mask.view(B, H, T, S))
@@ -101,6 +118,13 @@ def _check_tensor(name: str, given: object) -> None:
             WHO, name, "has the wrong type", type(given).__name__, "a Tensor" + foreign(name, given), error=TypeError
         )
     usual(WHO, **{name: given})
+
+
+def _check_kind(name: str, given: Tensor, like: Tensor) -> None:
+    if given.dtype != like.dtype and not autocasts(given.device):
+        refuse(WHO, name, "has another dtype than the layer", given.dtype, str(like.dtype), error=TypeError)
+    if given.device != like.device:
+        refuse(WHO, name, "is on another device than the layer", given.device, str(like.device))
 
 
 def _shape(given: Tensor) -> str:
