@@ -1,4 +1,4 @@
-"""Kills `regard compare` at random moments, resumes it, and holds its rows against those of a run that nobody disturbed.
+"""Kills `regard compare` at random moments, resumes it, and holds its rows against those of an undisturbed run.
 
     python tools/soak.py                    25 kills, by SIGKILL, SIGTERM and SIGINT, of the run or of a cell's worker
     python tools/soak.py --kills 5 --seed 7
