@@ -103,10 +103,8 @@ def region_attention(
     counts: Float[Tensor, " m"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H R n V"]:
-    """Every token attends to all keys of the regions chosen for its own; `weights` multiply their keys and values.
-
-    `counts` says how often each of a region's keys counts.
-    """
+    """Every token attends to all keys of the regions chosen for its own; `weights` multiply their keys and values,
+    and `counts` says how often each of a region's keys counts."""
     B, R = q.shape[0], q.shape[2]
     bias = None if counts is None else counts.log().repeat(regions.shape[2])[None, None, None]
     row = torch.arange(B, device=q.device)[:, None, None]
