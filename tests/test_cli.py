@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 import typing
 import warnings
@@ -877,6 +879,34 @@ def test_a_reader_that_leaves():
         done = subprocess.run(arguments, env=environment, stdout=out, stderr=subprocess.PIPE, check=False)
     assert done.stderr == b""
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_importing_ends_it_at_once(tmp_path, number, code):
+    """Whatever is being imported, and even if it takes no exception for an answer."""
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "while True:\n    try: time.sleep(60)\n    except BaseException: pass\n"
+    )
+    arguments, environment = started("compare", "--steps", "1", "--out", str(tmp_path / "run"))
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), environment.get("PYTHONPATH", "")))
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+        while not (tmp_path / "begun").exists():
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(number)
+        said, _ = job.communicate(timeout=20)
+    assert (job.returncode, said) == (code, b"")
+
+
+def test_the_entry_point_imports_little():
+    """A signal finds its handler before anything is imported that takes time."""
+    code = "import sys; before = set(sys.modules); import regard.__main__; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = done.stdout.split()
+    assert {name for name in names if name.startswith("regard")} == {"regard", "regard.__main__"}
+    assert len(names) < 40
 
 
 # --- documents

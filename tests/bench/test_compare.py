@@ -351,6 +351,8 @@ cells.codes = lambda task, specs: dict.fromkeys(specs, "test")
 
 def train(job, *, timeout, stop, on_step):
     cell = job["cell"]
+    if "speeds" in job:
+        return {"failed": "not asked here"}
     log.write(json.dumps([cell["mechanism"], cell["seed"]]) + "\\n")
     time.sleep(0.01)
     return {"result": {"status": "done", "parameters": cell["seed"]}}

@@ -3,15 +3,13 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save as safetensors
 
 from regard.bench.generate import generate
-from regard.models.checkpoint import load, save, write_atomically
+from regard.models.checkpoint import load, save
 from regard.models.lm import LMConfig, language_model
 
 CONFIG = LMConfig("rotary", dim=8, depth=1, num_heads=2, mlp_dim=12, length=8)
@@ -99,51 +97,3 @@ def test_generated_text_follows_the_seed(kept):
 def test_generate_refuses_before_it_reads(option, tmp_path):
     with pytest.raises(ValueError, match=r"generate: (count|temperature|top_k) is "):
         generate(tmp_path / "not-even-there", **option)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    path.chmod(0o640)
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    monkeypatch.undo()
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert path.stat().st_mode & 0o777 == 0o640
-
-
-def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "file"
-    code = """
-import sys
-from pathlib import Path
-from regard.models.checkpoint import write_atomically
-print("go", flush=True)
-n = 0
-while True:
-    n = (n + 1) % 10
-    write_atomically(Path(sys.argv[1]), bytes([n]) * 1_000_000)
-"""
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as writer:
-        writer.stdout.readline()
-        seen = set()
-        while len(seen) < 4:
-            data = path.read_bytes() if path.exists() else b""
-            assert data == data[:1] * 1_000_000 * bool(data)
-            seen.add(data[:1])
-        writer.kill()
-    data = path.read_bytes()
-    assert data == data[:1] * 1_000_000
-
-
-def test_what_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name in ("missing/page.html", "folder"):
-        with pytest.raises(OSError) as caught:
-            write_atomically(tmp_path / name, b"x")
-        assert caught.value.filename == str(tmp_path / name)
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]

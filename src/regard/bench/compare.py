@@ -36,10 +36,11 @@ def execute(config: CompareConfig, on_event: OnEvent = lambda event: None, *, tr
         on_event: is called with every Event, in order.
         train: runs one job; for tests.
     """
-    with one_line(TaskError, StoreError), Stop() as stop:
+    with one_line(TaskError, StoreError):
         checked = validate(config)
         config, cells = checked.config, plan(checked)
-        with opened(config.out) as store:
+        # Until here nothing is lost when a signal ends the process at once.
+        with Stop() as stop, opened(config.out) as store:
             known = {cell.key: _reusable(store, cell, config) for cell in cells}
             on_event(_planned(checked, cells, known, store))
             for number, cell in enumerate(cells, 1):
@@ -112,8 +113,13 @@ def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: OnEvent, train
     if "full" in said:
         raise CompareError(disk_full(Path(config.out) / "checkpoints"))
     if "failed" in said:
-        return Result(cell, "failed", reason=said["failed"], traceback=said.get("traceback", ""))
-    return Result(cell, **said["result"])
+        result = Result(cell, "failed", reason=said["failed"], traceback=said.get("traceback", ""))
+    else:
+        result = Result(cell, **said["result"])
+    if lines := said.get("ignored"):
+        told = f"something else was written among the events of its process; ignored: {lines:,} lines"
+        result = replace(result, notes=[*result.notes, told])
+    return result
 
 
 def _untimed(results: Sequence[Result]) -> bool:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regard.checks import refuse
+from regard.files import write_atomically
 from regard.inspect.layers import LayerTrace, part_of
-from regard.models.checkpoint import write_atomically
 
 FORMAT = "regard.trace/1"
 _PLAIN = ("name", "index", "kind", "side", "scale", "softcap", "heads")

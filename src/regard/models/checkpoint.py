@@ -3,12 +3,8 @@
 Only safetensors is read. The file holds the tensors, the model's `LMConfig` and a sha256 over both.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,54 +14,11 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor
 
+from regard.files import write_atomically
 from regard.models.lm import LanguageModel, LMConfig, language_model
 from regard.models.mixer import parse
 
 FORMAT = "regard.lm/1"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, so that a reader at any moment sees the old file or the new one, whole."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else None
-    with _named(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        _write(handle, name, path, data, mode)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """What goes wrong names the file that was asked for, not the one beside it that nobody knows of."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-
-
-def _write(handle: int, name: str, path: Path, data: bytes, mode: int | None) -> None:
-    """Fill the file beside it, and rename that over it."""
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if mode is None:
-            mask = os.umask(0)
-            os.umask(mask)
-            mode = 0o666 & ~mask
-        os.chmod(name, mode)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save(model: LanguageModel, config: LMConfig, path: str | Path) -> Path:

@@ -92,6 +92,7 @@ def route_regions(
     return region_affinity(q.detach(), k.detach()).topk(topk, sorted=False).indices
 
 
+@checked()
 def region_attention(
     q: Float[Tensor, "B H R n D"],
     k: Float[Tensor, "B H R m D"],

@@ -63,6 +63,7 @@ Q, K, V (N, C), N all the pixels; scale="tokens" divides by sqrt(N) instead""",
 )
 
 
+@checked()
 def window_attention(
     q: Float[Tensor, "B H Y X D"], k: Float[Tensor, "B H Y X D"], v: Float[Tensor, "B H Y X V"], *, window: int
 ) -> Float[Tensor, "B H Y X V"]:
@@ -78,6 +79,7 @@ def window_attention(
     return out.permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
 
 
+@checked()
 def channel_attention(
     q: Float[Tensor, "B G N C"],
     k: Float[Tensor, "B G N C"],

@@ -50,6 +50,7 @@ Tables = tuple[Float[Tensor, "offsets D"], Float[Tensor, "offsets D"]]
 """R_y and R_x: vectors of the differences -(W - 1) .. W - 1."""
 
 
+@checked()
 def halo_attention(
     q: Float[Tensor, "B H y x D"],
     k: Float[Tensor, "B H Y X D"],
