@@ -213,6 +213,20 @@ def test_pictures_show_what_is_seen(made: dict[str, str]) -> None:
     assert sorted(runs, key=lambda run: run[1]) == [(max(0, i - width + 1), i, min(i + 1, width)) for i in range(24)]
 
 
+def test_what_a_page_would_fetch_is_found() -> None:
+    """`make docs` refuses such pages."""
+    here = '<link rel="canonical" href="https://a.b/"><a href="https://a.b">x</a><img src="a.png"><script src="a.js">'
+    assert pages.loaded(here) == []
+    for tag in (
+        '<link rel="stylesheet" href="https://fonts.googleapis.com/css?family=Roboto">',
+        "<link href=//a.b/icon.png rel=icon>",
+        '<script src="https://unpkg.com/iframe-worker/shim">',
+        "<img alt=x src='http://a.b/c.png'>",
+        "url(https://a.b/font.woff2",
+    ):
+        assert pages.loaded(f"{here}{tag})") == [tag]
+
+
 # --- links and names ----------------------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ def families() -> str:
                 _several(exactness(e) for e in here),
             )
         )
-    return table(("family", "what it is about", "on", "causal", "streams", "cost", "state", "exact"), rows)
+    return table(("family", "what it is about", "kind", "causal", "streams", "cost", "state", "exact"), rows)
 
 
 def each(family: str, link: str = "{}.md") -> str:
@@ -138,7 +138,7 @@ def each(family: str, link: str = "{}.md") -> str:
         for entry in choosable()
         if entry["family"] == family
     ]
-    return table(("name", "on", "causal", "both ways", "streams", "cost", "state", "exact", "what it does"), rows)
+    return table(("name", "kind", "causal", "both ways", "streams", "cost", "state", "exact", "what it does"), rows)
 
 
 def whole() -> str:

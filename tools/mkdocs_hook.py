@@ -1,6 +1,5 @@
 """What mkdocs does not do by itself: pages made from the code, outputs of commands, and a look at the result."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from tools import pages, readme  # noqa: E402
-
-LOADS = re.compile(r"<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=\"?(?:https?:)?//[^>]*>|<link\b[^>]*>", re.I)
-"""What a page would fetch from elsewhere; of links, those that are loaded (see LOADED)."""
-LOADED = re.compile(r"rel=\"?(?:stylesheet|preconnect|preload|icon|modulepreload|dns-prefetch)", re.I)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -39,8 +34,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_post_build(config: Any) -> None:
     """No page may ask the network for anything: the site is read where there is none."""
     for page in sorted(Path(config.site_dir).rglob("*.html")):
-        text = page.read_text(encoding="utf-8")
-        for found in LOADS.findall(text):
-            away = "//" in found and ("<link" not in found or LOADED.search(found))
-            if away:
-                raise PluginError(f"{page.relative_to(config.site_dir)} loads from elsewhere: {found[:200]}")
+        if found := pages.loaded(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.relative_to(config.site_dir)} loads from elsewhere: {found[0][:200]}")

@@ -27,6 +27,7 @@ MADE = re.compile(r"<!-- make: (\w+) -->")
 SIZE = {"batch": 1, "heads": 8, "length": 1024, "width": 64}
 HEADINGS = {"differs": "Departures"}
 TEST = re.compile(r"(?<!`)\btests/[\w/]+\.py(?:::\w+)?")
+LOADING = re.compile(r"<(script|img|iframe|source|video|audio|link|object|embed)\b[^>]*>", re.IGNORECASE)
 
 
 def all_pages() -> dict[str, str]:
@@ -39,6 +40,15 @@ def all_pages() -> dict[str, str]:
 def filled(markdown: str, run: Callable[[str], str]) -> str:
     """A page with all that is to be made; `run` gives a command's output."""
     return MADE.sub(lambda asked: TABLES[asked[1]](), readme.filled(markdown, run))
+
+
+def loaded(html: str) -> list[str]:
+    """What a page fetches from another host when it is opened: its tags. Links that are followed by hand are none."""
+    tags = [found[0] for found in LOADING.finditer(html)]
+    away = [tag for tag in tags if re.search(r"\b(?:src|srcset|href|data)\s*=\s*[\"']?\s*(?:https?:)?//", tag)]
+    followed = re.compile(r"\brel=[\"']?(?:canonical|next|prev|alternate|edit)\b")
+    styles = re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"']*", html)
+    return [tag for tag in away if not followed.search(tag)] + styles
 
 
 def by_family() -> dict[str, list[str]]:
@@ -97,7 +107,7 @@ def _facts(entry: Mapping[str, Any]) -> str:
     """The line below the title: what it takes, how it grows, what it keeps."""
     facts = [f"Family **{entry['family']}**"]
     if entry["form"] != "function":
-        facts.append(f"on **{KINDS[entry['protocol']][1]}**")
+        facts.append(f"kind **{KINDS[entry['protocol']][1]}**")
         facts.append(f"cost **{choose.growth(entry, 'time')}**")
         if state := choose.state(entry):
             facts.append(f"state **{state}**")
