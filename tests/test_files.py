@@ -1,12 +1,15 @@
 """Files are written whole or not at all, and what is wrong with one that is read ends in one line that names it."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import regard
 from regard.files import SHOWN, header, naming, read, read_json, write_atomically
 
 
@@ -156,3 +159,28 @@ def test_an_honest_header_is_that_of_safetensors(tmp_path):
     held = {"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bool), "c": torch.ones(0, 5).bfloat16()}
     save_file(held, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert header(tmp_path / "x.safetensors") == {"a": ("F32", (2, 3)), "b": ("BOOL", (4,)), "c": ("BF16", (0, 5))}
+
+
+def test_files_are_written_by_one_helper():
+    """So that whoever reads one, or is killed while it is written, finds it whole. Others write where it is said."""
+    root = Path(regard.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+                said = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+                modes = [text for text in said if isinstance(text, str) and len(text) < 4]
+                written = name == "open" and any(set(mode) & set("wax+") for mode in modes)
+                if written or name in ("write_text", "write_bytes", "save_file", "tofile", "savez"):
+                    found.add((str(path.relative_to(root)), name))
+    allowed = {
+        ("files.py", "write_bytes"),  # the helper's own
+        ("files.py", "open"),
+        ("inspect/store.py", "save_file"),  # beside the file that it replaces
+        ("bench/memory.py", "write_text"),  # switches of the system's
+        ("bench/guard.py", "open"),
+        ("bench/worker.py", "open"),  # its standard error
+    }
+    others = {one for one in found - allowed if not one[0].startswith("kernels/native")}  # its cache has its own rules
+    assert others == set()

@@ -21,12 +21,17 @@ SHOWN = 500
 Header = dict[str, tuple[str, tuple[int, ...]]]
 """Of each tensor its dtype, as safetensors calls it, and its shape."""
 
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+}  # fmt: skip
+"""torch's names, and how safetensors calls them."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
 }  # fmt: skip
-"""Of the dtypes that are read, as safetensors calls them."""
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Of all dtypes that are read."""
 
 
 # --- reading -------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_a_peek_is_refused_before_training_and_a_late_one_after_it(config):
     steps = []
 
     def train(job, **how):  # as a worker does, but here
-        if "speeds" in job:
+        if "speeds" in job or "build" in job:
             return {"result": {}}
         try:
             return {"result": work(job, lambda step, loss: steps.append(job["cell"]["mechanism"]))}

@@ -14,6 +14,8 @@ from regard import masks
 from regard.cache.el_attention import ELAttention
 from regard.graph.exphormer import edge_attention
 from regard.graph.point_transformer import vector_attention
+from regard.integrations.slots import Parts
+from regard.integrations.timm_attend import attend
 from regard.integrations.torch_mha import MultiheadAttention
 from regard.integrations.transformers_call import read
 from regard.kernels import KERNELS, Problem, choose, execute
@@ -44,7 +46,7 @@ B, H, N, D = 2, 4, 8, 16
 THROUGH_EXECUTE = {
     "cache/el_attention.py",
     "inspect/effective.py",
-    "integrations/timm.py",
+    "integrations/timm_attend.py",
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
     "pipeline/function.py",
@@ -132,6 +134,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "choose": lambda q, k, v: choose(Problem(q, k, v, 1.0)),
     "read": lambda q, k, v: read(nn.Identity(), q, k, v, None),
     **{f"attention, {name}": lambda q, k, v, n=name: regard.attention(q, k, v, kernel=n) for name in KERNELS},
+    "attend": lambda q, k, v: attend(Parts({}), q, k, v, None, scale=1.0),
     "linear_scan": linear_scan,
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
     "flow_attention": flow_attention,
@@ -179,11 +182,11 @@ def public_functions() -> set[str]:
 def test_all_public_functions_are_asked():
     asked = {name.split(",")[0] for name in FUNCTIONS} | OTHERWISE.keys()
     known = asked | INNER | {"forward", "backward"}
-    assert public_functions() <= known | {"policy_with_room_is_exact"}, public_functions() - known
+    assert public_functions() <= known, public_functions() - known
 
 
-ALLOWED = {("read", "queries of one batch"), ("read", "values in double")}
-"""What models of transformers do: learned queries that serve a batch, and rotation that widens queries and keys."""
+ALLOWED = {("read", "queries of one batch"), ("read", "values in double"), ("attend", "values in double")}
+"""What models of other libraries do: learned queries that serve a batch, and rotation or norms that widen queries."""
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -16,6 +16,10 @@ CRASH = ("Fatal Python error: ", "os._exit was called\n")
 """How Python's fault handler begins, and what a worker says before it leaves by `os._exit`."""
 
 
+class Refused(ValueError):
+    """The mechanism is not what it claims to be; the message is one line: which law, by how much, when, where."""
+
+
 def reason(error: BaseException) -> str:
     """An exception in one line."""
     kind = type(error).__name__

@@ -91,6 +91,22 @@ def answer(
     return {**said, "ignored": heard.ignored} if said and heard.ignored else said
 
 
+def tried(names: list[str], job: dict[str, Any], *, timeout: float, ask: Any, **how: Any) -> dict[str, str]:
+    """Have a worker build these mechanisms, until one ends it. Returns name -> why one cannot be built."""
+    if not names:
+        return {}
+    begun = [names[0]]
+    said = ask(
+        {**job, "build": names},
+        timeout=timeout,
+        stop=Stop(),
+        on_step=lambda number, _: begun.append(names[number]),
+        **how,
+    )
+    said = said or {}
+    return dict(said["result"]) if "result" in said else {begun[-1]: said.get("failed", "no answer")}
+
+
 class _Heard:
     """Reads what a worker says, in threads of their own: its events, and the end of what it writes on stderr."""
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from regard.bench.decoding import state_bytes
 from regard.bench.memory import PeakMemory
-from regard.bench.worker import Progress, main
-from regard.models.mixer import Spec, build, parse, protocol
+from regard.bench.profile import made
+from regard.bench.worker import Progress, built, main
+from regard.models.mixer import Spec, parse, protocol
 
 ROUNDS = 5
 SHARE = 0.25
@@ -21,12 +22,13 @@ SHARE = 0.25
 
 def measure(job: dict[str, Any], progress: Progress = lambda step, loss: None) -> dict[str, Any]:
     """The values of one cell, and why some are missing."""
+    if "build" in job:
+        return built(job["build"], lambda spec: made(spec, job["dim"], job["heads"], job["causal"]), progress)
     device = torch.device(job["cell"]["settings"]["device"])
     torch.set_num_threads(job["cell"]["settings"]["threads"])
     torch.manual_seed(0)
     spec = parse(job["mechanism"])
-    causal = job["causal"] and protocol(spec) == "TokenMixer"
-    module: Any = build(spec, job["dim"], job["heads"], causal=causal).to(device).eval()
+    module: Any = made(spec, job["dim"], job["heads"], job["causal"]).to(device).eval()
     x, small = (_input(spec, job["batch"], n, job["dim"]).to(device) for n in (job["length"], min(job["length"], 64)))
     module(small.requires_grad_()).sum().backward()  # what first calls load, and later ones share
     module.zero_grad()

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from regard.bench import wire
-from regard.bench.faults import CRASH, place, reason, told
+from regard.bench.faults import CRASH, Refused, place, reason, told
 from regard.bench.record import Cell
+from regard.models.mixer import Spec, parse
 
 HIGH = 500
 """Descriptors from here on are out of the way of a mechanism that closes or reuses the first ones."""
@@ -39,8 +40,7 @@ def main(do: "Callable[[dict[str, Any], Progress], dict[str, Any]] | None" = Non
         if isinstance(error, OSError) and no_room and not place(error):
             say({"full": str(error.filename or job["checkpoint"])})
         else:
-            from regard.bench.probing import Refused  # whose words tell more than where they were said
-
+            # A refusal's words tell more than where they were said.
             say({"failed": reason(error), "traceback": "" if isinstance(error, Refused) else told(error)})
     else:
         say({"result": result})
@@ -99,11 +99,15 @@ def _moved(descriptor: int) -> int:
         return os.dup(descriptor)
 
 
-def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Do the job and return the fields of its result, without the cell; or of each mechanism whose speed is asked."""
+def work(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Do the job and return the fields of its result, without the cell.
+
+    Or those of each mechanism in "speeds"; or, of each in "build", why it can't be built.
+    """
     import torch
 
     from regard import tasks
+    from regard.bench.match import sizes
     from regard.bench.speeds import in_turns
     from regard.bench.train import TrainingError, train
 
@@ -112,13 +116,28 @@ def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
     # Numbers below 1e-38 make matrix products on CPUs many times slower and carry nothing.
     torch.set_flush_denormal(True)
     task = tasks.make(cell.task, job["options"])
+    if "build" in job:
+        size = sizes(task, cell.settings)
+        return built(job["build"], lambda spec: task.model(spec, size), progress)
     if "speeds" in job:
-        return in_turns(task, job["speeds"], cell.settings, lambda turn: progress(turn, 0.0))
+        return in_turns(task, job["speeds"], cell.settings, progress)
     if not task.settings().items() <= cell.settings.items():
         raise TrainingError("the data has changed since the run began")
     checkpoint = Path(job["folder"]) / job["checkpoint"] if job["checkpoint"] else None
     result = asdict(train(cell, task, progress=progress, checkpoint=checkpoint))
     return {**{k: v for k, v in result.items() if k != "cell"}, "checkpoint": job["checkpoint"]}
+
+
+def built(names: list[str], build: Callable[[Spec], object], progress: Progress) -> dict[str, Any]:
+    """Build these mechanisms, one after the other. Returns name -> why one cannot be."""
+    found = {}
+    for number, name in enumerate(names):
+        progress(number, 0.0)  # who ends this process is known by that
+        try:
+            build(parse(name))
+        except BaseException as error:
+            found[name] = reason(error)
+    return found
 
 
 def _line() -> bytes:

@@ -9,13 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import save as write_tensors
 from torch import Tensor
 
+from regard.files import DTYPES as NAMES
 from regard.files import Header, write_atomically
 
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64",
-}  # fmt: skip
+DTYPES = {getattr(torch, name): known for name, known in NAMES.items()}
 """As safetensors calls them."""
 
 

@@ -204,13 +204,16 @@ class MultiheadAttention(nn.Module):
         ]
 
 
-def parts_for(mechanism: Any, shape: HeadShape, supports: frozenset[str], options: dict[str, Any]) -> Parts:
-    """The mechanism's parts for a layer that hands over plain, unrotated queries and keys."""
+def parts_for(
+    mechanism: Any, shape: HeadShape, supports: frozenset[str], options: dict[str, Any], *, rotary: bool = False
+) -> Parts:
+    """The mechanism's parts for a layer that hands over plain queries and keys, rotated only where it says so."""
     slots = slots_of(mechanism, shape, options)
-    about = About(shape, "bidirectional" not in supports, False, False, False, False, False)
+    about = About(shape, "bidirectional" not in supports, False, False, rotary, False, False)
     if reasons := why_not(slots, about, supports):
         raise ValueError(f"mechanism: it can't serve here: {'; '.join(reasons)}")
     parts = Parts(slots)
+    parts.supports = supports
     for part in parts.children():
         start_as_original(part)
     return parts

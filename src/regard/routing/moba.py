@@ -76,6 +76,7 @@ def moba(
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return causal()
+    block = block if exporting() else min(block, S)  # one block of all keys, however long it is said to be
     scores = block_scores(q, k, block=block, mask=mask)
     own = torch.arange(S - T, S, device=q.device)[:, None].div(block, rounding_mode="floor")
     column = torch.arange(scores.shape[3], device=q.device)
