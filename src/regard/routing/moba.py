@@ -42,7 +42,7 @@ out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
     ),
     supports={"causal", "padding", "mask", "gqa", "streaming", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
-    cost=Cost("B*H*T*(S/block + 2*topk*block)*D", "2*S*G*D"),
+    cost=Cost("B*H*T*D*(S/block + min(S, (2*topk - 1)*block))", "2*S*G*D"),
     claim="A query reads its own block and the most similar others, few where neighbours agree, and keeps most of the "
     "attention: tests/routing/test_moba.py::test_the_own_block_counts_among_the_chosen, "
     "tests/routing/test_moba.py::test_runs_on_the_block_sparse_kernel_and_says_what_it_keeps.",
