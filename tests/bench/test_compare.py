@@ -21,6 +21,7 @@ from regard.bench.closing import closing_lines, table
 from regard.bench.compare import execute, run
 from regard.bench.config import CompareConfig, CompareError, validate
 from regard.bench.events import Finished, Planned, Started, Stepped, Timed
+from regard.bench.process import answer
 from regard.bench.record import Cell, Result
 from regard.bench.store import read
 
@@ -62,6 +63,8 @@ class Fake:
 
     def __call__(self, job, *, timeout, stop, on_step):
         cell = job["cell"]
+        if "build" in job:
+            return {"result": {}}
         if "speeds" in job:
             self.timed.append(job["speeds"])
             return self.answers.get("speeds", {"result": dict.fromkeys(job["speeds"], SPEED)})
@@ -189,6 +192,37 @@ def test_speeds_that_cannot_be_measured_are_told_and_lose_nothing(config):
     again = Fake()
     assert execute(config, train=again).untimed == ""
     assert (again.asked, again.timed) == ([], [["softmax", "alibi"]])
+
+
+def test_a_fault_of_an_own_mechanism_takes_no_others_speeds(config):
+    """Whoever's turn it was is left out, and the rest are measured again."""
+    own, asked = "stubs:Good", []
+
+    def train(job, *, on_step, **rest):
+        if "speeds" not in job:
+            return Fake()(job, on_step=on_step, **rest)
+        asked.append(job["speeds"])
+        on_step(2, len(job["speeds"]) - 1)
+        return {"failed": "it broke"} if own in job["speeds"] else Fake()(job, on_step=on_step, **rest)
+
+    outcome = execute(replace(config, mechanisms=("softmax", own)), train=train)
+    assert asked == [["softmax", own], ["softmax"]]
+    assert outcome.untimed == "stubs:Good: it broke"
+    speeds = {(r.cell.mechanism, r.train_tokens_per_second) for r in outcome.results}
+    assert speeds == {("softmax", SPEED["train_tokens_per_second"]), (own, 0.0)}
+
+
+def test_own_mechanisms_are_built_elsewhere_before_any_work(config, monkeypatch):
+    """A crash in a constructor is a refusal in one line; nothing of the caller's code is run here."""
+    monkeypatch.delitem(sys.modules, "stubs", raising=False)
+    crashing = 'stubs:Faulty(fault="segfaults")'
+    with pytest.raises(CompareError) as caught:
+        execute(replace(config, mechanisms=("softmax", "stubs:Good", crashing)), train=answer)
+    at = next(n for n, line in enumerate((HERE / "faulty.py").read_text().splitlines(), 1) if "string_at" in line)
+    said = f"stubs:Faulty(fault='segfaults'): its process was ended by SIGSEGV (faulty.py, line {at})"
+    assert str(caught.value) == said
+    assert "stubs" not in sys.modules
+    assert not (Path(config.out) / "results.db").exists()
 
 
 def test_a_stop_before_speeds_are_measured_says_so(config):
@@ -351,6 +385,8 @@ cells.codes = lambda task, specs: dict.fromkeys(specs, "test")
 
 def train(job, *, timeout, stop, on_step):
     cell = job["cell"]
+    if "speeds" in job:
+        return {"failed": "not asked here"}
     log.write(json.dumps([cell["mechanism"], cell["seed"]]) + "\\n")
     time.sleep(0.01)
     return {"result": {"status": "done", "parameters": cell["seed"]}}
@@ -436,6 +472,25 @@ def test_no_worker_outlives_a_run_that_was_killed(config, tmp_path):
 
 
 # --- For real
+
+
+@pytest.mark.slow
+def test_faults_end_their_own_cells_and_are_told(config):
+    """In the store, in the terminal and in the report, beside what others found."""
+    faults = {"segfaults": "SIGSEGV", "forks_and_exits": "exit code 3", "exits_by_exception": "SystemExit: 0"}
+    own = [f"stubs:Faulty(fault='{fault}', at=5)" for fault in faults]
+    out = io.StringIO()
+    assert run(replace(config, mechanisms=(*own, "alibi"), seeds=(0,)), console=Console(file=out, width=200)) == 3
+    *failed, good = read(config.out)
+    assert good.status == "done"
+    page = (Path(config.out) / "report.html").read_text()
+    for result, (fault, said) in zip(failed, faults.items()):
+        assert said in result.reason
+        assert re.search(r" \(faulty.py, line \d+\)$", result.reason)
+        assert f"in {fault}\n" in result.traceback
+        assert result.reason in out.getvalue()
+        assert said in page
+        assert f"in {fault}" in page
 
 
 @pytest.mark.slow
