@@ -73,3 +73,26 @@ def test_every_able_kernel(form: str, lengths: tuple[int, int], dtype: torch.dty
     assert {"eager", "chunked", "sdpa"} <= ran
     if dtype == torch.float32 and T == S == 21 and not native.why_not():
         assert ran & {"native", "block_sparse"}
+
+
+STREAMED = {
+    "global places": masks.global_tokens([0, 5]),
+    "a tree": masks.tree(PARENTS[:1, :3], prefix=9),
+    "shared prefix": masks.shared_prefix(3, [5, 4]),
+    "block causal": masks.block_causal(4),
+    "block diffusion": masks.block_diffusion(2, 6),
+}
+
+
+@pytest.mark.parametrize("form", STREAMED)
+def test_token_by_token_where_nothing_is_seen_ahead(form: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 12, 16, dtype=torch.float64)
+    layer = regard.Attention(16, 4, causal=True, mask=STREAMED[form]).double().eval()
+    state, outs = layer.init_state(1, 12), []
+    for t in range(12):
+        out, state = layer.step(x[:, t : t + 1], state)
+        outs.append(out)
+    assert (torch.cat(outs, 1) - layer(x)).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="this layer sees later tokens"):
+        regard.Attention(16, 4, mask=STREAMED[form]).init_state(1, 12)
