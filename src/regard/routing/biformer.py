@@ -107,8 +107,7 @@ def region_attention(
     counts: Float[Tensor, " m"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H R n V"]:
-    """Every token attends to all keys of the regions chosen for its own; `weights` multiply their keys and values, and
-    each of a region's keys counts `counts` times."""
+    """Every token attends to all keys of its region's chosen ones, times `weights`; each counts `counts` times."""
     B, R = q.shape[0], q.shape[2]
     bias = None if counts is None else counts.log().repeat(regions.shape[2])[None, None, None]
     row = torch.arange(B, device=q.device)[:, None, None]
