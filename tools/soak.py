@@ -1,4 +1,4 @@
-"""Kills `regard compare` at random moments, resumes it, and holds its rows against those of a run that nobody disturbed.
+"""Kills `regard compare` at random moments, resumes it, and holds its rows against those of an undisturbed run.
 
     python tools/soak.py                    25 kills, by SIGKILL, SIGTERM and SIGINT, of the run or of a cell's worker
     python tools/soak.py --kills 5 --seed 7
@@ -19,6 +19,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from regard.bench.store import StoreError, read
 
@@ -145,12 +147,19 @@ def held(folder: Path) -> int:
 
 
 def rows(folder: Path) -> dict[str, Any]:
-    """Key of a cell -> what it found but for what is measured, and the bytes of its model."""
+    """Key of a cell -> what it found but for what is measured, and its model."""
     found = {}
     for result in read(folder):
         record = {name: value for name, value in asdict(result).items() if name not in MEASURED}
-        found[result.cell.key] = (repr(record), (folder / result.checkpoint).read_bytes() if result.checkpoint else b"")
+        found[result.cell.key] = (repr(record), model(folder / result.checkpoint) if result.checkpoint else None)
     return found
+
+
+def model(path: Path) -> tuple[Any, ...]:
+    """All that the file holds; the order of its metadata is another in each process."""
+    with safe_open(path, "np") as file:
+        names = sorted(file.keys())
+        return file.metadata(), names, [file.get_tensor(name).tobytes() for name in names]
 
 
 def differing(expected: dict[str, Any], found: dict[str, Any]) -> str:
