@@ -383,7 +383,7 @@ from regard.tasks.text import NextByte, Text
 
 folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
 task = NextByte(text=Text("test", b"x", b"y"))
-compare.validate = lambda config: Checked(config, task, list(config.mechanisms))
+compare.validate = lambda config, ask: Checked(config, task, list(config.mechanisms))
 cells.codes = lambda task, specs: dict.fromkeys(specs, "test")
 
 def train(job, *, timeout, stop, on_step):
