@@ -16,6 +16,7 @@ from typing import Any
 from regard.bench.machine import check_device, cores
 from regard.bench.process import Stop, answer, tried
 from regard.checks import number, refuse, short, whole
+from regard.files import write_atomically
 from regard.models.mixer import Spec, build, find, look_here, parse, protocol
 from regard.tasks import Task, mechanisms_for
 
@@ -205,7 +206,7 @@ def save(config: Profile, cells: Sequence[Measured]) -> None:
     """profile.json: the settings and every cell so far."""
     settings = {**asdict(config), "out": str(config.out)}
     record = {"settings": settings, "cells": [asdict(cell) for cell in cells]}
-    (config.out / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(config.out / "profile.json", json.dumps(record, indent=1) + "\n")
 
 
 def growth(cells: Sequence[Measured], mechanism: str, quantity: str) -> float | None:

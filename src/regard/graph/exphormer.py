@@ -59,6 +59,7 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
 )
 
 
+@checked()
 def edge_attention(
     q: Float[Tensor, "T H D"],
     k: Float[Tensor, "S H D"],

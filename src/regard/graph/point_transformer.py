@@ -73,6 +73,7 @@ def nearest(
     return torch.stack([source, torch.arange(len(pos), device=pos.device)[:, None].expand_as(source)]).flatten(1)
 
 
+@checked()
 def vector_attention(
     q: Float[Tensor, "T C"],
     k: Float[Tensor, "S C"],

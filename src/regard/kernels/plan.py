@@ -20,6 +20,7 @@ from regard.kernels import (
     triton_attention,
     window,
 )
+from regard.kernels.check import check_problem
 from regard.kernels.cost import Cost, rates
 from regard.kernels.flops import counted, counting
 from regard.kernels.problem import CAUSAL, Problem, honest
@@ -75,11 +76,17 @@ def choose(p: Problem, kernel: str = "auto", device: str | None = None) -> Plan:
     Args:
         device: "cpu" or "cuda", for tensors on meta: what would run there, with the packages installed here.
     """
+    check_problem(p)
     if device is not None:
         choice("plan", ("cpu", "cuda"), device=device)
         if not p.q.is_meta:
             refuse("plan", "device", "is said of tensors that are on one", device, "None, or tensors on meta")
         p = replace(p, on=device)
+    return _chosen(p, kernel)
+
+
+def _chosen(p: Problem, kernel: str = "auto") -> Plan:
+    """The same for a problem that was looked at."""
     cannot = {name: _reasons(p, module) for name, module in KERNELS.items()}
     if kernel != "auto":
         _named(p, kernel)
@@ -119,7 +126,8 @@ def _reasons(p: Problem, module: ModuleType) -> list[str]:
 
 
 def execute(p: Problem, kernel: str = "auto") -> Tensor:
-    """Run the problem on the kernel that `choose` takes."""
+    """Run the problem on the kernel that `choose` takes. All who have a problem come by here, and it is looked at."""
+    check_problem(p)
     empty = p.q.numel() == 0 or p.k.numel() == 0
     module = _named(p, kernel) if kernel != "auto" else sdpa if empty else _auto(p)
     if empty:
@@ -137,7 +145,7 @@ def _auto(p: Problem) -> ModuleType:
     if not p.readable:
         return _unseen(p)
     if not _plain(p):
-        return KERNELS[choose(p).kernel]
+        return KERNELS[_chosen(p).kernel]
     if p.q.numel() * p.k.size(2) <= FEW:
         return sdpa
     able = [module for module in (sdpa, native, decode) if not module.why_not(p)]

@@ -43,6 +43,10 @@ alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s
 )
 
 
+MOST = 1000
+"""Of the prior's places: beyond 1030 a binomial coefficient is no float64 number."""
+
+
 def beta_binomial(length: int, a: float, b: float) -> tuple[float, ...]:
     """Probabilities of 0 .. length - 1 moves; their mean is (length - 1) a / (a + b)."""
     n = length - 1
@@ -67,7 +71,7 @@ class DynamicConvolutionAttention(LocationAligner):
         hidden: A, of the energies and of the filter generator; the defaults are those of the public implementations.
         static_filters, dynamic_filters: how many.
         filter_length: odd.
-        prior_length: the prior moves by 0 .. prior_length - 1 places a step.
+        prior_length: the prior moves by 0 .. prior_length - 1 places a step; at most 1000.
         prior_alpha, prior_beta: of its beta-binomial distribution. With the defaults it moves by 1 a step on average.
     """
 
@@ -86,7 +90,8 @@ class DynamicConvolutionAttention(LocationAligner):
     ) -> None:
         super().__init__(dim, context_dim)
         whole(self, hidden=hidden, static_filters=static_filters, dynamic_filters=dynamic_filters)
-        whole(self, filter_length=filter_length, prior_length=prior_length)
+        whole(self, filter_length=filter_length)
+        whole(self, most=MOST, prior_length=prior_length)
         number(self, above=0, prior_alpha=prior_alpha, prior_beta=prior_beta)
         if filter_length % 2 == 0:
             refuse(self, "filter_length", "is even", filter_length, "an odd int")

@@ -14,6 +14,7 @@ from regard.checks import choice, refuse, whole
 from regard.pipeline.tokens import quarantine
 from regard.recurrent._aligner import Padding, normalise
 from regard.recurrent.luong import PAPERS, LuongAttention, Score
+from regard.tracing import exporting
 
 CARD = Card(
     "luong_local",
@@ -93,7 +94,7 @@ class LocalLuongAttention(LuongAttention):
         else:
             lengths = torch.full(context.shape[:1], context.shape[1], device=x.device)
         p = self.places(x, lengths, first)
-        places = self.window(p, lengths)
+        places = self.window(p, lengths, self.half_width if exporting() else min(self.half_width, context.shape[1]))
         out = self.combine(self.read(x, context, p, places, lengths), x)
         if bad is None and bad_source is None:
             return out
@@ -112,9 +113,9 @@ class LocalLuongAttention(LuongAttention):
         t = torch.arange(first, first + x.shape[1], device=x.device, dtype=work)
         return torch.minimum(t, lengths[:, None] - 1)
 
-    def window(self, p: Float[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Int[Tensor, "B T W"]:
-        """The places within D of floor(p); some may lie outside the context."""
-        offsets = torch.arange(-self.half_width, self.half_width + 1, device=p.device)
+    def window(self, p: Float[Tensor, "B T"], lengths: Int[Tensor, " B"], reach: int) -> Int[Tensor, "B T W"]:
+        """The places within `reach` of floor(p); some may lie outside the context."""
+        offsets = torch.arange(-reach, reach + 1, device=p.device)
         centre = torch.minimum(p.detach().floor().long(), lengths[:, None] - 1)
         return centre[..., None] + offsets
 
