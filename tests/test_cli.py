@@ -689,8 +689,11 @@ def test_generate_continues_the_prompt(checkpoint):
 
 
 BAD = [
-    ("list --family position", "unknown family 'position'; did you mean 'positions'"),
-    ("show alibbi", "unknown mechanism 'alibbi'; did you mean 'alibi'?"),
+    ("list --family position", "family is unknown (got 'position'); expected one of"),
+    (
+        "show alibbi",
+        "mechanism is unknown (got 'alibbi'); expected one of those that `regard list` shows; did you mean 'alibi'?",
+    ),
     ("show gated+polarized", "only mechanisms that fill slots can be joined by '+'"),
     (
         "show window(windw=3)",
@@ -700,7 +703,7 @@ BAD = [
     ("show window(window=0)", "window: size is too small (got 0)"),
     ("show alibi --svg nowhere/x.svg", "nowhere/x.svg: No such file or directory"),
     ("plan --heads 8 --kv-heads 3", "no multiple of the 3 key heads (got 8)"),
-    ("plan --kernel flash", "unknown kernel 'flash'"),
+    ("plan --kernel flash", "attention: kernel is unknown (got 'flash'); expected one of 'auto'"),
     ("plan --kernel block_sparse --bidirectional", "no mask, so there are no empty blocks"),
     ("plan --dropout 2", "dropout is out of range (got 2.0); expected a finite number >= 0 and <= 1"),
     ("plan --mechanism alibi+kerple", "both fill the slot 'position'"),
@@ -708,11 +711,11 @@ BAD = [
     ("compare --seeds 1,x", "seeds must be whole numbers with commas between, got '1,x'"),
     ("compare --dim 100 --heads 3", "heads do not divide dim = 100 (got 3); expected such as 1, 2, 4"),
     ("compare --mechanisms alibbi", "did you mean 'alibi'?"),
-    ("compare --task mqra", "unknown task 'mqra'; did you mean 'mqar'?"),
+    ("compare --task mqra", "task is unknown (got 'mqra'); expected one of"),
     ("compare --task mqar --mechanisms etc", "etc does not fit the task mqar: cannot be causal"),
     ("compare --task mqar --text x.txt", "task mqar brings its own data; leave text out"),
-    ("compare --task digits --length 9", "task digits: there is no option 'length'"),
-    ("list --task chess", "unknown task 'chess'; there are text, boxes, "),
+    ("compare --task digits --length 9", "task 'digits' has no such option (got 'length'); expected "),
+    ("list --task chess", "task is unknown (got 'chess'); expected one of text, boxes, "),
     ("list --task mqar --markdown", "leave --markdown or --task out"),
     ("compare --steps 0", "steps is too small (got 0); expected an int >= 1"),
     ("compare --text nowhere.txt", "nowhere.txt does not exist"),
@@ -778,7 +781,7 @@ STARTS = [
     ("list", 0, ""),
     ("list --markdown", 0, ""),
     ("list --family positions --json", 0, ""),
-    ("list --family position", 2, "error: unknown family 'position'; did you mean 'positions'"),
+    ("list --family position", 2, "error: regard: family is unknown (got 'position'); expected one of "),
     ("lst", 2, "Did you mean 'list'?"),
     ("--help", 0, ""),
     ("list --help", 0, ""),

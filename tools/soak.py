@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from regard.bench.store import StoreError, read
 
 MEASURED = {"seconds", "peak_memory_bytes", "turns"} | {
@@ -145,12 +147,19 @@ def held(folder: Path) -> int:
 
 
 def rows(folder: Path) -> dict[str, Any]:
-    """Key of a cell -> what it found but for what is measured, and the bytes of its model."""
+    """Key of a cell -> what it found but for what is measured, and its model."""
     found = {}
     for result in read(folder):
         record = {name: value for name, value in asdict(result).items() if name not in MEASURED}
-        found[result.cell.key] = (repr(record), (folder / result.checkpoint).read_bytes() if result.checkpoint else b"")
+        found[result.cell.key] = (repr(record), model(folder / result.checkpoint) if result.checkpoint else None)
     return found
+
+
+def model(path: Path) -> tuple[Any, ...]:
+    """All that the file holds; the order of its metadata is another in each process."""
+    with safe_open(path, "np") as file:
+        names = sorted(file.keys())
+        return file.metadata(), names, [file.get_tensor(name).tobytes() for name in names]
 
 
 def differing(expected: dict[str, Any], found: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"mechanisms": ["softmaxx", "alibi"]}, r"unknown mechanism 'softmaxx'.*did you mean"),
+        ({"mechanisms": ["softmaxx", "alibi"]}, r"mechanism is unknown \(got 'softmaxx'\).*did you mean"),
         ({"mechanisms": ["window(widnow=3)"]}, r"widnow.*did you mean 'window'"),
         ({"mechanisms": ["alibi("]}, r"cannot be read \(got 'alibi\('\)"),
         ({"mechanisms": ["window(window=4)()"]}, r"cannot be read \(got 'window\(window=4\)\(\)'\)"),
@@ -99,14 +99,17 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"device": "tpu"}, r"compare: device is unknown \(got 'tpu'\); expected 'cpu', 'cuda' or"),
         ({"device": "cuda:99"}, r"compare: device is not there \(got 'cuda:99'\)"),
         ({"threads": 0}, r"compare: threads is too small \(got 0\)"),
-        ({"task": "chess"}, r"unknown task 'chess'; there are text, boxes, copying"),
-        ({"task": "mqra"}, r"unknown task 'mqra'; did you mean 'mqar'"),
-        ({"task": "mqar("}, r"task cannot be read \(got 'mqar\('\); expected a name"),
-        ({"task": "mqar(pair=3)", "text": ()}, r"task mqar: there is no option 'pair'; did you mean 'pairs'"),
+        ({"task": "chess"}, r"task is unknown \(got 'chess'\); expected one of text, boxes, copying"),
+        ({"task": "mqra"}, r"task is unknown \(got 'mqra'\); .*; did you mean 'mqar'"),
+        ({"task": "mqar("}, r"task cannot be read \(got 'mqar\('\); at character 6: .* expected a name"),
+        (
+            {"task": "mqar(pair=3)", "text": ()},
+            r"task 'mqar' has no such option \(got 'pair'\); .*; did you mean 'pairs'",
+        ),
         ({"task": "mqar(pairs=(1, 99))", "text": ()}, r"task mqar: length has no room for 99 pairs \(got 8\)"),
         ({"task": "mqar(vocab=2.5)", "text": ()}, r"task mqar: vocab has the wrong type \(got 2.5\)"),
         ({"task": "mqar"}, r"task mqar brings its own data; leave text out"),
-        ({"task": "digits", "text": ()}, r"task digits: there is no option 'length'"),
+        ({"task": "digits", "text": ()}, r"task 'digits' has no such option \(got 'length'\)"),
         (
             {"task": "nodes", "text": (), "length": None},
             r"softmax does not fit the task nodes: a TokenMixer; nodes",
@@ -380,7 +383,7 @@ from regard.tasks.text import NextByte, Text
 
 folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
 task = NextByte(text=Text("test", b"x", b"y"))
-compare.validate = lambda config: Checked(config, task, list(config.mechanisms))
+compare.validate = lambda config, ask: Checked(config, task, list(config.mechanisms))
 cells.codes = lambda task, specs: dict.fromkeys(specs, "test")
 
 def train(job, *, timeout, stop, on_step):

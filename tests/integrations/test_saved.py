@@ -428,7 +428,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "unknown mechanism": (
         edit("regard.json", lambda s: s["swaps"][0].update(mechanism="os:system")),
         "regard.json",
-        "unknown mechanism",
+        "mechanism is unknown",
     ),
     "unknown option": (
         edit("regard.json", lambda s: s["swaps"][0].update(mechanism="kerple(size=3)")),

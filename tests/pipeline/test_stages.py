@@ -320,9 +320,9 @@ def test_every_slot_reaches_everything(name):
 
 def test_unknown_slots_are_named():
     q = torch.randn(1, 1, 2, 2)
-    with pytest.raises(TypeError, match=r"attention: there is no argument or slot 'positon'.*did you mean 'position'"):
+    with pytest.raises(TypeError, match=r"argument or slot is unknown .got 'positon'.*did you mean 'position'"):
         regard.attention(q, q, q, positon=None)
-    with pytest.raises(TypeError, match=r"Attention: there is no argument or slot 'gates'.*did you mean 'gate'"):
+    with pytest.raises(TypeError, match=r"Attention: argument or slot is unknown .got 'gates'.*did you mean 'gate'"):
         Attention(M, H, gates=None)
 
 
@@ -378,7 +378,7 @@ def test_weighted_values():
 )
 def test_what_goes_by_another_name_elsewhere_is_named(given: str, hint: str) -> None:
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(TypeError, match=rf"attention: there is no argument or slot '{given}'.*{hint}"):
+    with pytest.raises(TypeError, match=rf"attention: argument or slot is unknown .got '{given}'.*{hint}"):
         regard.attention(q, q, q, **{given: None})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from regard.bench.machine import check_device, cores
 from regard.bench.process import Stop, answer, tried
-from regard.checks import number, refuse, whole
+from regard.checks import number, refuse, short, whole
 from regard.files import write_atomically
 from regard.models.mixer import Spec, build, find, look_here, parse, protocol
 from regard.tasks import Task, mechanisms_for
@@ -103,14 +103,18 @@ def lengths(text: str) -> tuple[int, ...]:
                 found.append(n)
                 n *= 2
         else:
-            raise ProfileError(f"profile: lengths {part!r} cannot be read; expected such as 1k..32k or 512,1000,4k")
+            raise ProfileError(
+                f"profile: lengths cannot be read (got {short(repr(part))}); expected such as 1k..32k or 512,1000,4k"
+            )
     return tuple(dict.fromkeys(found))
 
 
 def _number(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", text)
     if not match:
-        raise ProfileError(f"profile: length {text.strip()!r} cannot be read; expected such as 512 or 4k")
+        raise ProfileError(
+            f"profile: length cannot be read (got {short(repr(text.strip()))}); expected such as 512 or 4k"
+        )
     return int(match[1]) * (1024 if match[2] else 1)
 
 

@@ -175,7 +175,7 @@ def check_mechanism(mechanism: Any) -> frozenset[str]:
     slots = mechanism if isinstance(mechanism, Mapping) else {only_slot(mechanism): mechanism}
     for slot, part in slots.items():
         if slot not in SLOTS:
-            raise ValueError("swap: " + unknown("slot", str(slot), list(SLOTS)))
+            raise ValueError(unknown("slot", str(slot), list(SLOTS), who="swap"))
         if not isinstance(part, SLOTS[slot].kind):
             wanted = f"a {SLOTS[slot].kind.__name__}"
             refuse("swap", f"slot {slot!r}", "has the wrong type", type(part).__name__, wanted, error=TypeError)

@@ -205,8 +205,8 @@ def check_options(scale: float | None, dropout: float, *, who: str = "attention"
     for name, stage in stages.items():
         if name not in slots:
             hint = (_ELSEWHERE if who == WHO else _OTHERWISE).get(name, "") or meant(name, slots, 1)
-            said = f"{who}: there is no argument or slot {name!r}; slots are {', '.join(slots)}"
-            raise TypeError(f"{said}; {hint}" if hint else said)
+            told = "; ".join(filter(None, [f"one of {', '.join(slots)}", hint]))
+            refuse(who, "argument or slot", "is unknown", repr(name), told, error=TypeError)
         kind = SLOTS[name].kind
         if stage is not None and not isinstance(stage, kind):
             refuse(

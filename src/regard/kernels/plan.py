@@ -109,8 +109,7 @@ def _chosen(p: Problem, kernel: str = "auto") -> Plan:
 
 def _named(p: Problem, kernel: str) -> ModuleType:
     """The kernel of that name, if it can run this."""
-    if kernel not in KERNELS:
-        raise ValueError(f"attention: unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
+    choice("attention", ("auto", *KERNELS), kernel=kernel)
     if reasons := _reasons(p, KERNELS[kernel]):
         able = [name for name, module in KERNELS.items() if not _reasons(p, module)]
         raise ValueError(
