@@ -56,9 +56,14 @@ $(VENV)/.bench: $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
 	touch $@
 
-docs: $(VENV)/.installed  ## write what is made from the cards: the catalogue that lists read, README's outputs and tables
+docs: $(VENV)/.docs  ## write what is made from the cards (the catalogue, README's table), then the site into build/site
 	$(BIN)/python tools/catalogue.py
 	$(BIN)/python tools/readme.py
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-clean:  ## remove the environment and all runs
-	rm -rf $(VENV) $(VENV)-bare $(VENV)-peers .peers runs
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+clean:  ## remove the environments, all runs and the site
+	rm -rf $(VENV) $(VENV)-bare $(VENV)-peers .peers runs build

@@ -1,11 +1,9 @@
 """The command line: what it prints, how wide, and how it refuses; and that the documents are true."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -918,36 +916,6 @@ def blocks(document, language):
     return re.findall(
         rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-
-
-def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    space = {}
-    for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), space)
-    assert capsys.readouterr().out.startswith(str(regard.plan(*(space[n] for n in "qkv"), mask=space["near"])))
-    assert (tmp_path / "attention.html").stat().st_size > 10_000
-
-
-def test_the_readmes_outputs_are_current(monkeypatch):
-    """`python tools/readme.py` makes them anew."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as for its reader, but not in these tests
-    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "tools" / "readme.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    text = tool.README.read_text(encoding="utf-8")
-    assert len(tool.PART.findall(text)) == 5
-    assert tool.filled(text, lambda command: output(*shlex.split(command)[1:])) == text
-
-
-def test_the_readmes_commands_exist():
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `regard (\w+)", text, re.MULTILINE)) == known
-    read = {
-        v for p in (ROOT / "src").rglob("*.py") for v in re.findall(r"environ\S*?[(\[]\"(\w+)", p.read_text("utf-8"))
-    }
-    assert read <= set(re.findall(r"^\| `(\w+)=", text, re.MULTILINE)), "every environment variable is in the table"
 
 
 def test_the_contributing_example_is_a_mechanism(monkeypatch):

@@ -121,7 +121,8 @@ class Cost:
     """Formulas in the axis letters (B H G T S D V M, and the mechanism's own option names)."""
 
     time: str
-    """Multiply-adds of one forward pass, without the projections."""
+    """Multiply-adds of one forward pass, as `regard.kernels.flops` counts them, without q_proj, k_proj, v_proj, o_proj;
+    bidirectional, where a mechanism is both. Elementwise work, which no counter sees, may be added."""
     state: str
     """Numbers kept per sequence while streaming; '' where it can't stream."""
 

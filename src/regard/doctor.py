@@ -131,6 +131,7 @@ def _extras() -> list[Finding]:
 EXTRAS = {
     "bench": "the peers that `make bench` measures",
     "dev": "what `make lint` runs",
+    "docs": "the site, by `make docs`",
     "test": "what the tests need",
 }
 """What those extras are for that no command of `regard` needs."""

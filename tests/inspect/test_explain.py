@@ -170,6 +170,25 @@ def test_code_that_comes_with_a_model_is_not_run(bert: Path) -> None:
     assert not Path("ran").exists()
 
 
+def test_a_tokenizer_of_other_tokens(bert: Path) -> None:
+    """It names tokens that the model has no row for, which torch says somewhere inside."""
+    from transformers import BertTokenizer
+
+    (bert / "tokenizer.json").unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(500)), "cat"]
+    (bert / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(vocab=str(bert / "vocab.txt")).save_pretrained(bert)
+    said = refusal("explain", "--model", bert, "--text", "cat")
+    assert f"BertModel of {bert} cannot be run on this: IndexError" in said
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": "1.0"}', "[" * 100_000])
+def test_a_damaged_tokenizer(bert: Path, text: str) -> None:
+    (bert / "tokenizer.json").write_text(text)
+    assert refusal("explain", "--model", bert, "--text", "cat").startswith(f"error: {bert}")
+    assert not Path("attention.html").exists()
+
+
 class Picture:
     """As much of a Pillow image as is used."""
 

@@ -218,6 +218,11 @@ MASKS = [
     masks.padding(lengths=torch.tensor([2, 3])),
     masks.dense(torch.eye(6).bool()),
     masks.chosen(torch.ones(1, 2, 2, 2).bool(), 6, 6, 3),
+    masks.block_causal(4),
+    masks.block_diffusion(2, 3),
+    masks.global_tokens(torch.tensor([[1, 4], [0, -1]])),
+    masks.tree(torch.tensor([-1, 0, 0]), prefix=2),
+    masks.shared_prefix(2, [3, 1]),
 ]
 
 

@@ -115,8 +115,10 @@ def test_mechanisms_that_cannot_serve_are_refused():
         ("EvaAttention/fused", "rotary", "before rotation"),
     ):
         layer, _ = naive(name)
-        with pytest.raises(ValueError, match=said):
-            replace(Holder(layer), mechanism)
+        model = Holder(layer)
+        with pytest.raises(ValueError, match=f"replace: attn: .*{said}.*; nothing was replaced"):
+            replace(model, mechanism)
+        assert model.attn is layer
 
 
 def test_a_window_in_talking_heads_hides_what_it_hides():

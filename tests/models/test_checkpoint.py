@@ -177,6 +177,18 @@ def test_forged_files_are_refused_in_one_line_before_anything_is_allocated(way, 
     assert len(str(refused.value)) <= len(str(path)) + 510
 
 
+def test_weights_from_which_nothing_can_be_drawn(tmp_path):
+    path = forged(tmp_path / "m.safetensors", change=lambda tensors: tensors["norm.weight"].fill_(float("inf")))
+    with pytest.raises(
+        ValueError, match=r"m\.safetensors: no text can be drawn from it: probability tensor"
+    ) as refused:
+        list(generate(path, "a", count=2))
+    assert "\n" not in str(refused.value)
+    config = replace(CONFIG, vocab=300)
+    with pytest.raises(ValueError, match=r"n\.safetensors: it has 300 tokens"):
+        generate(save(language_model(config), config, tmp_path / "n.safetensors"), "a")
+
+
 def test_an_honest_file_in_another_precision_is_read(tmp_path):
     path = forged(tmp_path / "half.safetensors", change=cast("blocks.0.up.weight", torch.bfloat16))
     assert load(path)[0].blocks[0].up.weight.dtype == torch.float32

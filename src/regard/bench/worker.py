@@ -23,6 +23,8 @@ from regard.bench.faults import CRASH, Refused, place, reason, told
 from regard.bench.record import Cell
 from regard.models.mixer import Spec, parse
 
+GUARD = "REGARD_GUARD"
+"""Environment variable: the guard's process id. The guard sets it, and can't import this."""
 HIGH = 500
 """Descriptors from here on are out of the way of a mechanism that closes or reuses the first ones."""
 
@@ -150,7 +152,7 @@ def _line() -> bytes:
 
 def _end_with_guard() -> None:
     """Linux ends this process with its guard; elsewhere a thread looks whether that is still there."""
-    if (guard := int(os.environ.pop("REGARD_GUARD", 0))) and sys.platform == "linux":
+    if (guard := int(os.environ.pop(GUARD, 0))) and sys.platform == "linux":
         return
     entered = os.dup(0)
 

@@ -41,7 +41,7 @@ out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
     ),
     supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
     traits=PLAIN,
-    cost=Cost("2*B*H*T*S*M", "S*M"),
+    cost=Cost("2*B*H*T*S*D", "S*M"),
     claim="The same result as multi-head attention from a smaller state: half of the bytes of a key/value cache: "
     "tests/cache/test_el_attention.py::test_the_state_is_half_of_a_key_value_cache.",
     differs=(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.files import write_atomically
+from regard import files
 from regard.inspect.page.render import render
 from regard.inspect.picture import pixels
 from regard.inspect.statistics import HeadStatistics
@@ -74,8 +74,14 @@ def explain(
     call = _inputs(loaded, text, image)
 
     def traced() -> Trace:
-        with torch.no_grad():
-            return trace(loaded.model, call, tokenizer=loaded.tokenizer, layers=layers)
+        try:
+            with torch.no_grad():
+                return trace(loaded.model, call, tokenizer=loaded.tokenizer, layers=layers)
+        except (ValueError, TypeError, OSError, ImportError):
+            raise
+        except Exception as error:  # files that fit each other by their sizes alone, as a tokenizer of other tokens
+            reason = " ".join(str(error).split())[: files.SHOWN]
+            raise ValueError(f"{loaded.name} cannot be run on this: {type(error).__name__}: {reason}") from error
 
     first, second = traced(), None
     if swap is not None:
@@ -209,4 +215,4 @@ def _swapped(loaded: Loaded, mechanism: str) -> Any:
 def _write(out: Path, name: str, first: Trace, second: Trace | None, swap: str | None) -> None:
     names = (name, swap) if swap is not None and swap != name else ("before", "after")
     html = render(first, other=second, names=names, title=f"What {name} attends to")
-    write_atomically(out, html.encode())
+    files.write_atomically(out, html)

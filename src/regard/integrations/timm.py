@@ -138,7 +138,10 @@ def replace(model: nn.Module, mechanism: Any, **options: Any) -> list[str]:
     for name, module in found.items():
         if not isinstance(module, Attention | Adapted):
             _check(name, module)
-        made[name] = _made(module, mechanism, options)
+        try:
+            made[name] = _made(module, mechanism, options)
+        except ValueError as error:
+            raise ValueError(f"replace: {name}: {error}; nothing was replaced") from error
     for name, attention in made.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, attention)

@@ -31,7 +31,9 @@ label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K""
     ),
     supports={"bidirectional", "padding", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values"},
-    cost=Cost("2*B*H*D*(T*(2*radius + 1 + num_global) + num_global*T)", ""),
+    cost=Cost(
+        "B*M*(6*min(T, max(radius, 32))**2*ceil(T/min(T, max(radius, 32))) + T*(4*num_global + 2*max_distance + 2))", ""
+    ),
     claim="Far tokens are reached in two layers through the globals, and in no other way: "
     "tests/mixers/test_etc.py::test_far_tokens_are_reached_in_two_layers_through_the_globals.",
     differs=(

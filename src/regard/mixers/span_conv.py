@@ -32,7 +32,7 @@ c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2,   zeros outside""",
     papers=(PAPER,),
     supports={"bidirectional", "padding", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("B*T*(kernel_size*(M + H*D) + H*D*H*kernel_size)", ""),
+    cost=Cost("B*T*M*(2*H*D + kernel_size*(1 + H))", ""),
     claim="Sees (K - 1) / 2 tokens on each side and nothing else: "
     "tests/mixers/test_span_conv.py::test_a_convolution_sees_its_neighbourhood_only.",
     differs=(HIDDEN, "All heads convolve, not half of them, and an output projection of its own follows."),

@@ -26,7 +26,7 @@ dz  = dp - mean(dp) over the keys with 0 < p_s < 1, else 0""",
         ),
     ),
     traits=PLAIN - {"normalised"} | {"sparse"},
-    cost=Cost("2*B*H*T*S*D + 100*B*H*T*S", "2*S*G*D"),
+    cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
     claim="A budget of b keys is spent on b keys where their scores stand out: "
     "tests/normalizers/test_budget.py::test_a_budget_is_spent_on_as_many_keys.",
     differs=("The budget may take a gradient too.",),

@@ -24,7 +24,11 @@ alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s
     papers=(replace(LOCATION_PAPER, read="abstract; equations of two public implementations"),),
     protocol="CrossMixer",
     supports={"bidirectional", "padding"},
-    cost=Cost("B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length)", "S"),
+    cost=Cost(
+        "B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length + hidden + M)"
+        " + B*T*hidden*(M + dynamic_filters*filter_length)",
+        "S",
+    ),
     claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
     "tests/recurrent/test_dynamic_convolution.py::test_content_does_not_count_and_places_are_relative, "
     "tests/recurrent/test_dynamic_convolution.py::test_generalises_to_longer_sequences.",

@@ -25,7 +25,7 @@ c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])        D = half_width"
     papers=PAPERS,
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
-    cost=Cost("2*B*T*(2*half_width + 1)*M", ""),
+    cost=Cost("2*B*T*(2*half_width + 1)*M + B*(S + T)*M*M", ""),
     claim="Only the window is read: what stands outside it changes no bit: "
     "tests/recurrent/test_luong_local.py::test_only_the_window_is_read.",
     differs=("With padding, places are counted among the real tokens; nothing else is known to differ.",),

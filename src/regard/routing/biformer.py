@@ -38,7 +38,11 @@ pool: the keys and values of a region are pool_to^2 means or maxima of them""",
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     traits={"routed"},
-    cost=Cost("2*B*M*topk*(Y*X/regions**2)*Y*X + B*M*regions**4", ""),
+    cost=Cost(
+        "B*M*(regions**2*ceil(Y/regions)*ceil(X/regions)*(2*topk*ceil(Y/regions)*ceil(X/regions) + kernel**2)"
+        " + regions**4)",
+        "",
+    ),
     claim="Sparsity that depends on the query with dense products alone: a query reads 16 of 196 keys of a 14 x 14 "
     "map in 7 x 7 regions, 4 of them chosen: tests/routing/test_biformer.py::test_a_query_reads_16_of_196_tokens.",
     differs=(
@@ -103,10 +107,8 @@ def region_attention(
     counts: Float[Tensor, " m"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H R n V"]:
-    """Every token attends to all keys of the regions chosen for its own; `weights` multiply their keys and values.
-
-    `counts` says how often each of a region's keys counts.
-    """
+    """Every token attends to all keys of the regions chosen for its own; `weights` multiply their keys and values, and
+    each of a region's keys counts `counts` times."""
     B, R = q.shape[0], q.shape[2]
     bias = None if counts is None else counts.log().repeat(regions.shape[2])[None, None, None]
     row = torch.arange(B, device=q.device)[:, None, None]
@@ -206,11 +208,8 @@ class BiLevelRouting(nn.Module):
         return self.o_proj(y)[:, :Y, :X].permute(0, 3, 1, 2).contiguous()
 
     def _regions(self, Y: int, X: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of a region, and how many are laid out, down and across.
-
-        Regions beyond the map are all the same. Of S x S there stand so many of these that the choice and the
-        convolution find no end of them.
-        """
+        """Height and width of a region, and how many are laid out: of those beyond the map, which are all the same, as
+        many as the choice and the convolution could tell from S x S."""
         S, near = self.regions, self.kernel // 2
         tall, wide = max(1, -(-Y // S)), max(1, -(-X // S))
         across = min(S, -(-X // wide) + max(near, -(-self.topk // S)))
@@ -236,9 +235,8 @@ class BiLevelRouting(nn.Module):
         """How often each of these cells stands among pool_to^2; None where all stand once."""
         P, each = self.pool_to, []
         for n in sides:
-            alone = [(m + 1) * P // n + -m * P // n for m in range(n)]
-            both = [int(m * P % n > 0) for m in range(1, n)]
-            joined = [c for pair in zip(alone, [*both, 0], strict=True) for c in pair][:-1]
+            # Cells of token m alone, and whether one holds m and m + 1.
+            joined = [c for m in range(n) for c in ((m + 1) * P // n + -m * P // n, int((m + 1) * P % n > 0))][:-1]
             each.append(z.new_tensor(joined if 2 * n - 1 < P else [1] * P))
         return None if 2 * min(sides) - 1 >= P else (each[0][:, None] * each[1]).flatten()
 

@@ -33,7 +33,7 @@ SPATIAL = Card(
     papers=PAPERS,
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    cost=Cost("2*B*Y*X*window**2*M", ""),
+    cost=Cost("2*B*ceil(Y/window)*ceil(X/window)*window**4*M", ""),
     claim="Linear in pixels: tests/vision/test_davit.py::test_cost_is_linear_in_pixels.",
     differs=(
         "A map that windows don't divide is padded with zeros on the right and below before the projections; as in the "

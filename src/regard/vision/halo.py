@@ -28,7 +28,7 @@ halo of h on every side make up; R_y and R_x hold one vector for each of the 2W 
     ),
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    cost=Cost("2*B*Y*X*(block + 2*halo)**2*M", ""),
+    cost=Cost("2*B*Y*X*M*(block + 2*halo)*(block + 2*halo + 1)", ""),
     claim="The reach grows with the halo at no parameters; with halo 0 it is attention in blocks: "
     "tests/vision/test_halo.py::test_without_a_halo_blocks_are_alone_and_the_halo_widens_the_view_at_no_parameters.",
     differs=(
