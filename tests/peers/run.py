@@ -96,7 +96,8 @@ def main(asked: Sequence[str]) -> int:
         for process in both:
             process.wait()
         runs[name] = (results(files["with"]), results(files["without"]))
-        print(f"{name}: {time.monotonic() - started:.0f} s; what pytest said is in {files['with'].with_suffix('.log')}")
+        took, log = time.monotonic() - started, files["with"].with_suffix(".log").relative_to(ROOT)
+        print(f"{name}: {took:.0f} s; what pytest said is in {log}", flush=True)
     text, well = report(runs, known)
     print(f"\n{text}")
     return 0 if well else 1
