@@ -23,13 +23,14 @@ from regard.integrations.transformers_attend import Attending, Called, Entry, fe
 from regard.integrations.transformers_check import about_layers, changed_outputs, self_check
 from regard.integrations.transformers_heads import scale_heads
 from regard.integrations.transformers_masks import formed_when_compiled, lazy_mask
+from regard.integrations.transformers_names import register
 from regard.integrations.transformers_report import Report, Row
 from regard.integrations.transformers_saved import save_swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Swap", "scale_heads", "swap"]
+__all__ = ["Swap", "register", "scale_heads", "swap"]
 
 Heads = int | slice | Sequence[int] | None
 Which = int | slice | Sequence[int] | Callable[[Layer], bool] | None
