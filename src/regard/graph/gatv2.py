@@ -36,8 +36,8 @@ y_i = sum_j alpha_ij W_src h_j""",
     supports={"bidirectional", "dropout", "compile"},
     traits={"position_free"},
     cost=Cost("N*M*H*D*2 + 3*E*H*D", ""),
-    claim="Solves the dictionary lookup that GAT, whose nodes all rank alike, cannot: "
-    "tests/graph/test_gatv2.py::test_solves_the_dictionary_lookup_that_gat_cannot.",
+    claim="Every node ranks its neighbours anew, where in GAT all rank alike, and may favour one that lies between "
+    "others, which no dot product of them does: tests/graph/test_gatv2.py::test_favours_a_neighbour_between_others.",
     differs=(
         "The optional residual projection of libraries is left to the caller.",
         "Biases of the projections start at 0, where the code leaves torch's start.",
