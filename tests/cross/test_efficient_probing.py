@@ -85,21 +85,25 @@ def test_nan_reaches_its_own_sample_only() -> None:
     close(out[1:], layer(x[1:]))
 
 
-def test_fewer_parameters_than_attention_pooling() -> None:
+def test_fewer_parameters_with_a_reduction() -> None:
     M, Q = 64, 8
     layer = EfficientProbing(M, Q, reduction=2)
-    assert sum(p.numel() for p in layer.parameters()) == Q * M + M * M // 2 < 4 * M * M
+    assert sum(p.numel() for p in layer.parameters()) == Q * M + M * M // 2
 
 
 def test_work_grows_with_queries_not_with_the_width_of_values() -> None:
-    """Pooling comes first: T tokens cost 2 T M Q multiply-adds, and the values M^2 once."""
+    """Pooling comes first: T tokens cost 2 T M Q multiply-adds, and the values M^2 once.
+
+    Multi-head pooling projects every key and value: more than 2 T M^2, with 4 M^2 parameters.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     B, T, M, Q = 2, 50, 32, 4
     layer = EfficientProbing(M, Q)
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(B, T, M))
-    assert counter.get_total_flops() == 2 * B * (2 * T * M * Q + M * M)
+    assert counter.get_total_flops() == 2 * B * (2 * T * M * Q + M * M) < 2 * B * 2 * T * M * M
+    assert sum(p.numel() for p in layer.parameters()) == Q * M + M * M < 4 * M * M
 
 
 def test_queries_are_as_many_as_heads_unless_said() -> None:

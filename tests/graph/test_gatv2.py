@@ -163,6 +163,25 @@ def test_gat_ranks_alike_for_every_node_and_gatv2_does_not() -> None:
     assert changes >= 3
 
 
+@torch.no_grad()
+def test_favours_a_neighbour_between_others() -> None:
+    """Queries and keys lie on a line, and each query finds the key at its own place, by a score of -|x_i - x_j|.
+
+    No dot product of places does: linear in the key's place, it is greatest at an end of the line, whatever the
+    projections. GAT's score ranks the keys alike for all queries.
+    """
+    n = 6
+    place, value = torch.linspace(-1, 1, n).double(), normal(1, n)
+    x = torch.stack([place.repeat(2), -place.repeat(2), torch.cat([0 * value, value])], 1)  # queries, keys
+    j, i = torch.cartesian_prod(torch.arange(n, 2 * n), torch.arange(n)).T
+    made = GATv2(3, 1, self_loops=False).double()
+    made.source_proj.weight.copy_(torch.eye(3))
+    made.target_proj.weight.copy_(-torch.eye(3))
+    made.a.copy_(torch.tensor([[-200.0, -200.0, 0.0]]))
+    close(made(x, torch.stack([j, i]))[:n, 2], value)
+    assert set((normal(2, 50, 2) @ x[n:, :2].T).argmax(1).tolist()) == {0, n - 1}
+
+
 def test_solves_the_dictionary_lookup_that_gat_cannot() -> None:
     """Eight queries ask eight keys for their values, which are permuted: a hundred orders are to be learnt."""
     k, width = 8, 32

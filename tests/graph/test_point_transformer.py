@@ -141,12 +141,17 @@ def test_constant_weights_give_the_neighbours_mean() -> None:
     close(made(x, edges, pos), values.view(10, 4, 6).mean(1))
 
 
+@torch.no_grad()
 def test_channels_look_at_different_neighbours() -> None:
-    """One softmax for all channels would rank neighbours once for a point; here the channels disagree."""
-    made, x, pos = layer(1, 12), normal(2, 10, 12), normal(3, 10, 3)
+    """All channels hold the same numbers, and one softmax for all would leave them so; here the channels disagree."""
+    made, x, pos = layer(1, 12), normal(2, 10, 1).expand(-1, 12), normal(3, 10, 3)
+    made.v_proj.weight.copy_(torch.eye(12))
+    made.theta[2].weight.zero_()
+    made.theta[2].bias.zero_()
     edges = nearest(pos, 4)
+    assert made(x, edges, pos).std(1).min() > 1e-3
     j, i = edges
-    r = made.gamma(made.q_proj(x)[i] - made.k_proj(x)[j] + made.theta(pos[i] - pos[j])).view(10, 4, 12)
+    r = made.gamma(made.q_proj(x)[i] - made.k_proj(x)[j]).view(10, 4, 12)
     favourite = r.argmax(1)
     assert (favourite != favourite[:, :1]).any(1).float().mean() > 0.5
 

@@ -75,12 +75,14 @@ def test_mlp_equals_the_formula(seed: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["linear", "mlp"])
-def test_starts_as_plain_attention(form: str) -> None:
+def test_starts_as_plain_attention_and_leaves_it(form: str) -> None:
     q, k, v = heads_of(3)
     part = KnockingHeads(q.shape[-1], form=form).double()
     for before, after in zip((q, k, v), part(q, k, v), strict=True):
         close(after, before, 1e-14)
     assert sum(p.numel() for p in part.parameters()) == 3 * q.shape[-1] ** 2
+    off_diagonal = filled(3, q.shape[-1], form)(q, k, v)[2]
+    assert (off_diagonal - v).abs().max() > 0.1
 
 
 def test_linear_can_be_folded_into_the_projections() -> None:

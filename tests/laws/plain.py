@@ -43,7 +43,36 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool = False, keep
 
 
 def _mix(self: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    return softmax(q, k, v, causal=self.causal, keep=keep)
+    return softmax(q[..., : k.shape[-1]], k, v, causal=self.causal, keep=keep)  # a gate may stand beside the queries
+
+
+class Kept(typing.NamedTuple):
+    """What softmax has to keep of the past."""
+
+    k: Tensor
+    v: Tensor
+
+
+def _run(self: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: Kept | None) -> tuple[Tensor, Kept]:
+    if state is not None and state.k.shape[2]:
+        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+    return _mix(self, q, k, v, keep), Kept(k, v)
+
+
+def _empty_state(self: Any, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Kept:
+    return Kept(*torch.zeros(2, batch_size, self.num_kv_heads, 0, self.head_dim, device=device, dtype=dtype))
+
+
+def _as_returned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Softmax, and beside it what a function returns more: keys and values, for softmax has no smaller state."""
+    made = typing.get_type_hints(function).get("return")
+    if typing.get_origin(made) is tuple:
+        return lambda q, k, v, *args, **options: (softmax(q, k, v, *args, **options), Kept(k, v))
+    if not hasattr(made, "_fields"):
+        return softmax
+    return lambda q, k, v, *args, **options: made(
+        softmax(q, k, v, *args, **options), *[torch.cat([k, v], -1)] * (len(made._fields) - 1)
+    )
 
 
 def _tokens(self: Any, x: Tensor, context: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -70,7 +99,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "GraphMixer": _graph,
     "Pooler": lambda self, x, *_, **__: softmax(x.mean(1, keepdim=True), x, x)[:, 0],
     "Pointer": lambda self, x, context, *_, **__: (x @ context.mT / x.shape[-1] ** 0.5).log_softmax(-1),
-    "Loss": lambda self, x, *_, **__: 0 * x.sum(),
+    "Loss": lambda self, *given, **_: 0 * sum(z.sum() for z in given if isinstance(z, Tensor)),
 }
 
 
@@ -105,7 +134,7 @@ def switch_off(card: regard.Card) -> None:
     for name, function in list(vars(home).items()):
         if inspect.isfunction(function) and function.__module__.startswith(f"regard.{card.family}."):
             if list(inspect.signature(function).parameters)[:3] == ["q", "k", "v"] and function is not builder:
-                _replace(function, softmax)
+                _replace(function, _as_returned(function))
             elif card.family == "normalizers" and name == card.name:
                 _replace(function, lambda z, *_, **__: z.softmax(-1))
     if card.is_part:
@@ -116,10 +145,11 @@ def switch_off(card: regard.Card) -> None:
         for name in vars(builder).keys() & vars(regard.Attention).keys() - {"__init__", "__doc__", "__module__"}:
             setattr(builder, name, getattr(regard.Attention, name))
     else:
-        name, plain = ("mix", _mix) if issubclass(builder, HeadMixer) else ("forward", FORWARD[card.protocol])
-        for cls in builder.__mro__:  # a test may be about the class that it refines
-            if cls.__module__.startswith(f"regard.{card.family}.") and name in vars(cls):
-                setattr(cls, name, plain)
+        mixer = {"mix": _mix, "run": _run, "empty_state": _empty_state}
+        for name, plain in (mixer if issubclass(builder, HeadMixer) else {"forward": FORWARD[card.protocol]}).items():
+            for cls in builder.__mro__:  # a test may be about the class that it refines
+                if cls.__module__.startswith(f"regard.{card.family}.") and name in vars(cls):
+                    setattr(cls, name, plain)
 
 
 def _plain_parts(card: regard.Card) -> None:

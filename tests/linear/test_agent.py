@@ -98,6 +98,17 @@ def test_is_a_generalised_linear_attention():
     close(agent_attention(q, a, k, v), phi_q @ (phi_k.mT @ v))
 
 
+@torch.no_grad()
+def test_weights_have_the_rank_of_the_agents():
+    """What makes them linear in the length: rows that sum to 1, made of three for all seven tokens."""
+    module = AgentAttention(14, 2, num_agents=3).double()
+    module.conv.weight.zero_()
+    module.conv.bias.zero_()
+    weights = module.mix(normal(2, 2, 7, 7), normal(2, 2, 7, 7), torch.eye(7).double().expand(2, 2, 7, 7), None)
+    close(weights.sum(-1), torch.ones(2, 2, 7).double())
+    assert (torch.linalg.matrix_rank(weights) == 3).all()
+
+
 def test_no_square_matrix():
     T, sizes = 512, []
 

@@ -72,7 +72,7 @@ def test_weights_are_stochastic_and_of_low_rank(causal: bool) -> None:
     T, L = 12, 3
     a, b = normal(1, 1, 2, T, L).detach(), normal(2, 1, 2, T, L).detach()
     one_hot = torch.eye(T, dtype=torch.float64).expand(1, 2, T, T)
-    got = causal_latte_attention(a, b, one_hot)[0] if causal else latte_attention(a, b, one_hot)
+    got = Latte(24, 2, num_latents=L, causal=causal).mix(a, b, one_hot, None)
     close(got, naive_latte_weights(a, b, causal=causal))
     close(got.sum(-1), torch.ones(1, 2, T, dtype=torch.float64))
     assert (got >= 0).all()

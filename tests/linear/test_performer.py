@@ -108,8 +108,10 @@ def estimates(orthogonal: bool, draws: int, q: Tensor, k: Tensor, r: int) -> Ten
     return (features[..., 0] * features[..., 1]).mean(1)
 
 
-def test_unbiased_and_orthogonal_directions_vary_less() -> None:
+def test_unbiased_of_rank_r_and_orthogonal_directions_vary_less() -> None:
     """The claim: means within 4 standard errors of exp(q . k / sqrt(D)), and a lower variance than independent rows.
+
+    All that from r features of a token, so that weights have rank r.
 
     LAPACK's Q as it comes, without R's signs, fails the first: it is 15 standard errors off here.
     """
@@ -122,6 +124,9 @@ def test_unbiased_and_orthogonal_directions_vary_less() -> None:
         assert (found.mean() - truth).abs() < 4 * found.std() / draws**0.5
         variances.append(found.var())
     assert variances[1] < 0.85 * variances[0]
+    q, k, values = normal(1, 1, 1, 12, D).detach(), normal(2, 1, 1, 12, D).detach(), torch.eye(12).double()[None, None]
+    weights = performer_attention(q, k, values, random_directions(4, D), eps=0.0)[0]
+    assert torch.linalg.matrix_rank(weights) == 4
 
 
 def test_more_features_come_closer_to_softmax() -> None:

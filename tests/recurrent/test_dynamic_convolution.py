@@ -117,6 +117,7 @@ def test_content_does_not_count_and_places_are_relative() -> None:
     layer, x, context = build(3), tokens(1, 4, dim=3), tokens(1, 40, dim=3, seed=8)
     want = layer.weights(x, context)
     same(layer.weights(x, 7 * context.flip(1)), want)
+    close(layer(x, context + 7 * context.flip(1)), layer(x, context) + 7 * layer(x, context.flip(1)))  # linear in it
     state = layer.start(x, context)
     near = layer.advance(x, state.context, None, nn.functional.one_hot(torch.tensor([10]), 40).double())[0]
     far = layer.advance(x, state.context, None, nn.functional.one_hot(torch.tensor([15]), 40).double())[0]
@@ -132,15 +133,13 @@ def test_nan_reaches_what_follows() -> None:
 def test_generalises_to_longer_sequences() -> None:
     """Learns to read a sequence of 8 in order, one a step; then reads one of 80, which it never saw."""
     torch.manual_seed(0)
-    layer = DynamicConvolutionAttention(
-        2, context_dim=8, hidden=16, static_filters=4, dynamic_filters=4, filter_length=7
-    )
-    optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
+    layer = DynamicConvolutionAttention(8, hidden=16, static_filters=4, dynamic_filters=4, filter_length=7)
+    query = nn.Parameter(torch.ones(8))  # the same at every step: only the place can tell what comes next
+    optimizer = torch.optim.Adam([query, *layer.parameters()], lr=2e-2)
 
     def error(length: int) -> Tensor:
         context = torch.randn(8, length, 8)
-        x = torch.ones(8, length - 1, 2)
-        return nn.functional.mse_loss(layer(x, context), context[:, 1:])
+        return nn.functional.mse_loss(layer(query.expand(8, length - 1, 8), context), context[:, 1:])
 
     before = float(error(80).detach())
     for _ in range(80):
@@ -148,8 +147,8 @@ def test_generalises_to_longer_sequences() -> None:
         error(8).backward()
         optimizer.step()
     with torch.no_grad():
-        alpha = layer.weights(torch.ones(1, 79, 2), torch.zeros(1, 80, 8))
         assert error(80) < 0.05 < 0.5 < before
+        alpha = layer.weights(query.expand(1, 79, 8), torch.zeros(1, 80, 8))
     assert alpha.argmax(-1).tolist() == [list(range(1, 80))]
 
 

@@ -93,6 +93,7 @@ def test_padding_is_as_if_absent(side: str) -> None:
 def test_content_does_not_count() -> None:
     layer, x, context = build(3), tokens(1, 4, dim=3), tokens(1, 40, dim=3, seed=8)
     same(layer.weights(x, 7 * context.flip(1)), layer.weights(x, context))
+    close(layer(x, context + 7 * context.flip(1)), layer(x, context) + 7 * layer(x, context.flip(1)))  # linear in it
 
 
 def test_nan_reaches_what_follows() -> None:
@@ -104,13 +105,13 @@ def test_nan_reaches_what_follows() -> None:
 def test_generalises_to_longer_sequences() -> None:
     """Learns to read a sequence of 12 in order, one a step; then reads one of 80, which it never saw."""
     torch.manual_seed(0)
-    layer = GMMAttention(2, context_dim=8, hidden=16, components=1)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
+    layer = GMMAttention(8, hidden=16, components=1)
+    query = nn.Parameter(torch.ones(8))  # the same at every step: only the place can tell what comes next
+    optimizer = torch.optim.Adam([query, *layer.parameters()], lr=2e-2)
 
     def error(length: int) -> Tensor:
         context = torch.randn(8, length, 8)
-        x = torch.ones(8, length - 1, 2)
-        return nn.functional.mse_loss(layer(x, context), context[:, 1:])
+        return nn.functional.mse_loss(layer(query.expand(8, length - 1, 8), context), context[:, 1:])
 
     before = float(error(80).detach())
     for _ in range(300):
@@ -118,8 +119,8 @@ def test_generalises_to_longer_sequences() -> None:
         error(12).backward()
         optimizer.step()
     with torch.no_grad():
-        alpha = layer.weights(torch.ones(1, 79, 2), torch.zeros(1, 80, 8))
         assert error(80) < 0.05 < 0.5 < before
+        alpha = layer.weights(query.expand(1, 79, 8), torch.zeros(1, 80, 8))
     assert alpha.argmax(-1).tolist() == [list(range(1, 80))]
 
 

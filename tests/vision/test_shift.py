@@ -54,10 +54,10 @@ def test_costs_nothing_and_only_moves() -> None:
 def test_layers_see_as_far_as_there_are_of_them() -> None:
     """With channels mixed in between, l layers see |dy| + |dx| <= l."""
     (x,) = leaves(normal(2, 1, 8, 9, 9))
-    mix = normal(3, 8, 8, 1, 1)
+    layer, mix = Shift(8, n_div=6), normal(3, 8, 8, 1, 1)
     y, far = x, (torch.arange(9) - 4).abs()
     for layers in (1, 2, 3):
-        y = F.conv2d(shift(y, n_div=6), mix)
+        y = F.conv2d(layer(y), mix)
         seen = torch.autograd.grad(y[0, :, 4, 4].sum(), x, retain_graph=True)[0].ne(0).any(1)[0]
         same(seen, far[:, None] + far <= layers)
 

@@ -31,7 +31,6 @@ CARD = Card(
     traits={"position_free"},
     cost=Cost("2*B*T*M*H + B*M*M/reduction", ""),
     claim="Fewer parameters than multi-head attention pooling (Q M + M^2 against 4 M^2), and less work: "
-    "tests/cross/test_efficient_probing.py::test_fewer_parameters_than_attention_pooling, "
     "tests/cross/test_efficient_probing.py::test_work_grows_with_queries_not_with_the_width_of_values.",
     differs=(
         "Tokens are pooled before the value projection, which is the same function, cheaper.",

@@ -20,9 +20,9 @@ CARD = Card(
     ),
     traits={"position_free", "shift_invariant"},
     cost=Cost("2*B*H*T*S*D + 3*B*G*S*D**2", "2*S*G*D"),
-    claim="All heads share one map, which starts as plain attention bit for bit and knocks before the scores: "
+    claim="All heads share one map, which starts as plain attention bit for bit, leaves it, and knocks before scores: "
     "tests/heads/test_knocking.py::test_the_layer_knocks_before_the_scores, "
-    "tests/heads/test_knocking.py::test_starts_as_plain_attention.",
+    "tests/heads/test_knocking.py::test_starts_as_plain_attention_and_leaves_it.",
     differs=("The paper names the maps diagonal at the start; that the diagonal is 1 is inferred.",),
     defaults={"form": "paper, the recommended form"},
 )

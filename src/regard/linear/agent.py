@@ -30,8 +30,9 @@ a: adaptive average pooling of q to n cells;   conv: depthwise, 3 wide;   B1, B2
     supports={"bidirectional", "padding", "gqa", "compile"},
     traits={"shift_invariant", "head_independent"},
     cost=Cost("B*T*num_agents*(5*M + 14*H) + 3*B*T*M", ""),
-    claim="Linear in length, and a generalised linear attention: tests/linear/test_agent.py::test_no_square_matrix, "
-    "tests/linear/test_agent.py::test_is_a_generalised_linear_attention.",
+    claim="Linear in length, and a generalised linear attention, whose weights have the rank of the agents: "
+    "tests/linear/test_agent.py::test_no_square_matrix, "
+    "tests/linear/test_agent.py::test_weights_have_the_rank_of_the_agents.",
     differs=(
         "On a sequence pooling, bias tables and convolution have one axis, and each bias is one table of 7 entries "
         "stretched over the real tokens; 'agent_grid' is the paper's form.",

@@ -35,8 +35,8 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*num_features*(2*D + 1)", "H*num_features*(D + 1) + G"),
-    claim="Unbiased, and orthogonal directions have the lower variance: "
-    "tests/linear/test_performer.py::test_unbiased_and_orthogonal_directions_vary_less.",
+    claim="An unbiased estimate by weights of rank r, and orthogonal directions have the lower variance: "
+    "tests/linear/test_performer.py::test_unbiased_of_rank_r_and_orthogonal_directions_vary_less.",
     differs=(
         "Q of the QR decomposition gets the signs of R's diagonal: LAPACK's Q alone is not uniformly distributed and "
         "biases the estimate.",

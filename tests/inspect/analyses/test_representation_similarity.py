@@ -32,9 +32,13 @@ def test_does_not_see_rotation_scale_and_shift() -> None:
 
 
 def test_has_no_bias() -> None:
-    """Unrelated features of 200 dimensions: the plain estimate would say about 0.9."""
-    found = [representation_similarity([[torch.randn(16, 200)]], [[torch.randn(16, 200)]]) for _ in range(40)]
-    assert torch.stack(found).mean().abs() < 0.05
+    """Unrelated features of 200 dimensions, for which the plain estimate would say about 0.9; and turned ones."""
+    turn = torch.linalg.qr(torch.randn(200, 200)).Q
+    xs = [torch.randn(16, 200) for _ in range(40)]
+    found = torch.stack([representation_similarity([[x]], [[torch.randn(16, 200), x @ turn]]) for x in xs])
+    unrelated, turned = found.mean((0, 1))
+    assert unrelated.abs() < 0.05
+    assert turned > 0.99
 
 
 def test_what_is_wrong_is_named() -> None:
