@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from regard import heads, inspect, kinds, laws, masks, normalizers, positions, scores, stages
     from regard.cards import Card, Cost, Paper
     from regard.catalog import analyses, card, create, mechanisms
+    from regard.inspect.edges import edge_weights
     from regard.inspect.effective import effective_weights
     from regard.inspect.trace import trace
     from regard.integrations.transformers import swap
@@ -34,6 +35,7 @@ _FROM = {
     "card": "regard.catalog",
     "check": "regard.laws",
     "create": "regard.catalog",
+    "edge_weights": "regard.inspect.edges",
     "effective_weights": "regard.inspect.effective",
     "load_swapped": "regard.integrations.transformers_loaded",
     "mechanisms": "regard.catalog",
@@ -59,6 +61,7 @@ __all__ = [
     "card",
     "check",
     "create",
+    "edge_weights",
     "effective_weights",
     "heads",
     "inspect",

@@ -45,6 +45,27 @@ class GraphMixer(Protocol):
     def forward(self, nodes: Tensor, edge_index: Tensor, /) -> Tensor: ...
 
 
+class EdgeWeights(NamedTuple):
+    """Which weight belongs to which edge of a graph layer."""
+
+    edge_index: Int[Tensor, "2 F"]
+    """Sources and targets: the caller's edges in the caller's order, then those that the layer adds by itself."""
+    weights: Float[Tensor, "F H"]
+    """Of each edge, per head, or per channel where the mechanism has one for each; 0 for an edge that doesn't count."""
+    given: int
+    """E: how many of them, the first ones, are the caller's."""
+
+
+@runtime_checkable
+class EdgeWeigher(GraphMixer, Protocol):
+    """A GraphMixer that can also tell the weight of each edge, for the arguments that its forward takes.
+
+    They are those of evaluation, before any dropout, and may take gradients.
+    """
+
+    def edge_weights(self, nodes: Tensor, edge_index: Tensor, /) -> EdgeWeights: ...
+
+
 @runtime_checkable
 class Pooler(Protocol):
     """(B, T, M) -> (B, M)."""

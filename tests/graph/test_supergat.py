@@ -8,7 +8,8 @@ import regard
 from graph.naive_gatv2 import with_loops
 from graph.naive_supergat import naive_edge_loss, naive_supergat
 from regard.graph import supergat as module
-from regard.graph.supergat import SuperGAT, edge_scores, sample_non_edges
+from regard.graph.non_edges import sample_non_edges
+from regard.graph.supergat import SuperGAT, edge_scores
 from regard.laws.agreement import close
 from regard.laws.subject import perturb
 

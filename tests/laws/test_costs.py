@@ -13,6 +13,7 @@ SIZES = ((256, 64, 8), (576, 128, 4))
 ELEMENTWISE = {
     "entropy_regularizer": "it works on maps of weights, entry by entry",
     "exphormer": "edges multiply vector by vector",
+    "fenchel_young": "it works on scores, entry by entry",
     "pointer": "its score adds query and key within a tanh",
     "sentinel": "likewise",
 }

@@ -132,7 +132,7 @@ FORGED = {
     "a float": ({"said": {"mechanism": "rotary(base=1e30)"}}, "base is out of range"),
     "a list": ({"said": {"mechanism": f"softmax(head_dim=[{10**9}])"}}, "head_dim is too large"),
     "a wrong kind": ({"said": {"mechanism": "softmax(head_dim='x')"}}, "head_dim"),
-    "bytes": ({"said": {"mechanism": "softmax(head_dim=b'x')"}}, "head_dim has the wrong type"),
+    "bytes": ({"said": {"mechanism": "softmax(head_dim=b'x')"}}, "mechanism cannot be read"),
     "no such option": ({"said": {"mechanism": "softmax(nothing=1)"}}, "nothing"),
     "no such mechanism": ({"said": {"mechanism": "sofmax"}}, "softmax"),
     "a part of no layer": ({"said": {"mechanism": "rollout"}}, "rollout"),

@@ -435,3 +435,36 @@ def test_positions_of_a_step_count_on_by_default() -> None:
     want, _ = layer.step(x[:, 4:], untold)
     assert torch.equal(layer.step(x[:, 4:], told, positions=torch.arange(4, 6))[0], want)
     assert not torch.allclose(layer.step(x[:, 4:], told, positions=torch.arange(7, 9))[0], want)
+
+
+# --- layouts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager", "chunked", "sdpa", "native", "block_sparse"])
+def test_tokens_may_stand_before_heads(kernel: str) -> None:
+    """As flash-attn has them: the same numbers and gradients, for grouped heads and other lengths of keys."""
+    given = [t.requires_grad_() for t in qkv(H=4, G=2, T=5, S=7, V=3, dtype=torch.float32)]
+    turned = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in given]
+    if kernel != "auto" and regard.plan(*given, mask=masks.causal()).why_not.get(kernel):
+        kernel = "auto"
+    want = regard.attention(*given, mask=masks.causal(), kernel=kernel)
+    got = regard.attention(*turned, mask=masks.causal(), kernel=kernel, layout="bnhd")
+    assert torch.equal(got, want.transpose(1, 2))
+    want.sin().sum().backward()
+    got.sin().sum().backward()
+    for a, b in zip(turned, given, strict=True):
+        torch.testing.assert_close(a.grad, b.grad.transpose(1, 2))
+
+
+def test_plans_know_the_layout() -> None:
+    q, k, v = torch.empty(1, 8, 1024, 64, device="meta"), *torch.empty(2, 1, 2, 1024, 64, device="meta")
+    turned = [t.transpose(1, 2) for t in (q, k, v)]
+    assert regard.plan(*turned, layout="bnhd").kernel == regard.plan(q, k, v).kernel
+    assert regard.plan(turned[0], v=turned[2], k=turned[1], layout="bnhd").costs == regard.plan(q, k, v).costs
+
+
+def test_other_layouts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention: layout is unknown \(got 'thd'\)|layout .*'thd'"):
+        regard.attention(*qkv(), layout="thd")
+    with pytest.raises(ValueError, match="q has the wrong shape"):
+        regard.attention(torch.zeros(2, 5, 6), *qkv()[1:], layout="bnhd")

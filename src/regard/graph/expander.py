@@ -65,3 +65,13 @@ def expander_of_graphs(
         return _drawn(num_nodes, degree, seed)
     members = [(graph == g).nonzero()[:, 0].cpu() for g in range(num_graphs)]
     return torch.cat([own[_drawn(len(own), degree, seed)] for own in members], 1)
+
+
+def virtual_edges(
+    edge_index: Int[Tensor, "2 E"], num_nodes: int, graph: Int[Tensor, " N"] | None, num_graphs: int, *, virtual: int
+) -> Int[Tensor, "2 virtual*N"]:
+    """Every node and each virtual node of its graph, of which r * num_graphs + g is the r-th of graph g."""
+    node = torch.arange(num_nodes, device=edge_index.device, dtype=edge_index.dtype)
+    own = torch.zeros_like(node) if graph is None else graph.to(edge_index)
+    first = num_graphs * torch.arange(virtual, device=node.device, dtype=node.dtype)
+    return torch.stack([node.repeat(virtual), (first[:, None] + own).flatten()])

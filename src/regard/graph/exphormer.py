@@ -4,6 +4,7 @@ All its edges are linear in N, and their spectral gap stays open, so that a few 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, refuse, whole
 from regard.graph._edges import check_edges, check_features, check_graph, edge_sum
-from regard.graph.expander import expander, expander_of_graphs
+from regard.graph.expander import expander, expander_of_graphs, virtual_edges
+from regard.kinds import EdgeWeights
 from regard.shapes import HeadShape
 
 
@@ -58,6 +60,20 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
 )
 
 
+Given = tuple[Tensor, Tensor | None, Tensor | None]  # edge_index, expander_edges, edge_features
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, eps: Tensor, edge_index: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """`edge_attention`, and its weights (E, H) when asked for: to divide once a node is quicker than once an edge."""
+    j, i = edge_index
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q[i].to(wide) * k[j] * eps).sum(-1) / math.sqrt(q.shape[-1])
+    p = scores.clamp(-5, 5).exp()
+    total = edge_sum(p, i, len(q)) + 1e-6
+    out = (edge_sum(p[..., None] * v[j], i, len(q)) / total[..., None]).to(q.dtype)
+    return out, lambda: p / total[i]
+
+
 @checked()
 def edge_attention(
     q: Float[Tensor, "T H D"],
@@ -67,12 +83,7 @@ def edge_attention(
     edge_index: Int[Tensor, "2 E"],
 ) -> Float[Tensor, "T H D"]:
     """Attention of the targets over the sources that edges lead from, each edge with a vector inside the product."""
-    j, i = edge_index
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q[i].to(wide) * k[j] * eps).sum(-1) / math.sqrt(q.shape[-1])
-    p = scores.clamp(-5, 5).exp()
-    total = edge_sum(p, i, len(q)) + 1e-6
-    return (edge_sum(p[..., None] * v[j], i, len(q)) / total[..., None]).to(q.dtype)
+    return _attend(q, k, v, eps, edge_index)[0]
 
 
 @CARD.module
@@ -119,8 +130,7 @@ class Exphormer(nn.Module):
         # Edges without a feature of their own have one that is learnt.
         self.real_edge = vectors(int(edge_dim is None), self.edge_dim)
         self.expander_edge = vectors(int(degree > 0), self.edge_dim)
-        self.to_virtual = vectors(virtual, self.edge_dim)
-        self.from_virtual = vectors(virtual, self.edge_dim)
+        self.to_virtual, self.from_virtual = (vectors(virtual, self.edge_dim) for _ in range(2))
         self.virtual_nodes = vectors(virtual, dim)
         self.reset_parameters()
 
@@ -151,7 +161,7 @@ class Exphormer(nn.Module):
             graph: which of `num_graphs` graphs each node belongs to; all to one, if not given.
         """
         edges = (edge_index, expander_edges, edge_features)
-        return self._layer(nodes, self.start(num_graphs), *edges, graph, num_graphs, ahead=True)[0]
+        return self._layer(nodes, self.start(num_graphs), edges, graph, num_graphs, ahead=True)[0]
 
     def start(self, num_graphs: int = 1) -> Float[Tensor, "R*graphs M"]:
         """The virtual nodes before the first layer, row r * num_graphs + graph."""
@@ -173,20 +183,35 @@ class Exphormer(nn.Module):
     ) -> tuple[Float[Tensor, "N M"], Float[Tensor, "R*graphs M"]]:
         """The paper's layer: nodes and virtual nodes read each other. Hand both on to the next layer."""
         edges = (edge_index, expander_edges, edge_features)
-        return self._layer(nodes, virtual, *edges, graph, num_graphs, ahead=False)
+        return self._layer(nodes, virtual, edges, graph, num_graphs, ahead=False)[:2]
+
+    @checked(M="dim")
+    def edge_weights(
+        self,
+        nodes: Float[Tensor, "N M"],
+        edge_index: Int[Tensor, "2 E"],
+        expander_edges: Int[Tensor, "2 F"] | None = None,
+        edge_features: Float[Tensor, "E W"] | None = None,
+        *,
+        graph: Int[Tensor, " N"] | None = None,
+        num_graphs: int = 1,
+        virtual: Float[Tensor, "R*graphs M"] | None = None,
+    ) -> EdgeWeights:
+        """The weight per head of each given edge, then of the expander's, those from virtual nodes and those to them.
+
+        Virtual node r of graph g is node N + r * num_graphs + g there. With `virtual`, they are the weights of `mix`.
+        """
+        edges, ahead = (edge_index, expander_edges, edge_features), virtual is None
+        start = self.start(num_graphs) if virtual is None else virtual
+        parts = self._layer(nodes, start, edges, graph, num_graphs, ahead=ahead)[2]
+        weights = torch.cat([tell() for _, tell in parts])
+        return EdgeWeights(torch.cat([part for part, _ in parts], 1), weights, edge_index.shape[1])
 
     def _layer(
-        self,
-        nodes: Tensor,
-        virtual: Tensor,
-        edge_index: Tensor,
-        expander_edges: Tensor | None,
-        edge_features: Tensor | None,
-        graph: Tensor | None,
-        num_graphs: int,
-        *,
-        ahead: bool,
-    ) -> tuple[Tensor, Tensor]:
+        self, nodes: Tensor, virtual: Tensor, given: Given, graph: Tensor | None, num_graphs: int, *, ahead: bool
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Callable[[], Tensor]]]]:
+        """Nodes, virtual nodes, and (edges, their weights) of those into nodes and those into virtual nodes."""
+        edge_index, expander_edges, edge_features = given
         N = len(nodes)
         check_edges(self, edge_index, N, N)
         check_features(self, edge_features, self.edge_dim if self.real_edge is None else None)
@@ -195,30 +220,28 @@ class Exphormer(nn.Module):
             refuse(self, "virtual", "has the wrong shape", tuple(virtual.shape), expected)
         check_graph(self, graph, num_graphs)
         if expander_edges is None and self.degree:
-            drawn = expander_of_graphs(N, graph, num_graphs, degree=self.degree, seed=self.seed)
-            expander_edges = drawn.to(edge_index)
+            expander_edges = expander_of_graphs(N, graph, num_graphs, degree=self.degree, seed=self.seed)
         heads = (self.num_heads, self.dim // self.num_heads)
         q, k, v = (proj(nodes).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         # A vector that edges share is projected once.
-        eps = [self.edge_proj(self.real_edge if edge_features is None else edge_features)]
-        eps[0] = eps[0].expand(edge_index.shape[1], -1)
-        edges = [edge_index]
+        feature = self.real_edge if edge_features is None else edge_features
+        edges, eps, parts = [edge_index], [self.edge_proj(feature).expand(edge_index.shape[1], -1)], []
         if self.expander_edge is not None and expander_edges is not None:
             check_edges(self, expander_edges, N, N)
             edges.append(expander_edges.to(edge_index))
             eps.append(self.edge_proj(self.expander_edge).expand(expander_edges.shape[1], -1))
         if self.virtual:
-            node = torch.arange(N, device=edge_index.device, dtype=edge_index.dtype)
-            own = torch.zeros_like(node) if graph is None else graph.to(edge_index)
-            first = num_graphs * torch.arange(self.virtual, device=node.device, dtype=node.dtype)
-            node, hub = node.repeat(self.virtual), (first[:, None] + own).flatten()
+            node, hub = virtual_edges(edge_index, N, graph, num_graphs, virtual=self.virtual)
             to, back = (self.edge_proj(z).repeat_interleave(N, 0) for z in (self.to_virtual, self.from_virtual))
             query = self.q_proj(virtual).unflatten(-1, heads)
-            read = edge_attention(query, k, v, to.unflatten(-1, heads), torch.stack([node, hub])).flatten(1)
+            out, tell = _attend(query, k, v, to.unflatten(-1, heads), torch.stack([node, hub]))
+            read = out.flatten(1)
+            parts.append((torch.stack([node, N + hub]), tell))
             seen = read if ahead else virtual
             k, v = (torch.cat([z, p(seen).unflatten(-1, heads)]) for z, p in ((k, self.k_proj), (v, self.v_proj)))
             edges.append(torch.stack([N + hub, node]))
             eps.append(back)
             virtual = read
-        out = edge_attention(q, k, v, torch.cat(eps).unflatten(-1, heads), torch.cat(edges, 1))
-        return out.flatten(1), virtual
+        union = torch.cat(edges, 1)
+        out, tell = _attend(q, k, v, torch.cat(eps).unflatten(-1, heads), union)
+        return out.flatten(1), virtual, [(union, tell), *parts]

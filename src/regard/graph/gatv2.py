@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, number, whole
 from regard.graph._edges import check_edges, check_features, edge_mean, edge_softmax, edge_sum, with_loops
+from regard.kinds import EdgeWeights
 from regard.shapes import head_shape
 
 CARD = Card(
@@ -51,6 +52,23 @@ y_i = sum_j alpha_ij W_src h_j""",
 )
 
 
+def gatv2_weights(
+    value: Float[Tensor, "E H D"],
+    target: Float[Tensor, "T H D"],
+    a: Float[Tensor, "H D"],
+    i: Int[Tensor, " E"],
+    *,
+    edge: Float[Tensor, "E H D"] | None = None,
+    keep: Bool[Tensor, " E"] | None = None,
+    negative_slope: float = 0.2,
+) -> Float[Tensor, "E H"]:
+    """alpha_ij of each edge: `value` is W_src x_j of its source, `i` its target; the rest as `gatv2` takes it."""
+    z = value + target[i]
+    if edge is not None:
+        z = z + edge
+    return edge_softmax((F.leaky_relu(z, negative_slope) * a).sum(-1), i, len(target), keep)
+
+
 def gatv2(
     source: Float[Tensor, "S H D"],
     target: Float[Tensor, "T H D"],
@@ -72,11 +90,7 @@ def gatv2(
     """
     j, i = edge_index
     value = source[j]
-    z = value + target[i]
-    if edge is not None:
-        z = z + edge
-    scores = (F.leaky_relu(z, negative_slope) * a).sum(-1)
-    weights = edge_softmax(scores, i, len(target), keep)
+    weights = gatv2_weights(value, target, a, i, edge=edge, keep=keep, negative_slope=negative_slope)
     weights = F.dropout(weights, dropout, dropout > 0)
     if keep is not None:
         value = value.masked_fill(~keep[:, None, None], 0)
@@ -146,6 +160,36 @@ class GATv2(nn.Module):
         edge_index: Int[Tensor, "2 E"],
         edge_features: Float[Tensor, "E W"] | None = None,
     ) -> Float[Tensor, "N O"]:
+        source, target, edges, edge, keep = self._prepare(nodes, edge_index, edge_features)
+        out = gatv2(
+            source,
+            target,
+            self.a,
+            edges,
+            edge=edge,
+            keep=keep,
+            negative_slope=self.negative_slope,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return (out.flatten(1) if self.merge == "concat" else out.mean(1)) + self.bias
+
+    @checked(M="dim")
+    def edge_weights(
+        self,
+        nodes: Float[Tensor, "N M"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_features: Float[Tensor, "E W"] | None = None,
+    ) -> EdgeWeights:
+        """The weight of each edge per head, dropout aside; then those of the loops that the layer adds."""
+        source, target, edges, edge, keep = self._prepare(nodes, edge_index, edge_features)
+        j, i = edges
+        slope = self.negative_slope
+        weights = gatv2_weights(source[j], target, self.a, i, edge=edge, keep=keep, negative_slope=slope)
+        return EdgeWeights(edges, weights, edge_index.shape[1])
+
+    def _prepare(
+        self, nodes: Tensor, edge_index: Tensor, edge_features: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         N = len(nodes)
         check_edges(self, edge_index, N, N)
         check_features(self, edge_features, self.edge_dim)
@@ -158,14 +202,6 @@ class GATv2(nn.Module):
                 edge_features = torch.cat([edge_features, loops])
         heads = (self.num_heads, self.head_dim)
         source = self.source_proj(nodes).unflatten(-1, heads)
-        out = gatv2(
-            source,
-            source if self.target_proj is None else self.target_proj(nodes).unflatten(-1, heads),
-            self.a,
-            edge_index,
-            edge=None if self.edge_proj is None else self.edge_proj(edge_features).unflatten(-1, heads),
-            keep=keep,
-            negative_slope=self.negative_slope,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return (out.flatten(1) if self.merge == "concat" else out.mean(1)) + self.bias
+        target = source if self.target_proj is None else self.target_proj(nodes).unflatten(-1, heads)
+        edge = None if self.edge_proj is None else self.edge_proj(edge_features).unflatten(-1, heads)
+        return source, target, edge_index, edge, keep

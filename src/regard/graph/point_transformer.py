@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, refuse, whole
 from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
+from regard.kinds import EdgeWeights
 from regard.shapes import HeadShape
 from regard.tracing import readable
 
@@ -73,6 +74,21 @@ def nearest(
     return torch.stack([source, torch.arange(len(pos), device=pos.device)[:, None].expand_as(source)]).flatten(1)
 
 
+def vector_weights(
+    q: Float[Tensor, "T C"],
+    k: Float[Tensor, "S C"],
+    delta: Float[Tensor, "E C"],
+    gamma: nn.Module,
+    edge_index: Int[Tensor, "2 E"],
+    *,
+    keep: Bool[Tensor, " E"] | None = None,
+) -> Float[Tensor, "E C"]:
+    """The weight of each edge and channel; arguments as `vector_attention` takes them."""
+    j, i = edge_index
+    weights = edge_softmax(gamma(q[i] - k[j] + delta), i, len(q), keep)
+    return weights.repeat(1, delta.shape[1] // weights.shape[1])
+
+
 @checked()
 def vector_attention(
     q: Float[Tensor, "T C"],
@@ -89,11 +105,10 @@ def vector_attention(
     gamma maps (E, C) to (E, C), or to fewer columns, which the channels then take in turn.
     """
     j, i = edge_index
-    weights = edge_softmax(gamma(q[i] - k[j] + delta), i, len(q), keep)
+    weights = vector_weights(q, k, delta, gamma, edge_index, keep=keep)
     value = v[j] + delta
     if keep is not None:
         value = value.masked_fill(~keep[:, None], 0)
-    weights = weights.repeat(1, value.shape[1] // weights.shape[1])
     return edge_sum(weights * value, i, len(q)).to(q.dtype)
 
 
@@ -142,10 +157,22 @@ class PointTransformer(nn.Module):
         self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"], pos: Float[Tensor, "N P"]
     ) -> Float[Tensor, "N M"]:
         """edge_index: which points j (row 0) each point i (row 1) attends to; pos: where they are."""
+        q, k, delta, edges, keep = self._prepare(nodes, edge_index, pos)
+        return vector_attention(q, k, self.v_proj(nodes), delta, self.gamma, edges, keep=keep)
+
+    @checked(M="dim", P="pos_dim")
+    def edge_weights(
+        self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"], pos: Float[Tensor, "N P"]
+    ) -> EdgeWeights:
+        """The weights (E, C) of each edge, one a channel; then those of the loops that the layer adds."""
+        q, k, delta, edges, keep = self._prepare(nodes, edge_index, pos)
+        return EdgeWeights(edges, vector_weights(q, k, delta, self.gamma, edges, keep=keep), edge_index.shape[1])
+
+    def _prepare(
+        self, nodes: Tensor, edge_index: Tensor, pos: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         N = len(nodes)
         check_edges(self, edge_index, N, N)
         edges, keep = with_loops(edge_index, N) if self.self_loops else (edge_index, None)
         j, i = edges
-        delta = self.theta(pos[i] - pos[j])
-        q, k, v = self.q_proj(nodes), self.k_proj(nodes), self.v_proj(nodes)
-        return vector_attention(q, k, v, delta, self.gamma, edges, keep=keep)
+        return self.q_proj(nodes), self.k_proj(nodes), self.theta(pos[i] - pos[j]), edges, keep

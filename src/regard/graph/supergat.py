@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, number
 from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
+from regard.graph.non_edges import sample_non_edges
+from regard.kinds import EdgeWeights
 from regard.shapes import head_shape
 
 CARD = Card(
@@ -73,6 +75,21 @@ def edge_scores(
     return (pair, pair) if form == "GO" else (pair * dot.sigmoid(), dot)
 
 
+def supergat_weights(
+    value: Float[Tensor, "E H D"],
+    z: Float[Tensor, "N H D"],
+    a: Float[Tensor, "2 H D"] | None,
+    i: Int[Tensor, " E"],
+    *,
+    form: Form = "MX",
+    keep: Bool[Tensor, " E"] | None = None,
+    negative_slope: float = 0.2,
+) -> Float[Tensor, "E H"]:
+    """alpha_ij of each edge: `value` is z_j of its source, `i` its target; the rest as `supergat` takes it."""
+    scores = F.leaky_relu(edge_scores(value, z[i], a, form)[0], negative_slope)
+    return edge_softmax(scores, i, len(z), keep)
+
+
 def supergat(
     z: Float[Tensor, "N H D"],
     a: Float[Tensor, "2 H D"] | None,
@@ -86,8 +103,8 @@ def supergat(
     """Attention of each node over the sources of its edges; `keep` is False for edges that don't count."""
     j, i = edge_index
     value = z[j]
-    scores = F.leaky_relu(edge_scores(value, z[i], a, form)[0], negative_slope)
-    weights = F.dropout(edge_softmax(scores, i, len(z), keep), dropout, dropout > 0)
+    weights = supergat_weights(value, z, a, i, form=form, keep=keep, negative_slope=negative_slope)
+    weights = F.dropout(weights, dropout, dropout > 0)
     if keep is not None:
         value = value.masked_fill(~keep[:, None, None], 0)
     return edge_sum(weights[..., None] * value, i, len(z)).to(z.dtype)
@@ -108,28 +125,6 @@ def edge_loss(
     if not len(label):  # nothing to tell apart: no loss, where a mean would be NaN
         return logits.sum()
     return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype))
-
-
-def sample_non_edges(
-    edge_index: Int[Tensor, "2 E"], num_nodes: int, count: int, *, generator: torch.Generator
-) -> Int[Tensor, "2 F"]:
-    """`count` different ordered pairs of different nodes that no edge joins in either direction; fewer if there are not
-    so many."""
-    j, i = edge_index.to(generator.device, torch.int64)
-    loops = torch.arange(num_nodes, device=generator.device) * (num_nodes + 1)
-    taken = torch.cat([j * num_nodes + i, i * num_nodes + j, loops]).unique()
-    free = num_nodes * num_nodes - len(taken)
-    if 2 * count >= free:  # few are left: list them
-        found = torch.ones(num_nodes * num_nodes, dtype=torch.bool, device=generator.device)
-        found = found.index_fill(0, taken, False).nonzero()[:, 0]
-    else:
-        found = taken[:0]
-        while len(found) < count:
-            draw = torch.randint(num_nodes * num_nodes, (2 * count,), generator=generator, device=generator.device)
-            found = torch.cat([found, draw[~torch.isin(draw, taken)]]).unique()
-    order = torch.randperm(len(found), generator=generator, device=generator.device)
-    found = found[order[:count]].to(edge_index.device)
-    return torch.stack([found // num_nodes, found % num_nodes])
 
 
 @CARD.module(closed=("head_dim", "merge"))  # outputs then have another width
@@ -205,6 +200,15 @@ class SuperGAT(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
         return (out.flatten(1) if self.merge == "concat" else out.mean(1)) + self.bias
+
+    @checked(M="dim")
+    def edge_weights(self, nodes: Float[Tensor, "N M"], edge_index: Int[Tensor, "2 E"]) -> EdgeWeights:
+        """The weight of each edge per head, dropout aside; then those of the loops that the layer adds."""
+        z, edges, keep = self._prepare(nodes, edge_index)
+        j, i = edges
+        slope = self.negative_slope
+        weights = supergat_weights(z[j], z, self.a, i, form=self.form, keep=keep, negative_slope=slope)
+        return EdgeWeights(edges, weights, edge_index.shape[1])
 
     @checked(M="dim")
     def edge_loss(

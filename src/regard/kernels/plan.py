@@ -137,7 +137,17 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
 
 
 def _run(p: Problem, module: ModuleType) -> Tensor:
+    p = _apart(p)
     return module.run(p) if module in (decode, native) else honest(p, module.run)
+
+
+def _apart(p: Problem) -> Problem:
+    """The same with tokens that share no numbers in memory, as sliding windows do: BLAS takes no rows that lie closer
+    than they are wide, and torch's fused kernel hands it such and gives wrong numbers."""
+    if not p.readable:  # strides may be symbols there
+        return p
+    shared = {n: x for n in "qkv" if 0 < (x := getattr(p, n)).stride(2) < x.shape[3] and x.stride(3) == 1 < x.shape[2]}
+    return replace(p, **{name: x.contiguous() for name, x in shared.items()}) if shared else p
 
 
 def _auto(p: Problem) -> ModuleType:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from regard.checks import choice
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
 from regard.masks import Mask
@@ -40,6 +41,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     kernel: str = "auto",
+    layout: str = "bhnd",
     **slots: Unpack[InnerSlots],
 ) -> Float[Tensor, "B H T V"]:
     """Exact attention with any of the pipeline's stages.
@@ -53,6 +55,8 @@ def attention(
         scale: multiplies q . k before any bias; default 1 / sqrt(D).
         dropout: probability with which weights are dropped; applied whenever > 0, as torch does.
         kernel: "auto" lets `plan` choose; a name runs that kernel or raises.
+        layout: "bhnd" as above, or "bnhd" for q (B, T, H, D), k, v and the result likewise, as flash-attn has them.
+            Masks and biases are the same for both.
         position: rotates q and k, and adds to scores and values, as its hooks say. (`embed` is for tokens, not here.)
         score: takes the place of the dot product.
         score_mix, normalizer, weight_mix: stages before, at and after the softmax.
@@ -61,7 +65,17 @@ def attention(
     Raises:
         ValueError, TypeError: inputs that don't fit together, before any work is done.
     """
-    return execute(problem(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, **slots), kernel)
+    if layout != "bhnd":
+        q, k, v = heads_first(layout, q, k, v)
+    out = execute(problem(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, **slots), kernel)
+    return out if layout == "bhnd" else out.transpose(1, 2)
+
+
+def heads_first(layout: str, *given: Tensor) -> list[Tensor]:
+    """Tensors of that layout as (B, heads, tokens, D): views. What has other axes is left to be refused as it came."""
+    choice("attention", ("bhnd", "bnhd"), layout=layout)
+    turned = layout == "bnhd"
+    return [t.transpose(1, 2) if turned and isinstance(t, Tensor) and t.dim() == 4 else t for t in given]
 
 
 def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
@@ -72,8 +86,10 @@ def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
         Tensors on the meta device will do: only shapes, dtypes and the mask count.
         """
         rest: dict[str, Any] = dict(kwargs)
-        kernel = rest.pop("kernel", "auto")
-        return choose(problem(*args, **rest), kernel)  # type: ignore[arg-type]
+        kernel, layout = rest.pop("kernel", "auto"), rest.pop("layout", "bhnd")
+        named = {name: rest.pop(name) for name in ("q", "k", "v") if name in rest}
+        given = heads_first(layout, *args, *named.values())  # type: ignore[arg-type]
+        return choose(problem(*given, **rest), kernel)
 
     return plan
 

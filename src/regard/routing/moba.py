@@ -76,8 +76,8 @@ def moba(
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return causal()
-    if not exporting():  # one block of all keys, however long it is said to be; a power of two suits kernels
-        block = min(block, 1 << (S - 1).bit_length())
+    if not exporting():  # one block of all keys, however long it is said to be; kernels like multiples of 32
+        block = min(block, -(-S // 32) * 32)
     scores = block_scores(q, k, block=block, mask=mask)
     own = torch.arange(S - T, S, device=q.device)[:, None].div(block, rounding_mode="floor")
     column = torch.arange(scores.shape[3], device=q.device)

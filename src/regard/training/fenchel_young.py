@@ -48,7 +48,7 @@ budget: |p|^2 / 2 over 0 <= p <= 1, sum p = b""",
     protocol="Loss",
     inputs=_inputs,
     supports={"causal", "bidirectional", "compile"},
-    cost=Cost("8*B*T*V", ""),
+    cost=Cost("8*B*C", ""),
     claim="The loss is exactly 0 once the right class leads by a margin, where cross-entropy never is: "
     "tests/training/test_fenchel_young.py::test_is_zero_beyond_a_margin.",
     differs=("Targets may be distributions too, and alpha is given, not learned: losses of two alphas don't compare.",),
