@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import regard
 from detection.naive_conditional import naive_conditional_cross, naive_scaled_sine, naive_sine
@@ -155,9 +155,21 @@ def spatial_map(point: tuple[float, float], shape: tuple[int, int], scale: Tenso
 
 
 @pytest.mark.parametrize("point", [(0.3, 0.7), (0.05, 0.55), (0.81, 0.12)])
+@torch.no_grad()
 def test_the_place_alone_finds_the_reference(point: tuple[float, float]) -> None:
-    Y, X = 8, 12
-    seen = spatial_map(point, (Y, X))
+    """Without any content in queries; each pixel holds its own number one-hot, and so an output is a map."""
+    (Y, X), dim = (8, 12), 128
+    made = ConditionalCrossAttention(dim, 1).double()
+    for part in made.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.zero_()
+            part.bias.zero_()
+    for proj, size in ((made.q_spatial_proj, 5.0), (made.k_spatial_proj, 1.0), (made.v_proj, 1.0), (made.o_proj, 1.0)):
+        proj.weight.copy_(size * torch.eye(dim))
+    made.transform[2].bias.fill_(1.0)
+    pixels = torch.eye(Y * X, dim).double()[None]
+    places = sine_embedding(pixel_centres([(Y, X)], dtype=torch.float64), dim)[None]
+    seen = made(torch.zeros(1, 1, dim).double(), pixels, torch.tensor([[point]]).double(), places)[0, 0, : Y * X]
     assert divmod(int(seen.argmax()), X) == (int(point[1] * Y), int(point[0] * X))
 
 

@@ -157,8 +157,13 @@ def test_small_graphs_are_complete(nodes: int) -> None:
 
 
 def test_an_expander_spreads_news_in_few_layers() -> None:
-    """On a path of 64 nodes a few layers with expander edges reach all; with path edges, as many nodes as layers."""
+    """On a path of 64 nodes a few layers with expander edges reach all; with path edges, as many nodes as layers.
+
+    The expander has 2 d N edges for all that, and its gap is open.
+    """
     nodes, steps = 64, 5
+    assert expander(nodes, 3).shape == (2, 6 * nodes)
+    assert spectral_gap(expander(nodes, 3), nodes) > 6 - 2 * math.sqrt(5) - 0.1
     node = torch.arange(nodes - 1)
     path = torch.cat([torch.stack([node, node + 1]), torch.stack([node + 1, node])], 1)
     x = normal(1, nodes, 6).requires_grad_()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from mixers.naive_span_conv import naive_span_conv
@@ -152,13 +153,20 @@ def test_constant_kernels_are_a_plain_convolution() -> None:
     close(got.flatten(2), want.mT)
 
 
-def test_fewer_parameters_than_plain_attention() -> None:
-    def count(name: str) -> int:
-        layer = regard.create(name, dim=256, num_heads=4, bias=True) if name == "softmax" else None
-        layer = layer or regard.create(name, dim=256, num_heads=4)
-        return sum(p.numel() for p in layer.parameters())
+def test_fewer_parameters_than_plain_attention_and_half_of_its_pairs() -> None:
+    """Half of the heads attend, in half of the width: so does the work that grows with the square of the length."""
+    mixed = regard.create("convbert", dim=256, num_heads=4)
+    plain = regard.create("softmax", dim=256, num_heads=4, bias=True)
+    parameters = [sum(p.numel() for p in layer.parameters()) for layer in (mixed, plain)]
+    assert parameters[0] < 0.95 * parameters[1]
 
-    assert count("convbert") < 0.95 * count("softmax")
+    def work(length: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            mixed(torch.randn(1, length, 256))
+        return counter.get_total_flops()
+
+    scores_and_values = 2 * 2 * 256  # flops of plain attention for a pair of tokens
+    assert work(64) - 2 * work(32) == (64**2 - 2 * 32**2) * scores_and_values // 2
 
 
 def test_bad_options() -> None:

@@ -89,6 +89,9 @@ def test_location_scores_know_no_content() -> None:
     want = (x @ layer.score.q_proj.weight.T)[..., :7].softmax(-1)
     close(layer.weights(x, context, None), want)
     close(layer.weights(x, -context, None), want)
+    with torch.no_grad():
+        layer.c_proj.weight[:, 5:] = 0  # the decoder's own state
+    close(layer(x, -context), -layer(x, context))
     with pytest.raises(ValueError, match=r"context is too long \(got 10 tokens\); expected at most max_source = 9"):
         layer(x, tokens(2, 10, dim=5))
 

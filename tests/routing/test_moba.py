@@ -79,7 +79,8 @@ def test_no_later_token_changes_an_output(topk: int) -> None:
 
 def test_the_own_block_counts_among_the_chosen() -> None:
     q, k, _ = (z.detach() for z in heads(2, 40, 40))
-    tiles = torch.stack([moba(q, k, block=4, topk=3).dense(40)[..., n * 4 : n * 4 + 4].any(-1) for n in range(10)], -1)
+    weights = attend(q, k, torch.eye(40).double().expand(2, 2, 40, 40), 4, 3)
+    tiles = weights.unflatten(-1, (10, 4)).gt(0).any(-1)
     own = torch.arange(40) // 4
     assert torch.equal(tiles.sum(-1), (own + 1).clamp(max=3).expand(2, 4, -1))
     assert tiles[..., torch.arange(40), own].all()
@@ -125,7 +126,7 @@ def test_runs_on_the_block_sparse_kernel_and_says_what_it_keeps() -> None:
     topic = torch.eye(32)[torch.tensor([0, 1, 0, 2, 1, 3, 0, 2, 3, 1]).repeat_interleave(128)]
     q, k = (8 * topic + 0.3 * torch.randn(1, 2, 1280, 32, generator=g) for _ in "qk")
     v = torch.randn(1, 2, 1280, 32, generator=g)
-    selected = moba(q, k, block=64, topk=5)
+    selected = MoBA(block=64, topk=5)(q, k, masks.causal())
     report = kept(q, k, selected, mask=masks.causal())
     assert report.pairs < 0.45
     assert report.blocks < 0.75

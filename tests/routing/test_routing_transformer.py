@@ -117,6 +117,9 @@ def test_pairs_grow_as_the_length_to_one_and_a_half() -> None:
     assert index.shape == (1, 1, 16, 16)
     assert index.numel() * index.shape[3] == 4096
     assert index.diff(dim=-1).gt(0).all()
+    made = RoutingAttention(8, 1, clusters=16, size=16, num_local_heads=0).double().eval()
+    weights = made.mix(x, normal(2, 1, 1, 256, 8), torch.eye(256).double()[None, None], None)
+    assert 1024 < weights.count_nonzero() <= 4096  # a pair that meets in two clusters counts once
 
 
 def layer(causal: bool, **options) -> RoutingAttention:

@@ -115,11 +115,11 @@ def test_finds_strong_keys_at_low_density(seed: int) -> None:
     at = 16 * (2 + seed)
     q[..., 0] += 4
     k[:, :, at : at + 16, 0] += 4
-    selected = xattention(q, k, block=16, stride=4, threshold=0.8, mask=masks.causal())
-    assert selected.tiles[:, :, at // 16 :, at // 16].all()
+    selected = XAttention(block=16, stride=4, threshold=0.8)(q, k, masks.causal())
     report = kept(q, k, selected, mask=masks.causal())
     assert report.pairs < 0.5
     assert report.mass.min() > 0.85
+    assert selected.tiles[:, :, at // 16 :, at // 16].all()
 
 
 def test_padding_is_not_judged() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import regard
 from regard.laws.agreement import close
@@ -48,6 +48,10 @@ def test_sines_go_on_exactly() -> None:
     series = (2 * math.pi * cycles * t / 40).sin() + 0.5 * (2 * math.pi * (cycles + 1) * t / 40 + 1).cos()
     past = series[None, :40] + 7  # a level is no season
     close(frequency_attention(past, 2, horizon=25), series[None])
+    made = FrequencyAttention(3, top_k=2).double()
+    for proj in (made.v_proj, made.o_proj):
+        nn.init.eye_(proj.weight)
+    close(made(past), series[None, :40])
 
 
 def test_layer_is_the_function_between_projections() -> None:

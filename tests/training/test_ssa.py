@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard.laws.agreement import close
@@ -132,6 +133,7 @@ def test_computes_a_ratio_of_the_scores(kind: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_model_trained_on_subsamples_is_as_good_dense() -> None:
     """Fill in masked tokens of a pattern of period 4: subsampled training, dense for the last tenth."""
+    work = {}
 
     def loss_after(subsampling: str) -> float:
         torch.manual_seed(0)
@@ -154,7 +156,12 @@ def test_a_model_trained_on_subsamples_is_as_good_dense() -> None:
                 for layer in layers:
                     layer.subsampling = "never"  # type: ignore[assignment]
             optimizer.zero_grad()
-            loss(step).backward()
+            if step == 0:
+                with FlopCounterMode(display=False) as counter:
+                    loss(step).backward()
+                work[subsampling] = counter.get_total_flops()
+            else:
+                loss(step).backward()
             optimizer.step()
         with torch.no_grad():
             return sum(loss(10**6 + n).item() for n in range(4)) / 4
@@ -162,6 +169,7 @@ def test_a_model_trained_on_subsamples_is_as_good_dense() -> None:
     dense, subsampled = loss_after("never"), loss_after("training")
     assert dense < 1.2  # of log 5 = 1.6
     assert subsampled < dense + 0.1
+    assert work["training"] < 0.9 * work["never"]
 
 
 def test_bad_input_raises() -> None:

@@ -127,3 +127,19 @@ def test_checkpoints_normalise_as_the_first_pass_did(frozen: bool, reentrant: bo
         found.append([out, x.grad, g.grad, *(p.grad for p in layer.parameters()), *layer.norm.buffers()])
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_what_the_gate_closes_does_not_count() -> None:
+    """Coefficients near 0 shut a region out whole, where weights that sum to 1 always let something through."""
+    layer = filled(AttentionGate(4, inner_dim=1)).eval()
+    layer.theta.weight.zero_()
+    for conv, weight, bias in ((layer.phi, 1.0, 1.0), (layer.psi, 60.0, -60.0)):
+        conv.weight.fill_(weight)
+        conv.bias.fill_(bias)
+    left = torch.cat([torch.ones(1, 4, 8, 4), -torch.ones(1, 4, 8, 4)], 3).double() / 4  # open on the left alone
+    x, other = normal(1, 1, 4, 8, 8), normal(2, 1, 4, 8, 8)
+    out = layer(x, left)
+    close(layer(torch.cat([x[..., :5], other[..., 5:]], 3), left), out)  # resizing blurs the edge by a column
+    assert (layer(other, left) - out)[..., :4].abs().min() > 1e-6
+    assert sum(p.numel() for p in layer.parameters()) < 4 * 4 * 4

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import regard
 from regard import masks
@@ -199,6 +201,21 @@ def test_keys_looked_at_grow_with_tokens_and_fall_to_the_window_where_windows_ar
     assert looked_at(64) == looked_at(128)
     assert looked_at(64) < 4 * 64
     assert looked_at(64, stride=8) == 64
+
+    class Count(TorchDispatchMode):
+        written = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.written += sum(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    layer, counts = NeighborhoodAttention(8, 2, window=8), []
+    for size in (32, 64):
+        with Count() as count:
+            layer(torch.randn(1, 8, size, size))
+        counts.append(count.written)
+    assert counts[1] < 4.5 * counts[0]  # for four times the tokens
 
 
 def test_kernel_says_what_it_can_not_do() -> None:

@@ -45,7 +45,6 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
     traits={"nonnegative"},
     cost=Cost("3*(E + 2*degree*N + 2*virtual*N)*M + 4*M*M", ""),
     claim="Edges grow linearly with N while the spectral gap stays open, so that news spreads in few layers: "
-    "tests/graph/test_exphormer.py::test_expanders_are_regular_sparse_and_well_connected, "
     "tests/graph/test_exphormer.py::test_an_expander_spreads_news_in_few_layers.",
     differs=(
         "The attention alone: message passing beside it, norms and the feed-forward are the host's.",

@@ -21,8 +21,8 @@ out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each 
     supports={"bidirectional", "padding", "dropout", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*S*M + B*T*M*(M + kernel_size*(1 + H/(2*head_ratio)))", ""),
-    claim="Fewer parameters than plain attention of the same width: "
-    "tests/mixers/test_span_conv.py::test_fewer_parameters_than_plain_attention.",
+    claim="Fewer parameters than plain attention of the same width, and half of its work on pairs of tokens: "
+    "tests/mixers/test_span_conv.py::test_fewer_parameters_than_plain_attention_and_half_of_its_pairs.",
     differs=(HIDDEN, "The output projection, which follows outside in the released code, belongs to the layer."),
     verified="third-party",
     example={"kernel_size": 5},

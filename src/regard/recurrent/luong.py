@@ -29,8 +29,8 @@ a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
     cost=Cost("2*B*T*S*M + B*S*M*M", ""),
-    claim="With W_a = I the general score is the dot score: "
-    "tests/recurrent/test_luong.py::test_general_with_the_identity_is_dot.",
+    claim="The location score is of the target alone, and looks at no content: "
+    "tests/recurrent/test_luong.py::test_location_scores_know_no_content.",
     differs=(
         "The location score is not in the authors' code; its table has a size to be chosen (`max_source`).",
         "'concat' has a matrix on the encoder states too, as the paper's formula; the authors' code has none there.",

@@ -42,8 +42,8 @@ y = BN(W(a x))                       pointwise""",
     inputs=_inputs,
     supports={"bidirectional", "compile"},
     cost=Cost("B*Y*X*M*(M + M/2 + 1)", ""),
-    claim="Coefficients lie in (0, 1), at small cost in parameters: "
-    "tests/vision/test_attention_gate.py::test_coefficients_lie_between_0_and_1_and_cost_little.",
+    claim="Suppresses irrelevant regions, by coefficients in (0, 1), at small cost in parameters: "
+    "tests/vision/test_attention_gate.py::test_what_the_gate_closes_does_not_count.",
     differs=(
         "Resizing aligns the edges of the maps by default, as the authors' code does on today's torch; "
         "align_corners=True aligns the outermost pixels, as it did on the torch that it was written for.",
