@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: compare test test-all lint bare docs bench clean
+.PHONY: compare test test-all test-peers lint bare docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,18 @@ test: $(VENV)/.installed  ## the suite, but for what is marked slow
 
 test-all: $(VENV)/.installed  ## the slow tests too: every card compiled, memory at length, a detector trained
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
+
+test-peers: $(VENV)-peers/.installed  ## other libraries' own tests, with regard in their place and without; ARGS="entmax" for some
+	$(VENV)-peers/bin/python tests/peers/run.py $(ARGS)
+
+# torch first: what others ask for must not bring another one.
+$(VENV)-peers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-peers/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(VENV)-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest pytest-timeout \
+		transformers parameterized entmax torch_geometric local-attention
+	touch $@
 
 lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff check .
@@ -44,9 +56,14 @@ $(VENV)/.bench: $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
 	touch $@
 
-docs: $(VENV)/.installed  ## write what is made from the cards: the catalogue that lists read, README's outputs and tables
+docs: $(VENV)/.docs  ## write what is made from the cards (the catalogue, README's table), then the site into build/site
 	$(BIN)/python tools/catalogue.py
 	$(BIN)/python tools/readme.py
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-clean:  ## remove the environment and all runs
-	rm -rf $(VENV) $(VENV)-bare runs
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+clean:  ## remove the environments, all runs and the site
+	rm -rf $(VENV) $(VENV)-bare $(VENV)-peers .peers runs build

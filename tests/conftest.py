@@ -1,6 +1,7 @@
 """What holds for every test: one thread, fixed seeds, no TF32, poisoned memory, the count of exceptions."""
 
 import os
+import signal
 from collections import defaultdict
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import regard
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs beside them deaf to it
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 if not torch.cuda.is_available():

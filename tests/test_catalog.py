@@ -58,21 +58,27 @@ def test_analyses_are_listed_but_are_no_mechanisms() -> None:
 
 @pytest.mark.parametrize(("wrong", "near"), [("rotery", "rotary"), ("alibbi", "alibi"), ("kerpel", "kerple")])
 def test_near_misses_are_suggested(wrong: str, near: str) -> None:
-    with pytest.raises(ValueError, match=rf"unknown mechanism '{wrong}'; did you mean .*'{near}'"):
+    with pytest.raises(
+        ValueError, match=rf"mechanism is unknown \(got '{wrong}'\); expected .*; did you mean .*'{near}'"
+    ):
         make(wrong)
 
 
 def test_unknown_things_are_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown mechanism 'zzzz'; `regard list`"):
+    with pytest.raises(
+        ValueError, match=r"regard: mechanism is unknown \(got 'zzzz'\); expected one of those that `regard list` shows"
+    ):
         regard.card("zzzz")
-    with pytest.raises(ValueError, match="unknown family 'position'; did you mean 'positions'"):
+    with pytest.raises(
+        ValueError, match=r"family is unknown \(got 'position'\); expected .*; did you mean 'positions'"
+    ):
         regard.mechanisms("position")
     with pytest.raises(
         ValueError,
         match=r"'shaw' has no such option \(got 'max_distnace'\); expected one of .*; did you mean 'max_distance'\?",
     ):
         make("shaw", max_distnace=3)
-    with pytest.raises(ValueError, match="unknown mechanism"):
+    with pytest.raises(ValueError, match="mechanism is unknown"):
         make("alibi+zzzz")
 
 
@@ -87,11 +93,11 @@ def test_names_are_taken_once() -> None:
 
 def test_cards_are_checked_when_made() -> None:
     papers = regard.card("alibi").papers
-    with pytest.raises(ValueError, match=r"card 'x': unknown feature \['fly'\]"):
+    with pytest.raises(ValueError, match=r"card 'x': feature is unknown \(got \['fly'\]\); expected some of"):
         Card("x", equation="", papers=papers, supports={"fly"})
-    with pytest.raises(ValueError, match=r"card 'x': unknown trait \['red'\]"):
+    with pytest.raises(ValueError, match=r"card 'x': trait is unknown \(got \['red'\]\); expected some of"):
         Card("x", equation="", papers=papers, traits={"red"})
-    with pytest.raises(ValueError, match="card 'x': unknown protocol 'Mixer'"):
+    with pytest.raises(ValueError, match=r"card 'x': protocol is unknown \(got 'Mixer'\); expected one of"):
         Card("x", equation="", papers=papers, protocol="Mixer")
     with pytest.raises(ValueError, match="card 'x': papers must be a tuple"):
         Card("x", equation="", papers=())

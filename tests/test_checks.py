@@ -31,6 +31,14 @@ def test_whole(value, error):
     whole("Layer", 0, size=0, other=7)
 
 
+def test_what_was_got_is_cut_where_it_is_long():
+    for ask in (lambda: choice("Layer", ("a",), kernel="x" * 10_000), lambda: regard.create("y" * 3_000, dim=8)):
+        with pytest.raises(ValueError, match=r"is unknown \(got '[xy]+\.\.\.\); expected ") as caught:
+            ask()
+        assert FORM.match(str(caught.value))
+        assert len(str(caught.value)) < 700
+
+
 def test_whole_between():
     whole("Layer", 2, most=4, n=4)
     with pytest.raises(ValueError, match=r"Layer: n is too large \(got 5\); expected an int from 2 to 4"):

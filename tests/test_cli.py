@@ -1,13 +1,13 @@
 """The command line: what it prints, how wide, and how it refuses; and that the documents are true."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
+import time
 import types
 import typing
 import warnings
@@ -689,8 +689,11 @@ def test_generate_continues_the_prompt(checkpoint):
 
 
 BAD = [
-    ("list --family position", "unknown family 'position'; did you mean 'positions'"),
-    ("show alibbi", "unknown mechanism 'alibbi'; did you mean 'alibi'?"),
+    ("list --family position", "family is unknown (got 'position'); expected one of"),
+    (
+        "show alibbi",
+        "mechanism is unknown (got 'alibbi'); expected one of those that `regard list` shows; did you mean 'alibi'?",
+    ),
     ("show gated+polarized", "only mechanisms that fill slots can be joined by '+'"),
     (
         "show window(windw=3)",
@@ -700,7 +703,7 @@ BAD = [
     ("show window(window=0)", "window: size is too small (got 0)"),
     ("show alibi --svg nowhere/x.svg", "nowhere/x.svg: No such file or directory"),
     ("plan --heads 8 --kv-heads 3", "no multiple of the 3 key heads (got 8)"),
-    ("plan --kernel flash", "unknown kernel 'flash'"),
+    ("plan --kernel flash", "attention: kernel is unknown (got 'flash'); expected one of 'auto'"),
     ("plan --kernel block_sparse --bidirectional", "no mask, so there are no empty blocks"),
     ("plan --dropout 2", "dropout is out of range (got 2.0); expected a finite number >= 0 and <= 1"),
     ("plan --mechanism alibi+kerple", "both fill the slot 'position'"),
@@ -708,11 +711,11 @@ BAD = [
     ("compare --seeds 1,x", "seeds must be whole numbers with commas between, got '1,x'"),
     ("compare --dim 100 --heads 3", "heads do not divide dim = 100 (got 3); expected such as 1, 2, 4"),
     ("compare --mechanisms alibbi", "did you mean 'alibi'?"),
-    ("compare --task mqra", "unknown task 'mqra'; did you mean 'mqar'?"),
+    ("compare --task mqra", "task is unknown (got 'mqra'); expected one of"),
     ("compare --task mqar --mechanisms etc", "etc does not fit the task mqar: cannot be causal"),
     ("compare --task mqar --text x.txt", "task mqar brings its own data; leave text out"),
-    ("compare --task digits --length 9", "task digits: there is no option 'length'"),
-    ("list --task chess", "unknown task 'chess'; there are text, boxes, "),
+    ("compare --task digits --length 9", "task 'digits' has no such option (got 'length'); expected "),
+    ("list --task chess", "task is unknown (got 'chess'); expected one of text, boxes, "),
     ("list --task mqar --markdown", "leave --markdown or --task out"),
     ("compare --steps 0", "steps is too small (got 0); expected an int >= 1"),
     ("compare --text nowhere.txt", "nowhere.txt does not exist"),
@@ -778,7 +781,7 @@ STARTS = [
     ("list", 0, ""),
     ("list --markdown", 0, ""),
     ("list --family positions --json", 0, ""),
-    ("list --family position", 2, "error: unknown family 'position'; did you mean 'positions'"),
+    ("list --family position", 2, "error: regard: family is unknown (got 'position'); expected one of "),
     ("lst", 2, "Did you mean 'list'?"),
     ("--help", 0, ""),
     ("list --help", 0, ""),
@@ -881,6 +884,34 @@ def test_a_reader_that_leaves():
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_importing_ends_it_at_once(tmp_path, number, code):
+    """Whatever is being imported, and even if it takes no exception for an answer."""
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "while True:\n    try: time.sleep(60)\n    except BaseException: pass\n"
+    )
+    arguments, environment = started("compare", "--steps", "1", "--out", str(tmp_path / "run"))
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), environment.get("PYTHONPATH", "")))
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+        while not (tmp_path / "begun").exists():
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(number)
+        said, _ = job.communicate(timeout=20)
+    assert (job.returncode, said) == (code, b"")
+
+
+def test_the_entry_point_imports_little():
+    """A signal finds its handler before anything is imported that takes time."""
+    code = "import sys; before = set(sys.modules); import regard.__main__; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = done.stdout.split()
+    assert {name for name in names if name.startswith("regard")} == {"regard", "regard.__main__"}
+    assert len(names) < 40
+
+
 # --- documents
 
 
@@ -888,36 +919,6 @@ def blocks(document, language):
     return re.findall(
         rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-
-
-def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    space = {}
-    for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), space)
-    assert capsys.readouterr().out.startswith(str(regard.plan(*(space[n] for n in "qkv"), mask=space["near"])))
-    assert (tmp_path / "attention.html").stat().st_size > 10_000
-
-
-def test_the_readmes_outputs_are_current(monkeypatch):
-    """`python tools/readme.py` makes them anew."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as for its reader, but not in these tests
-    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "tools" / "readme.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    text = tool.README.read_text(encoding="utf-8")
-    assert len(tool.PART.findall(text)) == 5
-    assert tool.filled(text, lambda command: output(*shlex.split(command)[1:])) == text
-
-
-def test_the_readmes_commands_exist():
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `regard (\w+)", text, re.MULTILINE)) == known
-    read = {
-        v for p in (ROOT / "src").rglob("*.py") for v in re.findall(r"environ\S*?[(\[]\"(\w+)", p.read_text("utf-8"))
-    }
-    assert read <= set(re.findall(r"^\| `(\w+)=", text, re.MULTILINE)), "every environment variable is in the table"
 
 
 def test_the_contributing_example_is_a_mechanism(monkeypatch):

@@ -51,7 +51,9 @@ def test_entries_are_the_live_cards_in_their_order():
 
 
 def test_an_unknown_family_has_near_ones():
-    with pytest.raises(ValueError, match="unknown family 'position'; did you mean 'positions'"):
+    with pytest.raises(
+        ValueError, match=r"family is unknown \(got 'position'\); expected one of .*; did you mean 'positions'"
+    ):
         index.entries("position")
 
 

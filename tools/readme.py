@@ -1,17 +1,20 @@
 """Fill the parts of README.md that come from commands; with --check, only say whether one is old.
 
-A part begins with `<!-- run: regard ... -->` and ends with `<!-- end -->`.
+A part begins with `<!-- run: COMMAND -->` and ends with `<!-- end -->`; the command is `regard ...` or
+`python tools/...`. What it puts out is shown as in a terminal, unless it is a Markdown table.
 """
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
-PART = re.compile(r"(<!-- run: (regard [^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PART = re.compile(r"(<!-- run: (\w[^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str, run: Callable[[str], str]) -> str:
@@ -19,7 +22,7 @@ def filled(text: str, run: Callable[[str], str]) -> str:
 
     def fill(part: re.Match[str]) -> str:
         command, output = part[2], run(part[2]).rstrip("\n")
-        if "--markdown" not in command:
+        if not output.startswith("|"):  # a table
             output = f"```console\n$ {command}\n{output}\n```"
         return f"{part[1]}{output}\n{part[3]}"
 
@@ -27,10 +30,12 @@ def filled(text: str, run: Callable[[str], str]) -> str:
 
 
 def run(command: str) -> str:
-    """The output of a regard command at 100 columns."""
-    arguments = [sys.executable, "-m", *command.replace("'", "").split()]
+    """The output of a command at 100 columns."""
+    program, *rest = shlex.split(command)
+    arguments = [sys.executable, *rest] if program == "python" else [sys.executable, "-m", program, *rest]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
-    return subprocess.run(arguments, env=environment, check=True, capture_output=True, encoding="utf-8").stdout
+    done = subprocess.run(arguments, env=environment, cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ class Cost:
     """Formulas in the axis letters (B H G T S D V M, and the mechanism's own option names)."""
 
     time: str
-    """Multiply-adds of one forward pass, without the projections."""
+    """Multiply-adds of one forward pass, as `regard.kernels.flops` counts them, without q_proj, k_proj, v_proj, o_proj;
+    bidirectional, where a mechanism is both. Elementwise work, which no counter sees, may be added."""
     state: str
     """Numbers kept per sequence while streaming; '' where it can't stream."""
 
@@ -188,7 +189,8 @@ class Card:
             object.__setattr__(self, name, frozenset(getattr(self, name)))
         for given, known, what in ((self.supports, FEATURES, "feature"), (self.traits, TRAITS, "trait")):
             if unknown := given - known:
-                raise ValueError(f"card {self.name!r}: unknown {what} {sorted(unknown)}; known: {sorted(known)}")
+                told = f"expected some of {sorted(known)}"
+                raise ValueError(f"card {self.name!r}: {what} is unknown (got {sorted(unknown)}); {told}")
         for option, source in self.defaults.items():
             if source.partition(",")[0] not in SOURCES:
                 where = f"card {self.name!r}: the default of {option!r} comes from"
@@ -196,7 +198,8 @@ class Card:
                     f"{where} an unknown source {source!r}; expected one of the known: {', '.join(SOURCES)}"
                 )
         if self.protocol not in typing.get_args(Protocols):
-            raise ValueError(f"card {self.name!r}: unknown protocol {self.protocol!r}; known: {Protocols}")
+            told = f"expected one of {Protocols}"
+            raise ValueError(f"card {self.name!r}: protocol is unknown (got {self.protocol!r}); {told}")
         if not self.papers or not all(isinstance(paper, Paper) for paper in self.papers):
             raise ValueError(f"card {self.name!r}: papers must be a tuple of at least one Paper (got {self.papers!r})")
 

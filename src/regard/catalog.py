@@ -76,7 +76,7 @@ def card(name: str) -> Card:
     """The card of that name. Raises ValueError with near names if there is none."""
     found = _registry.get(name) or cards().get(name)
     if found is None:
-        raise ValueError(unknown("mechanism", name, list(cards())) + "; `regard list` shows all")
+        raise ValueError(unknown("mechanism", name, list(cards()), one="one of those that `regard list` shows"))
     return found
 
 

@@ -22,7 +22,12 @@ def refuse(
     who: object, name: str, wrong: str, got: object, expected: str, *, error: type[Exception] = ValueError
 ) -> NoReturn:
     """Raise `error` in the words that all refusals have. `who` is a name, or the module that refuses."""
-    raise error(f"{called(who)}: {name} {wrong} (got {got}); expected {expected}")
+    raise error(f"{called(who)}: {name} {wrong} (got {short(str(got))}); expected {expected}")
+
+
+def short(text: str, to: int = 500) -> str:
+    """At most so many characters of what was got, with dots where something is missing."""
+    return text if len(text) <= to else f"{text[: to - 3]}..."
 
 
 def called(who: object) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -24,9 +25,15 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order in which it is shown. Raises nothing: what fails is a finding."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's of missing drivers, flex's that it is not compiled: told as findings
-        return [*_versions(), *_devices(), *_kernels(), *_extras(), *_surroundings()]
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # that the C++ kernels could not be built is a finding too
+    try:
+        with warnings.catch_warnings():
+            # Torch's of missing drivers, flex's that it is not compiled: told as findings.
+            warnings.simplefilter("ignore")
+            return [*_versions(), *_devices(), *_kernels(), *_extras(), *_surroundings()]
+    finally:
+        logging.disable(quiet)
 
 
 def _versions() -> list[Finding]:
@@ -124,6 +131,7 @@ def _extras() -> list[Finding]:
 EXTRAS = {
     "bench": "the peers that `make bench` measures",
     "dev": "what `make lint` runs",
+    "docs": "the site, by `make docs`",
     "test": "what the tests need",
 }
 """What those extras are for that no command of `regard` needs."""
@@ -163,6 +171,7 @@ def _surroundings() -> list[Finding]:
                 "no C++ compiler on PATH; for regard's native kernels (torch's run instead) and torch.compile on CPUs",
             )
         )
+    found.append(_compiled())
     try:
         with tempfile.TemporaryFile(dir="."):
             free = shutil.disk_usage(".").free / 2**30
@@ -177,3 +186,22 @@ def _surroundings() -> list[Finding]:
             )
         )
     return found
+
+
+def _compiled() -> Finding:
+    """Where compiled kernels are kept."""
+    from regard.kernels.native import cache
+
+    name = "compiled kernels"
+    if os.name != "posix":
+        return Finding("surroundings", name, "no", "they are built on Linux and macOS alone")
+    try:
+        folder = cache.chosen()
+        with tempfile.TemporaryFile(dir=folder):
+            return Finding("surroundings", name, "ok", f"kept in {folder}")
+    except OSError as error:
+        reason = str(error)
+    try:
+        return Finding("surroundings", name, "no", f"{reason}; kept in {cache.temporary()} (or set REGARD_CACHE)")
+    except OSError as error:
+        return Finding("surroundings", name, "no", f"{reason}; {error}; set REGARD_CACHE to a folder of your own")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regard.checks import meant
+from regard.checks import meant, short
 from regard.rooms import FAMILIES
 
 if TYPE_CHECKING:
@@ -58,10 +58,14 @@ def tasks() -> dict[str, Entry]:
     return {task["name"]: task for task in _written()["tasks"]}
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """unknown what 'nmae'; did you mean 'name'?"""
-    hint = meant(name, known)
-    return f"unknown {what} {name!r}; {hint}" if hint else f"unknown {what} {name!r}"
+def unknown(what: str, name: str, known: Iterable[str], *, who: str = "regard", one: str = "") -> str:
+    """who: what is unknown (got 'nmae'); expected one of ...; did you mean 'name'?
+
+    `one` says what is expected where that is too much to list.
+    """
+    known = list(known)
+    told = "; ".join(filter(None, [one or f"one of {', '.join(known)}", meant(name, known)]))
+    return f"{who}: {what} is unknown (got {short(repr(name))}); expected {told}"
 
 
 def lacks(who: str, what: str, name: str, known: Iterable[str], common: Iterable[str] = ()) -> str:
@@ -69,8 +73,8 @@ def lacks(who: str, what: str, name: str, known: Iterable[str], common: Iterable
     known = sorted(known)
     told = f"expected one of {', '.join(known)}" if known else f"expected none: it has no {what}s of its own"
     hint = meant(name, [*known, *common])
-    said = f"{who!r} has no such {what} (got {name!r}); {told}"
-    return f"{said}; {hint}" if hint else said
+    words = f"{who!r} has no such {what} (got {short(repr(name))}); {told}"
+    return f"{words}; {hint}" if hint else words
 
 
 # --- writing ------------------------------------------------------------------------------------------------

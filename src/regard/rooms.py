@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("rooms", "checks", "spec", "terminal"),
+    ("rooms", "checks", "spec", "terminal", "files"),
     ("shapes", "cards", "kinds", "cost", "tracing"),
     ("masks",),
     ("stages",),

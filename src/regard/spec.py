@@ -6,13 +6,17 @@ Options stand behind the part that they belong to. A name with a colon is the ca
 """
 
 import ast
+import math
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
+LONGEST, DEEPEST = 4096, 16
+"""Characters of a mechanism, and brackets within brackets."""
 _SHOWN = 80
 """Characters of a text that a message repeats."""
 
@@ -58,23 +62,33 @@ class Spec:
         return "+".join(map(str, self.parts))
 
 
+class _Wrong(Exception):
+    """What cannot be read, and from which character of the text on."""
+
+    def __init__(self, at: int, why: str) -> None:
+        super().__init__(why)
+        self.at, self.why = at, why
+
+
 def parse(text: str, what: str = "mechanism") -> Spec:
     """Read 'window(window=64)+rotary'. Option values are Python literals; `what` it is, messages say.
 
     Raises:
-        ValueError: for whatever `Spec` could not print again as it is written here.
+        ValueError: for whatever `Spec` could not print again as it is written here; it says where and why.
     """
     try:
-        parts = tuple(map(_part, _pieces(text, "+")))
-        if len(parts) > 1 and any(":" in part.name for part in parts):
-            raise SyntaxError
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        pieces = list(_pieces(text, "+"))
+        parts = tuple(_part(piece, at) for at, piece in pieces)
+        for (at, _), part in zip(pieces, parts):
+            if len(parts) > 1 and ":" in part.name:
+                raise _Wrong(at, "the caller's own is joined to nothing")
+    except _Wrong as wrong:
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         raise ValueError(
-            f"{what} cannot be read (got {shown!r}); expected a name, or name(option=value, ...) "
-            "with numbers, quoted text, True or False as values"
+            f"{what} cannot be read (got {shown!r}); at character {wrong.at + 1}: {wrong.why}; expected a name, or "
+            "name(option=value, ...) with numbers, quoted text, True or False as values"
             + ("; names of the catalogue may be joined by '+'" if what == "mechanism" else "")
-        ) from error
+        ) from None
     return Spec(parts)
 
 
@@ -88,30 +102,97 @@ def single(text: str, what: str) -> Part:
 
 def split(text: str) -> list[str]:
     """Cut a comma-separated list, leaving the commas inside brackets and quotes alone."""
-    return [part for part in _pieces(text, ",") if part]
+    try:
+        return [piece.strip() for _, piece in _pieces(text, ",", longest=len(text)) if piece.strip()]
+    except _Wrong:  # whoever reads it says what is wrong
+        return [text]
 
 
-def _part(text: str) -> Part:
+def _part(text: str, at: int) -> Part:
+    """One name and its options; `at` is where it begins in what was written."""
     name, bracket, inside = text.partition("(")
+    start = at + len(name) - len(name.lstrip())
+    if not _NAME.fullmatch(name.strip()):
+        raise _Wrong(start, f"{name.strip()[:_SHOWN]!r} is no name" if name.strip() else "a name is missing")
+    if not bracket:
+        return Part(name.strip())
+    if (behind := text[(closed := _closing(text)) :]).strip():
+        raise _Wrong(at + closed, f"{behind[:_SHOWN]!r} follows the bracket")
     # Only the brackets are parsed: in the name, ':' and '.' mean nothing to Python.
-    code = "f(" + (inside if bracket else ")")
-    call = ast.parse(code, mode="eval").body
-    plain = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
-    if not _NAME.fullmatch(name.strip()) or not plain or call.end_col_offset != len(code.encode()):
-        raise SyntaxError  # what a bracket is followed by, a comment too, would be left out
+    code, shift = f"f({inside.rstrip()}", at + len(name) - 1
+
+    def place(node: ast.AST) -> int:
+        return shift + len(code.encode()[: getattr(node, "col_offset", 0)].decode())
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that mean nothing
+            call = ast.parse(code, mode="eval").body
+    except SyntaxError as error:
+        raise _Wrong(shift + max(2, (error.offset or 1) - 1), error.msg) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _Wrong(shift + 2, str(error) or type(error).__name__) from None
+    if not isinstance(call, ast.Call):
+        raise _Wrong(shift + 2, "it is no list of options")
+    if call.args:
+        raise _Wrong(place(call.args[0]), "a value without the name of its option")
     options: dict[str, Any] = {}
-    for keyword in call.keywords:  # type: ignore[attr-defined]
-        value = ast.literal_eval(keyword.value)
-        if keyword.arg is None or keyword.arg in options or ast.literal_eval(repr(value)) != value:
-            raise SyntaxError  # the last as 1e999, which is printed as inf
-        options[keyword.arg] = value
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in options:
+            raise _Wrong(place(keyword), f"{keyword.arg} stands here twice" if keyword.arg else "'**' is no option")
+        options[keyword.arg] = _value(keyword.value, place)
     return Part(name.strip(), options)
 
 
-def _pieces(text: str, sign: str) -> Iterator[str]:
-    """The text cut where the sign stands outside all brackets and quotes."""
-    start, closing, quote, escaped = 0, [], "", False
+def _value(node: ast.expr, place: Callable[[ast.AST], int]) -> Any:
+    """A literal, whose repr is read as the same."""
+    match node:
+        case ast.Constant(value=bool() | int() | str() | None as value):
+            return value
+        case ast.Constant(value=float() as number) if math.isfinite(number):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=(int() | float()) as number)) if not isinstance(
+            number, bool
+        ) and math.isfinite(number):
+            return -number
+        case ast.Tuple():
+            return tuple(_value(one, place) for one in node.elts)
+        case ast.List():
+            return [_value(one, place) for one in node.elts]
+        case ast.Dict():
+            read: dict[Any, Any] = {}
+            for named, item in zip(node.keys, node.values):
+                if not isinstance(named, ast.Constant) or (key := _value(named, place)) in read:
+                    raise _Wrong(place(named or item), "a name in braces is a number or text, and stands there once")
+                read[key] = _value(item, place)
+            return read
+    raise _Wrong(place(node), "no such value")
+
+
+def _closing(text: str) -> int:
+    """Behind the bracket that closes the first."""
+    depth, quote, escaped = 0, "", False
     for at, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote and not escaped else quote
+            escaped = letter == "\\" and not escaped
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([{)]}":
+            depth += 1 if letter in _PAIRS else -1
+            if depth == 0:
+                return at + 1
+    return len(text)
+
+
+def _pieces(text: str, sign: str, *, longest: int = LONGEST) -> Iterator[tuple[int, str]]:
+    """The text cut where the sign stands outside all brackets and quotes, and where each piece begins."""
+    start, closing, quote, escaped = 0, [], "", False
+    if len(text) > longest:
+        raise _Wrong(longest, f"it is longer than {longest} characters")
+    for at, letter in enumerate(text):
+        if letter < " " or (letter == "#" and not quote) or "\ud800" <= letter <= "\udfff":
+            raise _Wrong(at, f"{letter!r} says nothing here")
         if quote:
             quote = "" if letter == quote and not escaped else quote
             escaped = letter == "\\" and not escaped
@@ -119,10 +200,14 @@ def _pieces(text: str, sign: str) -> Iterator[str]:
             quote = letter
         elif letter in _PAIRS:
             closing.append(_PAIRS[letter])
-        elif closing:
-            if letter == closing[-1]:
-                closing.pop()
-        elif letter == sign:
-            yield text[start:at].strip()
+            if len(closing) > DEEPEST:
+                raise _Wrong(at, f"brackets are deeper than {DEEPEST}")
+        elif letter in ")]}":
+            if not closing or letter != closing.pop():
+                raise _Wrong(at, f"{letter!r} closes nothing")
+        elif letter == sign and not closing:
+            yield start, text[start:at]
             start = at + 1
-    yield text[start:].strip()
+    if quote or closing:
+        raise _Wrong(len(text), f"{quote or closing[-1]!r} is missing")
+    yield start, text[start:]

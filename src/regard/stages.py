@@ -72,6 +72,8 @@ class Rows:
     """The tokens behind the keys, likewise."""
     made: Made = field(default_factory=Made)
     """What the stage's own `prepare` gave, cut to these rows and columns."""
+    positions: Int[Tensor, "*b t"] | None = None
+    """Where these queries stand in their own sequences, where the layer was told; None = at `i`."""
 
 
 # --- stages -------------------------------------------------------------------------------------------------

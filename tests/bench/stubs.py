@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import faulty
 import torch
 from torch import nn
 
@@ -121,3 +122,19 @@ class ByFourier(Good):
         T = x.shape[1]
         ones = torch.fft.rfft(torch.ones(T, dtype=x.dtype), 2 * T)[:, None]
         return torch.fft.irfft(torch.fft.rfft(self.proj(x), 2 * T, 1) * ones, 2 * T, 1)[:, :T] / T
+
+
+class Faulty(Good):
+    """Does what `faulty.py` names in its constructor, or at a call from the first on."""
+
+    def __init__(self, *, fault, at=0, **given):
+        super().__init__(**given)
+        self.fault, self.left = getattr(faulty, fault), at
+        if at == 0:
+            self.fault()
+
+    def forward(self, x):
+        self.left -= 1
+        if self.left == 0:
+            self.fault()
+        return super().forward(x)

@@ -21,6 +21,7 @@ from regard.bench.closing import closing_lines, table
 from regard.bench.compare import execute, run
 from regard.bench.config import CompareConfig, CompareError, validate
 from regard.bench.events import Finished, Planned, Started, Stepped, Timed
+from regard.bench.process import answer
 from regard.bench.record import Cell, Result
 from regard.bench.store import read
 
@@ -62,6 +63,8 @@ class Fake:
 
     def __call__(self, job, *, timeout, stop, on_step):
         cell = job["cell"]
+        if "build" in job:
+            return {"result": {}}
         if "speeds" in job:
             self.timed.append(job["speeds"])
             return self.answers.get("speeds", {"result": dict.fromkeys(job["speeds"], SPEED)})
@@ -78,7 +81,7 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"mechanisms": ["softmaxx", "alibi"]}, r"unknown mechanism 'softmaxx'.*did you mean"),
+        ({"mechanisms": ["softmaxx", "alibi"]}, r"mechanism is unknown \(got 'softmaxx'\).*did you mean"),
         ({"mechanisms": ["window(widnow=3)"]}, r"widnow.*did you mean 'window'"),
         ({"mechanisms": ["alibi("]}, r"cannot be read \(got 'alibi\('\)"),
         ({"mechanisms": ["window(window=4)()"]}, r"cannot be read \(got 'window\(window=4\)\(\)'\)"),
@@ -96,14 +99,17 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"device": "tpu"}, r"compare: device is unknown \(got 'tpu'\); expected 'cpu', 'cuda' or"),
         ({"device": "cuda:99"}, r"compare: device is not there \(got 'cuda:99'\)"),
         ({"threads": 0}, r"compare: threads is too small \(got 0\)"),
-        ({"task": "chess"}, r"unknown task 'chess'; there are text, boxes, copying"),
-        ({"task": "mqra"}, r"unknown task 'mqra'; did you mean 'mqar'"),
-        ({"task": "mqar("}, r"task cannot be read \(got 'mqar\('\); expected a name"),
-        ({"task": "mqar(pair=3)", "text": ()}, r"task mqar: there is no option 'pair'; did you mean 'pairs'"),
+        ({"task": "chess"}, r"task is unknown \(got 'chess'\); expected one of text, boxes, copying"),
+        ({"task": "mqra"}, r"task is unknown \(got 'mqra'\); .*; did you mean 'mqar'"),
+        ({"task": "mqar("}, r"task cannot be read \(got 'mqar\('\); at character 6: .* expected a name"),
+        (
+            {"task": "mqar(pair=3)", "text": ()},
+            r"task 'mqar' has no such option \(got 'pair'\); .*; did you mean 'pairs'",
+        ),
         ({"task": "mqar(pairs=(1, 99))", "text": ()}, r"task mqar: length has no room for 99 pairs \(got 8\)"),
         ({"task": "mqar(vocab=2.5)", "text": ()}, r"task mqar: vocab has the wrong type \(got 2.5\)"),
         ({"task": "mqar"}, r"task mqar brings its own data; leave text out"),
-        ({"task": "digits", "text": ()}, r"task digits: there is no option 'length'"),
+        ({"task": "digits", "text": ()}, r"task 'digits' has no such option \(got 'length'\)"),
         (
             {"task": "nodes", "text": (), "length": None},
             r"softmax does not fit the task nodes: a TokenMixer; nodes",
@@ -189,6 +195,37 @@ def test_speeds_that_cannot_be_measured_are_told_and_lose_nothing(config):
     again = Fake()
     assert execute(config, train=again).untimed == ""
     assert (again.asked, again.timed) == ([], [["softmax", "alibi"]])
+
+
+def test_a_fault_of_an_own_mechanism_takes_no_others_speeds(config):
+    """Whoever's turn it was is left out, and the rest are measured again."""
+    own, asked = "stubs:Good", []
+
+    def train(job, *, on_step, **rest):
+        if "speeds" not in job:
+            return Fake()(job, on_step=on_step, **rest)
+        asked.append(job["speeds"])
+        on_step(2, len(job["speeds"]) - 1)
+        return {"failed": "it broke"} if own in job["speeds"] else Fake()(job, on_step=on_step, **rest)
+
+    outcome = execute(replace(config, mechanisms=("softmax", own)), train=train)
+    assert asked == [["softmax", own], ["softmax"]]
+    assert outcome.untimed == "stubs:Good: it broke"
+    speeds = {(r.cell.mechanism, r.train_tokens_per_second) for r in outcome.results}
+    assert speeds == {("softmax", SPEED["train_tokens_per_second"]), (own, 0.0)}
+
+
+def test_own_mechanisms_are_built_elsewhere_before_any_work(config, monkeypatch):
+    """A crash in a constructor is a refusal in one line; nothing of the caller's code is run here."""
+    monkeypatch.delitem(sys.modules, "stubs", raising=False)
+    crashing = 'stubs:Faulty(fault="segfaults")'
+    with pytest.raises(CompareError) as caught:
+        execute(replace(config, mechanisms=("softmax", "stubs:Good", crashing)), train=answer)
+    at = next(n for n, line in enumerate((HERE / "faulty.py").read_text().splitlines(), 1) if "string_at" in line)
+    said = f"stubs:Faulty(fault='segfaults'): its process was ended by SIGSEGV (faulty.py, line {at})"
+    assert str(caught.value) == said
+    assert "stubs" not in sys.modules
+    assert not (Path(config.out) / "results.db").exists()
 
 
 def test_a_stop_before_speeds_are_measured_says_so(config):
@@ -346,11 +383,13 @@ from regard.tasks.text import NextByte, Text
 
 folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
 task = NextByte(text=Text("test", b"x", b"y"))
-compare.validate = lambda config: Checked(config, task, list(config.mechanisms))
+compare.validate = lambda config, ask: Checked(config, task, list(config.mechanisms))
 cells.codes = lambda task, specs: dict.fromkeys(specs, "test")
 
 def train(job, *, timeout, stop, on_step):
     cell = job["cell"]
+    if "speeds" in job:
+        return {"failed": "not asked here"}
     log.write(json.dumps([cell["mechanism"], cell["seed"]]) + "\\n")
     time.sleep(0.01)
     return {"result": {"status": "done", "parameters": cell["seed"]}}
@@ -436,6 +475,25 @@ def test_no_worker_outlives_a_run_that_was_killed(config, tmp_path):
 
 
 # --- For real
+
+
+@pytest.mark.slow
+def test_faults_end_their_own_cells_and_are_told(config):
+    """In the store, in the terminal and in the report, beside what others found."""
+    faults = {"segfaults": "SIGSEGV", "forks_and_exits": "exit code 3", "exits_by_exception": "SystemExit: 0"}
+    own = [f"stubs:Faulty(fault='{fault}', at=5)" for fault in faults]
+    out = io.StringIO()
+    assert run(replace(config, mechanisms=(*own, "alibi"), seeds=(0,)), console=Console(file=out, width=200)) == 3
+    *failed, good = read(config.out)
+    assert good.status == "done"
+    page = (Path(config.out) / "report.html").read_text()
+    for result, (fault, said) in zip(failed, faults.items()):
+        assert said in result.reason
+        assert re.search(r" \(faulty.py, line \d+\)$", result.reason)
+        assert f"in {fault}\n" in result.traceback
+        assert result.reason in out.getvalue()
+        assert said in page
+        assert f"in {fault}" in page
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_lengths_are_read() -> None:
     assert profile.lengths("100, 300,1k") == (100, 300, 1024)
     assert profile.lengths("100..300") == (100, 200)
     for wrong in ("4k..1k", "many", "1..2..3", ""):
-        with pytest.raises(ProfileError, match="cannot be read; expected"):
+        with pytest.raises(ProfileError, match=r"cannot be read \(got .*\); expected"):
             profile.lengths(wrong)
 
 
@@ -102,6 +102,41 @@ def test_left_out_after_the_limit(tmp_path: Path) -> None:
     assert cells[1].reason == "left out: 8192 tokens took too long"
 
 
+def test_nothing_could_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names the file, in which the reasons stand; page and table do without numbers."""
+    run = profile.run
+    failing = lambda job, **rest: {"failed": "no luck"}  # noqa: E731
+    monkeypatch.setattr(profile, "run", lambda config, **rest: run(config, measure=failing, **rest))
+    config = Profile(mechanisms=("softmax",), lengths=(8, 16), out=tmp_path)
+    with pytest.raises(ProfileError, match=r"profile\.json: no cell could be measured"):
+        profile_page.command(config)
+    assert "softmax at 8: no luck" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "profile.json").read_text())["cells"]
+    assert [cell["reason"] for cell in kept] == ["no luck"] * 2
+    assert "no luck" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("values", [{}, {"forward": 0.0}, {"forward": float("inf")}, {"training": 1.0}])
+def test_a_plot_of_nothing(values: dict[str, float]) -> None:
+    assert profile_page.plot([Measured("softmax", 8, values), Measured("softmax", 16, reason="none")]) == ""
+
+
+def test_a_disk_that_fails_loses_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """profile.json holds the cells of before, whole, when the next can't be written."""
+    import os
+
+    config = Profile(mechanisms=("softmax",), lengths=(8,), out=tmp_path)
+    profile.save(config, [Measured("softmax", 8, {"forward": 1.0})])
+    before = (tmp_path / "profile.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"profile\.json"):
+        profile.save(config, [Measured("softmax", 8, {"forward": 1.0})] * 99)
+    assert (tmp_path / "profile.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
 def test_stopped(tmp_path: Path) -> None:
     config = Profile(("softmax",), (1024, 2048), out=tmp_path)
     answers = iter([{"result": {"values": {"forward": 1.0}}}, None])
@@ -126,7 +161,7 @@ def test_refusals(tmp_path: Path) -> None:
         (("etc",), "etc cannot be causal"),
         (("window(size=3)",), r"'window' has no such option \(got 'size'\); expected one of window"),
         (("window(window=3)()",), "cannot be read"),
-        (("softmaxx",), "unknown mechanism 'softmaxx'; did you mean 'softmax'"),
+        (("softmaxx",), r"mechanism is unknown \(got 'softmaxx'\); expected .*; did you mean 'softmax'"),
     ):
         with pytest.raises(ValueError, match=words):
             profile.run(Profile(mechanisms, out=tmp_path), measure=quadratic)

@@ -25,8 +25,8 @@ def test_every_mechanism_has_a_turn_in_every_round(text, monkeypatch):
     monkeypatch.setattr(speeds, "TURN", 0.0)
     monkeypatch.setattr(speeds.Runner, "train", lambda self, steps: turns.append((self, steps)) or train(self, steps))
     rounds = []
-    found = speeds.in_turns(text, ["softmax", "alibi"], SETTINGS, rounds.append)
-    assert rounds == list(range(1, TURNS + 1))
+    found = speeds.in_turns(text, ["softmax", "alibi"], SETTINGS, lambda *turn: rounds.append(turn))
+    assert rounds == [(0, 0), (0, 1), *((turn, place) for turn in range(TURNS) for place in (0, 1)), (TURNS, 0)]
     runners = [runner for runner, _ in turns]
     assert [steps for _, steps in turns] == [speeds.WARM] * 2 + [1] * (2 * TURNS)
     assert runners[2:] == runners[:2] * TURNS
@@ -46,7 +46,7 @@ def test_a_busy_while_falls_on_all_alike(text, monkeypatch):
     monkeypatch.setattr(speeds, "descend", step)
     monkeypatch.setattr(speeds, "generating", lambda *_: step)
     monkeypatch.setattr(speeds, "TURN", 0.01)
-    found = speeds.in_turns(text, ["softmax", "alibi"], SETTINGS, lambda turn: None)
+    found = speeds.in_turns(text, ["softmax", "alibi"], SETTINGS, lambda turn, place: None)
     one, two = (found[name]["train_tokens_per_second"] for name in ("softmax", "alibi"))
     assert one == pytest.approx(two)
     assert found["softmax"]["train_spread"] > 0
@@ -54,13 +54,13 @@ def test_a_busy_while_falls_on_all_alike(text, monkeypatch):
 
 def test_what_generates_nothing_has_no_such_speed():
     task = tasks.make("copying", {"symbols": (2, 4), "heldout": 8})
-    (found,) = speeds.in_turns(task, ["softmax"], SETTINGS, lambda turn: None).values()
+    (found,) = speeds.in_turns(task, ["softmax"], SETTINGS, lambda turn, place: None).values()
     assert set(found) == {"train_tokens_per_second", "train_spread"}
 
 
 def test_without_streaming_a_token_is_a_full_pass(text, monkeypatch):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
-    (found,) = speeds.in_turns(text, ["stubs:Short"], SETTINGS, lambda turn: None).values()
+    (found,) = speeds.in_turns(text, ["stubs:Short"], SETTINGS, lambda turn, place: None).values()
     assert found["generate_tokens_per_second"] > 0
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from regard import cli
 from regard.bench import compare
-from regard.inspect import explain
+from regard.inspect.picture import pixels
 from regard.models.checkpoint import save
 from regard.models.lm import LMConfig, language_model
 
@@ -170,11 +170,31 @@ def test_code_that_comes_with_a_model_is_not_run(bert: Path) -> None:
     assert not Path("ran").exists()
 
 
+def test_a_tokenizer_of_other_tokens(bert: Path) -> None:
+    """It names tokens that the model has no row for, which torch says somewhere inside."""
+    from transformers import BertTokenizer
+
+    (bert / "tokenizer.json").unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(500)), "cat"]
+    (bert / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(vocab=str(bert / "vocab.txt")).save_pretrained(bert)
+    said = refusal("explain", "--model", bert, "--text", "cat")
+    assert f"BertModel of {bert} cannot be run on this: IndexError" in said
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": "1.0"}', "[" * 100_000])
+def test_a_damaged_tokenizer(bert: Path, text: str) -> None:
+    (bert / "tokenizer.json").write_text(text)
+    assert refusal("explain", "--model", bert, "--text", "cat").startswith(f"error: {bert}")
+    assert not Path("attention.html").exists()
+
+
 class Picture:
     """As much of a Pillow image as is used."""
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table
+        self.size = table.shape[1::-1]
 
     def __enter__(self) -> "Picture":
         return self
@@ -194,18 +214,21 @@ class Picture:
 @pytest.fixture
 def pillow(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     table = np.arange(14 * 13 * 3, dtype=np.uint8).reshape(14, 13, 3)
-    image = types.SimpleNamespace(open=lambda path: Picture(table), Resampling=types.SimpleNamespace(BICUBIC=3))
+    image = types.SimpleNamespace(
+        open=lambda file, formats: Picture(table), Resampling=types.SimpleNamespace(BICUBIC=3)
+    )
     monkeypatch.setitem(sys.modules, "PIL", types.SimpleNamespace(Image=image))  # type: ignore[arg-type]
     return table
 
 
 def test_a_picture(tmp_path: Path, pillow: np.ndarray) -> None:
     made("vit").float().save_pretrained(tmp_path / "vit")
+    Path("a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     said = lines("explain", "--model", "vit", "--image", "a.png")
     assert said[0] == "ViTModel of vit: 2 attention layers, 8 heads, 10 tokens"
     told = {"image_mean": [0.0, 0.5, 1.0], "image_std": [1.0, 0.5, 2.0]}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(told))
-    got = explain.pixels(Path("a.png"), (12, 10), tmp_path / "vit")
+    got = pixels(Path("a.png"), (12, 10), tmp_path / "vit")
     assert got.shape == (1, 3, 12, 10)
     for channel, (mean, deviation) in enumerate(zip(*told.values(), strict=True)):
         want = (pillow[7, 3, channel] / 255 - mean) / deviation

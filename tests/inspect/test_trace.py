@@ -1,12 +1,15 @@
 """A trace changes no bit of what it watches, and its weights are those of transformers' own eager attention."""
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.inspect.hosts import HOSTS, IDS, LEFT, made
 from tests.inspect.minilm import minilm, needs_minilm
 from torch import Tensor, nn
@@ -268,6 +271,72 @@ def test_damaged_folders_are_refused(tmp_path: Path, name: str, text: str) -> No
         Trace.from_dir(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         Trace.from_dir(tmp_path / "nowhere")
+
+
+def json_with(**changed: Any) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        said = json.loads((folder / "trace.json").read_text())
+        layers = {name[6:]: changed.pop(name) for name in list(changed) if name.startswith("layer_")}
+        said["layers"][0] |= layers
+        (folder / "trace.json").write_text(json.dumps(said | changed))
+
+    return act
+
+
+def tensors_with(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        held = load_file(folder / "layer-0000.safetensors")
+        held[name] = change(held[name]).contiguous()
+        save_file(held, folder / "layer-0000.safetensors")
+
+    return act
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "layers are a number": (json_with(layers=3), "trace.json: trace: layers are no list"),
+    "layers of numbers": (json_with(layers=[3]), "trace.json: trace: layers are no list"),
+    "no layers": (lambda f: (f / "trace.json").write_text('{"format": "regard.trace/1"}'), "trace.json: it has no"),
+    "tokens are text": (json_with(tokens="ab"), "tokens are no rows"),
+    "tokens are numbers": (json_with(tokens=[1, 2]), "tokens are no rows"),
+    "a grid of words": (json_with(grid=["a", "b"]), "grid has the wrong type"),
+    "a grid of three": (json_with(grid=[1, 2, 3]), "grid has the wrong form"),
+    "more before the patches than there is": (json_with(extra_tokens=2**70), "extra_tokens is too large"),
+    "a name of numbers": (json_with(layer_name=3), "name of a layer is no text"),
+    "a kind of its own": (json_with(layer_kind="other"), "kind is unknown"),
+    "a scale of words": (json_with(layer_scale="x"), "scale has the wrong type"),
+    "heads of words": (json_with(layer_heads=["x"]), "heads has the wrong type"),
+    "one head of four": (json_with(layer_heads=[1]), "heads are not as many"),
+    "a mask outside": (json_with(layer_mask="../../x"), "mask has the wrong type"),
+    "a mask that is not there": (json_with(layer_bias=3), "shared-0003.safetensors: there is no such file"),
+    "deep": (lambda folder: (folder / "trace.json").write_text("[" * 100_000), "trace.json: it is nested too deep"),
+    "queries of whole numbers": (tensors_with("q", lambda t: t.long()), "layer-0000.safetensors: trace: q has"),
+    "queries of three axes": (tensors_with("q", lambda t: t[0]), "q has the wrong shape"),
+    "fewer keys than values": (tensors_with("k", lambda t: t[:, :, :1]), "v has the wrong shape"),
+    "narrow keys": (tensors_with("k", lambda t: t[..., :1]), "k has the wrong shape"),
+    "three of four heads": (tensors_with("q", lambda t: t[:, :3]), "multiple of G"),
+    "cut": (
+        lambda folder: (folder / "layer-0001.safetensors").write_bytes(
+            (folder / "layer-0001.safetensors").read_bytes()[:-9]
+        ),
+        "layer-0001.safetensors: its tensors are",
+    ),
+    "a layer is a folder": (
+        lambda folder: ((folder / "layer-0001.safetensors").unlink(), (folder / "layer-0001.safetensors").mkdir()),
+        "layer-0001.safetensors: it is no plain file",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", SPOILT)
+def test_traces_that_no_trace_wrote_name_the_file(way: str, tmp_path: Path) -> None:
+    spoil, words = SPOILT[way]
+    trace(made("gpt2"), HOSTS["gpt2"].inputs).to_dir(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=words) as refused:
+        Trace.from_dir(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path} holds no trace of regard: ")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < len(str(tmp_path)) + 600
 
 
 # --- errors

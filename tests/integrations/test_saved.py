@@ -218,6 +218,11 @@ MASKS = [
     masks.padding(lengths=torch.tensor([2, 3])),
     masks.dense(torch.eye(6).bool()),
     masks.chosen(torch.ones(1, 2, 2, 2).bool(), 6, 6, 3),
+    masks.block_causal(4),
+    masks.block_diffusion(2, 3),
+    masks.global_tokens(torch.tensor([[1, 4], [0, -1]])),
+    masks.tree(torch.tensor([-1, 0, 0]), prefix=2),
+    masks.shared_prefix(2, [3, 1]),
 ]
 
 
@@ -364,6 +369,7 @@ def tensors(change: Callable[[dict], object], *, tell: bool) -> Callable[[Path],
     """Change the parts' file; with `tell` also what the recipe says of it."""
 
     def act(folder: Path) -> None:
+        from regard import files as plain
         from regard.integrations import files
 
         held = load_file(folder / "regard.safetensors")
@@ -371,7 +377,7 @@ def tensors(change: Callable[[dict], object], *, tell: bool) -> Callable[[Path],
         save_file(held, folder / "regard.safetensors")
         if tell:
             said = json.loads((folder / "regard.json").read_text())
-            said["tensors"] = {n: [d, list(s)] for n, (d, s) in files.header(folder / "regard.safetensors").items()}
+            said["tensors"] = {n: [d, list(s)] for n, (d, s) in plain.header(folder / "regard.safetensors").items()}
             said["sha256"] = files.digest(folder / "regard.safetensors")
             (folder / "regard.json").write_text(json.dumps(said))
             sign(folder)
@@ -422,7 +428,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "unknown mechanism": (
         edit("regard.json", lambda s: s["swaps"][0].update(mechanism="os:system")),
         "regard.json",
-        "unknown mechanism",
+        "mechanism is unknown",
     ),
     "unknown option": (
         edit("regard.json", lambda s: s["swaps"][0].update(mechanism="kerple(size=3)")),
@@ -461,7 +467,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "cut": (
         lambda f: (f / "regard.safetensors").write_bytes((f / "regard.safetensors").read_bytes()[:-9]),
         "regard.safetensors",
-        "deserializing",
+        "bytes long, and .* stand there",
     ),
     "other numbers": (tensors(lambda h: h[first(h)].add_(1.0), tell=False), "regard.safetensors", "sha256"),
     "other dtype": (

@@ -298,7 +298,7 @@ class Forgetful(Selector):
         ("gpt2", "dcmha", {}, ValueError, "reads the tokens behind the keys"),
         ("gpt2", "diagonal_masked", {}, ValueError, "does not support causal attention"),
         ("gpt2", Entmax(), {"alpha": 2.0}, ValueError, "need a mechanism's name"),
-        ("gpt2", {"nose": Entmax()}, {}, ValueError, "unknown slot 'nose'"),
+        ("gpt2", {"nose": Entmax()}, {}, ValueError, r"swap: slot is unknown \(got 'nose'\); expected one of "),
         ("gpt2", {"gate": Entmax()}, {}, TypeError, "slot 'gate' has the wrong type .got Entmax.; expected a Gate"),
         ("gpt2", Mix(), {}, TypeError, "say which slot"),
         ("gpt2", 3, {}, TypeError, "mechanism has the wrong type .*expected a name, a part"),

@@ -32,10 +32,17 @@ def test_a_config_that_asks_for_maps_gets_them(when: str):
     with torch.no_grad():
         want = model(IDS, output_attentions=True).attentions
         with regard.swap(model, "softmax"):
-            model.config._output_attentions = True  # the public setter refuses whatever is not called "eager"
+            model.config.output_attentions = True
             same(model(IDS).attentions, want)
             same(model.model(IDS).attentions, want)
             assert not model(IDS, output_attentions=False).attentions
+
+
+def test_configs_of_other_models_are_refused_as_before():
+    plain = tr.LlamaForCausalLM(tr.LlamaConfig(**GROUPED, attn_implementation="sdpa"))
+    with regard.swap(llama(), "softmax"), pytest.raises(ValueError, match="output_attentions"):
+        plain.config.output_attentions = True
+    assert plain.config.output_attentions is False
 
 
 def test_a_config_of_a_part_asks_for_its_maps():

@@ -131,12 +131,9 @@ def test_mechanisms():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: MultiheadAttention(M, H, add_bias_kv=True), "add_bias_kv and add_zero_attn are not supported"),
-        (lambda: MultiheadAttention(M, H, add_zero_attn=True), "add_bias_kv and add_zero_attn are not supported"),
         (lambda: MultiheadAttention(M, 5), "is no multiple of num_heads = 5"),
         (lambda: MultiheadAttention(M, H, mechanism="performer"), "no softmax pipeline"),
         (lambda: MultiheadAttention(M, H, mechanism="learned"), "before they are projected"),
-        (lambda: MultiheadAttention.from_torch(nn.MultiheadAttention(M, H, add_bias_kv=True)), "add_bias_kv"),
     ],
 )
 def test_refusals(make, match):
@@ -151,7 +148,7 @@ def test_calls_that_do_not_fit_are_refused():
         moba(x, x, x)
     with pytest.raises(ValueError, match="does not support cross"):
         moba(x, y, y)
-    with pytest.raises(ValueError, match=r"key_padding_mask must be \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"key_padding_mask has the wrong shape \(got \(2, 4\)\); expected \(2, 5\)"):
         moba(x, x, x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match="expected bool with True = hidden, or"):
         moba(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.long))
@@ -174,7 +171,24 @@ def test_calls_that_do_not_fit_are_refused():
             r"key_padding_mask .*_mask.bool\(\) if 1 means",
         ),
         ({"query": torch.ones(1, 4, 7)}, r"query has the wrong shape \(got \(1, 4, 7\)\); expected .* 8 wide"),
-        ({"value": torch.ones(1, 3, 8)}, "value does not belong to key"),
+        ({"value": torch.ones(1, 3, 8)}, r"value has another length than key \(got 3\); expected 4"),
+        ({"value": torch.ones(1, 5, 8)}, r"value has another length than key \(got 5\); expected 4"),
+        ({"key": torch.ones(1, 9, 8)}, r"value has another length than key \(got 4\); expected 9"),
+        ({"value": torch.ones(2, 4, 8)}, r"value has another batch than query \(got 2\); expected 1"),
+        ({"query": torch.ones(2, 4, 8)}, r"key has another batch than query \(got 1\); expected 2"),
+        ({"key": torch.ones(4, 8)}, r"key has other axes than query \(got \(4, 8\)\); expected 3"),
+        ({"value": torch.ones(4, 8)}, r"value has other axes than query \(got \(4, 8\)\); expected 3"),
+        ({"query": torch.ones(4, 8)}, r"key has other axes than query \(got \(1, 4, 8\)\); expected 2"),
+        ({"key": torch.ones(1, 1, 4, 8)}, r"key has the wrong shape \(got \(1, 1, 4, 8\)\); expected 2 or 3 axes"),
+        ({"value": torch.ones(1, 4, 8).to("meta")}, "value is on another device than the layer"),
+        ({"attn_mask": torch.ones(4).bool()}, r"attn_mask has the wrong shape \(got \(4,\)\); expected \(4, 4\) or"),
+        ({"attn_mask": torch.ones(3, 4, 4).bool()}, r"attn_mask has the wrong shape .* \(4, 4\) or \(2, 4, 4\)"),
+        ({"attn_mask": torch.ones(3, 3).bool(), "is_causal": True}, r"attn_mask has the wrong shape \(got \(3, 3\)"),
+        ({"attn_mask": [[False] * 4] * 4}, r"attn_mask has the wrong type \(got list\); expected a Tensor"),
+        ({"attn_mask": torch.ones(4, 4).bool().to("meta")}, "attn_mask is on another device than query"),
+        ({"attn_mask": torch.ones(4, 4).int()}, r"attn_mask has the wrong dtype \(got torch.int32\)"),
+        ({"key_padding_mask": torch.ones(4).bool()}, r"key_padding_mask has the wrong shape .*expected \(1, 4\)"),
+        ({"key_padding_mask": torch.ones(1, 5).bool()}, r"key_padding_mask has the wrong shape .*expected \(1, 4\)"),
         ({"key": torch.ones(2, 4, 8), "value": torch.ones(2, 4, 8)}, r"key has another batch than query \(got 2\)"),
         ({"query": torch.ones(1, 4, 8).double()}, r"query has another dtype than the layer \(got torch.float64\)"),
     ],
@@ -183,6 +197,41 @@ def test_refusals_name_the_drop_ins_own_arguments(change, said):
     x = torch.ones(1, 4, 8)
     with pytest.raises((ValueError, TypeError), match="MultiheadAttention: " + said):
         MultiheadAttention(8, 2, batch_first=True)(**{"query": x, "key": x, "value": x, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"key": torch.ones(1, 4, 8)}, "key has other axes"),
+        ({"value": torch.ones(1, 4, 8)}, "value has other axes"),
+        ({"value": torch.ones(3, 8)}, r"value has another length than key \(got 3\); expected 4"),
+        ({"key_padding_mask": torch.ones(1, 8).bool()}, r"key_padding_mask has the wrong shape \(got \(1, 8\)\)"),
+        ({"key_padding_mask": torch.ones(1, 4).bool()}, r"key_padding_mask has the wrong shape .*; expected \(4,\)"),
+        ({"attn_mask": torch.ones(5, 4, 4).bool()}, r"attn_mask has the wrong shape .* \(4, 4\) or \(2, 4, 4\)"),
+    ],
+)
+def test_so_do_those_without_a_batch(change, said):
+    x = torch.ones(4, 8)
+    for batch_first in (False, True):
+        with pytest.raises(ValueError, match="MultiheadAttention: " + said):
+            MultiheadAttention(8, 2, batch_first=batch_first)(**{"query": x, "key": x, "value": x, **change})
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_and_batches_that_differ_never_reach_a_kernel(batch_first, need_weights):
+    """Torch's fused kernel would read past the values' end."""
+    order = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+    layer = MultiheadAttention(16, 4, batch_first=batch_first).eval()
+    q = order(torch.randn(2, 4, 16))
+    for keys, values in ((4, 5), (5, 4), (64, 2), (512, 4)):
+        k, v = (order(torch.randn(2, n, 16)) for n in (keys, values))
+        with pytest.raises(ValueError, match="value has another length than key"), torch.no_grad():
+            layer(q, k, v, need_weights=need_weights)
+    for batches in ((2, 1, 1), (1, 2, 2), (2, 3, 3), (2, 2, 1), (1, 1, 2)):
+        q, k, v = (order(torch.randn(n, 4, 16)) for n in batches)
+        with pytest.raises(ValueError, match="has another batch than query"), torch.no_grad():
+            layer(q, k, v, need_weights=need_weights)
 
 
 def test_the_constructor_refuses_by_its_own_names():

@@ -28,8 +28,16 @@ from regard.training.temperature import HeadTemperature
 
 Tree = tuple[Any, ...]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("plain", "transposed", "sliced", "offset", "turned", "one token", "one head", "one batch row")
-"""How a tensor lies in memory: heads after tokens, every other token, an odd start, width before tokens, stride 0."""
+LAYOUTS = (
+    *("plain", "transposed", "packed", "sliced", "skipping", "offset", "turned", "heads last", "batch last"),
+    *("overlapping", "one token", "one head", "one batch row", "one width", "one number"),
+)
+"""How a tensor lies in memory: heads after tokens, alone or beside two others; every other token or number; an odd
+start; width before tokens, heads or batch after all; rows that share numbers; stride 0 along an axis, or all."""
+RELAID = ("plain", "skipping", "offset", "turned", "first last", "one batch row")
+"""How a mask's tensor does."""
+EQUAL = ("one token", "one number")
+"""Layouts by which all tokens are equal."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +67,9 @@ class Description:
     first_key: int = 0
     layouts: tuple[str, str, str, str] = ("plain",) * 4
     """Of q, k, v and the gradient of the output."""
+    bias_layout: str = "plain"
+    mask_layout: str = "plain"
+    """Of all tensors of the mask, one of `RELAID`."""
     size: float = 1.0
     """What queries are multiplied by."""
     cut: int = 0
@@ -252,6 +263,27 @@ def total(d: Description) -> int:
 
 def table(d: Description, tree: Tree) -> Tensor:
     """The tensor behind a mask of that tree: who may be seen, how many may, or whose they are."""
+    # What is packed is one row of places that rise.
+    return relaid(_table(d, tree), "plain" if tree[0] == "packed" and "one" in d.mask_layout else d.mask_layout)
+
+
+def relaid(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in that layout, but for those that an axis of stride 0 makes equal."""
+    match layout:
+        case "skipping":
+            return x.repeat_interleave(2, -1)[..., ::2]
+        case "offset":
+            return torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape)
+        case "turned" if x.ndim > 1:
+            return x.mT.contiguous().mT
+        case "first last":
+            return x.movedim(0, -1).contiguous().movedim(-1, 0)
+        case "one batch row" if len(x):
+            return x[:1].expand_as(x)
+    return x
+
+
+def _table(d: Description, tree: Tree) -> Tensor:
     kind, salt, S = tree[0], tree[-1], total(d)
     generator = numbers(d, salt)
     if kind == "dense":
@@ -397,10 +429,13 @@ def draw(seed: int) -> Description:
         d = replace(d, size=4.0)
     if d.dtype in ("bf16", "fp16"):
         # Where all tokens are equal, gradients are 0, and a plain computation finds that without any rounding.
-        d = replace(d, layouts=tuple("plain" if layout == "one token" else layout for layout in d.layouts))
+        d = replace(d, layouts=tuple("plain" if layout in EQUAL else layout for layout in d.layouts))
     d = replace(d, cut=r.choice((0, 0, 4, 4, 5, 8)))
-    kinds = (_any, _any, _any, _any, _masked, _masked, _masked, _biased, _biased, _banded, _special, _empty)
-    return dealt("kind", list(kinds), seed)(r, d)
+    kinds = (_any, _any, _any, _any, _masked, _masked, _masked, _biased, _laid, _banded, _special, _empty)
+    d = dealt("kind", list(kinds), seed)(r, d)
+    if d.bias and d.bias_layout == "plain":
+        d = replace(d, bias_layout=r.choice(LAYOUTS))
+    return replace(d, mask_layout=dealt("mask lies", list(RELAID), seed)) if d.parts & {*TENSORS} else d
 
 
 def _masked(r: random.Random, d: Description) -> Description:
@@ -416,6 +451,14 @@ def _biased(r: random.Random, d: Description) -> Description:
     if r.random() < 0.5:
         d = replace(d, position=r.choice(("alibi", "kerple", "kerple_power", "tabled", "slanted")))
     return replace(d, mask=draw_mask(r, d)) if r.random() < 0.6 else d
+
+
+def _laid(r: random.Random, d: Description) -> Description:
+    """A bias by queries and keys in memory of every order, where kernels read it that take no float64."""
+    d = replace(d, dtype=r.choice(("fp32", "fp32", "bf16")), bias=r.choice(("BHTS", "HTS", "TS", "BHTS-")))
+    d = replace(d, T=max(d.T, 2), S=max(d.S, 2), bias_layout=dealt("bias lies", list(LAYOUTS), d.seed // 12))
+    d = replace(d, layouts=tuple("plain" if layout in EQUAL else layout for layout in d.layouts))
+    return replace(d, mask=draw_mask(r, d)) if r.random() < 0.5 else d
 
 
 def _bias(r: random.Random) -> str:
@@ -445,7 +488,7 @@ def _banded(r: random.Random, d: Description) -> Description:
 
 def _special(r: random.Random, d: Description) -> Description:
     """What single kernels are for: one query, a neighborhood, blocks chosen by single queries."""
-    match r.choice(("one query", "one query", "neighborhood", "neighborhood", "grouped")):
+    match dealt("special", ["one query", "neighborhood", "neighborhood", "grouped"], d.seed // 12):
         case "one query":
             d = replace(d, T=1, S=r.choice((1, 7, 21, 40)), dtype=r.choice(("fp64", "fp32")))
             d = replace(d, first_key=r.choice((0, 0, 3)))
@@ -468,7 +511,6 @@ def _special(r: random.Random, d: Description) -> Description:
 def _empty(r: random.Random, d: Description) -> Description:
     """Nothing along some axis."""
     d = replace(d, **r.choice(({"B": 0}, {"T": 0}, {"S": 0}, {"T": 0, "S": 0})))
-    d = replace(d, layouts=("plain",) * 4)
     if r.random() < 0.5:
         d = replace(d, mask=draw_part(r, d, NUMBERED + TENSORS, True))
     if r.random() < 0.4:
@@ -515,10 +557,7 @@ def build(d: Description) -> Built:
     bias = None
     if d.bias:
         shape = tuple(size if axis in d.bias else 1 for axis, size in zip("BHTS", (d.B, d.H, d.T, d.S), strict=True))
-        generator = numbers(d, 5)
-        bias = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        if "-" in d.bias:
-            bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.3, -torch.inf)
+        bias = laid_out(shape, d.bias_layout, numbers(d, 5), dtype, 1.0, holes="-" in d.bias)
     stages = {slot: STAGES[slot][name](d).to(dtype) for slot, name in d.stages.items()}
     wanted = {"q": q, "k": k, "v": v}
     for at, (slot, stage) in enumerate(stages.items()):
@@ -538,29 +577,50 @@ def build(d: Description) -> Built:
 
 
 def laid_out(
-    shape: tuple[int, int, int, int], layout: str, generator: torch.Generator, dtype: torch.dtype, size: float
+    shape: tuple[int, ...],
+    layout: str,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    size: float,
+    *,
+    holes: bool = False,
 ) -> Tensor:
-    """Random numbers of that shape in that layout."""
+    """Random numbers of that shape in that layout, some of them -inf if there are to be holes."""
     B, H, T, D = shape
 
     def normal(*shape: int) -> Tensor:
-        return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        drawn = (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        return drawn.masked_fill(torch.rand(shape, generator=generator) < 0.3, -torch.inf) if holes else drawn
 
     match layout:
         case "transposed":
             return normal(B, T, H, D).transpose(1, 2)
+        case "packed":
+            return normal(B, T, 3, H, D)[:, :, 1].transpose(1, 2)
         case "sliced":
             return normal(B, H, 2 * T, D + 3)[:, :, ::2, 1 : 1 + D]
+        case "skipping":
+            return normal(B, H, T, 2 * D)[..., ::2]
         case "offset":
             return normal(B * H * T * D + 3)[3:].view(shape)
         case "turned":
             return normal(B, H, D, T).mT
+        case "heads last":
+            return normal(B, T, D, H).permute(0, 3, 1, 2)
+        case "batch last":
+            return normal(H, T, D, B).permute(3, 0, 1, 2)
+        case "overlapping" if T and D:
+            return normal(B, H, T + D - 1).unfold(2, D, 1)
         case "one token":
             return normal(B, H, 1, D).expand(shape)
         case "one head":
             return normal(B, 1, T, D).expand(shape)
         case "one batch row":
             return normal(1, H, T, D).expand(shape)
+        case "one width":
+            return normal(B, H, T, 1).expand(shape)
+        case "one number":
+            return normal(1, 1, 1, 1).expand(shape)
     return normal(*shape)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from regard.cost import costs
 from regard.kernels import Problem
 from regard.kernels.flops import FlopCounter
 from regard.kernels.linear_scan import linear_scan
-from regard.kernels.plan import choose
+from regard.kernels.plan import KERNELS, choose
 from regard.pipeline import Attention
 from regard.pipeline.function import problem
 
@@ -49,8 +50,9 @@ def counted(call: Callable[[], Tensor]) -> tuple[int, int]:
 
 
 def plainly(call: Callable[[], Tensor]) -> tuple[int, int]:
-    """What torch's own counter sees."""
-    return counts(call, FlopCounterMode(display=False))
+    """What torch's own counter sees of torch's operators alone."""
+    with patch("regard.kernels.plan.counting", lambda p: False):
+        return counts(call, FlopCounterMode(display=False))
 
 
 def hidden(p: Problem) -> int:
@@ -113,6 +115,23 @@ def test_modules_have_their_own() -> None:
         layer(torch.randn(1, 40, 32))
     found = counter.get_flop_counts()
     assert sum(found["Sequential.0"].values()) * 2 == sum(found["Sequential"].values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "native", "chunked", "eager"])
+def test_the_counter_of_torch_is_told_of_attention_too(kernel: str) -> None:
+    """Whose operators on CPUs it does not know; and both may count at once, one within the other."""
+    p = problem(*drawn(), mask=masks.causal())
+    if KERNELS[kernel].why_not(p) if kernel != "auto" else ():
+        kernel = "auto"
+    want = counted(lambda: regard.attention(*drawn(), mask=masks.causal(), kernel=kernel))
+    assert want[0] > 0
+    with FlopCounter() as outer:
+        got = counts(
+            lambda: regard.attention(*drawn(), mask=masks.causal(), kernel=kernel), FlopCounterMode(display=False)
+        )
+        after = torch.ones(2, 3) @ torch.ones(3, 4)
+    assert got == want
+    assert outer.get_total_flops() == sum(want) + 2 * after.numel() * 3
 
 
 def test_nothing_is_added_once_the_counter_is_left() -> None:

@@ -23,6 +23,8 @@ VIEWS = {
     "widths before tokens": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "a part of a wider one": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
     "every second number": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "tokens that share numbers": lambda x: x.flatten()[: x.shape[2] + D - 1].unfold(0, D, 1).expand(x.shape),
+    "one token": lambda x: x[:, :, :1].expand(x.shape),
 }
 
 

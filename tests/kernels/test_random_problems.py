@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels.agreement_of_kernels import SLOW, able, failures, simpler_than, smallest
-from kernels.problems import ALONE, DTYPES, JOINED, LAYOUTS, NUMBERED, STAGES, TENSORS, Description, build, draw
+from kernels.problems import ALONE, DTYPES, JOINED, LAYOUTS, NUMBERED, RELAID, STAGES, TENSORS, Description, build, draw
 from regard.kernels import KERNELS, eager, native, online, problem, sdpa
 from regard.kernels.native import build as native_build
 from regard.masks import patterns, tensors
@@ -37,6 +37,9 @@ FOUND = {
     ),
     "a mix where no key can be seen": Description(
         45, T=33, S=5, D=4, mask=("window", 2), score_mix="key_conv", weight_mix="key_conv", cut=4
+    ),
+    "tokens that share numbers in memory": Description(
+        1088, T=2, D=12, V=12, layouts=("overlapping", "plain", "plain", "plain")
     ),
 }
 """What random problems found, made small."""
@@ -86,6 +89,8 @@ def test_everything_occurs() -> None:
             trained[kernel] += grads
         occurs.update({d.dtype, *d.layouts, *d.parts, *(f"{slot} {name}" for slot, name in d.stages.items())})
         occurs.update(f"bias {axis}" for axis in d.bias)
+        occurs.update([f"bias lies {d.bias_layout}"] if d.bias else [])
+        occurs.update([f"mask lies {d.mask_layout}"] if d.parts & {*TENSORS} else [])
         occurs.update(f"no {name}" for name in "BTS" if getattr(d, name) == 0)
         kinds = {
             "one query": d.T == 1 < d.S,
@@ -101,6 +106,7 @@ def test_everything_occurs() -> None:
     wanted = {*DTYPES, *LAYOUTS, *NUMBERED, *TENSORS, *JOINED, *ALONE, *kinds, "no B", "no T", "no S"}
     wanted |= {f"{slot} {name}" for slot, names in STAGES.items() for name in names}
     wanted |= {f"bias {axis}" for axis in "BHTS1-"}
+    wanted |= {f"bias lies {layout}" for layout in LAYOUTS} | {f"mask lies {layout}" for layout in RELAID}
     assert not wanted - occurs.keys(), "never drawn"
     few = {**dict.fromkeys(SLOW, 2), "grouped": 4, "neighborhood": 4}
     runs = {name: few.get(name, 12) for name in KERNELS}
@@ -193,6 +199,20 @@ def strides_are_forgotten(patch: Patch) -> None:
     patch.setattr(
         native, "_vectors", lambda x, lanes: real(x.mT.contiguous().view(x.shape) if x.stride(3) != 1 else x, lanes)
     )
+
+
+@bug("native")
+def a_bias_is_read_as_if_its_keys_lay_side_by_side(patch: Patch) -> None:
+    real = native.call
+
+    def changed(
+        name: str, scale: float, walk: object, table: object, bias: torch.Tensor | None, **rest: object
+    ) -> None:
+        if bias is not None and bias.shape[3] > 1 and bias.stride(3) > 1:
+            bias = bias.as_strided(bias.shape, (*bias.stride()[:3], 1))
+        real(name, scale, walk, table, bias, **rest)  # type: ignore[arg-type]
+
+    patch.setattr(native, "call", changed)
 
 
 @bug("sdpa")

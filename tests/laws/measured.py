@@ -30,3 +30,21 @@ def largest(call: Callable[[], Any]) -> int:
     with Watch():
         call()
     return max(sizes)
+
+
+def footprint(call: Callable[[], Any], most: int = 10**5) -> tuple[int, int]:
+    """Bytes of the largest memory that anything made on the way lies in, and how many operators ran, of `most`."""
+    sizes = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.append(
+                max((t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor)), default=0)
+            )
+            assert len(sizes) <= most, f"{most} operators"
+            return out
+
+    with Watch():
+        call()
+    return max(sizes), len(sizes) - 1

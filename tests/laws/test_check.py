@@ -151,7 +151,7 @@ test_as_a_suite = suite(own.Right, traits=FREE, laws=["L3", "L4", "L5", "L8", "L
     ("thing", "claims", "words"),
     [
         ("torch.nn:Nothing", {}, "can't be found"),
-        ("nothing", {}, "unknown mechanism"),
+        ("nothing", {}, "mechanism is unknown"),
         (nn.Bilinear, {}, "needs"),
         (3, {}, "wrong type"),
         (own.Right, {"supports": ["causl"]}, "causal"),

@@ -202,7 +202,12 @@ def test_refusals():
         regard.create("nystromformer", dim=8, num_heads=2, causal=True)
     with pytest.raises(ValueError, match=r"conv_width is even \(got 4\); expected an odd int, or None"):
         NystromAttention(8, 2, conv_width=4)
-    for option in ("num_landmarks", "iterations", "conv_width"):
+    for value, wrong in ((0, "small"), (10**9, "large")):
+        with pytest.raises(
+            ValueError, match=rf"iterations is too {wrong} \(got {value}\); expected an int from 1 to 100"
+        ):
+            NystromAttention(8, 2, iterations=value)
+    for option in ("num_landmarks", "conv_width"):
         with pytest.raises(ValueError, match=rf"{option} is too small \(got 0\); expected an int >= 1"):
             NystromAttention(8, 2, **{option: 0})
     with pytest.raises(ValueError, match=r"coefficient is unknown \(got 'mean'\); expected one of 'exact', 'original'"):

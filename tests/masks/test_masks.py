@@ -20,6 +20,46 @@ CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
 DENSE = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0)) < 0.6
 
 
+PLACES = torch.tensor([[4, 1, 4], [-1, 6, -1]])
+PARENTS = torch.tensor([[-1, 0, 0, 1, -1], [-1, 0, 1, 2, 3]])
+
+
+def _ancestor(parents, n, m):
+    """Whether m is n or above it."""
+    while n != m and n >= 0:
+        n = int(parents[n])
+    return n == m
+
+
+def _in_tree(parents, start, i, j):
+    n, m = i - start, j - start
+    return j < start or (0 <= n < len(parents) and 0 <= m < len(parents) and _ancestor(parents, n, m))
+
+
+def _continues(n, lengths, i, j):
+    """Which text a token belongs to: 0 the prefix, then the continuations; -1 outside."""
+
+    def text(x):
+        end = n
+        for k, m in enumerate((0, *lengths)):
+            end += m
+            if 0 <= x < end:
+                return k
+        return -1
+
+    return text(j) != -1 and (j < n or (i >= 0 and text(i) == text(j)))
+
+
+def _diffuses(size, n, i, j):
+    if not (0 <= i < 2 * n and 0 <= j < 2 * n):
+        return False
+    (half_i, at_i), (half_j, at_j) = divmod(i, n), divmod(j, n)
+    mine, theirs = at_i // size, at_j // size
+    if half_j == 0:  # a noised key
+        return half_i == 0 and mine == theirs
+    return theirs < mine if half_i == 0 else theirs <= mine
+
+
 def _document(i, cu=(0, 3, 3, 8)):
     return max(n for n in range(3) if cu[n] <= i)
 
@@ -46,6 +86,31 @@ RULES = {
     "strided(1)": (masks.strided(1), lambda b, h, i, j: True),
     "blocks(3)": (masks.blocks(3), lambda b, h, i, j: i >= 0 and int(i / 3) == int(j / 3)),
     "global_tokens(2)": (masks.global_tokens(2), lambda b, h, i, j: i < 2 or j < 2),
+    "global_tokens(<2x3>)": (
+        masks.global_tokens(PLACES),
+        lambda b, h, i, j: i in ({1, 4}, {6})[b] or j in ({1, 4}, {6})[b],
+    ),
+    "global_tokens(<1x3>)": (masks.global_tokens([5, 0, 1]), lambda b, h, i, j: i in (0, 1, 5) or j in (0, 1, 5)),
+    "tree(<1x5>, prefix=<1>)": (
+        masks.tree(PARENTS[0], prefix=3),
+        lambda b, h, i, j: _in_tree(PARENTS[0], 3, i, j),
+    ),
+    "tree(<2x5>, prefix=<2>)": (
+        masks.tree(PARENTS, prefix=torch.tensor([2, 4])),
+        lambda b, h, i, j: _in_tree(PARENTS[b], (2, 4)[b], i, j),
+    ),
+    "tree(<1x0>, prefix=<1>)": (masks.tree(PARENTS[0, :0]), lambda b, h, i, j: False),
+    "documents(<1x7>) | prefix(2)": (
+        masks.shared_prefix(2, [3, 0, 2]),
+        lambda b, h, i, j: j < 2 or _continues(2, (3, 0, 2), i, j),
+    ),
+    "(documents(<2x9>) | prefix(<2>)) & padding(lengths=<2>)": (
+        masks.shared_prefix(torch.tensor([2, 1]), torch.tensor([[3, 4], [1, 2]])),
+        lambda b, h, i, j: j < (9, 4)[b] and (j < (2, 1)[b] or _continues((2, 1)[b], ((3, 4), (1, 2))[b], i, j)),
+    ),
+    "block_causal(3)": (masks.block_causal(3), lambda b, h, i, j: j // 3 <= i // 3),
+    "block_diffusion(2, 4)": (masks.block_diffusion(2, 4), lambda b, h, i, j: _diffuses(2, 4, i, j)),
+    "block_diffusion(2, 5)": (masks.block_diffusion(2, 5), lambda b, h, i, j: _diffuses(2, 5, i, j)),
     "prefix(2)": (masks.prefix(2), lambda b, h, i, j: j < 2),
     "prefix(<2>)": (masks.prefix(LENGTHS), lambda b, h, i, j: j < (3, 0)[b]),
     "padding(lengths=<2>)": (masks.padding(lengths=LENGTHS), lambda b, h, i, j: j < (3, 0)[b]),
@@ -237,10 +302,11 @@ def test_flex_attention_blocks_agree():
     torch.testing.assert_close(flex.full_kv_num_blocks.long(), layout.to_dense_full().sum(-1))
 
 
-def test_all_masks_compile_in_one_graph():
+@pytest.mark.parametrize("half", [0, 1])  # one mask of all would be nested deeper than Python lets a compiler go
+def test_all_masks_compile_in_one_graph(half):
     torch._dynamo.reset()
     mask = masks.window(1)
-    for n, (other, _) in enumerate(RULES.values()):
+    for n, (other, _) in enumerate(list(RULES.values())[half::2]):
         mask = (mask & other, mask | ~other)[n % 2]
     i, j = torch.arange(1, 9), torch.arange(8)
     compiled = torch.compile(lambda i, j: mask.at(i, j), backend="eager", fullgraph=True)
@@ -299,6 +365,16 @@ BAD = [
         "prefix: n has the wrong dtype (got torch.float32); expected an integer Tensor",
     ),
     (lambda: masks.global_tokens(0), ValueError, "global_tokens: n"),
+    (lambda: masks.global_tokens([1, -1]), ValueError, "global_tokens: places is too small (got -1)"),
+    (lambda: masks.global_tokens(KEEP), TypeError, "global_tokens: places has the wrong dtype (got torch.bool)"),
+    (lambda: masks.tree(torch.tensor([0, 0])), ValueError, "tree: parents must come before their children (got 0 of"),
+    (lambda: masks.tree(torch.tensor([-1, -2])), ValueError, "tree: parents must come before their children (got -2"),
+    (lambda: masks.tree(PARENTS, prefix=-1), ValueError, "tree: prefix is too small (got -1); expected an int >= 0"),
+    (lambda: masks.tree(PARENTS, prefix=torch.ones(3).long()), ValueError, "tree: prefix has the wrong shape"),
+    (lambda: masks.shared_prefix(0, [2]), ValueError, "shared_prefix: n is too small"),
+    (lambda: masks.shared_prefix(2, torch.tensor([2, -1])), ValueError, "shared_prefix: lengths is out of range"),
+    (lambda: masks.block_causal(0), ValueError, "block_causal: size is too small (got 0); expected an int >= 1"),
+    (lambda: masks.block_diffusion(2, 0), ValueError, "block_diffusion: length is too small (got 0)"),
     (lambda: masks.documents(IDS.float()), TypeError, "documents: ids"),
     (
         lambda: masks.documents(IDS[None]),

@@ -1,17 +1,19 @@
 """A checkpoint comes back bit for bit, or not at all."""
 
+import json
 import os
 import pickle
 import random
-import subprocess
-import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import save as safetensors
 
+import regard
 from regard.bench.generate import generate
-from regard.models.checkpoint import load, save, write_atomically
+from regard.models import checkpoint
+from regard.models.checkpoint import load, save
 from regard.models.lm import LMConfig, language_model
 
 CONFIG = LMConfig("rotary", dim=8, depth=1, num_heads=2, mlp_dim=12, length=8)
@@ -101,49 +103,133 @@ def test_generate_refuses_before_it_reads(option, tmp_path):
         generate(tmp_path / "not-even-there", **option)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    path.chmod(0o640)
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    monkeypatch.undo()
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert path.stat().st_mode & 0o777 == 0o640
+# --- files that nobody saved: the checksum is right, something else is not ------------------------------------
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "file"
-    code = """
-import sys
-from pathlib import Path
-from regard.models.checkpoint import write_atomically
-print("go", flush=True)
-n = 0
-while True:
-    n = (n + 1) % 10
-    write_atomically(Path(sys.argv[1]), bytes([n]) * 1_000_000)
-"""
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as writer:
-        writer.stdout.readline()
-        seen = set()
-        while len(seen) < 4:
-            data = path.read_bytes() if path.exists() else b""
-            assert data == data[:1] * 1_000_000 * bool(data)
-            seen.add(data[:1])
-        writer.kill()
-    data = path.read_bytes()
-    assert data == data[:1] * 1_000_000
+def forged(path, said=None, change=None, text=None, kind="regard.lm/1"):
+    """A file of an honest model's tensors with another configuration, and a checksum over both."""
+    torch.manual_seed(0)
+    tensors = {name: t.clone() for name, t in language_model(CONFIG).state_dict().items()}
+    if change is not None:
+        change(tensors)
+    text = json.dumps({**asdict(CONFIG), **(said or {})}) if text is None else text
+    metadata = {"format": kind, "config": text, "sha256": checkpoint._digest(tensors, text)}
+    path.write_bytes(safetensors(tensors, metadata))
+    return path
 
 
-def test_what_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name in ("missing/page.html", "folder"):
-        with pytest.raises(OSError) as caught:
-            write_atomically(tmp_path / name, b"x")
-        assert caught.value.filename == str(tmp_path / name)
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+def spoilt(value, name="blocks.0.up.weight"):
+    return lambda tensors: tensors[name].view(-1)[3:4].fill_(value)
+
+
+def cast(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
+FORGED = {
+    "a wide head": ({"said": {"mechanism": "softmax(head_dim=1000000)"}}, "head_dim is too large"),
+    "a wider head than its tensors": ({"said": {"mechanism": "softmax(head_dim=60000)"}}, "do not fit .*120000"),
+    "a float": ({"said": {"mechanism": "rotary(base=1e30)"}}, "base is out of range"),
+    "a list": ({"said": {"mechanism": f"softmax(head_dim=[{10**9}])"}}, "head_dim is too large"),
+    "a wrong kind": ({"said": {"mechanism": "softmax(head_dim='x')"}}, "head_dim"),
+    "bytes": ({"said": {"mechanism": "softmax(head_dim=b'x')"}}, "head_dim has the wrong type"),
+    "no such option": ({"said": {"mechanism": "softmax(nothing=1)"}}, "nothing"),
+    "no such mechanism": ({"said": {"mechanism": "sofmax"}}, "softmax"),
+    "a part of no layer": ({"said": {"mechanism": "rollout"}}, "rollout"),
+    "an unreadable mechanism": ({"said": {"mechanism": "softmax(" + "(" * 5000}}, "mechanism cannot be read"),
+    "a number as mechanism": ({"said": {"mechanism": 3}}, "names no mechanism"),
+    "layers": ({"said": {"depth": 10**9}}, "do not fit its configuration .depth"),
+    "layers as text": ({"said": {"depth": "1"}}, "depth has the wrong type"),
+    "layers as truth": ({"said": {"depth": True}}, "depth has the wrong type"),
+    "a vocabulary": ({"said": {"vocab": 10**12}}, "embedding.weight"),
+    "more": ({"said": {"code": "x"}}, "unknown entry 'code'"),
+    "a list as configuration": ({"text": "[]"}, "names no mechanism"),
+    "deep": ({"text": "[" * 30_000}, "is not one of a regard model"),
+    "long": ({"text": " " * 70_000 + "{}"}, "longer than"),
+    "twice": ({"text": json.dumps(asdict(CONFIG))[:-1] + ', "depth": 1}'}, "'depth' stands twice"),
+    "NaN as a size": ({"text": json.dumps({**asdict(CONFIG), "length": float("nan")})}, "NaN is no number"),
+    "no JSON": ({"text": "{"}, "is not one of a regard model"),
+    "another format": ({"kind": "regard.lm/9"}, "has format 'regard.lm/9'"),
+    "NaN": ({"change": spoilt(float("nan"))}, "'blocks.0.up.weight' holds what is no number"),
+    "whole numbers": ({"change": cast("blocks.0.up.weight", torch.int64)}, "'blocks.0.up.weight' is I64"),
+    "truth values": ({"change": cast("norm.weight", torch.bool)}, "'norm.weight' is BOOL"),
+    "bytes as weights": ({"change": cast("norm.weight", torch.uint8)}, "'norm.weight' is U8"),
+    "a tensor too many": ({"change": lambda tensors: tensors.update(x=torch.ones(1))}, "'x' are too many"),
+    "a tensor too few": ({"change": lambda tensors: tensors.pop("norm.weight")}, "'norm.weight' are missing"),
+    "another shape": ({"change": lambda tensors: tensors.update({"norm.weight": torch.ones(9)})}, r"F32 \[9\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", FORGED)
+def test_forged_files_are_refused_in_one_line_before_anything_is_allocated(way, tmp_path, monkeypatch):
+    change, words = FORGED[way]
+    path = forged(tmp_path / "forged.safetensors", **change)
+
+    def built(config):
+        assert torch.empty(0).device.type == "meta" or way == "NaN"
+        return language_model(config)
+
+    monkeypatch.setattr(checkpoint, "language_model", built)
+    with pytest.raises(ValueError, match=words) as refused:
+        load(path)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) <= len(str(path)) + 510
+
+
+def test_weights_from_which_nothing_can_be_drawn(tmp_path):
+    path = forged(tmp_path / "m.safetensors", change=lambda tensors: tensors["norm.weight"].fill_(float("inf")))
+    with pytest.raises(
+        ValueError, match=r"m\.safetensors: no text can be drawn from it: probability tensor"
+    ) as refused:
+        list(generate(path, "a", count=2))
+    assert "\n" not in str(refused.value)
+    config = replace(CONFIG, vocab=300)
+    with pytest.raises(ValueError, match=r"n\.safetensors: it has 300 tokens"):
+        generate(save(language_model(config), config, tmp_path / "n.safetensors"), "a")
+
+
+def test_an_honest_file_in_another_precision_is_read(tmp_path):
+    path = forged(tmp_path / "half.safetensors", change=cast("blocks.0.up.weight", torch.bfloat16))
+    assert load(path)[0].blocks[0].up.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["softmax(head_dim=6)", "window(window=5000)", "rotary(base=10000000)", "alibi"])
+def test_options_that_people_write_are_none_out_of_proportion(name, tmp_path):
+    config = replace(CONFIG, mechanism=name)
+    assert load(save(language_model(config), config, tmp_path / "m.safetensors"))[1] == config
+
+
+def test_all_mechanisms_of_a_language_model_are_described_by_the_device_meta(tmp_path):
+    """What is compared there is what is built."""
+    tried = 0
+    for name in regard.mechanisms():
+        config = replace(CONFIG, mechanism=name)
+        try:
+            model = language_model(config)
+        except (ValueError, TypeError):
+            continue  # it needs options
+        path = save(model, config, tmp_path / "m.safetensors")
+        again = load(path)[0]
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())), name
+        tried += 1
+    assert tried > 30
+
+
+def test_a_header_whose_length_begins_like_a_pickle(kept, tmp_path):
+    """1152 is written as 80 04, as a pickle of the protocol 4 begins."""
+    model, _ = kept
+    for length in range(10, 200):
+        config = replace(CONFIG, length=10**length)
+        path = save(model, config, tmp_path / "m.safetensors")
+        assert load(path)[1] == config
+        if path.read_bytes()[:2] == b"\x80\x04":
+            return
+    pytest.fail("none of them does")
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.safetensors")
+    for path in (tmp_path / "m.safetensors", tmp_path):
+        with pytest.raises(ValueError, match="no plain file"):
+            load(path)

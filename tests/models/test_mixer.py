@@ -1,5 +1,8 @@
 """Mechanisms as people write them."""
 
+import random
+import re
+
 import pytest
 
 import regard
@@ -47,6 +50,13 @@ def test_what_is_no_spec_is_refused(text):
         "x(a=1)[0]",
         "x(a=1e999)",
         "x(a=(1, -1e999))",
+        "x(a={1: 2, 1: 3})",
+        "x(a={1: 2, True: 3})",
+        "x(a=1 # a=2\n)",
+        "x\n(a=1)",
+        "x(a=--1)",
+        "x(a=1+1j)",
+        "x(a=...)",
     ],
 )
 def test_nothing_that_is_written_is_dropped(text):
@@ -62,6 +72,58 @@ def test_however_deep_it_is_refused_in_one_short_line(text):
     with pytest.raises(ValueError, match="cannot be read") as caught:
         parse(text)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("window(window=64)()", r"at character 18: '\(\)' follows the bracket"),
+        ("window(window=64)(window=8)", r"at character 18: '\(window=8\)' follows the bracket"),
+        ("x(a=')')y(b=2)", r"at character 9: .y\(b=2\). follows the bracket"),
+        ("gated+window(window=4, window=5)", "at character 24: window stands here twice"),
+        ("x(a=1)+y(ä='é', b=z)", "at character 19: no such value"),
+        ("x(a=1", r"at character 6: '\)' is missing"),
+        ("x(a=1))", r"at character 7: '\)' closes nothing"),
+        ("x(a='1)", 'at character 8: "\'" is missing'),
+        ("x + 3y", "at character 5: '3y' is no name"),
+        ("x+", "at character 3: a name is missing"),
+        ("x(1)", "at character 3: a value without the name of its option"),
+        ("x(**a)", r"at character 3: '\*\*' is no option"),
+        ("x(a=1 b=2)", "at character [5-9]: "),
+        ("a.b:C+x", "at character 1: the caller's own is joined to nothing"),
+        ("x" * 5000, "at character 4097: it is longer than 4096 characters"),
+        ("x(a=" + "(" * 50, "at character 20: brackets are deeper than 16"),
+        ("x(a='\ud800')", "at character 6: '.ud800' says nothing here"),
+    ],
+)
+def test_a_refusal_says_where_and_why(text, where):
+    with pytest.raises(ValueError, match=where) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_whatever_is_written_is_read_as_it_stands_or_refused():
+    """Random texts of all that means something here: what is printed of one is read as the same, and printed so."""
+    draw, read = random.Random(0), 0
+    words = [*"a=()[]{},:+-10.#'*fj\n\0\\ "]
+    words += ["b=", "True", "None", "(a=1)", "(b='+')", "x", "é", "1e999", "e9", "r'", "0x1"]
+    words += ["{1:2}", "(3,)", "+y(c='\"')"]
+    for _ in range(20_000):
+        text = "".join(draw.choices(words, k=draw.randrange(1, 10)))
+        text = text if draw.random() < 0.3 else f"x({draw.choice(('', 'a=', 'a=1, b='))}{text})"
+        try:
+            spec = parse(text)
+        except ValueError as refused:
+            said = str(refused)
+        else:
+            said, read = "", read + 1
+            assert repr(parse(str(spec))) == repr(spec)
+            assert str(parse(str(spec))) == str(spec)
+            assert sum(map(text.count, "()")) >= 2 * sum(bool(part.options) for part in spec.parts)
+        shape = r"^mechanism cannot be read \(got .*\); at character \d+: .*; expected "
+        assert not said or re.search(shape, said), said
+    assert read > 500
 
 
 def test_a_task_is_one_name():

@@ -320,9 +320,9 @@ def test_every_slot_reaches_everything(name):
 
 def test_unknown_slots_are_named():
     q = torch.randn(1, 1, 2, 2)
-    with pytest.raises(TypeError, match=r"attention: there is no argument or slot 'positon'.*did you mean 'position'"):
+    with pytest.raises(TypeError, match=r"argument or slot is unknown .got 'positon'.*did you mean 'position'"):
         regard.attention(q, q, q, positon=None)
-    with pytest.raises(TypeError, match=r"Attention: there is no argument or slot 'gates'.*did you mean 'gate'"):
+    with pytest.raises(TypeError, match=r"Attention: argument or slot is unknown .got 'gates'.*did you mean 'gate'"):
         Attention(M, H, gates=None)
 
 
@@ -378,5 +378,32 @@ def test_weighted_values():
 )
 def test_what_goes_by_another_name_elsewhere_is_named(given: str, hint: str) -> None:
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(TypeError, match=rf"attention: there is no argument or slot '{given}'.*{hint}"):
+    with pytest.raises(TypeError, match=rf"attention: argument or slot is unknown .got '{given}'.*{hint}"):
         regard.attention(q, q, q, **{given: None})
+
+
+class ByPlace(Mix):
+    """Scores times a number of the query's place."""
+
+    def forward(self, z: Tensor, rows: Rows) -> Tensor:
+        place = rows.i if rows.positions is None else rows.positions
+        return z * (1 + place)[..., None, :, None].to(z.dtype).cos()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@torch.no_grad()
+def test_positions_reach_a_mix_in_the_full_pass_and_in_steps(earlier: bool) -> None:
+    """In chunks as well, and where another mix needs earlier rows again, from documents of their own places."""
+    torch.manual_seed(0)
+    made = Attention(M, H, causal=True, score_mix=ByPlace(), weight_mix=Earlier() if earlier else None).double()
+    x, at = torch.randn(2, 40, M).double(), torch.randint(40, (2, 40))
+    want, plain = made(x, positions=at), made(x)
+    assert (want - plain).abs().max() > 1e-3
+    close(made(x, positions=torch.arange(40)), plain)
+    made.kernel = "chunked"
+    close(made(x, positions=at), want)
+    state, outs = made.init_state(2, 40), []
+    for piece in torch.arange(40).split([1, 3, 20, 1, 15]):
+        y, state = made.step(x[:, piece], state, positions=at[:, piece])
+        outs.append(y)
+    close(torch.cat(outs, 1), want)

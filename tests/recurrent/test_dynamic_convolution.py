@@ -158,6 +158,8 @@ def test_bad_input_raises() -> None:
         DynamicConvolutionAttention(3, filter_length=4)
     with pytest.raises(ValueError, match=r"hidden is too small \(got 0\); expected an int >= 1"):
         DynamicConvolutionAttention(3, hidden=0)
+    with pytest.raises(ValueError, match=r"prior_length is too large \(got 1001\); expected an int from 1 to 1000"):
+        DynamicConvolutionAttention(3, prior_length=1001)
     with pytest.raises(ValueError, match=r"prior_alpha is out of range \(got 0.0\); expected a finite number > 0"):
         DynamicConvolutionAttention(3, prior_alpha=0.0)
     with pytest.raises(ValueError, match=r"context has .*\(got \(2, 6, 4\)\); expected \(B = 2, S, C = 3\)"):

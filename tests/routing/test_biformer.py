@@ -64,6 +64,20 @@ def test_variants_are_their_definitions(options: dict) -> None:
     same_as_loops(filled(7, 6, 3, regions=2, topk=2, kernel=3, **options), image(8, 2, 6, 5, 7))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"regions": 9, "topk": 20},
+        {"regions": 7, "routing": "soft", "kernel": 5},
+        {"regions": 2, "pool": "mean", "pool_to": 7},
+        {"regions": 2, "pool": "max", "pool_to": 11},
+    ],
+)
+def test_more_regions_or_cells_than_there_are_tokens(options: dict) -> None:
+    """They are laid out no more often than they differ, and count as often as they are asked for."""
+    same_as_loops(filled(7, 6, 3, **{"topk": 2, "kernel": 3, **options}), image(8, 2, 6, 4, 5))
+
+
 def same_as_loops(layer: BiLevelRouting, x: Tensor) -> None:
     x = x.requires_grad_()
     got, want = layer(x), oracle(layer, x)

@@ -96,13 +96,15 @@ def test_names_of_tasks_are_known_without_torch():
 
 
 def test_unknown_names_and_options_are_refused():
-    with pytest.raises(TaskError, match=r"unknown task 'digit'; did you mean 'digits'\?"):
+    with pytest.raises(TaskError, match=r"task is unknown \(got 'digit'\); expected .*; did you mean 'digits'\?"):
         tasks.find("digit")
-    with pytest.raises(TaskError, match=r"unknown task '_labelled'; there are text, boxes, "):
+    with pytest.raises(TaskError, match=r"task is unknown \(got '_labelled'\); expected one of text, boxes, "):
         tasks.find("_labelled")
-    with pytest.raises(TaskError, match=r"task copying: there is no option 'symbol'; did you mean 'symbols'\?"):
+    with pytest.raises(
+        TaskError, match=r"task 'copying' has no such option \(got 'symbol'\); .*; did you mean 'symbols'\?"
+    ):
         tasks.make("copying", {"symbol": 3})
-    with pytest.raises(TaskError, match=r"there is no option 'x'; it has vocab, heldout, symbols"):
+    with pytest.raises(TaskError, match=r"has no such option \(got 'x'\); expected one of "):
         tasks.make("copying", {"x": 3})
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from regard import catalog
 from regard.models.lm import LanguageModel
 from regard.models.mixer import parse
+from regard.tasks import text
 from regard.tasks.text import NextByte, Text, TextError, load, needed_bytes, with_positions
 
 PROSE = "".join(f"line {n} of a text that nobody wrote\n" for n in range(2000)).encode()
@@ -197,3 +198,40 @@ def test_everything_in_the_default_comparison_has_positions():
 )
 def test_positions_are_joined_where_there_are_none(mechanism, compared):
     assert with_positions(mechanism) == compared
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(TextError, match="is no plain file"):
+            load([path], length=4)
+
+
+def test_long_files_are_not_read_beyond_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LIMIT", 1000)
+    (tmp_path / "long.txt").write_bytes(b"0123456789" * 150)
+    made = load([tmp_path / "long.txt"], length=4)
+    assert made.train + made.heldout == b"0123456789" * 100
+    assert f"not read, beyond the limit of 1,000 bytes: 1 file ({tmp_path / 'long.txt'} from there on)" in made.told
+    (tmp_path / "short.txt").write_bytes(b"abcdefghij" * 30)
+    made = load([tmp_path], length=4)
+    assert made.train + made.heldout == b"abcdefghij" * 30, "one file that is too long hinders no other"
+    assert f"not read, beyond the limit of 1,000 bytes: 1 file ({tmp_path / 'long.txt'})" in made.told
+
+
+def test_binaries_are_not_read_to_their_end(tmp_path, monkeypatch):
+    """A folder may hold weights of many GB beside its texts."""
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(2**36)  # all holes
+    (tmp_path / "short.txt").write_bytes(b"abcdefghij" * 30)
+    made = load([tmp_path], length=4)
+    assert f"not read, no text: 1 file ({tmp_path / 'weights'})" in made.told
+
+
+def test_text_is_told_by_all_of_its_bytes():
+    """Pieces are cut anywhere, within a letter too."""
+    letters = "aé€😀" * 300_000
+    for shift in range(4):
+        assert text._binary(b"x" * shift + letters.encode()) == ""
+    data = b"x" * (2**20 - 1) + "é".encode() + b"\xff" * 300_000
+    assert text._binary(data).startswith("300000 of its")

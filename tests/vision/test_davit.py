@@ -96,6 +96,17 @@ def test_cost_is_linear_in_pixels(kind: str) -> None:
     assert flops(lambda: layer(large)) == 8 * flops(lambda: layer(small)) > 0
 
 
+@pytest.mark.parametrize(("Y", "X", "window"), [(3, 5, 7), (3, 5, 4), (6, 2, 3)])
+def test_windows_wider_than_the_map_hold_its_zeros(Y: int, X: int, window: int) -> None:
+    layer, (x,) = filled(WindowAttention(6, 2, window=window)), leaves(normal(0, 2, 6, Y, X))
+    laid_out = torch.nn.functional.pad(x, (0, -X % window, 0, -Y % window))
+    got, want = layer(x), layer(laid_out)[..., :Y, :X]
+    close(got, want)
+    wanted = [x, *layer.parameters()]
+    for g, w in zip(gradients(got, wanted), gradients(want, wanted), strict=True):
+        close(g, w)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"dim is no multiple of num_heads = 2 \(got 7\)"):
         ChannelAttention(7, 2)

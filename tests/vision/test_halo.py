@@ -159,6 +159,8 @@ def test_bad_input() -> None:
         HaloAttention(4, 2, block=4)(normal(0, 1, 4, 6, 8))
     with pytest.raises(ValueError, match=r"halo is too small \(got -1\)"):
         HaloAttention(4, 2, halo=-1)
+    with pytest.raises(ValueError, match=r"halo reaches beyond the whole map \(got 9\); expected at most 8"):
+        HaloAttention(4, 2, block=4, halo=9)(normal(0, 1, 4, 4, 8))
     for option in ("stride", "distances"):
         with pytest.raises(ValueError, match=rf"'halo' has no such option \(got '{option}'\)"):
             regard.create("halo", dim=4, num_heads=2, **{option: 1})

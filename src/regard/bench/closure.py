@@ -11,6 +11,7 @@ that one's module. Nor are the standard library and installed packages followed;
 """
 
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -162,9 +163,11 @@ class Closures:
 
 def _loaded_from(top: str) -> Iterator[Path]:
     """The folder of what was found in another way than by the path, as an editable install may be."""
-    path = Path(getattr(sys.modules.get(top), "__file__", None) or "")
-    if path.name:
-        yield path.parents[1 if path.name == "__init__.py" else 0]
+    path = getattr(sys.modules.get(top), "__file__", None)
+    if path is None and top not in sys.modules and (spec := importlib.util.find_spec(top)) and spec.has_location:
+        path = spec.origin
+    if path:
+        yield Path(path).parents[1 if Path(path).name == "__init__.py" else 0]
 
 
 def _files(place: Path) -> list[Path]:

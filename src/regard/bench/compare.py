@@ -36,10 +36,11 @@ def execute(config: CompareConfig, on_event: OnEvent = lambda event: None, *, tr
         on_event: is called with every Event, in order.
         train: runs one job; for tests.
     """
-    with one_line(TaskError, StoreError), Stop() as stop:
-        checked = validate(config)
+    with one_line(TaskError, StoreError):
+        checked = validate(config, train)
         config, cells = checked.config, plan(checked)
-        with opened(config.out) as store:
+        # Until here nothing is lost when a signal ends the process at once.
+        with Stop() as stop, opened(config.out) as store:
             known = {cell.key: _reusable(store, cell, config) for cell in cells}
             on_event(_planned(checked, cells, known, store))
             for number, cell in enumerate(cells, 1):
@@ -112,8 +113,13 @@ def _run(cell: Cell, config: CompareConfig, stop: Stop, on_event: OnEvent, train
     if "full" in said:
         raise CompareError(disk_full(Path(config.out) / "checkpoints"))
     if "failed" in said:
-        return Result(cell, "failed", reason=said["failed"], traceback=said.get("traceback", ""))
-    return Result(cell, **said["result"])
+        result = Result(cell, "failed", reason=said["failed"], traceback=said.get("traceback", ""))
+    else:
+        result = Result(cell, **said["result"])
+    if lines := said.get("ignored"):
+        told = f"something else was written among the events of its process; ignored: {lines:,} lines"
+        result = replace(result, notes=[*result.notes, told])
+    return result
 
 
 def _untimed(results: Sequence[Result]) -> bool:
@@ -130,17 +136,36 @@ def _timed(
     if not _untimed(results):
         return ""
     names = list(dict.fromkeys(result.cell.mechanism for result in done))
-    on_event(Timed(0, names))
-    job = {**_job(done[0].cell, config), "speeds": names}
-    said = train(job, timeout=config.timeout, stop=stop, on_step=lambda turn, _: on_event(Timed(turn, names)))
-    if said is None or "result" not in said:
-        return str((said or {}).get("failed", ""))
+    said, untimed = None, []
+    while names:
+        at = _At(names, on_event)
+        job = {**_job(done[0].cell, config), "speeds": names}
+        said = train(job, timeout=config.timeout, stop=stop, on_step=at)
+        if said is None or "result" in said or ":" not in at.name:
+            break
+        # A fault of the caller's own takes the others' speeds no more than their cells.
+        untimed.append(f"{at.name}: {said.get('failed', 'no answer')}")
+        names = [name for name in names if name != at.name]
+    if not names or said is None or "result" not in said:
+        return "; ".join([*untimed, *filter(None, [(said or {}).get("failed", "")] if names else [])])
     turns = datetime.now(UTC).isoformat(timespec="milliseconds")
     for place, result in enumerate(results):
-        if result.status == "done":
+        if result.status == "done" and result.cell.mechanism in names:
             results[place] = replace(result, turns=turns, **said["result"].get(result.cell.mechanism, {}))
             store.put(results[place])
-    return ""
+    return "; ".join(untimed)
+
+
+class _At:
+    """Tells the turns, and knows whose it is."""
+
+    def __init__(self, names: list[str], on_event: OnEvent) -> None:
+        self.names, self.name, self.on_event = names, names[0], on_event
+        on_event(Timed(0, names))
+
+    def __call__(self, turn: int, place: float) -> None:
+        self.name = self.names[int(place)]
+        self.on_event(Timed(turn, self.names))
 
 
 def _job(cell: Cell, config: CompareConfig) -> dict[str, Any]:

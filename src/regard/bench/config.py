@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from regard import tasks
 from regard.bench.machine import check_device
+from regard.bench.process import answer, tried
 from regard.bench.record import Match
 from regard.checks import choice, number, refuse, whole
-from regard.models.mixer import Spec, look_here, parse
+from regard.models.mixer import Spec, find, look_here, parse
 from regard.spec import single
-from regard.tasks import Size, Task, TaskError, find, make
+from regard.tasks import Size, Task, TaskError, make
 
 ALL = "all"
 """Among mechanisms: every one of the catalogue that the task can be done with."""
@@ -80,8 +82,12 @@ class Checked:
     """A line for each of the catalogue's that is another mechanism at this size."""
 
 
-def validate(config: CompareConfig) -> Checked:
-    """Refuse what cannot work before any work is done. Raises CompareError."""
+def validate(config: CompareConfig, ask: Any = answer) -> Checked:
+    """Refuse what cannot work before any work is done. Raises CompareError.
+
+    Args:
+        ask: runs one job; for tests.
+    """
     with one_line(ValueError, ImportError):
         task = make(*task_options(config))
     config = _filled(config, task)
@@ -90,6 +96,7 @@ def validate(config: CompareConfig) -> Checked:
         _check_choices(config, task)
         check_device("compare", config.device)
     specs, unfit = _mechanisms(config, task)
+    _try_own(specs, config, task, ask)
     return Checked(config, task, specs, unfit, _others(config, task, specs))
 
 
@@ -109,7 +116,7 @@ def task_options(config: CompareConfig) -> tuple[str, dict[str, Any]]:
     if config.length is not None:
         options["length"] = config.length
     if config.text:
-        if find(spec.name).name != "text":
+        if tasks.find(spec.name).name != "text":
             raise TaskError(f"task {spec.name} brings its own data; leave text out")
         options["text"] = [os.fspath(Path(path).absolute()) for path in config.text]
     return spec.name, options
@@ -171,6 +178,16 @@ def _mechanisms(config: CompareConfig, task: Task) -> tuple[list[str], dict[str,
     return list(dict.fromkeys(specs)), unfit
 
 
+def _try_own(specs: Sequence[str], config: CompareConfig, task: Task, ask: Any) -> None:
+    """Build the caller's own once, in a process of its own: whatever happens there."""
+    own = [spec for spec in specs if parse(spec).own]
+    settings = {"threads": 1, "dim": config.dim, "depth": config.depth, "heads": config.heads}
+    cell = {"task": task.name, "mechanism": task.baseline, "seed": 0, "settings": settings}
+    job = {"cell": cell, "options": task_options(config)[1], "checkpoint": ""}
+    for name, why in tried(own, job, timeout=config.timeout, ask=ask).items():
+        raise CompareError(why if name.partition("(")[0] in why else f"{name}: {why}")
+
+
 def _others(config: CompareConfig, task: Task, specs: Sequence[str]) -> list[str]:
     """What is to be said of mechanisms that are others at this size. The caller's own run in workers alone."""
     import torch
@@ -194,7 +211,7 @@ def _fitting(text: str, config: CompareConfig, task: Task, size: Size) -> Spec:
         spec = parse(text)
         if spec.own:
             look_here()
-            task.model(spec, size)
+            find(spec)
         reasons = why_not(task, spec, size, config.match)
     except (ValueError, TypeError, KeyError) as error:
         said = " ".join(str(error.args[0] if error.args else error).split())

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from regard.files import naming
 from regard.models.checkpoint import load
 from regard.models.lm import check_sampling
 
@@ -30,8 +32,19 @@ def generate(
     """
     start = prompt.encode(errors="surrogateescape") if isinstance(prompt, str) else prompt
     check_sampling(count, temperature, top_k)
-    model, _ = load(checkpoint, mechanism)
+    model, config = load(checkpoint, mechanism)
+    if config.vocab != 256:
+        raise ValueError(f"{checkpoint}: it has {config.vocab} tokens; expected 256, one for each byte")
     ids = torch.tensor(list(start or b"\n"))[None]
     generator = torch.Generator().manual_seed(seed)
     drawn = model.sample(ids, count, temperature=temperature, top_k=top_k, generator=generator)
-    return (bytes([int(token)]) for token in drawn)
+    return _bytes(Path(checkpoint), drawn)
+
+
+def _bytes(path: Path, drawn: Iterator[Tensor]) -> Iterator[bytes]:
+    try:
+        for token in drawn:
+            yield bytes([int(token)])
+    except (RuntimeError, IndexError) as error:  # weights that are numbers, and lead to some that are none
+        with naming(path):
+            raise ValueError(f"no text can be drawn from it: {error}") from error

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regard import catalog
+from regard.bench.faults import Refused
 from regard.laws import probe
 from regard.laws.agreement import Broken
 from regard.models.mixer import Spec, build, parse, protocol
@@ -19,10 +20,6 @@ LAWS = {
     "L28": ("the same inputs give the same outputs", probe.calls_are_alike),
 }
 PLAIN = "softmax"
-
-
-class Refused(ValueError):
-    """The mechanism is not what it claims to be; the message is one line: which law, by how much, when, where."""
 
 
 def refuse_what_breaks_laws(model: Any, task: Task, mechanism: Spec, device: torch.device, when: str) -> list[str]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from regard.bench.machine import check_device, cores
-from regard.bench.process import Stop, answer
-from regard.checks import number, refuse, whole
-from regard.models.mixer import Spec, build, look_here, parse, protocol
+from regard.bench.process import Stop, answer, tried
+from regard.checks import number, refuse, short, whole
+from regard.files import write_atomically
+from regard.models.mixer import Spec, build, find, look_here, parse, protocol
 from regard.tasks import Task, mechanisms_for
 
 COMMAND = (sys.executable, "-P", "-m", "regard.bench.profile_worker")
@@ -102,14 +103,18 @@ def lengths(text: str) -> tuple[int, ...]:
                 found.append(n)
                 n *= 2
         else:
-            raise ProfileError(f"profile: lengths {part!r} cannot be read; expected such as 1k..32k or 512,1000,4k")
+            raise ProfileError(
+                f"profile: lengths cannot be read (got {short(repr(part))}); expected such as 1k..32k or 512,1000,4k"
+            )
     return tuple(dict.fromkeys(found))
 
 
 def _number(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", text)
     if not match:
-        raise ProfileError(f"profile: length {text.strip()!r} cannot be read; expected such as 512 or 4k")
+        raise ProfileError(
+            f"profile: length cannot be read (got {short(repr(text.strip()))}); expected such as 512 or 4k"
+        )
     return int(match[1]) * (1024 if match[2] else 1)
 
 
@@ -138,7 +143,7 @@ def run(
 
     A mechanism whose cell ran into the limit is not tried at greater lengths.
     """
-    specs = _specs(config)
+    specs = _specs(config, measure)
     config.out.mkdir(parents=True, exist_ok=True)
     found: list[Measured] = []
     given_up: dict[str, int] = {}
@@ -161,17 +166,30 @@ def run(
     return found
 
 
-def _specs(config: Profile) -> list[Spec]:
-    """The mechanisms. Unknown names and options, and sizes that don't fit, are refused before anything runs."""
+def _specs(config: Profile, measure: Callable[..., dict[str, Any] | None]) -> list[Spec]:
+    """The mechanisms. Unknown names and options, and sizes that don't fit, are refused before anything runs.
+
+    The caller's own are built in a process of their own.
+    """
     check_device("profile", config.device)
     specs = [parse(text) for text in config.mechanisms]
     for spec in specs:
         if spec.own:
             look_here()
-        if reason := why_not(spec, config.causal):
-            raise ProfileError(f"profile: {spec}: {reason}")
-        build(spec, config.dim, config.heads, causal=config.causal and protocol(spec) == "TokenMixer")
+            find(spec)
+            continue
+        made(spec, config.dim, config.heads, config.causal)
+    own, job = [str(spec) for spec in specs if spec.own], _job("", 0, config)
+    for name, why in tried(own, job, timeout=config.limit, ask=measure, command=COMMAND).items():
+        raise ProfileError(why if why.startswith("profile: ") else f"profile: {name}: {why}")
     return specs
+
+
+def made(spec: Spec, dim: int, heads: int, causal: bool) -> Any:
+    """A module of the mechanism. Raises ProfileError where it cannot be profiled."""
+    if reason := why_not(spec, causal):
+        raise ProfileError(f"profile: {spec}: {reason}")
+    return build(spec, dim, heads, causal=causal and protocol(spec) == "TokenMixer")
 
 
 def _job(mechanism: str, length: int, config: Profile) -> dict[str, Any]:
@@ -188,7 +206,7 @@ def save(config: Profile, cells: Sequence[Measured]) -> None:
     """profile.json: the settings and every cell so far."""
     settings = {**asdict(config), "out": str(config.out)}
     record = {"settings": settings, "cells": [asdict(cell) for cell in cells]}
-    (config.out / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(config.out / "profile.json", json.dumps(record, indent=1) + "\n")
 
 
 def growth(cells: Sequence[Measured], mechanism: str, quantity: str) -> float | None:

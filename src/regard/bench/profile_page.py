@@ -1,5 +1,6 @@
 """A profile as people read it: a table, a plot for the terminal, and one self-contained page."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from regard import terminal
 from regard.bench.process import Stop
 from regard.bench.profile import QUANTITIES, Measured, Profile, formula_growth, growth
 from regard.bench.report.head import traceback
+from regard.files import write_atomically
 from regard.models.mixer import parse
 
 if TYPE_CHECKING:
@@ -90,7 +92,10 @@ def reason_of(cell: Measured) -> str:
 
 
 def plot(cells: Sequence[Measured], quantity: str = "forward", width: int = 96, height: int = 18) -> str:
-    """A log-log plot in characters; '' without the extra `report`."""
+    """A log-log plot in characters; '' where there is nothing to draw, and without the extra `report`."""
+    cells = [cell for cell in cells if 0 < cell.values.get(quantity, 0) < math.inf]
+    if not cells:
+        return ""
     try:
         import plotext
     except ModuleNotFoundError:
@@ -103,9 +108,8 @@ def plot(cells: Sequence[Measured], quantity: str = "forward", width: int = 96, 
     lengths = sorted({cell.length for cell in cells})
     plotext.xticks(lengths, [_length(n) for n in lengths])
     for name, marker in zip(names(cells), "ox*+#@%&" * len(cells), strict=False):
-        points = [(c.length, c.values[quantity]) for c in cells if c.mechanism == name and quantity in c.values]
-        if points:
-            plotext.plot(*zip(*points, strict=True), label=name, marker=marker)
+        points = [(c.length, c.values[quantity]) for c in cells if c.mechanism == name]
+        plotext.plot(*zip(*points, strict=True), label=name, marker=marker)
     plotext.title(f"{SHOWN[quantity]} ({QUANTITIES[quantity]}) by tokens")
     return str(plotext.uncolorize(plotext.build()))
 
@@ -160,7 +164,7 @@ def write(cells: Sequence[Measured], config: Profile, path: Path) -> Path:
         f"<h1>Time and memory by length</h1><p>{escape(about)}</p>{''.join(parts)}"
         f"{f'<h2>Missing</h2><ul>{notes}</ul>' if notes else ''}</body></html>"
     )
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 
@@ -204,4 +208,6 @@ def command(config: Profile) -> int:
     except ModuleNotFoundError as error:
         said = error
     print("\n".join(terminal.wrapped(terminal.line(said))))
+    if not stop.number and not any(cell.values for cell in cells):
+        raise ProfileError(f"{config.out / 'profile.json'}: no cell could be measured; it says why not, of each")
     return 128 + stop.number if stop.number else 0

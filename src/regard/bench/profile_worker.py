@@ -1,10 +1,7 @@
-"""The process of one cell of a profile: reads its job as a line of JSON, writes {"result": ...} or {"failed": ...}."""
+"""The process of one cell of a profile: reads its job and answers as `regard.bench.worker` does."""
 
-import json
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,35 +11,24 @@ from torch import Tensor
 
 from regard.bench.decoding import state_bytes
 from regard.bench.memory import PeakMemory
-from regard.bench.worker import reason, told
-from regard.models.mixer import Spec, build, parse, protocol
+from regard.bench.profile import made
+from regard.bench.worker import Progress, built, main
+from regard.models.mixer import Spec, parse, protocol
 
 ROUNDS = 5
 SHARE = 0.25
 """Of the cell's time limit, that each quantity may take in all."""
 
 
-def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what a mechanism prints must not mix with the answer
-    try:
-        said: dict[str, Any] = {"result": measure(job)}
-    except Exception as error:
-        said = {"failed": reason(error), "traceback": told(error)}
-    events.write(json.dumps(said) + "\n")
-    events.close()
-    os._exit(0)
-
-
-def measure(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: dict[str, Any], progress: Progress = lambda step, loss: None) -> dict[str, Any]:
     """The values of one cell, and why some are missing."""
+    if "build" in job:
+        return built(job["build"], lambda spec: made(spec, job["dim"], job["heads"], job["causal"]), progress)
     device = torch.device(job["cell"]["settings"]["device"])
     torch.set_num_threads(job["cell"]["settings"]["threads"])
     torch.manual_seed(0)
     spec = parse(job["mechanism"])
-    causal = job["causal"] and protocol(spec) == "TokenMixer"
-    module: Any = build(spec, job["dim"], job["heads"], causal=causal).to(device).eval()
+    module: Any = made(spec, job["dim"], job["heads"], job["causal"]).to(device).eval()
     x, small = (_input(spec, job["batch"], n, job["dim"]).to(device) for n in (job["length"], min(job["length"], 64)))
     module(small.requires_grad_()).sum().backward()  # what first calls load, and later ones share
     module.zero_grad()
@@ -115,4 +101,4 @@ def _again(run: Callable[[], None], device: torch.device, first: float, budget: 
 
 
 if __name__ == "__main__":
-    main()
+    main(measure)

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from regard.files import parsed
 from regard.tasks import Metric
 
 Match = Literal["params", "flops"]
@@ -85,3 +89,58 @@ class Result:
             known = {f.name for f in fields(Metric)}
             object.__setattr__(self, "metric", Metric(**{k: v for k, v in self.metric.items() if k in known}))
         object.__setattr__(self, "curve", [(int(step), float(loss)) for step, loss in self.curve])
+
+
+def stored(cell: object, result: object) -> Result:
+    """The result that two texts of JSON say. ValueError or TypeError where a value is not of its field's kind.
+
+    Fields of `Result` and `Metric` that this version has not are left out.
+    """
+    if not isinstance(cell, str) or not isinstance(result, str):
+        raise TypeError(f"it is stored as {type(cell).__name__} and {type(result).__name__}, not as text")
+    said, found = parsed(cell), parsed(result)
+    if not isinstance(said, dict) or not isinstance(found, dict) or not _is(found.get("metric", {}), dict[str, Any]):
+        raise TypeError("it is no object")
+    _check_kinds(Cell, said)
+    found = {name: value for name, value in found.items() if name in _FIELDS and name != "cell"}
+    _check_kinds(Result, found)
+    _check_kinds(Metric, found.get("metric", {}))
+    return Result(cell=Cell(**said), **found)
+
+
+_FIELDS = {field.name for field in fields(Result)}
+
+
+def _check_kinds(kind: type, said: dict[str, Any]) -> None:
+    hints = typing.get_type_hints(kind)
+    for name, value in said.items():
+        if name in hints and not _is(value, hints[name]):
+            raise TypeError(f"its {name} is {str(value)[:40]!r}; expected {_words(hints[name])}")
+
+
+def _words(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind).replace("typing.", "")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON may stand in a field of this type."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if is_dataclass(kind):
+        return isinstance(value, dict)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_is(one, inner[0]) for one in value)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_is, value, inner))
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(one, inner[1]) for one in value.values())
+    if kind is float:
+        return _is(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)

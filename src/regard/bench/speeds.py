@@ -57,20 +57,37 @@ class Runner:
 
 
 def in_turns(
-    task: Task, mechanisms: Sequence[str], settings: Mapping[str, Any], progress: Callable[[int], None]
+    task: Task, mechanisms: Sequence[str], settings: Mapping[str, Any], progress: Callable[[int, float], None]
 ) -> dict[str, dict[str, float]]:
-    """Mechanism -> tokens per second and their spreads, as fields of a Result."""
-    runners = {name: Runner(task, name, settings, torch.device(settings["device"])) for name in mechanisms}
+    """Mechanism -> tokens per second and their spreads, as fields of a Result.
+
+    `progress` is called before each turn, with the turns that are done and the place of whoever is next.
+    """
+    device, runners = torch.device(settings["device"]), {}
+    at_first = torch.get_num_threads(), torch.get_default_dtype()
+    for place, name in enumerate(mechanisms):
+        progress(0, place)
+        _back(*at_first)
+        runners[name] = Runner(task, name, settings, device)
     train: dict[str, list[float]] = {name: [] for name in runners}
     generate: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(TURNS):
-        for name, runner in runners.items():
+        for place, (name, runner) in enumerate(runners.items()):
+            progress(number, place)
+            _back(*at_first)
             train[name].append(statistics.median(runner.train(runner.steps)))
             if tokens := runner.generate(TOKENS):
                 generate[name].append(statistics.median(tokens))
-        progress(number + 1)
+    progress(TURNS, 0)
     size = settings["batch"] * task.tokens
     return {name: _told("train", train[name], size) | _told("generate", generate[name], 1) for name in runners}
+
+
+def _back(threads: int, dtype: torch.dtype) -> None:
+    """What one mechanism's code may have changed for all others."""
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(True)
 
 
 def _timed(work: Callable[[], object], times: int) -> list[float]:

@@ -9,16 +9,28 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from regard.bench.record import Cell, Result
+from regard.bench.record import Result, stored
+from regard.files import SHOWN
 
 FILE = "results.db"
 VERSION = 1
+COLUMNS = {
+    "key": "TEXT PRIMARY KEY",
+    "cell": "TEXT NOT NULL",
+    "result": "TEXT NOT NULL",
+    "status": "TEXT NOT NULL",
+    "created": "TEXT NOT NULL",
+}
+LONGEST = 2**28
+"""Bytes of the longest value that is read from a file of somebody else's."""
+SECONDS = 60.0
+"""The longest that reading it may take."""
 
 
 class StoreError(ValueError):
@@ -35,7 +47,7 @@ class Store:
         """The result of this cell, if there is one."""
         with _explained(self.path):
             row = self._database.execute("SELECT cell, result FROM cells WHERE key = ?", (key,)).fetchone()
-        return _result(*row) if row else None
+        return _result(self.path, *row) if row else None
 
     def put(self, result: Result) -> None:
         """Commit one row, in place of an earlier one of the same cell. Back from here, it is on disk."""
@@ -59,7 +71,7 @@ class Store:
         """Every row, in the order of their commits."""
         with _explained(self.path):
             rows = self._database.execute("SELECT cell, result FROM cells ORDER BY rowid").fetchall()
-        return [_result(*row) for row in rows]
+        return [_result(self.path, *row) for row in rows]
 
 
 @contextlib.contextmanager
@@ -77,35 +89,61 @@ def opened(folder: str | Path) -> Iterator[Store]:
 
 
 def read(folder: str | Path) -> list[Result]:
-    """Every row of a folder's store, while another process may be writing."""
+    """Every row of a folder's store, while another process may be writing. StoreError, one line, where it is none."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise StoreError(f"{path} does not exist; it is written by `regard compare`")
     with (
         _explained(path),
-        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as db,
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database,
     ):
-        return [_result(*row) for row in db.execute("SELECT cell, result FROM cells ORDER BY rowid")]
+        _distrust(database)
+        if not _is_ours(database, path):
+            raise StoreError(f"{path} holds no results of `regard compare`")
+        rows = database.execute("SELECT cell, result FROM cells ORDER BY rowid")
+        return [_result(path, *row) for row in rows]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    if path.exists() and not path.is_file():
+        raise StoreError(f"{path} is no file")
     with _explained(path):
         database = sqlite3.connect(path, timeout=10)
         try:
             database.execute("PRAGMA synchronous = FULL")
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, VERSION):
-                raise StoreError(f"{path} has format {version}; this version of regard reads {VERSION}")
-            with database:
-                database.execute(
-                    "CREATE TABLE IF NOT EXISTS cells (key TEXT PRIMARY KEY, cell TEXT NOT NULL, "
-                    "result TEXT NOT NULL, status TEXT NOT NULL, created TEXT NOT NULL)"
-                )
-                database.execute(f"PRAGMA user_version = {VERSION}")
+            if not _is_ours(database, path):
+                with database:
+                    database.execute(f"CREATE TABLE cells ({', '.join(f'{n} {t}' for n, t in COLUMNS.items())})")
+                    database.execute(f"PRAGMA user_version = {VERSION}")
         except BaseException:
             database.close()
             raise
     return database
+
+
+def _distrust(database: sqlite3.Connection) -> None:
+    """For a file that anybody may have written: a query of it ends, and takes no more memory than a row may have."""
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
+    end = time.monotonic() + SECONDS
+    database.set_progress_handler(lambda: time.monotonic() > end, 100_000)
+
+
+def _is_ours(database: sqlite3.Connection, path: Path) -> bool:
+    """Whether it has the table of results; StoreError where it has another of that name, or does more than hold it."""
+    database.execute("PRAGMA trusted_schema = OFF")
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version not in (0, VERSION):
+        raise StoreError(f"{path} has format {version}; this version of regard reads {VERSION}")
+    found = database.execute("SELECT type, sql FROM sqlite_master WHERE name = 'cells' COLLATE NOCASE").fetchall()
+    if database.execute("SELECT 1 FROM sqlite_master WHERE type = 'trigger' LIMIT 1").fetchone():
+        raise StoreError(f"{path} has triggers, which no store of `regard compare` has")
+    if not found:
+        return False
+    columns = {row[1]: row[6] for row in database.execute("PRAGMA table_xinfo(cells)")}
+    plain = [kind for kind, sql in found if kind == "table" and str(sql).upper().startswith("CREATE TABLE")]
+    if len(plain) != len(found) or list(columns) != list(COLUMNS) or any(columns.values()):
+        raise StoreError(f"{path}: its cells are no table of results of `regard compare`")
+    return True
 
 
 @contextlib.contextmanager
@@ -117,7 +155,9 @@ def _explained(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free
         if "full" in str(error) or "disk I/O" in str(error):
             raise StoreError(disk_full(path, free)) from error
-        raise StoreError(f"{path} cannot be used as a results store: {error}") from error
+        if "interrupted" in str(error):
+            raise StoreError(f"{path} cannot be read: it takes longer than {SECONDS:g} s") from error
+        raise StoreError(f"{path} cannot be used as a results store: {str(error)[:SHOWN]}") from error
 
 
 def disk_full(path: Path, free: int | None = None) -> str:
@@ -183,9 +223,9 @@ def _sweep(folder: Path) -> None:
             orphan.unlink()
 
 
-_FIELDS = {field.name for field in fields(Result)}
-
-
-def _result(cell: str, result: str) -> Result:
-    found: dict[str, Any] = {name: value for name, value in json.loads(result).items() if name in _FIELDS}
-    return Result(cell=Cell(**json.loads(cell)), **found)
+def _result(path: Path, cell: object, result: object) -> Result:
+    try:
+        return stored(cell, result)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise StoreError(f"{path}: a row is no result of `regard compare`: {why[:SHOWN]}") from error

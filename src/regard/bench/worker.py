@@ -1,55 +1,115 @@
-"""The process of one cell: reads its job as a line of JSON, writes events as lines of JSON.
+"""The process of one cell: reads its job as a line of JSON, and tells events as `regard.bench.wire` writes them.
 
     {"step": 10, "loss": 3.2}  …  {"result": {...}}  |  {"failed": "reason", "traceback": "..."}  |  {"full": "reason"}
 
-It ends when its input closes, so that no worker outlives a run that was killed.
+It ends with its guard (`regard.bench.guard`), so that no worker outlives a run that was killed.
 """
 
 import errno
+import faulthandler
 import json
 import os
-import sysconfig
+import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from regard.bench import wire
+from regard.bench.faults import CRASH, Refused, place, reason, told
 from regard.bench.record import Cell
+from regard.models.mixer import Spec, parse
+
+GUARD = "REGARD_GUARD"
+"""Environment variable: the guard's process id. The guard sets it, and can't import this."""
+HIGH = 500
+"""Descriptors from here on are out of the way of a mechanism that closes or reuses the first ones."""
+
+Progress = Callable[[int, float], None]
 
 
-def main() -> None:
+def main(do: "Callable[[dict[str, Any], Progress], dict[str, Any]] | None" = None) -> None:
+    """Do the one job of this process by `do`, by default `work`, and tell how it ended."""
     job = json.loads(_line())
-    threading.Thread(target=_until_closed, daemon=True).start()
-    # What a mechanism prints must not mix with the events.
-    events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event, allow_nan=False) + "\n")
-
+    say = _speaker(job.pop("secret"))
     try:
-        result = work(job, lambda step, loss: say({"step": step, "loss": loss}))
-    except MemoryError:
-        say({"failed": "out of memory"})
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        result = (do or work)(job, lambda step, loss: say({"step": step, "loss": loss}))
+    except BaseException as error:  # a mechanism may raise SystemExit or KeyboardInterrupt, too
+        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and no_room and not place(error):
             say({"full": str(error.filename or job["checkpoint"])})
         else:
-            from regard.bench.probing import Refused  # whose words tell more than where they were said
-
+            # A refusal's words tell more than where they were said.
             say({"failed": reason(error), "traceback": "" if isinstance(error, Refused) else told(error)})
     else:
         say({"result": result})
-    events.close()
-    os._exit(0)  # what is left is tearing torch down
+    _leave(0)  # what is left is tearing torch down
 
 
-def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Do the job and return the fields of its result, without the cell; or of each mechanism whose speed is asked."""
+_leave = os._exit
+
+
+def _speaker(secret: str) -> Callable[[dict[str, Any]], None]:
+    """Take the descriptors out of a mechanism's reach; returns what writes an event."""
+    _end_with_guard()
+    events, errors = _moved(1), _moved(2)
+    os.dup2(2, 1)  # what a mechanism prints
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    faulthandler.enable(errors)
+    me, pipe = os.getpid(), os.fstat(events).st_ino
+
+    def exit_(status: int) -> NoReturn:
+        if os.getpid() == me:
+            with open(errors, "w", closefd=False, errors="replace") as file:
+                print(CRASH[1] + "".join(_innermost_first()), file=file, flush=True)
+        _leave(status)
+
+    os._exit = exit_  # the only way to end without a trace of where
+
+    def say(event: dict[str, Any]) -> None:
+        if os.getpid() != me:
+            _leave(0)  # a copy of this process, made by a mechanism
+        try:
+            if os.fstat(events).st_ino != pipe:
+                _leave(wire.CLOSED)
+            for line in wire.lines(event, secret):
+                os.write(events, line)
+        except OSError:
+            _leave(wire.CLOSED)
+
+    return say
+
+
+def _innermost_first() -> list[str]:
+    """The frames of whoever asked to leave, as the fault handler writes them."""
+    frames = traceback.extract_stack(sys._getframe(2))[::-1]
+    return [f'  File "{frame.filename}", line {frame.lineno} in {frame.name}\n' for frame in frames]
+
+
+def _moved(descriptor: int) -> int:
+    """A copy of it that programs started from here do not inherit."""
+    try:
+        import fcntl
+
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, HIGH)
+    except (ImportError, OSError):  # Windows, or fewer are allowed
+        return os.dup(descriptor)
+
+
+def work(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Do the job and return the fields of its result, without the cell.
+
+    Or those of each mechanism in "speeds"; or, of each in "build", why it can't be built.
+    """
     import torch
 
     from regard import tasks
+    from regard.bench.match import sizes
     from regard.bench.speeds import in_turns
     from regard.bench.train import TrainingError, train
 
@@ -58,8 +118,11 @@ def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
     # Numbers below 1e-38 make matrix products on CPUs many times slower and carry nothing.
     torch.set_flush_denormal(True)
     task = tasks.make(cell.task, job["options"])
+    if "build" in job:
+        size = sizes(task, cell.settings)
+        return built(job["build"], lambda spec: task.model(spec, size), progress)
     if "speeds" in job:
-        return in_turns(task, job["speeds"], cell.settings, lambda turn: progress(turn, 0.0))
+        return in_turns(task, job["speeds"], cell.settings, progress)
     if not task.settings().items() <= cell.settings.items():
         raise TrainingError("the data has changed since the run began")
     checkpoint = Path(job["folder"]) / job["checkpoint"] if job["checkpoint"] else None
@@ -67,28 +130,16 @@ def work(job: dict[str, Any], progress: Any) -> dict[str, Any]:
     return {**{k: v for k, v in result.items() if k != "cell"}, "checkpoint": job["checkpoint"]}
 
 
-def reason(error: Exception) -> str:
-    """An exception in one line."""
-    said = " ".join(str(error).split())
-    if "out of memory" in said.lower() or "can't allocate memory" in said.lower():
-        said = "out of memory"
-    kind = type(error).__name__
-    plain = isinstance(error, ValueError) and said
-    return (said if plain else f"{kind}: {said}" if said else kind)[:500] + place(error)
-
-
-def place(error: Exception) -> str:
-    """' (file.py, line 7)' of the caller's own code, where the error came from it or passed through it; else ''."""
-    installed = tuple(f"{path}{os.sep}" for path in {*sysconfig.get_paths().values(), str(Path(__file__).parents[1])})
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*installed, "<"))]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-def told(error: Exception, most: int = 8000) -> str:
-    """The traceback; the middle of one that is very long is left out."""
-    said = "".join(traceback.format_exception(error))
-    return said if len(said) <= most else f"{said[: most // 2]}\n...\n{said[-most // 2 :]}"
+def built(names: list[str], build: Callable[[Spec], object], progress: Progress) -> dict[str, Any]:
+    """Build these mechanisms, one after the other. Returns name -> why one cannot be."""
+    found = {}
+    for number, name in enumerate(names):
+        progress(number, 0.0)  # who ends this process is known by that
+        try:
+            build(parse(name))
+        except BaseException as error:
+            found[name] = reason(error)
+    return found
 
 
 def _line() -> bytes:
@@ -99,10 +150,22 @@ def _line() -> bytes:
     return line
 
 
-def _until_closed() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
+def _end_with_guard() -> None:
+    """Linux ends this process with its guard; elsewhere a thread looks whether that is still there."""
+    if (guard := int(os.environ.pop(GUARD, 0))) and sys.platform == "linux":
+        return
+    entered = os.dup(0)
+
+    def watch() -> None:
+        if guard:
+            while os.getppid() == guard:
+                time.sleep(0.5)
+        else:
+            while os.read(entered, 4096):
+                pass
+        _leave(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ class ChunkAttention(Attention):
         """An empty tree with a sequence for every row; room is taken as tokens come, up to the capacity of each."""
         keys = super().init_state(batch_size, capacity, device="meta", dtype=dtype).buffers["k"]
         device = self.k_proj.weight.device if device is None else device
-        tree = PrefixTree(self.num_kv_heads, self.head_dim, chunk=self.chunk, device=device, dtype=keys.dtype)
+        tree = PrefixTree(
+            self.num_kv_heads, self.head_dim, chunk=min(self.chunk, capacity), device=device, dtype=keys.dtype
+        )
         return Branches(tree, tuple(tree.add() for _ in range(batch_size)), capacity)
 
     def step(  # type: ignore[override]

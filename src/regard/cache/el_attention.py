@@ -17,6 +17,7 @@ from torch import Tensor
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import refuse, tokens, whole
 from regard.kernels import execute
+from regard.kernels.check import check_mask
 from regard.masks import Mask
 from regard.pipeline.head_mixer import Projections
 from regard.pipeline.kv_cache import KVCache
@@ -40,7 +41,7 @@ out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
     ),
     supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
     traits=PLAIN,
-    cost=Cost("2*B*H*T*S*M", "S*M"),
+    cost=Cost("2*B*H*T*S*D", "S*M"),
     claim="The same result as multi-head attention from a smaller state: half of the bytes of a key/value cache: "
     "tests/cache/test_el_attention.py::test_the_state_is_half_of_a_key_value_cache.",
     differs=(
@@ -138,6 +139,7 @@ class ELAttention(Attention):
             refuse(self, "state", "has the wrong type", given, "the KVCache of init_state", error=TypeError)
         if mask is not None and not isinstance(mask, Mask):
             refuse(self, "mask", "has the wrong type", type(mask).__name__, "a regard.masks.Mask", error=TypeError)
+        check_mask(mask, x.shape[0], self.num_heads, x.shape[1], state.length + x.shape[1], x.device)
         kept = x.to(state.buffers["x"].dtype) if autocasts(x.device) and "x" in state.buffers else x
         held, state = state.append(x=kept)
         self._positions(positions, x.shape[0], x.shape[1], x.device)

@@ -111,17 +111,17 @@ def _option(card: Card, name: str, default: object, own: Mapping[str, Any]) -> s
     """'window = 128  (here 3)  (default: ours)'; with the other values that it may have, where these are words."""
     words = f"{name} (required)" if default is inspect.Parameter.empty else f"{name} = {default!r}"
     assert card.made is not None
-    others = [repr(value) for value in _values(card.made.signature.parameters[name].annotation) if value != default]
+    others = [repr(value) for value in values(card.made.signature.parameters[name].annotation) if value != default]
     words += f"  or {', '.join(others)}" if others else ""
     words += f"  (here {own[name]!r})" if name in own else ""
     return words + (f"  (default: {card.defaults[name]})" if name in card.defaults else "")
 
 
-def _values(annotation: object) -> list[object]:
+def values(annotation: object) -> list[object]:
     """What a `Literal`, or a union with one, allows."""
     if typing.get_origin(annotation) is Literal:
         return list(typing.get_args(annotation))
-    return [value for member in typing.get_args(annotation) for value in _values(member)]
+    return [value for member in typing.get_args(annotation) for value in values(member)]
 
 
 def _cost(card: Card, cost: Mapping[str, Any]) -> Iterator[str]:

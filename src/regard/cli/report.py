@@ -16,7 +16,15 @@ def report(
 ) -> None:
     """Write the report of a comparison again, from its stored results."""
     from regard.bench.report import write
-    from regard.bench.store import read
+    from regard.bench.store import FILE, read
+    from regard.files import naming
 
-    path = write(read(folder), folder / "report.html" if out is None else out)
+    results = read(folder)
+    try:
+        path = write(results, folder / "report.html" if out is None else out)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # what results of no run may lead to can't be listed
+        with naming(folder / FILE):
+            raise ValueError(f"its results make no report: {type(error).__name__}: {error}") from error
     print(terminal.line(f"report: {path}"))

@@ -9,6 +9,7 @@ import typer
 from regard import index, terminal
 from regard.cli.arguments import AsJson, print_json
 from regard.cli.group import Command, app
+from regard.files import write_atomically
 
 
 @app.command("show", cls=Command)
@@ -40,7 +41,7 @@ def show(
         field = picture.field(module)
         if field is None:
             raise ValueError(f"show: {spec.name} has no mask that could be drawn; leave --svg out")
-        svg.write_text(field.svg(), encoding="utf-8")
+        write_atomically(svg, field.svg())
     if as_json:
         entries = [index.data(card) for card, _ in parts]
         told = [{**entry, "cost": {**entry["cost"], "numbers": cost}} for entry, cost in zip(entries, costed)]

@@ -39,7 +39,7 @@ first layer: W_qp qpos is added to the content query, and W_kp pos to the conten
     inputs=_inputs,
     supports={"bidirectional", "padding", "compile"},
     traits={"normalised", "nonnegative"},
-    cost=Cost("(5*T + 3*S)*M*M + 3*T*S*M", ""),
+    cost=Cost("B*(3*T + S)*M*M + 3*B*T*S*M", ""),
     claim="The place alone finds the region, and training is 6.7 to 10 times shorter. In small: a head attends near "
     "its reference, and a detector learns faster than with plain cross-attention: "
     "tests/detection/test_conditional.py::test_the_place_alone_finds_the_reference, "

@@ -46,7 +46,7 @@ y = W_o concat over heads of (sum over l, p of weight * V_l(loc)),   V = W_v mem
     inputs=example_inputs,
     supports={"bidirectional", "padding", "compile"},
     traits={"nonnegative"},
-    cost=Cost("(S + T)*M*M + T*H*num_levels*num_points*(3*M + 4*D)", ""),
+    cost=Cost("3*B*T*H*num_levels*num_points*M", ""),
     claim="As good as DETR in a tenth of the epochs: a query reads at most 4 H sum(K) pixels, near its reference, "
     "however large the maps, and a detector learns faster than with plain cross-attention: "
     "tests/detection/test_deformable.py::test_reads_few_pixels_however_large_the_maps, "

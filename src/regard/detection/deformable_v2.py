@@ -24,7 +24,7 @@ discrete: sample = V_l[row, column],  column = trunc(loc_x X_l + 1/2), row = tru
     inputs=example_inputs,
     supports={"bidirectional", "padding", "compile"},
     traits={"nonnegative"},
-    cost=Cost("(S + T)*M*M + T*H*num_levels*4*(3*M + 4*D)", ""),
+    cost=Cost("3*B*T*H*num_levels*4*M", ""),
     claim="Discrete sampling needs no grid_sample and reads a quarter of the pixels: "
     "tests/detection/test_deformable.py::test_reads_few_pixels_however_large_the_maps.",
     differs=(

@@ -41,7 +41,7 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
     inputs=_inputs,
     supports={"bidirectional", "compile"},
     traits={"nonnegative"},
-    cost=Cost("3*N*M*M + 3*(E + 2*degree*N + 2*virtual*N)*M", ""),
+    cost=Cost("3*(E + 2*degree*N + 2*virtual*N)*M + 4*M*M", ""),
     claim="Edges grow linearly with N while the spectral gap stays open, so that news spreads in few layers: "
     "tests/graph/test_exphormer.py::test_expanders_are_regular_sparse_and_well_connected, "
     "tests/graph/test_exphormer.py::test_an_expander_spreads_news_in_few_layers.",
@@ -59,6 +59,7 @@ edges: the graph's own; `degree` random permutations u -> pi(u) and back; all no
 )
 
 
+@checked()
 def edge_attention(
     q: Float[Tensor, "T H D"],
     k: Float[Tensor, "S H D"],

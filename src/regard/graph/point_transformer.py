@@ -37,7 +37,7 @@ share = s: gamma gives C / s numbers, and channels c, c + C / s, ... have one we
     inputs=_inputs,
     supports={"bidirectional", "compile"},
     traits={"position_free", "shift_invariant"},
-    cost=Cost("3*N*M*M + E*M*(M + 2*M/share + pos_dim)", ""),
+    cost=Cost("E*M*(M + 2*M/share + pos_dim)", ""),
     claim="70.4% mIoU on S3DIS Area 5, at full size only. In small: channels of one point may look at different "
     "neighbours, which one weight for all cannot: "
     "tests/graph/test_point_transformer.py::test_channels_look_at_different_neighbours.",
@@ -73,6 +73,7 @@ def nearest(
     return torch.stack([source, torch.arange(len(pos), device=pos.device)[:, None].expand_as(source)]).flatten(1)
 
 
+@checked()
 def vector_attention(
     q: Float[Tensor, "T C"],
     k: Float[Tensor, "S C"],

@@ -3,7 +3,6 @@
 Only safetensors are read and no code that comes with a model is run.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
+from regard import files
 from regard.inspect.page.render import render
+from regard.inspect.picture import pixels
 from regard.inspect.statistics import HeadStatistics
 from regard.inspect.trace import Trace, trace
+from regard.integrations.folder import config_of, fetched, look, pretrained, tokenizer
 from regard.models.checkpoint import load as read
-from regard.models.checkpoint import write_atomically
 from regard.models.lm import LanguageModel
 
 RUNS = Path("runs")
@@ -74,8 +74,14 @@ def explain(
     call = _inputs(loaded, text, image)
 
     def traced() -> Trace:
-        with torch.no_grad():
-            return trace(loaded.model, call, tokenizer=loaded.tokenizer, layers=layers)
+        try:
+            with torch.no_grad():
+                return trace(loaded.model, call, tokenizer=loaded.tokenizer, layers=layers)
+        except (ValueError, TypeError, OSError, ImportError):
+            raise
+        except Exception as error:  # files that fit each other by their sizes alone, as a tokenizer of other tokens
+            reason = " ".join(str(error).split())[: files.SHOWN]
+            raise ValueError(f"{loaded.name} cannot be run on this: {type(error).__name__}: {reason}") from error
 
     first, second = traced(), None
     if swap is not None:
@@ -166,18 +172,13 @@ def _trained(say: Say) -> Path:
 
 def _transformers(model: str) -> Loaded:
     try:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        from transformers.utils import logging
+        from transformers import AutoModel
     except ImportError as error:
         raise ImportError('explain --model needs transformers: pip install "regard[transformers]"') from error
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": Path(model).is_dir()}
-    config = AutoConfig.from_pretrained(model, **safe)
-    made = AutoModel.from_pretrained(model, config=config, use_safetensors=True, **safe)
-    main = getattr(made, "main_input_name", "input_ids")
-    tokenizer = AutoTokenizer.from_pretrained(model, **safe) if main == "input_ids" else None
-    return Loaded(f"{type(made).__name__} of {model}", made.eval(), tokenizer, Path(model))
+    found = look(Path(model) if Path(model).is_dir() else fetched(model))
+    made = pretrained(AutoModel, found, config_of(found))
+    reads = getattr(made, "main_input_name", "input_ids") == "input_ids"
+    return Loaded(f"{type(made).__name__} of {model}", made.eval(), tokenizer(found) if reads else None, found.folder)
 
 
 def _inputs(loaded: Loaded, text: str | None, image: Path | None) -> Any:
@@ -200,23 +201,6 @@ def _inputs(loaded: Loaded, text: str | None, image: Path | None) -> Any:
     return call
 
 
-def pixels(path: Path, size: int | Sequence[int], folder: Path | None = None) -> Float[Tensor, "1 3 Y X"]:
-    """A picture as the model wants it, with mean and deviation of its preprocessor_config.json, else 1/2."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('explain --image needs Pillow: pip install "regard[transformers]"') from error
-    import numpy as np
-
-    Y, X = (size, size) if isinstance(size, int) else size
-    with Image.open(path) as picture:
-        table = np.asarray(picture.convert("RGB").resize((X, Y), Image.Resampling.BICUBIC))
-    about = folder / "preprocessor_config.json" if folder is not None else None
-    told = json.loads(about.read_text(encoding="utf-8")) if about is not None and about.is_file() else {}
-    mean, deviation = (torch.tensor(told.get(name, [0.5] * 3)).view(3, 1, 1) for name in ("image_mean", "image_std"))
-    return ((torch.from_numpy(table.copy()).permute(2, 0, 1) / 255 - mean) / deviation)[None]
-
-
 def _swapped(loaded: Loaded, mechanism: str) -> Any:
     model: Any = loaded.model
     if not hasattr(model, "set_attn_implementation"):
@@ -231,4 +215,4 @@ def _swapped(loaded: Loaded, mechanism: str) -> Any:
 def _write(out: Path, name: str, first: Trace, second: Trace | None, swap: str | None) -> None:
     names = (name, swap) if swap is not None and swap != name else ("before", "after")
     html = render(first, other=second, names=names, title=f"What {name} attends to")
-    write_atomically(out, html.encode())
+    files.write_atomically(out, html)

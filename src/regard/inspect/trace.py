@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.checks import refuse, whole
+from regard.files import write_atomically
 from regard.inspect import analyses, store
 from regard.inspect.ask import ask, offers
 from regard.inspect.capture import huggingface, modules
@@ -22,7 +23,6 @@ from regard.inspect.inputs import SEEING, Call, Tokens, call_of, grid_of, separa
 from regard.inspect.layers import Chosen, LayerTrace
 from regard.inspect.page.render import fragment, render
 from regard.inspect.statistics import HeadStatistics, layer_statistics
-from regard.models.checkpoint import write_atomically
 
 Kind = Literal["self", "cross"]
 

@@ -18,7 +18,7 @@ from regard import masks
 from regard.catalog import card, cards, told_each
 from regard.checks import choice, refuse, whole
 from regard.integrations.slots import Parts
-from regard.masks import Mask, algebra, grids, patterns, selection
+from regard.masks import Mask, algebra, grids, patterns, selection, structured
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
 from regard.shapes import HeadShape
@@ -96,6 +96,10 @@ _NUMBERS: dict[type[Mask], dict[str, str]] = {
     patterns.Blocks: {"size": "size"},
     patterns.GlobalTokens: {"n": "size"},
     patterns.Prefix: {"n": "size"},
+    structured.BlockCausal: {"size": "size"},
+    structured.BlockDiffusion: {"size": "size", "length": "size"},
+    structured.GlobalPlaces: {"places": "tensor"},
+    structured.Tree: {"parents": "tensor", "prefix": "tensor"},
     algebra.And: {"parts": "masks"},
     algebra.Or: {"parts": "masks"},
     held.PerHead: {"parts": "masks"},
@@ -112,6 +116,8 @@ _KINDS = {kind.__name__: kind for kind in _NUMBERS}
 _AGAIN: dict[type[Mask], Callable[..., Mask]] = {
     held.PerHead: lambda parts: masks.per_head(parts),
     held.Documents: lambda ids: masks.documents(ids),
+    structured.GlobalPlaces: lambda places: masks.global_tokens(places),
+    structured.Tree: lambda parents, prefix: masks.tree(parents, prefix=prefix),
     held.Kept: lambda keep: masks.padding(keep),
     held.Lengths: lambda n, words: held.Lengths(masks.prefix(n).n, words),  # type: ignore[attr-defined]
     held.Dense: lambda tensor: masks.dense(tensor),

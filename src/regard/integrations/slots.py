@@ -21,7 +21,7 @@ from regard.masks.algebra import Index
 from regard.pipeline.function import unless_softmax
 from regard.shapes import HeadShape
 from regard.spec import parse
-from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Position, Selector, slot_of
+from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Mix, Position, Selector, slot_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Parts(nn.Module):
     heads: HeadMap | None
     position: Position | None
     selector: Selector | None
+    score_mix: Mix | None
+    weight_mix: Mix | None
     gate: Gate | None
 
     def __init__(self, slots: Mapping[str, Any]) -> None:
@@ -51,6 +53,8 @@ class Parts(nn.Module):
         for name in SLOTS:
             setattr(self, name, slots.get(name))
         self.kernel: str = slots.get("kernel", "auto")
+        self.supports = FEATURES
+        """What kinds of calls the mechanism takes; of drop-ins, for those of swapped models are checked in advance."""
         self.x: Tensor | None = None
 
     def filled(self) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def check_mechanism(mechanism: Any) -> frozenset[str]:
     slots = mechanism if isinstance(mechanism, Mapping) else {only_slot(mechanism): mechanism}
     for slot, part in slots.items():
         if slot not in SLOTS:
-            raise ValueError("swap: " + unknown("slot", str(slot), list(SLOTS)))
+            raise ValueError(unknown("slot", str(slot), list(SLOTS), who="swap"))
         if not isinstance(part, SLOTS[slot].kind):
             wanted = f"a {SLOTS[slot].kind.__name__}"
             refuse("swap", f"slot {slot!r}", "has the wrong type", type(part).__name__, wanted, error=TypeError)

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor, fx, nn
 
+from regard.integrations import timm_layers, timm_maps
 from regard.integrations.slots import check_mechanism
-from regard.integrations.torch_mha import check_call, parts_for
-from regard.integrations.transformers_call import Call
-from regard.kernels import Problem, execute
-from regard.kernels.check import check_bias, check_mask
-from regard.masks import causal
+from regard.integrations.timm_attend import attend
+from regard.integrations.timm_layers import Adapted
+from regard.integrations.torch_mha import parts_for
 from regard.shapes import HeadShape, head_shape
+
+fx.wrap("attend")  # said where it is called from
 
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
@@ -95,68 +96,83 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T M"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "B T N"]:
         """`attn_mask`: True = may attend, or numbers to add; it counts for nothing where `is_causal`, as in timm."""
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        mask: Bool[Tensor, "B H T T"] | None = None
-        bias = None
-        if attn_mask is not None and not is_causal:
-            attn_mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-            if attn_mask.dtype == torch.bool:
-                mask = attn_mask.expand(-1, -1, T, T)
-            else:
-                bias = attn_mask
-        allowed = causal() if is_causal else check_mask(mask, B, self.num_heads, T, T, x.device)
-        dropout = self.attn_drop.p if self.training else 0.0
-        call = Call(
-            check_bias(Problem(q, k, v, self.head_dim**-0.5, mask=allowed, bias=bias, dropout=dropout)), None, False
-        )
-        check_call(self.supports, call, cross=False)
-        self.parts.x = x
-        out = self.parts.gated(execute(self.parts.applied(call), self.parts.kernel).transpose(1, 2))
-        self.parts.x = None
+        options: dict[str, Any] = {"drop": self.attn_drop, "attn_mask": attn_mask, "is_causal": is_causal}
+        out = attend(self.parts, q, k, v, x, scale=self.head_dim**-0.5, **options)
         out = self.norm(out.flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
 
-def replace(model: nn.Module, mechanism: Any, **options: Any) -> list[str]:
-    """Give every Attention of a timm model another mechanism, in place; projections, norms and their weights stay.
+KINDS: dict[str, type[Adapted]] = {
+    kind.__name__: kind
+    for kind in (
+        *(timm_layers.ClassAttn, timm_layers.TalkingHeadAttn, timm_layers.EvaAttention, timm_layers.AttentionRope),
+        *(timm_maps.WindowAttention, timm_maps.ChannelAttention, timm_maps.ChannelAttentionV2),
+        *(timm_maps.WindowAttentionGlobal, timm_maps.AttentionCl, timm_maps.Attention2d),
+    )
+}
+"""Whose place is taken, by the name of timm's class, beside `Attention`."""
 
-    Each layer is first compared with regard's exact attention on random tokens.
+
+def replace(model: nn.Module, mechanism: Any, **options: Any) -> list[str]:
+    """Give every attention layer of a timm model another mechanism, in place; projections, norms and weights stay.
+
+    Knows timm's Attention, and the classes of Cait, EVA, DaViT, MaxxViT and GCViT. Each layer is first compared with
+    regard's exact attention on random tokens.
 
     Returns:
         The replaced layers' paths.
 
     Raises:
-        ValueError: a model without such layers, or one whose layers compute something else.
+        ValueError: a model without such layers, or one whose layers compute something else; a mechanism that can't
+            serve one of them.
     """
-    found = {
-        name: m for name, m in model.named_modules() if type(m).__name__ == "Attention" and _no_attention(m) is None
-    }
+    found = {name: module for name, module in model.named_modules() if _known(module)}
     if not found:
-        raise ValueError(f"replace: {type(model).__name__} has no timm Attention layers (qkv, proj, num_heads)")
+        known = ", ".join(["Attention", *KINDS])
+        raise ValueError(f"replace: {type(model).__name__} has no timm Attention layers (classes {known})")
     made = {}
     for name, module in found.items():
-        if not isinstance(module, Attention):
+        if not isinstance(module, Attention | Adapted):
             _check(name, module)
-        made[name] = Attention.from_timm(module, mechanism, **options)
+        try:
+            made[name] = _made(module, mechanism, options)
+        except ValueError as error:
+            raise ValueError(f"replace: {name}: {error}; nothing was replaced") from error
     for name, attention in made.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, attention)
     return list(made)
 
 
+def _known(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return (name == "Attention" and _no_attention(module) is None) or (name in KINDS and KINDS[name].takes(module))
+
+
+def _made(module: nn.Module, mechanism: Any, options: dict[str, Any]) -> Attention | Adapted:
+    kind = KINDS.get(type(module).__name__)
+    return Attention.from_timm(module, mechanism, **options) if kind is None else kind(module, mechanism, options)
+
+
 @torch.no_grad()
 def _check(name: str, module: nn.Module) -> None:
     old = copy.deepcopy(module).eval()
-    new = Attention.from_timm(copy.deepcopy(module)).eval()
-    weight = new.qkv.weight
-    x = torch.randn(2, 5, new.qkv.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
-    ours, theirs = new(x).double(), old(x).double()
+    new = _made(copy.deepcopy(module), "softmax", {}).eval()
+    weight, generator = new.proj.weight, torch.Generator().manual_seed(0)
+    inputs = (
+        new.samples(generator)
+        if isinstance(new, Adapted)
+        else (torch.randn(2, 5, new.qkv.in_features, generator=generator),)
+    )
+    inputs = tuple(x.to(weight) for x in inputs)
+    ours, theirs = new(*inputs).double(), old(*inputs).double()
     if not bool((ours - theirs).abs().max() <= 1e-4 * (1 + theirs.abs().max())) and weight.element_size() > 2:
-        raise ValueError(f"replace: {name} does not compute what timm's Attention does; nothing was replaced")
+        who = type(module).__name__
+        raise ValueError(f"replace: {name} does not compute what timm's {who} does; nothing was replaced")
 
 
 def _no_attention(module: nn.Module) -> str | None:

@@ -10,16 +10,16 @@ mechanism out; `_qkv_same_embed_dim = False` tells it, by its own rule, not to t
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.checks import divides, flag, foreign, number, refuse, usual, whole
+from regard.checks import divides, flag, number, refuse, whole
 from regard.integrations.slots import About, Parts, check_mechanism, slots_of, start_as_original, why_not
+from regard.integrations.torch_mha_inputs import WHO, check_masks, check_tensors, masks_of, static_length
 from regard.integrations.transformers_call import Call, weights
 from regard.kernels import Problem, execute
-from regard.kernels.check import check_terms, lowest_masked
-from regard.masks import Mask, causal, dense, padding
+from regard.kernels.check import lowest_masked
 from regard.shapes import HeadShape
 
 
@@ -27,11 +27,16 @@ class MultiheadAttention(nn.Module):
     """Drop-in for torch.nn.MultiheadAttention.
 
     Args:
-        embed_dim ... dtype: torch's own. `add_bias_kv` and `add_zero_attn` are refused: they add keys of no token.
+        embed_dim ... dtype: torch's own.
         mechanism, options: as in `regard.swap`. Its parameters are in `parts`, and start where the layer is softmax's.
+            The keys of `add_bias_kv` and `add_zero_attn` are of no token and stand nowhere: a mechanism that asks where
+            keys stand is refused beside them.
 
     Shapes: query (T, B, M), key (S, B, kdim), value (S, B, vdim), or batch first, or without a batch.
     """
+
+    bias_k: Tensor | None
+    bias_v: Tensor | None
 
     def __init__(
         self,
@@ -51,18 +56,15 @@ class MultiheadAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if add_bias_kv or add_zero_attn:
-            raise ValueError("MultiheadAttention: add_bias_kv and add_zero_attn are not supported; they must be False")
-        flag("MultiheadAttention", bias=bias, batch_first=batch_first)
-        number("MultiheadAttention", least=0, most=1, dropout=dropout)
-        whole("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads)
-        divides("MultiheadAttention", num_heads=num_heads, embed_dim=embed_dim)
+        flag(WHO, bias=bias, batch_first=batch_first, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
+        number(WHO, least=0, most=1, dropout=dropout)
+        whole(WHO, embed_dim=embed_dim, num_heads=num_heads)
+        divides(WHO, num_heads=num_heads, embed_dim=embed_dim)
         D = embed_dim // num_heads
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, D
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first = dropout, batch_first
-        self.bias_k = self.bias_v = None
-        self.add_zero_attn = False
+        self.add_zero_attn = add_zero_attn
         self._qkv_same_embed_dim = False
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -76,17 +78,24 @@ class MultiheadAttention(nn.Module):
             parameter = None if width is None else nn.Parameter(torch.empty(embed_dim, width, **at))
             self.register_parameter(name, parameter)
         self.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * embed_dim, **at)) if bias else None)
+        for name in ("bias_k", "bias_v"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, embed_dim, **at)) if add_bias_kv else None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **at)
         self.supports = check_mechanism(mechanism)
         self.parts = parts_for(mechanism, HeadShape(embed_dim, num_heads, num_heads, D), self.supports, options).to(
             **at
         )
+        if (add_bias_kv or add_zero_attn) and not self.parts.placeless:
+            got = f"{mechanism!r} beside add_bias_kv or add_zero_attn"
+            refuse(WHO, "mechanism", "asks where keys stand", got, "one that doesn't: the keys added stand nowhere")
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("weight"):
                 nn.init.xavier_uniform_(parameter)
+            elif name in ("bias_k", "bias_v"):
+                nn.init.xavier_normal_(parameter)
             else:
                 nn.init.zeros_(parameter)
         if self.out_proj.bias is not None:
@@ -98,13 +107,13 @@ class MultiheadAttention(nn.Module):
     ) -> "MultiheadAttention":
         """The same layer with another mechanism; weights are copied."""
         held = module.out_proj.weight
-        if module.bias_k is not None or module.add_zero_attn:
-            raise ValueError("MultiheadAttention: the module has add_bias_kv or add_zero_attn, which is not supported")
         made = cls(
             module.embed_dim,
             module.num_heads,
             dropout=module.dropout,
             bias=module.in_proj_bias is not None,
+            add_bias_kv=module.bias_k is not None,
+            add_zero_attn=module.add_zero_attn,
             kdim=module.kdim,
             vdim=module.vdim,
             batch_first=module.batch_first,
@@ -126,27 +135,40 @@ class MultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        static_k: Float[Tensor, "BH S D"] | None = None,
+        static_v: Float[Tensor, "BH S D"] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As torch's: `key_padding_mask` (B, S) and `attn_mask` (T, S) or (B H, T, S) are True where a key is HIDDEN,
-        or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one."""
-        self._check(query, key, value)
+        or numbers to add to the scores. `is_causal` says that `attn_mask` is the causal one.
+
+        Keys that the layer adds come last in the weights, first that of `add_bias_kv`; masks say nothing of them.
+
+        Args:
+            static_k, static_v: take the place of the projected keys and values, as in torch's function
+                `multi_head_attention_forward`; its module has no way to them.
+        """
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        check_tensors(query, key, value, widths, self.out_proj.weight, batch_first=self.batch_first)
         batched, same = query.dim() == 3, query is key
         if is_causal and attn_mask is None:
             raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask, which must be given too")
         x, keys, values = (z[None] if not batched else z if self.batch_first else z.transpose(0, 1)
                            for z in (query, key, value))  # fmt: skip
-        if not batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[None]
+        if self.bias_k is not None and (static_k is not None or static_v is not None):
+            refuse(WHO, "static_k and static_v", "are given beside add_bias_kv", "both", "one of the two, as in torch")
+        B, H = x.shape[0], self.num_heads
+        S = static_length(static_k, static_v, (B * H, keys.shape[1], self.head_dim), self.out_proj.weight)
+        sizes = (B, H, x.shape[1], S)
+        check_masks(attn_mask, key_padding_mask, sizes, query)
         q, k, v = self._project(x, keys, values)
-        (B, H, T, D), S = q.shape, k.shape[2]
-        mask, bias = _attn_mask(attn_mask, B, H, T, S, causal_hint=is_causal)
-        keep = None
-        if key_padding_mask is not None:
-            keep, added = _hidden(key_padding_mask, (B, S), "key_padding_mask")
-            mask = padding(keep) if mask is None else mask & padding(keep)
-            if added is not None:
-                bias = added[:, None, None] if bias is None else bias + added[:, None, None]
-        p = Problem(q, k, v, D**-0.5, mask=mask, bias=bias, dropout=self.dropout if self.training else 0.0)
+        k = k if static_k is None else static_k.unflatten(0, (B, H))
+        v = v if static_v is None else static_v.unflatten(0, (B, H))
+        k, v = self._with_more(k, self.bias_k), self._with_more(v, self.bias_v)
+        more = k.shape[2] - S
+        mask, bias, keep = masks_of(attn_mask, key_padding_mask, sizes, causal_hint=is_causal, more=more)
+        scale, dropout = self.head_dim**-0.5, self.dropout if self.training else 0.0
+        p = Problem(q, k, v, scale, mask=mask, bias=bias, dropout=dropout)
         call = Call(lowest_masked(p), keep, need_weights)
         check_call(self.supports, call, cross=not same)
         changed = self.parts.applied(call)
@@ -161,27 +183,12 @@ class MultiheadAttention(nn.Module):
             return y[0], None if seen is None else seen[0]
         return y if self.batch_first else y.transpose(0, 1), seen
 
-    def _check(self, query: object, key: object, value: object) -> None:
-        """Refuse what is no three tensors of the layer's widths that belong together."""
-        who, weight = "MultiheadAttention", self.out_proj.weight
-        found = []
-        widths = (self.embed_dim, self.kdim, self.vdim)
-        for (name, given), width in zip((("query", query), ("key", key), ("value", value)), widths):
-            if not isinstance(given, Tensor):
-                words = "a Tensor" + foreign(name, given)
-                refuse(who, name, "has the wrong type", type(given).__name__, words, error=TypeError)
-            usual(who, **{name: given})
-            if given.dim() not in (2, 3) or given.shape[-1] != width:
-                refuse(who, name, "has the wrong shape", tuple(given.shape), f"2 or 3 axes, the last {width} wide")
-            if given.dtype != weight.dtype and not torch.is_autocast_enabled(given.device.type):
-                refuse(who, name, "has another dtype than the layer", given.dtype, str(weight.dtype), error=TypeError)
-            found.append(given)
-        q, k, v = found
-        if k.shape[:-1] != v.shape[:-1] or k.dim() != q.dim():
-            refuse(who, "value", "does not belong to key", tuple(v.shape), f"what key has, {tuple(k.shape)}, as query")
-        batch = 0 if self.batch_first else 1
-        if q.dim() == 3 and q.shape[batch] != k.shape[batch]:
-            refuse(who, "key", "has another batch than query", k.shape[batch], str(q.shape[batch]))
+    def _with_more(self, z: Float[Tensor, "B H S D"], bias: Tensor | None) -> Float[Tensor, "B H S1 D"]:
+        """Keys or values with those behind them that the layer adds."""
+        added = [] if bias is None else [bias.view(1, self.num_heads, 1, self.head_dim).expand(len(z), -1, -1, -1)]
+        if self.add_zero_attn:
+            added.append(z.new_zeros(*z.shape[:2], 1, self.head_dim))
+        return torch.cat([z, *added], 2) if added else z
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
         """(B, H, T, D), (B, H, S, D), (B, H, S, D)."""
@@ -197,13 +204,16 @@ class MultiheadAttention(nn.Module):
         ]
 
 
-def parts_for(mechanism: Any, shape: HeadShape, supports: frozenset[str], options: dict[str, Any]) -> Parts:
-    """The mechanism's parts for a layer that hands over plain, unrotated queries and keys."""
+def parts_for(
+    mechanism: Any, shape: HeadShape, supports: frozenset[str], options: dict[str, Any], *, rotary: bool = False
+) -> Parts:
+    """The mechanism's parts for a layer that hands over plain queries and keys, rotated only where it says so."""
     slots = slots_of(mechanism, shape, options)
-    about = About(shape, "bidirectional" not in supports, False, False, False, False, False)
+    about = About(shape, "bidirectional" not in supports, False, False, rotary, False, False)
     if reasons := why_not(slots, about, supports):
         raise ValueError(f"mechanism: it can't serve here: {'; '.join(reasons)}")
     parts = Parts(slots)
+    parts.supports = supports
     for part in parts.children():
         start_as_original(part)
     return parts
@@ -217,33 +227,3 @@ def check_call(supports: frozenset[str], call: Call, *, cross: bool) -> None:
         kind = "causal" if call.causal else "bidirectional"
         if kind not in supports:
             raise ValueError(f"mechanism: it does not support {kind} attention; the masks given make it so")
-
-
-def _attn_mask(
-    given: Tensor | None, B: int, H: int, T: int, S: int, *, causal_hint: bool
-) -> tuple[Mask | None, Tensor | None]:
-    if given is None:
-        return None, None
-    if causal_hint and T == S:
-        return causal(), None
-    if given.shape not in ((T, S), (B * H, T, S)):
-        raise ValueError(
-            f"MultiheadAttention: attn_mask must be {(T, S)} or {(B * H, T, S)}, got shape {tuple(given.shape)}"
-        )
-    allowed, added = _hidden(given, given.shape, "attn_mask")
-    shape = (B, H, T, S) if given.dim() == 3 else (1, 1, T, S)
-    return dense(allowed.view(shape)), None if added is None else added.view(shape)
-
-
-def _hidden(given: Tensor, shape: tuple[int, ...], name: str) -> tuple[Bool[Tensor, "..."], Tensor | None]:
-    """What torch's mask leaves to be seen, and what it adds."""
-    if given.shape != shape:
-        raise ValueError(f"MultiheadAttention: {name} must be {tuple(shape)}, got shape {tuple(given.shape)}")
-    if given.dtype == torch.bool:
-        return ~given, None
-    if not given.is_floating_point():
-        words = f"bool with True = hidden, or floating point; pass {name}.bool() if 1 means hidden"
-        refuse("MultiheadAttention", name, "has the wrong dtype", given.dtype, words, error=TypeError)
-    check_terms("MultiheadAttention", name, given, f"{name}.bool() if 1 means hidden")
-    hidden = given == -torch.inf
-    return ~hidden, given.masked_fill(hidden, 0.0)

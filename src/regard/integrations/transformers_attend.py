@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from regard.integrations.interface import plain_name
 from regard.integrations.slots import About, Parts
 from regard.integrations.transformers_call import compute, maps, read
 from regard.integrations.transformers_check import incoming
@@ -112,6 +113,7 @@ def _clear(place: str, module: nn.Module, *_: Any) -> None:
 
 def listening(model: nn.Module, called: Called) -> list[Callable[[], None]]:
     """Sub-models listen too: they may be called by themselves, and outlive the model."""
+    _configs_may_ask()
     undo: list[Callable[[], None]] = []
     for part in model.modules():
         if hasattr(part, "set_attn_implementation"):
@@ -129,3 +131,27 @@ def _hear(called: Called, model: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _forget(called: Called, *_: Any) -> None:
     called.heard.pop()
+
+
+@cache
+def _configs_may_ask() -> None:
+    """`config.output_attentions = True` works under a name of regard's, where transformers' setter takes only "eager".
+
+    Configs of other models go through transformers' setter as before.
+    """
+    from transformers import PreTrainedConfig
+
+    configs: Any = PreTrainedConfig
+    theirs = vars(configs).get("output_attentions")
+    if not isinstance(theirs, property) or theirs.fset is None:
+        return
+    refusing = theirs.fset
+
+    def ask(config: Any, value: bool) -> None:
+        name = config._attn_implementation
+        if isinstance(name, str) and plain_name(name) != name:
+            config._output_attentions = value
+        else:
+            refusing(config, value)
+
+    configs.output_attentions = theirs.setter(ask)

@@ -63,9 +63,10 @@ def read(
             raise ValueError(
                 f"swap: {type(module).__name__} attends with {name}=, which regard's attention doesn't read"
             )
-    query, key, value = _same_dtype(query, key, value)
-    if query.shape[0] != key.shape[0]:  # learned queries that serve every batch entry
+    query, key, value = same_dtype(query, key, value)
+    if query.shape[:1] == (1,) != key.shape[:1] and query.dim() == 4:  # learned queries that serve every batch entry
         query = query.expand(key.shape[0], -1, -1, -1)
+    check_inputs(query, key, value)
     mask, bias, first, keys, keep = _mask(module, query, key, attention_mask, is_causal)
     key, value = key[:, :, :keys], value[:, :, :keys]
     if position_bias is not None:
@@ -74,7 +75,6 @@ def read(
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     if softcap is not None and bias is not None:
         raise ValueError(f"swap: {type(module).__name__} has both a soft-cap and a bias; their order is not known")
-    check_inputs(query, key, value)
     B, H, T, D = query.shape
     problem = Problem(
         q=query,
@@ -138,7 +138,7 @@ class SinkSoftmax(Normalizer):
         return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
-def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast rotation leaves queries and keys wider than values; a matrix product would narrow them."""
     if len({t.dtype for t in tensors}) == 1:
         return tensors

@@ -2,9 +2,7 @@
 
 import copy
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor
 
 from regard.checks import choice, refuse
+from regard.files import header, naming, read_json
 from regard.integrations import files
-from regard.integrations.files import naming
+from regard.integrations.folder import Weights, config_of, look, pretrained
 from regard.integrations.interface import layers, plain_name
 from regard.integrations.recipes import WHO, entries
 from regard.integrations.transformers import Swap
@@ -45,14 +44,14 @@ def load_swapped(folder: str | Path) -> Swap:
         ValueError: a file is missing, damaged, of a newer version or does not fit the others, in one line that names
             it. Sizes are compared before anything is allocated.
     """
-    folder = Path(folder)
-    recipe_file, tensors_file = folder / RECIPE, folder / TENSORS
+    at = Path(folder)
+    recipe_file, tensors_file = at / RECIPE, at / TENSORS
     with naming(recipe_file):
         recipe, digest = _recipe(recipe_file)
     with naming(tensors_file):
         tensors = _tensors(tensors_file, recipe)
     with torch.random.fork_rng([]):
-        model = _host(folder, recipe, digest)
+        model = _host(at, recipe, digest)
         with naming(recipe_file):
             _name_attention(model, recipe["attention"])
             return _swapped(model, recipe["swaps"], tensors)
@@ -60,7 +59,7 @@ def load_swapped(folder: str | Path) -> Swap:
 
 def _recipe(path: Path) -> tuple[dict[str, Any], str]:
     """The recipe, looked at as far as it concerns no model, and its sha256."""
-    recipe, data = files.read_json(path)
+    recipe, data = read_json(path)
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
         kind = recipe.get("format") if isinstance(recipe, dict) else None
         raise ValueError(f"it has the format {str(kind)[:80]!r}; this version of regard reads {FORMAT!r}")
@@ -76,13 +75,13 @@ def _recipe(path: Path) -> tuple[dict[str, Any], str]:
 
 def _tensors(path: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, if they are those that the recipe tells of."""
-    header = files.header(path)
+    held = header(path)
     told = recipe["tensors"]
-    if odd := sorted(header.keys() ^ told.keys()):
+    if odd := sorted(held.keys() ^ told.keys()):
         raise ValueError(
-            f"its tensors are not those of {RECIPE} ({odd[0]!r} is in {'it' if odd[0] in header else RECIPE} alone)"
+            f"its tensors are not those of {RECIPE} ({odd[0]!r} is in {'it' if odd[0] in held else RECIPE} alone)"
         )
-    for name, (dtype, shape) in header.items():
+    for name, (dtype, shape) in held.items():
         if told[name] != [dtype, list(shape)]:
             raise ValueError(f"{name!r} is {dtype} {list(shape)}, and {str(told[name])[:80]} in {RECIPE}")
     if files.digest(path) != recipe["sha256"]:
@@ -93,123 +92,64 @@ def _tensors(path: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
 # --- the host ------------------------------------------------------------------------------------------------
 
 
-def _check_files(folder: Path, weights: Sequence[Path]) -> None:
-    """Refuse whatever would have transformers open other weights than these: it takes pickles, too, where it is led."""
-    with naming(folder / "config.json"):
-        config = files.read_json(folder / "config.json")[0]
-        if isinstance(config, dict) and config.get("transformers_weights") is not None:
-            raise ValueError("it names files of weights; expected those of model*.safetensors alone")
-    real = folder.resolve()
-    home = real.parent.parent if real.parent.name == "snapshots" else real  # the hub's cache links to its blobs
-    for path in weights:
+def _host(at: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedModel":
+    found = look(at)
+    marked = None
+    for path, held in found.files.items():
         with naming(path):
-            if not path.resolve().is_relative_to(home):
-                raise ValueError("it is a link out of the folder; expected a plain file")
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        if index.exists() or len(weights) > 1:
-            raise ValueError(f"{folder}: it holds model.safetensors and others besides; expected one or the other")
-        return
-    with naming(index):
-        said = files.read_json(index)[0]
-        named = said.get("weight_map") if isinstance(said, dict) else None
-        if not isinstance(named, dict) or {str(name) for name in named.values()} != {path.name for path in weights}:
-            raise ValueError("it does not name the files model*.safetensors of its folder, and those alone")
-
-
-def _host(folder: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedModel":
-    weights = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
-    marked, numbers, names = None, 0, 0
-    for path in weights:
-        with naming(path):
-            held = files.header(path)
             if MARKER in held:
                 marked = bytes(files.read_tensors(path, [MARKER])[MARKER].tolist()).hex()
-            numbers, names = numbers + sum(math.prod(shape) for _, shape in held.values()), names + len(held)
-    with naming(weights[0]):
+    with naming(found.first):
         if marked != digest:
             wrong = (
                 "it was not written by Swap.save_pretrained" if marked is None else "it was written with another one"
             )
             raise ValueError(f"{wrong}, so that it does not belong to {RECIPE}; save both again")
-    _check_files(folder, weights)
-    with naming(folder / "config.json"):
-        kind, config = _config(folder, names)
+    with naming(at / "config.json"):
+        kind, config = _config(found)
         with torch.device("meta"):
             asked = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
-        if asked > numbers:
-            raise ValueError(f"it asks for {asked} parameters, and the model's files hold {numbers} numbers")
+        if asked > found.numbers:
+            raise ValueError(f"it asks for {asked} parameters, and the model's files hold {found.numbers} numbers")
     if kind.can_generate():  # transformers itself would go on without it
-        with naming(folder / "generation_config.json"):
-            files.read_json(folder / "generation_config.json")
-    with naming(weights[0]), _quiet():
-        top = recipe["attention"].get(":")
-        model, info = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=_DTYPES[recipe["dtype"]],
-            attn_implementation=top if _known(top) else None,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        info = {**info, "unexpected_keys": set(info["unexpected_keys"]) - {MARKER}}
-        for key, found in info.items():
-            if found:
-                raise ValueError(f"it does not fit config.json: {key.replace('_', ' ')} {str(sorted(found)[0])[:120]}")
+        with naming(at / "generation_config.json"):
+            read_json(at / "generation_config.json")
+    top = recipe["attention"].get(":")
+    model, info = pretrained(
+        kind,
+        found,
+        config,
+        dtype=_DTYPES[recipe["dtype"]],
+        attn_implementation=top if _known(top) else None,
+        output_loading_info=True,
+    )
+    info = {**info, "unexpected_keys": set(info["unexpected_keys"]) - {MARKER}}
+    for key, odd in info.items():
+        if odd:
+            first = str(sorted(odd)[0])[:120]
+            raise ValueError(f"{found.first}: it does not fit config.json: {key.replace('_', ' ')} {first}")
     for parameter in model.parameters():
         if parameter.data_ptr() % 64:  # as it lies in the file; some operations round otherwise there
             parameter.data = parameter.data.clone()
     return model
 
 
-def _config(folder: Path, names: int) -> tuple[Any, Any]:
-    """The host's class, and its config. `names`: how many tensors there are, which a config may not go far beyond: its
-    lists, and the model's, grow with its numbers of layers and labels, whatever stands in the files."""
+def _config(found: Weights) -> tuple[Any, Any]:
+    """The host's class, and its config."""
     import transformers
 
-    said, _ = files.read_json(folder / "config.json")
-    given = said.get("architectures") if isinstance(said, dict) else None
+    given = found.said.get("architectures")
     if not isinstance(given, list) or len(given) != 1 or not isinstance(given[0], str):
         raise ValueError(f"its architectures must name one class (got {str(given)[:80]!r})")
     kind = getattr(transformers, given[0], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"its architectures name {given[0][:80]!r}, which is no model of transformers")
-    if odd := said.keys() & {"auto_map", "quantization_config"}:
-        raise ValueError(f"it has {sorted(odd)[0]!r}, with which no swapped model is saved")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError("adapter_config.json stands beside it, with which no swapped model is saved")
-    for name, value in _whole_numbers(said):
-        if any(word in name for word in ("layer", "block", "label")) and value > max(1000, names):
-            refuse("config", name, "is too large", value, f"no more than the files' {names} tensors")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if "auto_map" in found.said:
+        raise ValueError("it has 'auto_map', with which no swapped model is saved")
+    config = config_of(found)
     if kind.config_class is None or not isinstance(config, kind.config_class):
         raise ValueError(f"its model_type {config.model_type!r} is not that of {given[0]}")
     return kind, config
-
-
-def _whole_numbers(said: Any) -> Iterator[tuple[str, int]]:
-    """Those of a config and of the configs in it, by name."""
-    for name, value in said.items() if isinstance(said, dict) else ():
-        if isinstance(value, int):
-            yield str(name), value
-        yield from _whole_numbers(value)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars, and its warning about the marker."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _known(name: Any) -> bool:

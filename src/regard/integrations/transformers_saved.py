@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from regard import __version__
+from regard.files import write_atomically
 from regard.integrations import files
 from regard.integrations.interface import configs_of, interceptions, plain_name
 from regard.integrations.recipes import part_as_data, spelled, unlike
 from regard.integrations.transformers_attend import Attending, Entry
 from regard.integrations.transformers_rebuild import built, held_tensors, slots_for
-from regard.models.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,8 +29,42 @@ _OTHERWISE = {"is_causal": "did you mean 'causal'?", "dropout_p": "did you mean 
 """What torch calls by names that the layer does not have."""
 
 
+def check_problem(p: Problem) -> None:
+    """What every kernel counts on, whoever made the problem: queries, keys, values, mask and bias that fit each other.
+
+    Kernels read memory by these shapes, and torch's fused one looks at none of them.
+    """
+    check_inputs(p.q, p.k, p.v)
+    if p.mask is None and p.bias is None:
+        return
+    B, H, _, T, S = p.shape
+    if p.mask is not None:
+        check_mask(p.mask, B, H, T, S, p.q.device)
+    if p.bias is not None:
+        _check_bias(p)
+
+
+_USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all is well, in as few questions as will do: every call asks, and small ones take some 20 us."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    if q.is_nested or k.is_nested or v.is_nested or not q.layout == k.layout == v.layout == torch.strided:
+        return False
+    if q.dtype not in _USUAL or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        return False
+    Q, K, V = q.shape, k.shape, v.shape
+    if not len(Q) == len(K) == len(V) == 4 or K[:3] != V[:3] or Q[0] != K[0] or Q[3] != K[3]:
+        return False
+    return Q[3] > 0 and K[1] > 0 and Q[1] % K[1] == 0
+
+
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Ranks, sizes, dtypes and devices of queries, keys and values."""
+    if _fit(q, k, v):
+        return
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             wanted = "a Tensor (B, heads, tokens, D)" + foreign(name, t)
@@ -111,9 +145,15 @@ def _calls(mask: Tensor) -> str:
 
 def check_bias(p: Problem) -> Problem:
     """A bias that fits and means what it says; entries at -inf (or as low as the dtype goes) become masked."""
-    bias, (B, H, _, T, S) = p.bias, p.shape
-    if bias is None:
+    if p.bias is None:
         return p
+    _check_bias(p)
+    check_terms(WHO, "bias", p.bias, 'mask=bias.bool() if True means "may attend"')
+    return lowest_masked(p)
+
+
+def _check_bias(p: Problem) -> None:
+    bias, (B, H, _, T, S) = p.bias, p.shape
     if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         wanted = "a floating point Tensor; boolean masks go into mask="
@@ -123,8 +163,6 @@ def check_bias(p: Problem) -> Problem:
         refuse(WHO, "bias", "does not broadcast to the scores", tuple(bias.shape), wanted)
     if bias.device != p.q.device:
         refuse(WHO, "bias", "is on another device than q", bias.device, str(p.q.device))
-    check_terms(WHO, "bias", bias, 'mask=bias.bool() if True means "may attend"')
-    return lowest_masked(p)
 
 
 def check_terms(who: str, name: str, terms: Tensor, boolean: str) -> None:
@@ -167,8 +205,8 @@ def check_options(scale: float | None, dropout: float, *, who: str = "attention"
     for name, stage in stages.items():
         if name not in slots:
             hint = (_ELSEWHERE if who == WHO else _OTHERWISE).get(name, "") or meant(name, slots, 1)
-            said = f"{who}: there is no argument or slot {name!r}; slots are {', '.join(slots)}"
-            raise TypeError(f"{said}; {hint}" if hint else said)
+            told = "; ".join(filter(None, [f"one of {', '.join(slots)}", hint]))
+            refuse(who, "argument or slot", "is unknown", repr(name), told, error=TypeError)
         kind = SLOTS[name].kind
         if stage is not None and not isinstance(stage, kind):
             refuse(

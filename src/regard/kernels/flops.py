@@ -11,8 +11,9 @@
     FFTs            5 n log2 n for n complex numbers, half of that for real ones
     nothing         elementwise work, sums, softmax and other normalisers, cumulative sums, sorting and lookups
 
-A kernel that works outside of torch's operators, or computes pairs in vain, makes no difference. Where nobody may look
-(torch.func, torch.compile), there is what torch's counter sees.
+A kernel that works outside of torch's operators, or computes pairs in vain, makes no difference. Torch's own
+FlopCounterMode is told of attention by the same rule, as it knows neither our kernels nor torch's fused one on CPUs.
+Where nobody may look (torch.func, torch.compile), there is what torch's operators are charged for.
 """
 
 import math
@@ -23,10 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from regard.kernels import eager
 from regard.kernels.problem import Problem
@@ -44,62 +46,56 @@ class FlopCounter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.muted = False
-
-    def __enter__(self) -> "FlopCounter":
-        super().__enter__()
-        _COUNTING.append(self)
-        return self
-
-    def __exit__(self, *args: Any) -> Any:
-        _COUNTING.remove(self)
-        return super().__exit__(*args)
-
-    def add(self, name: Any, flops: float) -> None:
-        """So many more, for every module that is running."""
-        for module in set(self.mod_tracker.parents):
-            self.flop_counts[module][name] += int(flops)
 
     def _count_flops(self, packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         """What torch's counter does at every operator."""
-        if self.muted:
-            return out
         formula = FORMULAS.get(str(packet))
         if formula is None:
             return super()._count_flops(packet, out, args, kwargs)
         names = (a.name for a in packet.default._schema.arguments)
-        self.add(packet, formula({**dict(zip(names, args, strict=False)), **kwargs}))
+        _add(self, packet, formula({**dict(zip(names, args, strict=False)), **kwargs}))
         return out
 
 
-_COUNTING: list[FlopCounter] = []
+def _counters() -> list[FlopCounterMode]:
+    """All that count now, innermost last."""
+    return [m.counter for m in _get_current_dispatch_mode_stack() if isinstance(m, _FlopCounterMode)]
 
 
 def counting(p: Problem) -> bool:
     """Whether somebody counts and this problem can be told."""
-    return bool(_COUNTING) and not p.transformed and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():  # nearly always
+        return False
+    return not p.transformed and bool(_counters())
 
 
 def counted(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     """`run(p)`, counted by what the problem asks for and not by what the kernel does, in backward as well."""
     sources = {name: t for name in ("q", "k", "v") if (t := getattr(p, name)).requires_grad}
-    with _muted():
+    counters = _counters()
+    with _muted(counters):
         forward, backward = work(p)
         if trained := bool(sources) and torch.is_grad_enabled():
             p = replace(p, **dict(zip(sources, _Enter.apply(*sources.values()), strict=True)))
         out = run(p)
-    for counter in _COUNTING:
-        counter.add(OP, forward)
+    for counter in counters:
+        _add(counter, OP, forward)
     return _Leave.apply(backward, out) if trained else out
 
 
+def _add(counter: FlopCounterMode, name: Any, flops: float) -> None:
+    """So many more, for every module that is running."""
+    for module in set(counter.mod_tracker.parents):
+        counter.flop_counts[module][name] += int(flops)
+
+
 @contextmanager
-def _muted() -> Iterator[None]:
-    before = [(counter, counter.muted) for counter in _COUNTING]
-    _mute(True)
+def _muted(counters: list[FlopCounterMode]) -> Iterator[None]:
+    before = [counter for counter in counters if not _is_muted(counter)]
+    _mute(before, True)
     # FlexAttention can't run under a counter at all, so those that nothing stands above are taken away.
     away = []
-    for counter in reversed(_COUNTING):
+    for counter in reversed(counters):
         if counter.mode is None or _get_current_dispatch_mode() is not counter.mode:
             break
         counter.mode.__exit__(None, None, None)
@@ -109,13 +105,23 @@ def _muted() -> Iterator[None]:
     finally:
         for mode in reversed(away):
             mode.__enter__()
-        for counter, was in before:
-            counter.muted = was
+        _mute(before, False)
 
 
-def _mute(muted: bool) -> None:
-    for counter in _COUNTING:
-        counter.muted = muted
+def _is_muted(counter: FlopCounterMode) -> bool:
+    return vars(counter).get("_count_flops") is _ignored
+
+
+def _mute(counters: list[FlopCounterMode], muted: bool) -> None:
+    for counter in counters:
+        if muted:
+            vars(counter)["_count_flops"] = _ignored
+        else:
+            vars(counter).pop("_count_flops", None)
+
+
+def _ignored(packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+    return out
 
 
 class _Enter(torch.autograd.Function):
@@ -128,7 +134,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _mute(False)
+        _mute(_counters(), False)
         return grads
 
 
@@ -142,11 +148,12 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        for counter in _COUNTING:
-            counter.add(OP, ctx.flops)
-        _mute(True)
+        counters = _counters()
+        for counter in counters:
+            _add(counter, OP, ctx.flops)
+        _mute(counters, True)
         # Where nobody wants gradients of q, k or v, backward ends without passing `_Enter`.
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _mute(False))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _mute(counters, False))
         return None, grad
 
 

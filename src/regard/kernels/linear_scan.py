@@ -217,6 +217,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor 
     if not q.dtype.is_floating_point or {k.dtype, v.dtype} != {q.dtype}:
         got = f"{q.dtype}, {k.dtype} and {v.dtype}"
         refuse(WHO, "q, k and v", "have the wrong dtypes", got, "one floating point dtype; cast them", error=TypeError)
+    devices = {z.device for z in (q, k, v, decay, state) if z is not None}
+    if len(devices) > 1:
+        refuse(WHO, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
     B, H, T, K = q.shape
     shapes = ((H,), (B, H, T), (B, H, T, K))
     if decay is not None and tuple(decay.shape) not in shapes:

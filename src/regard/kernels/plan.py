@@ -20,6 +20,7 @@ from regard.kernels import (
     triton_attention,
     window,
 )
+from regard.kernels.check import check_problem
 from regard.kernels.cost import Cost, rates
 from regard.kernels.flops import counted, counting
 from regard.kernels.problem import CAUSAL, Problem, honest
@@ -75,11 +76,17 @@ def choose(p: Problem, kernel: str = "auto", device: str | None = None) -> Plan:
     Args:
         device: "cpu" or "cuda", for tensors on meta: what would run there, with the packages installed here.
     """
+    check_problem(p)
     if device is not None:
         choice("plan", ("cpu", "cuda"), device=device)
         if not p.q.is_meta:
             refuse("plan", "device", "is said of tensors that are on one", device, "None, or tensors on meta")
         p = replace(p, on=device)
+    return _chosen(p, kernel)
+
+
+def _chosen(p: Problem, kernel: str = "auto") -> Plan:
+    """The same for a problem that was looked at."""
     cannot = {name: _reasons(p, module) for name, module in KERNELS.items()}
     if kernel != "auto":
         _named(p, kernel)
@@ -102,8 +109,7 @@ def choose(p: Problem, kernel: str = "auto", device: str | None = None) -> Plan:
 
 def _named(p: Problem, kernel: str) -> ModuleType:
     """The kernel of that name, if it can run this."""
-    if kernel not in KERNELS:
-        raise ValueError(f"attention: unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
+    choice("attention", ("auto", *KERNELS), kernel=kernel)
     if reasons := _reasons(p, KERNELS[kernel]):
         able = [name for name, module in KERNELS.items() if not _reasons(p, module)]
         raise ValueError(
@@ -120,7 +126,8 @@ def _reasons(p: Problem, module: ModuleType) -> list[str]:
 
 
 def execute(p: Problem, kernel: str = "auto") -> Tensor:
-    """Run the problem on the kernel that `choose` takes."""
+    """Run the problem on the kernel that `choose` takes. All who have a problem come by here, and it is looked at."""
+    check_problem(p)
     empty = p.q.numel() == 0 or p.k.numel() == 0
     module = _named(p, kernel) if kernel != "auto" else sdpa if empty else _auto(p)
     if empty:
@@ -130,7 +137,17 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
 
 
 def _run(p: Problem, module: ModuleType) -> Tensor:
+    p = _apart(p)
     return module.run(p) if module in (decode, native) else honest(p, module.run)
+
+
+def _apart(p: Problem) -> Problem:
+    """The same with tokens that share no numbers in memory, as sliding windows do: BLAS takes no rows that lie closer
+    than they are wide, and torch's fused kernel hands it such and gives wrong numbers."""
+    if not p.readable:  # strides may be symbols there
+        return p
+    shared = {n: x for n in "qkv" if 0 < (x := getattr(p, n)).stride(2) < x.shape[3] and x.stride(3) == 1 < x.shape[2]}
+    return replace(p, **{name: x.contiguous() for name, x in shared.items()}) if shared else p
 
 
 def _auto(p: Problem) -> ModuleType:
@@ -138,7 +155,7 @@ def _auto(p: Problem) -> ModuleType:
     if not p.readable:
         return _unseen(p)
     if not _plain(p):
-        return KERNELS[choose(p).kernel]
+        return KERNELS[_chosen(p).kernel]
     if p.q.numel() * p.k.size(2) <= FEW:
         return sdpa
     able = [module for module in (sdpa, native, decode) if not module.why_not(p)]

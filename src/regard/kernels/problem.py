@@ -35,6 +35,8 @@ class Problem(Filled):
     context: Float[Tensor, "B S M"] | None = None
     made: Mapping[str, Made] | None = None
     """Slot -> what the stage in it made of the tokens."""
+    positions: Int[Tensor, "*b T"] | None = None
+    """Where queries stand in their own sequences, for stages that ask; None where nobody said."""
     first_key: int = 0
     """Position of the first key handed in: > 0 when a cache has dropped older ones."""
     on: str | None = None
@@ -114,6 +116,7 @@ def rectangle(p: Problem, rows: slice, keys: Keys, *, scored: bool = True) -> Ro
         allowed=allowed,
         x=None if p.x is None else p.x[:, rows],
         context=None if p.context is None else p.context[:, keys],
+        positions=None if p.positions is None else p.positions[..., rows],
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from regard.checks import checked
 from regard.kernels.triton_attention import installed, interpreted
 
 SPLIT = 512
@@ -110,6 +111,7 @@ def why_not(q: Tensor) -> list[str]:
     return []
 
 
+@checked()
 def triton_decode(
     q: Float[Tensor, "N H D"],
     k: Float[Tensor, "G P D"],
@@ -129,6 +131,7 @@ def triton_decode(
     return _decode(q, k, v, list(cut[:8]), cut.most_rows, cut.shared, lengths, scale)
 
 
+@checked()
 def decode_batch(
     q: Float[Tensor, "B H D"],
     k: Float[Tensor, "B G S D"],

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regard.checks import checked
+
 
 class Shares(NamedTuple):
     """How rows lie in the pool."""
@@ -33,6 +35,7 @@ class Partial(NamedTuple):
     o: Float[Tensor, "G N R V"]
 
 
+@checked()
 def two_phase(
     q: Float[Tensor, "N H D"], k: Float[Tensor, "G P D"], v: Float[Tensor, "G P V"], shares: Shares, *, scale: float
 ) -> Float[Tensor, "N H V"]:

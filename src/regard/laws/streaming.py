@@ -13,6 +13,7 @@ from regard.laws.agreement import close, does_not_apply, hold, refused, same, sa
 from regard.laws.registry import law
 from regard.laws.subject import Subject, takes
 from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.streaming import WHERE
 
 
 def stream(module: Any, x: Tensor, sizes: list[int], *, keep: Tensor | None = None, mask: Any = None) -> Tensor:
@@ -30,7 +31,8 @@ def stream(module: Any, x: Tensor, sizes: list[int], *, keep: Tensor | None = No
         hold(y.shape[1] == size, f"{size} tokens give {y.shape[1]} outputs")
         if isinstance(state, KVCache):
             hold(state.length == done, f"after {done} tokens the cache says {state.length}")
-            kept = all(b.dtype == x.dtype and b.device == x.device for b in state.buffers.values())
+            held = [b for name, b in state.buffers.items() if name != WHERE]  # where tokens stand are whole numbers
+            kept = all(b.dtype == x.dtype and b.device == x.device for b in held)
             hold(kept, "the cache has another dtype or device than the tokens")
     hold(done == x.shape[1], f"the chunks hold {done} tokens of {x.shape[1]}")
     return torch.cat(outs, 1)

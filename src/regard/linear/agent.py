@@ -29,7 +29,7 @@ a: adaptive average pooling of q to n cells;   conv: depthwise, 3 wide;   B1, B2
     papers=(PAPER,),
     supports={"bidirectional", "padding", "gqa", "compile"},
     traits={"shift_invariant", "head_independent"},
-    cost=Cost("2*B*H*(T + S)*num_agents*D + 3*B*T*H*D", ""),
+    cost=Cost("B*T*num_agents*(5*M + 14*H) + 3*B*T*M", ""),
     claim="Linear in length, and a generalised linear attention: tests/linear/test_agent.py::test_no_square_matrix, "
     "tests/linear/test_agent.py::test_is_a_generalised_linear_attention.",
     differs=(

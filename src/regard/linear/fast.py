@@ -33,7 +33,7 @@ factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi
     ),
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
-    cost=Cost("B*H*(T + S)*D**(order + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
+    cost=Cost("B*H*(T + S)*(1 + D + (order - 1)*D*(D + 1)/2)*(D + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
     claim="Equals the explicit polynomial attention matrix, in memory linear in T: "
     "tests/linear/test_fast.py::test_equals_the_explicit_matrix, "
     "tests/linear/test_fast.py::test_backward_keeps_no_features.",

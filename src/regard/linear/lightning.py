@@ -36,7 +36,7 @@ streaming:  S <- exp(-s_h) S + k^T v,   o = q S""",
     ),
     supports={"causal", "padding", "gqa", "streaming", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("4*B*H*T*D*(2*D + 64)", "2*H*D*D"),
+    cost=Cost("B*T*M*(M + 5*D + 192)", "2*H*D*D"),
     claim="Constant state, which tiles of tokens carry exactly; `python -m benchmarks.linear` measures the time: "
     "tests/linear/test_lightning.py::test_the_state_does_not_grow, "
     "tests/linear/test_lightning.py::test_core_equals_the_loops.",

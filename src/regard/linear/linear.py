@@ -27,7 +27,7 @@ streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) .
     ),
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
-    cost=Cost("2*B*H*(T + S)*D*D", "H*D*(D + 1)"),
+    cost=Cost("B*H*(T + S)*D*(D + 1)", "H*D*(D + 1)"),
     claim="A recurrence with a constant state; `python -m benchmarks.linear` measures the time: "
     "tests/linear/test_linear.py::test_it_is_the_recurrence_of_the_paper, "
     "tests/linear/test_linear.py::test_the_state_does_not_grow.",

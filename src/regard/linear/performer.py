@@ -34,7 +34,7 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
     ),
     supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
-    cost=Cost("3*B*H*(T + S)*num_features*D", "H*num_features*(D + 1) + G"),
+    cost=Cost("B*H*(T + S)*num_features*(2*D + 1)", "H*num_features*(D + 1) + G"),
     claim="Unbiased, and orthogonal directions have the lower variance: "
     "tests/linear/test_performer.py::test_unbiased_and_orthogonal_directions_vary_less.",
     differs=(

@@ -8,17 +8,19 @@ from regard.masks.patterns import (
     causal,
     dilated,
     full,
-    global_tokens,
     nothing,
     strided,
     window,
 )
 from regard.masks.selection import chosen
+from regard.masks.structured import block_causal, block_diffusion, global_tokens, shared_prefix, tree
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
 
 __all__ = [
     "BlockLayout",
     "Mask",
+    "block_causal",
+    "block_diffusion",
     "blocks",
     "causal",
     "chosen",
@@ -34,6 +36,8 @@ __all__ = [
     "per_head",
     "predicate",
     "prefix",
+    "shared_prefix",
     "strided",
+    "tree",
     "window",
 ]

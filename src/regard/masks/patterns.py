@@ -145,11 +145,6 @@ class GlobalTokens(Mask):
         return f"global_tokens({self.n})"
 
 
-def global_tokens(n: int) -> Mask:
-    """i < n or j < n: the first n tokens see all and are seen by all."""
-    return GlobalTokens(integer("global_tokens: n", n))
-
-
 @dataclass(frozen=True, repr=False)
 class Prefix(Mask):
     """j < n."""

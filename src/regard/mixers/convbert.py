@@ -20,7 +20,7 @@ out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each 
     papers=(PAPER,),
     supports={"bidirectional", "padding", "dropout", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("B*H*T*S*D/2 + B*T*kernel_size*2*M", ""),
+    cost=Cost("B*T*S*M + B*T*M*(M + kernel_size*(1 + H/(2*head_ratio)))", ""),
     claim="Fewer parameters than plain attention of the same width: "
     "tests/mixers/test_span_conv.py::test_fewer_parameters_than_plain_attention.",
     differs=(HIDDEN, "The output projection, which follows outside in the released code, belongs to the layer."),

@@ -12,6 +12,7 @@ from regard.masks import Mask, global_tokens
 from regard.masks import window as near
 from regard.mixers.global_local import NOTHING, Pieces, Table, distance_labels, global_local_attention, window
 from regard.pipeline.tokens import key_padding
+from regard.tracing import exporting
 
 CARD = Card(
     "etc",
@@ -30,7 +31,9 @@ label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K""
     ),
     supports={"bidirectional", "padding", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values"},
-    cost=Cost("2*B*H*D*(T*(2*radius + 1 + num_global) + num_global*T)", ""),
+    cost=Cost(
+        "B*M*(6*min(T, max(radius, 32))**2*ceil(T/min(T, max(radius, 32))) + T*(4*num_global + 2*max_distance + 2))", ""
+    ),
     claim="Far tokens are reached in two layers through the globals, and in no other way: "
     "tests/mixers/test_etc.py::test_far_tokens_are_reached_in_two_layers_through_the_globals.",
     differs=(
@@ -128,6 +131,7 @@ class ETCAttention(nn.Module):
         NG, T = self.num_global, x.shape[1]
         if T < NG:
             refuse(self, "x", "has too few tokens", T, f"at least num_global = {NG}")
+        radius = self.radius if exporting() else min(self.radius, max(1, T - NG))  # nobody stands farther apart
         keep = key_padding(self, mask, x)
         # What is not finite must reach all rows that may see it and no others, not even as 0 * NaN.
         bad = ~x.detach().isfinite().all(-1)
@@ -154,35 +158,35 @@ class ETCAttention(nn.Module):
             query["global"],
             k,
             v,
-            radius=self.radius,
-            masks=NOTHING if keep is None else self._masks(keep),
-            labels=self._labels(T - NG, x.device),
+            radius=radius,
+            masks=NOTHING if keep is None else self._masks(keep, radius),
+            labels=self._labels(T - NG, radius, x.device),
             dropout=self.dropout if self.training else 0.0,
             **tables,
         )
         out = {"global": global_out, "long": long_out}
         merged = {side: z.transpose(1, 2).flatten(2).to(x.dtype) for side, z in out.items()}
         y = [self.o_proj[side if side in self.o_proj else "all"](merged[side]) for side in ("global", "long")]
-        return torch.cat(y, 1).masked_fill(self._sees(bad, keep)[..., None], torch.nan)
+        return torch.cat(y, 1).masked_fill(self._sees(bad, keep, radius)[..., None], torch.nan)
 
-    def _sees(self, bad: Bool[Tensor, "B T"], keep: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B T"]:
+    def _sees(self, bad: Bool[Tensor, "B T"], keep: Bool[Tensor, "B T"] | None, radius: int) -> Bool[Tensor, "B T"]:
         """Which tokens are bad or may see a bad one."""
         seen = bad if keep is None else bad & keep
         of_global, of_long = seen[:, : self.num_global], seen[:, self.num_global :]
-        by_long = of_global.any(1, keepdim=True) | window(of_long, self.radius).any(-1)
+        by_long = of_global.any(1, keepdim=True) | window(of_long, radius).any(-1)
         return bad | torch.cat([seen.any(1, keepdim=True).expand_as(of_global), by_long], 1)
 
-    def _masks(self, keep: Bool[Tensor, "B T"]) -> Pieces[Tensor | None]:
+    def _masks(self, keep: Bool[Tensor, "B T"], radius: int) -> Pieces[Tensor | None]:
         NG, N = self.num_global, keep.shape[1] - self.num_global
         near, far = keep[:, None, :NG], keep[:, None, NG:]
-        l2l = window(keep[:, NG:], self.radius)
+        l2l = window(keep[:, NG:], radius)
         return Pieces(l2l, near.expand(-1, N, -1), near.expand(-1, NG, -1), far.expand(-1, NG, -1))
 
-    def _labels(self, N: int, device: torch.device) -> Pieces[Tensor | None]:
+    def _labels(self, N: int, radius: int, device: torch.device) -> Pieces[Tensor | None]:
         if self.max_distance is None:
             return NOTHING
-        K, NG, R = self.max_distance, self.num_global, self.radius
-        offsets = torch.arange(-R, R + 1, device=device)
+        K, NG = self.max_distance, self.num_global
+        offsets = torch.arange(-radius, radius + 1, device=device)
         i = torch.arange(NG, device=device)
         across = torch.full((1, N, NG), 2 * K + 1, device=device)
         l2l = distance_labels(offsets, K).expand(1, N, -1)

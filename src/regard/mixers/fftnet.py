@@ -29,7 +29,7 @@ y = irfft(Y);  f0, b, a: one number for each head and frequency""",
         ),
     ),
     supports={"bidirectional", "padding", "compile"},
-    cost=Cost("B*M*max_length*log(max_length) + B*M*H*max_length/2", ""),
+    cost=Cost("B*M*(2.5*max_length*log2(max_length) + M + H*(max_length/2 + 1))", ""),
     claim="The transform keeps energy (Parseval): tests/mixers/test_fftnet.py::test_energy_is_kept.",
     differs=(
         "The norm and residual of the author's module belong to the model around it.",

@@ -32,7 +32,7 @@ out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), th
     ),
     supports={"causal", "padding", "streaming", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("B*T*state_dim*(64 + 4*num_states)", "2*state_dim*num_states"),
+    cost=Cost("B*T*(state_dim*(64 + 4*num_states + hidden_dim) + M*hidden_dim)", "2*state_dim*num_states"),
     claim="Runs on inputs longer than it was trained on, in a state that does not grow: "
     "tests/mixers/test_gss.py::test_a_layer_runs_on_any_length_in_one_state.",
     differs=(
@@ -105,6 +105,7 @@ class GatedStateSpace(nn.Module):
         state_dim = max(1, dim // 4) if state_dim is None else state_dim
         num_states = max(1, dim // 2) if num_states is None else num_states
         whole(self, hidden_dim=hidden_dim, state_dim=state_dim, num_states=num_states)
+        self.hidden_dim = hidden_dim
         self.dim, self.state_dim, self.num_states, self.positive_turns = dim, state_dim, num_states, positive_turns
         self.norm = nn.LayerNorm(dim)
         self.u_proj = nn.Linear(dim, hidden_dim, bias=False)

@@ -41,7 +41,10 @@ Z = qk_dim, P = max_positions""",
     ),
     supports={"causal", "bidirectional", "padding", "streaming", "dropout", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("B*T*S*(qk_dim + value_dim) + B*T*M*(64 + 2*ema_dim)", "M*ema_dim + S*(qk_dim + value_dim)"),
+    cost=Cost(
+        "B*T*S*(2*qk_dim + value_dim) + B*T*M*(2*M + qk_dim + value_dim + 128 + 4*ema_dim)",
+        "M*ema_dim + S*(qk_dim + value_dim)",
+    ),
     claim="Without the moving average nothing but the bias tells the order of tokens: "
     "tests/mixers/test_mega.py::test_the_average_carries_order_and_chunks.",
     differs=(
@@ -101,8 +104,7 @@ class Mega(nn.Module):
         weighting: how scores become weights.
         max_positions: P: b is a table of 2 P - 1 numbers (in chunks P = C will do); None: b turns, for any length.
         dropout: of the weights A, in training.
-        norm: "layer", "rms" or "scale".
-        post_norm: whether the norm stands behind the layer and its residual, rather than before.
+        norm, post_norm: "layer", "rms" or "scale"; whether it stands behind the layer and its residual, not before.
     """
 
     def __init__(

@@ -11,7 +11,10 @@ CARD = Card(
     equation="A_ij = 0 unless i // C == j // C; all else as in Mega, whose moving average runs through",
     papers=MEGA.papers,
     supports=MEGA.supports,
-    cost=Cost("B*T*chunk*(qk_dim + value_dim) + B*T*M*(64 + 2*ema_dim)", "M*ema_dim + chunk*(qk_dim + value_dim)"),
+    cost=Cost(
+        "B*T*chunk*(qk_dim + value_dim) + B*T*M*(2*M + qk_dim + value_dim + 128 + 4*ema_dim)",
+        "M*ema_dim + chunk*(qk_dim + value_dim)",
+    ),
     claim="Linear in T, and Mega itself for one chunk: tests/mixers/test_mega.py::test_chunks_make_the_cost_linear, "
     "tests/mixers/test_mega.py::test_chunk_as_long_as_the_sequence_is_mega.",
     differs=(*MEGA.differs, "Lengths need not be multiples of the chunk: the last chunk is short."),

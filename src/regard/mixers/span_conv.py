@@ -10,6 +10,7 @@ from regard.checks import called, checked, refuse, whole
 from regard.masks import Mask, padding, window
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.shapes import head_shape
+from regard.tracing import exporting
 
 PAPER = Paper(
     "ConvBERT: Improving BERT with Span-based Dynamic Convolution",
@@ -31,7 +32,7 @@ c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2,   zeros outside""",
     papers=(PAPER,),
     supports={"bidirectional", "padding", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("B*T*(kernel_size*(M + H*D) + H*D*H*kernel_size)", ""),
+    cost=Cost("B*T*M*(2*H*D + kernel_size*(1 + H))", ""),
     claim="Sees (K - 1) / 2 tokens on each side and nothing else: "
     "tests/mixers/test_span_conv.py::test_a_convolution_sees_its_neighbourhood_only.",
     differs=(HIDDEN, "All heads convolve, not half of them, and an output projection of its own follows."),
@@ -44,6 +45,8 @@ c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2,   zeros outside""",
 def dynamic_convolution(u: Float[Tensor, "B T H D"], taps: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H D"]:
     """sum_j taps[t, h, j] u[t + j - (K - 1) / 2, h], zeros outside."""
     T, K = u.shape[1], taps.shape[-1]
+    if not exporting() and K // 2 > T:  # what lies farther away is outside for every token
+        taps, K = taps[..., K // 2 - T : K // 2 + T + 1], 2 * T + 1
     around = F.pad(u, (0, 0, 0, 0, K // 2, K // 2))
     out = torch.zeros_like(u)
     for j in range(K):  # K passes over u are cheaper than a K times larger copy of it

@@ -3,7 +3,7 @@
 The caller's own `module:callable` is called as `callable(dim=, num_heads=, causal=, **options)`.
 """
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from regard.spec import Part, Spec, parse, split
 if TYPE_CHECKING:  # so that names are read without torch
     from torch import nn
 
-__all__ = ["Part", "Spec", "build", "factory", "look_here", "parse", "protocol", "split"]
+__all__ = ["Part", "Spec", "build", "factory", "find", "look_here", "parse", "protocol", "split"]
 
 
 def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.Module":
@@ -35,6 +35,13 @@ def look_here() -> None:
     """Find the caller's own modules where the command is given, too."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+
+
+def find(spec: Spec) -> None:
+    """Refuse the caller's own module that is not there, without running it."""
+    top = spec.name.partition(":")[0].partition(".")[0]
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        raise ValueError(f"mechanism {spec.name!r}: No module named {top!r}")
 
 
 def factory(spec: Spec) -> "Callable[..., nn.Module]":

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, whole
-from regard.normalizers.entmax import entmax
+from regard.normalizers.entmax import entmax_in
 from regard.stages import Normalizer
 
 CARD = Card(
@@ -61,4 +61,4 @@ class AdaptiveEntmax(Normalizer):
     def forward(
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:
-        return entmax(scores, self.alpha[:, None, None], allowed=allowed)
+        return entmax_in(scores, self.alpha[:, None, None], allowed) if scores.shape[-1] else scores

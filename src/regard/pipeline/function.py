@@ -80,6 +80,8 @@ def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
 
 spelled_out(attention, InnerSlots)
 plan = _planned(attention)
+"""plan(q, k, v, ...), with the arguments of `attention`: which kernel would run for them, and why not the others. Runs
+nothing; tensors on the meta device will do, as only shapes, dtypes and the mask count."""
 plan.__signature__ = inspect.signature(attention).replace(return_annotation=Plan)  # type: ignore[attr-defined]
 
 

@@ -124,8 +124,8 @@ class Attention(nn.Module):
 
         Args:
             mask: True = may attend; combined with the layer's own. Pad keys with `regard.masks.padding(keep)`.
-            positions: where the tokens of x stand, for absolute and rotary schemes (left-padded or packed batches);
-                (T,) or (B, T), default 0, 1, 2, ...
+            positions: where the tokens of x stand, for absolute and rotary schemes and whatever else counts queries
+                (left-padded or packed batches); (T,) or (B, T), default 0, 1, 2, ...
         """
         p, x, allowed, bad = self._prepare(x, context, mask, positions)
         return spoil(self._finish(execute(p, self.kernel), x), *bad, allowed)
@@ -205,7 +205,8 @@ class Attention(nn.Module):
         source, bad_source = (x, bad) if context is None else quarantine(source)
         q, k, v, x, source = self._project(x, source, where, where_keys, turn)
         made = self._made(x, source, where)
-        return self._problem(q, k, v, x, source, allowed, made=made), x, allowed, (bad, bad_source)
+        p = self._problem(q, k, v, x, source, allowed, made=made, positions=positions)
+        return p, x, allowed, (bad, bad_source)
 
     def _problem(
         self,
@@ -217,6 +218,7 @@ class Attention(nn.Module):
         mask: Mask | None,
         first_key: int = 0,
         made: dict[str, Made] | None = None,
+        positions: Tensor | None = None,
     ) -> Problem:
         reads = self._reads_tokens()
         filled = {name: getattr(self, name) for name in IN_KERNELS}
@@ -232,6 +234,7 @@ class Attention(nn.Module):
             context=context if reads else None,
             first_key=first_key,
             made=made,
+            positions=positions,
             **filled,
         )
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regard.checks import called, refuse, tokens, whole
 from regard.kernels import execute
+from regard.kernels.check import check_mask
 from regard.masks import Mask
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.tokens import quarantine
@@ -20,6 +21,8 @@ MADE = "made."
 """What a stage makes of every key stands in the cache under its slot's name behind this."""
 ASKED = "asked."
 """What it makes of every query, likewise, where a mix needs earlier rows again."""
+WHERE = "where"
+"""Where queries stand, likewise."""
 
 
 def check_streams(layer: "Attention") -> None:
@@ -56,6 +59,7 @@ def init_state(
         buffers["x"] = torch.zeros(batch_size, n, layer.dim, **at)
     if halo:
         buffers["q"] = torch.zeros(batch_size, layer.num_heads, n, D, **at)
+        buffers[WHERE] = torch.zeros(batch_size, n, 1, dtype=torch.long, device=at["device"])
     none = torch.zeros(batch_size, 0, layer.dim, **at)
     here = torch.zeros(0, dtype=torch.long, device=none.device)
     for name, stage in layer._preparing().items():
@@ -78,8 +82,9 @@ def step(
         )
     if not (mask is None or isinstance(mask, Mask)):
         refuse("step", "mask", "has the wrong type", type(mask).__name__, "a Mask of regard.masks", error=TypeError)
-    t = x.shape[1]
-    where = layer._positions(positions, x.shape[0], t, x.device, state.length)
+    (B, t), where_from = x.shape[:2], state.length
+    check_mask(mask, B, layer.num_heads, t, where_from + t, x.device)  # now, for the cache will have been written to
+    where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
     q, k, v, x, _ = layer._project(x, x, where, where, where)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
@@ -89,6 +94,7 @@ def step(
         new["x"] = x
     if "q" in state.buffers:
         new["q"] = q
+        new[WHERE] = where.long().expand(len(x), t)[..., None]
     made = layer._made(seen, seen, where, _last(state)) or {}
     new |= {MADE + name: value.key for name, value in made.items() if value.key is not None}
     if layer._halo():
@@ -101,6 +107,7 @@ def step(
     halo = min(layer._halo(), held["k"].shape[-2] - t)
     if halo:
         q = held["q"][:, :, -(halo + t) :]
+        positions = held[WHERE][:, -(halo + t) :, 0]
     for name, value in made.items():
         query = value.query
         if halo and query is not None:
@@ -108,7 +115,7 @@ def step(
         made[name] = Made(query, held.get(MADE + name), value.whole)
     past = held.get("x")
     behind = None if past is None else past[:, -q.shape[2] :]
-    p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made)
+    p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made, positions)
     out = execute(p, layer.kernel)
     return layer._finish(out[:, :, halo:] if halo else out, x), state
 

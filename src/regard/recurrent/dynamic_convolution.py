@@ -24,7 +24,11 @@ alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s
     papers=(replace(LOCATION_PAPER, read="abstract; equations of two public implementations"),),
     protocol="CrossMixer",
     supports={"bidirectional", "padding"},
-    cost=Cost("B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length)", "S"),
+    cost=Cost(
+        "B*T*S*((static_filters + dynamic_filters)*(filter_length + hidden) + prior_length + hidden + M)"
+        " + B*T*hidden*(M + dynamic_filters*filter_length)",
+        "S",
+    ),
     claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
     "tests/recurrent/test_dynamic_convolution.py::test_content_does_not_count_and_places_are_relative, "
     "tests/recurrent/test_dynamic_convolution.py::test_generalises_to_longer_sequences.",
@@ -41,6 +45,10 @@ alpha_t = softmax_j(v . tanh(U f_j + T g_j + b) + p_j)     G(s) = V_G tanh(W_G s
         "prior_beta": "paper",
     },
 )
+
+
+MOST = 1000
+"""Of the prior's places: beyond 1030 a binomial coefficient is no float64 number."""
 
 
 def beta_binomial(length: int, a: float, b: float) -> tuple[float, ...]:
@@ -67,7 +75,7 @@ class DynamicConvolutionAttention(LocationAligner):
         hidden: A, of the energies and of the filter generator; the defaults are those of the public implementations.
         static_filters, dynamic_filters: how many.
         filter_length: odd.
-        prior_length: the prior moves by 0 .. prior_length - 1 places a step.
+        prior_length: the prior moves by 0 .. prior_length - 1 places a step; at most 1000.
         prior_alpha, prior_beta: of its beta-binomial distribution. With the defaults it moves by 1 a step on average.
     """
 
@@ -86,7 +94,8 @@ class DynamicConvolutionAttention(LocationAligner):
     ) -> None:
         super().__init__(dim, context_dim)
         whole(self, hidden=hidden, static_filters=static_filters, dynamic_filters=dynamic_filters)
-        whole(self, filter_length=filter_length, prior_length=prior_length)
+        whole(self, filter_length=filter_length)
+        whole(self, most=MOST, prior_length=prior_length)
         number(self, above=0, prior_alpha=prior_alpha, prior_beta=prior_beta)
         if filter_length % 2 == 0:
             refuse(self, "filter_length", "is even", filter_length, "an odd int")

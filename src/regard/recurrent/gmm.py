@@ -34,7 +34,7 @@ v2: as v1, but Delta = softplus(d^), sigma = softplus(s^)""",
     ),
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
-    cost=Cost("B*T*S*components", "components"),
+    cost=Cost("B*T*(S*(M + components) + hidden*(M + 3*components))", "components"),
     claim="Looks at no content, moves forward, and aligns sequences longer than any seen in training: "
     "tests/recurrent/test_gmm.py::test_content_does_not_count, "
     "tests/recurrent/test_gmm.py::test_generalises_to_longer_sequences.",

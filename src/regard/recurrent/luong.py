@@ -28,7 +28,7 @@ a_t = softmax_s(score)        c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t
     papers=PAPERS,
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
-    cost=Cost("2*B*T*S*M", ""),
+    cost=Cost("2*B*T*S*M + B*S*M*M", ""),
     claim="With W_a = I the general score is the dot score: "
     "tests/recurrent/test_luong.py::test_general_with_the_identity_is_dot.",
     differs=(

@@ -14,6 +14,7 @@ from regard.checks import choice, refuse, whole
 from regard.pipeline.tokens import quarantine
 from regard.recurrent._aligner import Padding, normalise
 from regard.recurrent.luong import PAPERS, LuongAttention, Score
+from regard.tracing import exporting
 
 CARD = Card(
     "luong_local",
@@ -24,7 +25,7 @@ c_t = sum_s a_t(s) H_s        h~_t = tanh(W_c [c_t; h_t])        D = half_width"
     papers=PAPERS,
     protocol="CrossMixer",
     supports={"bidirectional", "padding", "compile"},
-    cost=Cost("2*B*T*(2*half_width + 1)*M", ""),
+    cost=Cost("2*B*T*(2*half_width + 1)*M + B*(S + T)*M*M", ""),
     claim="Only the window is read: what stands outside it changes no bit: "
     "tests/recurrent/test_luong_local.py::test_only_the_window_is_read.",
     differs=("With padding, places are counted among the real tokens; nothing else is known to differ.",),
@@ -93,7 +94,7 @@ class LocalLuongAttention(LuongAttention):
         else:
             lengths = torch.full(context.shape[:1], context.shape[1], device=x.device)
         p = self.places(x, lengths, first)
-        places = self.window(p, lengths)
+        places = self.window(p, lengths, self.half_width if exporting() else min(self.half_width, context.shape[1]))
         out = self.combine(self.read(x, context, p, places, lengths), x)
         if bad is None and bad_source is None:
             return out
@@ -112,9 +113,9 @@ class LocalLuongAttention(LuongAttention):
         t = torch.arange(first, first + x.shape[1], device=x.device, dtype=work)
         return torch.minimum(t, lengths[:, None] - 1)
 
-    def window(self, p: Float[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Int[Tensor, "B T W"]:
-        """The places within D of floor(p); some may lie outside the context."""
-        offsets = torch.arange(-self.half_width, self.half_width + 1, device=p.device)
+    def window(self, p: Float[Tensor, "B T"], lengths: Int[Tensor, " B"], reach: int) -> Int[Tensor, "B T W"]:
+        """The places within `reach` of floor(p); some may lie outside the context."""
+        offsets = torch.arange(-reach, reach + 1, device=p.device)
         centre = torch.minimum(p.detach().floor().long(), lengths[:, None] - 1)
         return centre[..., None] + offsets
 

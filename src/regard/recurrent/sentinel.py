@@ -28,7 +28,7 @@ beta      the sentinel's share of alpha;  c_t = beta s_t + sum_i alpha_i v_i;  y
     ),
     protocol="CrossMixer",
     supports={"bidirectional", "padding"},
-    cost=Cost("2*B*T*S*M", "2*M"),
+    cost=Cost("2*B*T*S*M + 11*B*T*M*M", "2*M"),
     claim="beta lies in (0, 1): small for words that need the image, large for others: "
     "tests/recurrent/test_sentinel.py::test_learns_when_not_to_look.",
     differs=(

@@ -38,7 +38,11 @@ pool: the keys and values of a region are pool_to^2 means or maxima of them""",
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
     traits={"routed"},
-    cost=Cost("2*B*M*topk*(Y*X/regions**2)*Y*X + B*M*regions**4", ""),
+    cost=Cost(
+        "B*M*(regions**2*ceil(Y/regions)*ceil(X/regions)*(2*topk*ceil(Y/regions)*ceil(X/regions) + kernel**2)"
+        " + regions**4)",
+        "",
+    ),
     claim="Sparsity that depends on the query with dense products alone: a query reads 16 of 196 keys of a 14 x 14 "
     "map in 7 x 7 regions, 4 of them chosen: tests/routing/test_biformer.py::test_a_query_reads_16_of_196_tokens.",
     differs=(
@@ -92,6 +96,7 @@ def route_regions(
     return region_affinity(q.detach(), k.detach()).topk(topk, sorted=False).indices
 
 
+@checked()
 def region_attention(
     q: Float[Tensor, "B H R n D"],
     k: Float[Tensor, "B H R m D"],
@@ -99,10 +104,12 @@ def region_attention(
     regions: Int[Tensor, "B R topk"],
     *,
     weights: Float[Tensor, "B R topk"] | None = None,
+    counts: Float[Tensor, " m"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H R n V"]:
-    """Every token attends to all keys of the regions chosen for its own; `weights` multiply their keys and values."""
+    """Every token attends to all keys of its region's chosen ones, times `weights`; each counts `counts` times."""
     B, R = q.shape[0], q.shape[2]
+    bias = None if counts is None else counts.log().repeat(regions.shape[2])[None, None, None]
     row = torch.arange(B, device=q.device)[:, None, None]
 
     def gathered(z: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ def region_attention(
             chosen = chosen * weights[..., None, None, None].to(z.dtype)
         return chosen.transpose(2, 3).flatten(3, 4).flatten(0, 1)
 
-    out = attention(q.transpose(1, 2).flatten(0, 1), gathered(k), gathered(v), scale=scale)
+    out = attention(q.transpose(1, 2).flatten(0, 1), gathered(k), gathered(v), bias=bias, scale=scale)
     return out.unflatten(0, (B, R)).transpose(1, 2)
 
 
@@ -180,39 +187,59 @@ class BiLevelRouting(nn.Module):
     @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
         """Any Y and X: the map is padded with zeros to a multiple of the regions, and the result cut back."""
-        Y, X, S = x.shape[2], x.shape[3], self.regions
-        x = F.pad(x, (0, -X % S, 0, -Y % S)).permute(0, 2, 3, 1)
+        Y, X = x.shape[2:]
+        (tall, wide), grid = self._regions(Y, X)
+        x = F.pad(x, (0, grid[1] * wide - X, 0, grid[0] * tall - Y)).permute(0, 2, 3, 1)
         v_map = self.v_proj(x)
-        q, k, v = (self._cut(z) for z in (self.q_proj(x), self.k_proj(x), v_map))
+        q, k, v = (self._cut(z, grid) for z in (self.q_proj(x), self.k_proj(x), v_map))
         scale, weights = 1 / math.sqrt(self.qk_dim), None
         if self.routing == "hard":
             regions = route_regions(q, k, topk=self.topk)
         else:
             kept = (scale * region_affinity(q, k, self.route_proj)).topk(self.topk)
             regions, weights = kept.indices, kept.values.softmax(-1)
-        tall = x.shape[1] // S
-        k, v = (self._pooled(z, tall) for z in (k, v))
-        y = self._join(region_attention(q, k, v, regions, weights=weights, scale=scale), tall)
+        counts = None
+        if self.pool is not None:
+            (k, v), counts = (self._pooled(z, (tall, wide)) for z in (k, v)), self._counts(k, (tall, wide))
+        y = self._join(region_attention(q, k, v, regions, weights=weights, counts=counts, scale=scale), grid, tall)
         if self.local is not None:
             y = y + self.local(v_map.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.o_proj(y)[:, :Y, :X].permute(0, 3, 1, 2).contiguous()
 
-    def _cut(self, z: Float[Tensor, "B Y X M"]) -> Float[Tensor, "B H R n D"]:
+    def _regions(self, Y: int, X: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of a region, and how many are laid out: of those beyond the map, which are all the same, as
+        many as the choice and the convolution could tell from S x S."""
+        S, near = self.regions, self.kernel // 2
+        tall, wide = max(1, -(-Y // S)), max(1, -(-X // S))
+        across = min(S, -(-X // wide) + max(near, -(-self.topk // S)))
+        down = min(S, -(-Y // tall) + max(near, -(-self.topk // max(1, across))))
+        return (tall, wide), (down, across)
+
+    def _cut(self, z: Float[Tensor, "B Y X M"], grid: tuple[int, int]) -> Float[Tensor, "B H R n D"]:
         """Regions row by row, the tokens of each row by row, heads apart."""
-        S = self.regions
-        z = z.unflatten(3, (self.num_heads, -1)).unflatten(2, (S, -1)).unflatten(1, (S, -1))  # (B, S, y, S, x, H, D)
-        return z.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+        z = z.unflatten(3, (self.num_heads, -1)).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
+        return z.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)  # from (B, S, y, S, x, H, D)
 
-    def _pooled(self, z: Float[Tensor, "B H R n D"], tall: int) -> Float[Tensor, "B H R m D"]:
-        """Fewer keys or values of each region, which is `tall` tokens high."""
-        if self.pool is None:
-            return z
-        maps = z.flatten(0, 2).mT.unflatten(-1, (tall, -1))
+    def _pooled(self, z: Float[Tensor, "B H R n D"], sides: tuple[int, int]) -> Float[Tensor, "B H R m D"]:
+        """Fewer keys or values of each region, which has these sides."""
         pool = F.adaptive_avg_pool2d if self.pool == "mean" else F.adaptive_max_pool2d
-        return pool(maps, self.pool_to).flatten(2).mT.unflatten(0, z.shape[:3])
+        # Beyond 2 n - 1 cells of n tokens, each a token or two neighbours, they only repeat.
+        cells = pool(
+            z.flatten(0, 2).mT.unflatten(-1, sides),
+            (min(self.pool_to, 2 * sides[0] - 1), min(self.pool_to, 2 * sides[1] - 1)),
+        )
+        return cells.flatten(2).mT.unflatten(0, z.shape[:3])
 
-    def _join(self, z: Float[Tensor, "B H R n D"], y: int) -> Float[Tensor, "B Y X M"]:
+    def _counts(self, z: Tensor, sides: tuple[int, int]) -> Float[Tensor, " m"] | None:
+        """How often each of these cells stands among pool_to^2; None where all stand once."""
+        P, each = self.pool_to, []
+        for n in sides:
+            # Cells of token m alone, and whether one holds m and m + 1.
+            joined = [c for m in range(n) for c in ((m + 1) * P // n + -m * P // n, int((m + 1) * P % n > 0))][:-1]
+            each.append(z.new_tensor(joined if 2 * n - 1 < P else [1] * P))
+        return None if 2 * min(sides) - 1 >= P else (each[0][:, None] * each[1]).flatten()
+
+    def _join(self, z: Float[Tensor, "B H R n D"], grid: tuple[int, int], y: int) -> Float[Tensor, "B Y X M"]:
         """Back to the map; regions are `y` tokens high."""
-        S = self.regions
-        z = z.unflatten(3, (y, -1)).unflatten(2, (S, S))  # (B, H, S, S, y, x, D)
+        z = z.unflatten(3, (y, -1)).unflatten(2, grid)  # (B, H, S, S, y, x, D)
         return z.permute(0, 2, 4, 3, 5, 1, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard.kernels.check import check_inputs
 from regard.pipeline.function import attention
 
 
@@ -36,6 +37,7 @@ def clustered_attention(
     scale: float | None = None,
 ) -> Float[Tensor, "B H T V"]:
     """Attention from each cluster's queries to its keys; the mean over the clusters that hold a query, else 0."""
+    check_inputs(q, k, v)
     (B, H, T, _), C = q.shape, queries.shape[2]
 
     def gathered(z: Tensor, index: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
     ),
     supports={"causal", "padding", "mask", "gqa", "streaming", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
-    cost=Cost("B*H*T*(S/block + 2*topk*block)*D", "2*S*G*D"),
+    cost=Cost("B*H*T*D*(S/block + min(S, (2*topk - 1)*block))", "2*S*G*D"),
     claim="A query reads its own block and the most similar others, few where neighbours agree, and keeps most of the "
     "attention: tests/routing/test_moba.py::test_the_own_block_counts_among_the_chosen, "
     "tests/routing/test_moba.py::test_runs_on_the_block_sparse_kernel_and_says_what_it_keeps.",
@@ -76,6 +76,8 @@ def moba(
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return causal()
+    if not exporting():  # one block of all keys, however long it is said to be; a power of two suits kernels
+        block = min(block, 1 << (S - 1).bit_length())
     scores = block_scores(q, k, block=block, mask=mask)
     own = torch.arange(S - T, S, device=q.device)[:, None].div(block, rounding_mode="floor")
     column = torch.arange(scores.shape[3], device=q.device)

@@ -45,7 +45,7 @@ training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens 
     ),
     supports={"causal", "bidirectional", "padding", "compile"},
     traits={"routed", "sparse", "linear_in_values"},
-    cost=Cost("B*H*(T*clusters*D + 2*clusters*size*size*D) + 2*B*H*T*window*D", ""),
+    cost=Cost("B*H*D*(T*clusters + clusters*min(T, size)**2 + T*min(T, 2*window - 1))", ""),
     claim="O(T^1.5) in place of O(T^2): 4096 of 65536 pairs for 256 tokens: "
     "tests/routing/test_routing_transformer.py::test_pairs_grow_as_the_length_to_one_and_a_half.",
     differs=(

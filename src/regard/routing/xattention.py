@@ -129,7 +129,7 @@ def xattention(
     if not hides_keys_only(mask):
         refuse("xattention", "mask", "hides more than keys", repr(mask), "causality and padding alone")
     T, S, causal = q.shape[2], k.shape[2], mask is not None and mask.is_causal
-    if q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0 or (not exporting() and block >= S):  # a single block of keys stays
         return full()
     R, front, offset = antidiagonal_mass(
         q, k, block=block, stride=stride, causal=causal, real=real_keys(mask, S, k.device)

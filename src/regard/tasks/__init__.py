@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from regard.cards import Card
-from regard.checks import meant, whole
+from regard.checks import whole
+from regard.index import lacks, unknown
 from regard.spec import Part, Spec, single
 
 if TYPE_CHECKING:  # so that the names of tasks are known without torch
@@ -183,7 +184,7 @@ def names() -> list[str]:
 def find(name: str) -> type[Task]:
     """The class of that name. Raises TaskError with near names if there is none."""
     if name not in names():
-        raise TaskError(f"unknown task {name!r}; {meant(name, names()) or 'there are ' + ', '.join(names())}")
+        raise TaskError(unknown("task", name, names()))
     module = importlib.import_module(f"{__name__}.{name}")
     return next(
         value for value in vars(module).values()
@@ -208,8 +209,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
     known = [f.name for f in fields(task) if f.init]
     for option in options:
         if option not in known:
-            hint = meant(option, known, 1) or f"it has {', '.join(known) or 'none'}"
-            raise TaskError(f"task {name}: there is no option {option!r}; {hint}")
+            raise TaskError(f"task {lacks(name, 'option', option, known)}")
     several = {f.name for f in fields(task) if isinstance(f.default, tuple)}
     try:
         return task(**{name: _tuple(value) if name in several else value for name, value in options.items()})

@@ -4,6 +4,7 @@ The end of the text is held out. Files of a folder are put in an order that hash
 that the held-out end is drawn from all of it and every machine agrees on it.
 """
 
+import codecs
 import hashlib
 import math
 import os
@@ -268,10 +269,14 @@ def _named(path: Path, found: Reading) -> None:
     if path.is_dir():
         _folder(path, found)
         return
-    data = _read(path)
+    if not path.is_file():
+        raise TextError(f"text: {path} is no plain file; give a file or a folder of plain UTF-8 text")
+    data = _read(path, LIMIT)
     if reason := _binary(data):
         raise TextError(f"text: {path} is not text ({reason}); give plain UTF-8 text")
     found.take(str(path), data)
+    if len(data) == LIMIT and path.stat().st_size > LIMIT:
+        found.leave(f"beyond the limit of {LIMIT:,} bytes", f"{path} from there on")
 
 
 def _folder(path: Path, found: Reading) -> None:
@@ -334,7 +339,10 @@ def _distinct(root: Path, files: list[Path], limit: int, found: Reading) -> None
         if total > limit:
             found.leave(f"beyond the limit of {limit:,} bytes", str(file))
             continue
-        data = _read(file)
+        data = _read(file, limit + 1)
+        if len(data) > limit:
+            found.leave(f"beyond the limit of {limit:,} bytes", str(file))
+            continue
         digest = hashlib.sha256(data).digest()
         why = "empty" if not data.strip() else "copies" if digest in seen else "no text" if _binary(data) else ""
         if why:
@@ -352,9 +360,12 @@ def _shuffled(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
+    """The file's bytes, or so many of them; of one that is longer and holds NUL bytes, which no text does, a few."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            first = file.read(min(most, 2**16))
+            return first if b"\0" in first else first + file.read(max(0, most - len(first)))
     except OSError as error:
         _raise(error)
         raise
@@ -368,7 +379,11 @@ def _binary(data: bytes) -> str:
     """Why this is no text, or ''. Old 8-bit text passes: a few bytes outside UTF-8 are allowed."""
     if b"\0" in data:
         return "it holds NUL bytes"
-    wrong = data.decode(errors="replace").count("�")
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        errors="replace"
+    )  # in pieces: of all at once it takes 4 x the bytes
+    wrong = sum(decoder.decode(data[at : at + 2**20]).count("�") for at in range(0, len(data), 2**20))
+    wrong += decoder.decode(b"", final=True).count("�")
     if wrong > 0.1 * len(data):
         return f"{wrong} of its {len(data)} bytes are not UTF-8"
     return ""

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import choice, number, whole
+from regard.kernels.check import check_inputs
 from regard.masks import causal as causal_mask
 from regard.masks import padding
 from regard.pipeline.function import attention
@@ -73,6 +74,7 @@ def attend_to_some(
     keep: Keep = None,
 ) -> Float[Tensor, "B H T V"]:
     """Unbiased: all targets attend to the sources `kept`; the others are not computed."""
+    check_inputs(q, k, v)
     mask = None
     if causal:
         T, S = q.shape[2], k.shape[2]
@@ -94,6 +96,7 @@ def attend_in_windows(
     keep: Keep = None,
 ) -> Float[Tensor, "B H T V"]:
     """Local: the n-th of `count` windows of targets attends to the n-th window of the sources in their new order."""
+    check_inputs(q, k, v)
     B, (T, S) = len(q), (q.shape[2], k.shape[2])
     s = -(-S // count)
     count = -(-S // s)  # no window of sources is empty

@@ -25,10 +25,6 @@ CARD = Card(
         "Queries beyond the table share its last entry.",
     ),
     example={"max_length": 16},
-    exceptions={
-        "L18 left_padded_stream": "Temperatures belong to places in the batch, padding included; `positions` doesn't "
-        "reach a score mix, in the full pass neither.",
-    },
     defaults={"max_length": "ours", "start": "ours, plain attention; the paper prints 0.01 and 0.1"},
 )
 
@@ -55,8 +51,9 @@ class HeadTemperature(Mix):
         nn.init.constant_(self.temperature, self.start)
 
     def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
-        place = rows.i.clamp(0, self.temperature.shape[1] - 1)
-        return z / self.temperature[:, place, None].to(z.dtype)
+        place = rows.i if rows.positions is None else rows.positions
+        each = self.temperature.T[place.clamp(0, self.temperature.shape[1] - 1)].mT  # (H, t), or (B, H, t)
+        return z / each[..., None].to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.temperature.shape[0]}, max_length={self.temperature.shape[1]}"

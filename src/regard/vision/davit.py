@@ -4,8 +4,10 @@ Its other half attends among the channels of a group. A channel's token is its w
 image at a cost linear in the pixels; windows refine what is near. A DaViT layer is one after the other.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ SPATIAL = Card(
     papers=PAPERS,
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    cost=Cost("2*B*Y*X*window**2*M", ""),
+    cost=Cost("2*B*ceil(Y/window)*ceil(X/window)*window**4*M", ""),
     claim="Linear in pixels: tests/vision/test_davit.py::test_cost_is_linear_in_pixels.",
     differs=(
         "A map that windows don't divide is padded with zeros on the right and below before the projections; as in the "
@@ -63,21 +65,43 @@ Q, K, V (N, C), N all the pixels; scale="tokens" divides by sqrt(N) instead""",
 )
 
 
+class Beyond(NamedTuple):
+    """Pixels outside of the map that are all the same: one key and value, and how many of them each window has."""
+
+    k: Float[Tensor, "1 H 1 D"]
+    v: Float[Tensor, "1 H 1 V"]
+    number: int
+
+
+@checked()
 def window_attention(
-    q: Float[Tensor, "B H Y X D"], k: Float[Tensor, "B H Y X D"], v: Float[Tensor, "B H Y X V"], *, window: int
+    q: Float[Tensor, "B H Y X D"],
+    k: Float[Tensor, "B H Y X D"],
+    v: Float[Tensor, "B H Y X V"],
+    *,
+    window: int | tuple[int, int],
+    beyond: Beyond | None = None,
 ) -> Float[Tensor, "B H Y X V"]:
-    """Attention among the pixels of each window; `window` divides Y and X."""
+    """Attention among the pixels of each window; `window`, its sides or both of them, divides Y and X."""
     B, H, Y, X, _ = q.shape
-    down, across = Y // window, X // window
+    tall, wide = window if isinstance(window, tuple) else (window, window)
+    down, across = Y // tall, X // wide
 
     def windows(z: Tensor) -> Float[Tensor, "windows H pixels d"]:
-        parts = z.reshape(B, H, down, window, across, window, -1).permute(0, 2, 4, 1, 3, 5, 6)
-        return parts.reshape(B * down * across, H, window * window, -1)
+        parts = z.reshape(B, H, down, tall, across, wide, -1).permute(0, 2, 4, 1, 3, 5, 6)
+        return parts.reshape(B * down * across, H, tall * wide, -1)
 
-    out = attention(windows(q), windows(k), windows(v)).view(B, down, across, H, window, window, -1)
+    keys, values, bias = windows(k), windows(v), None
+    if beyond is not None:  # n equal keys are one whose score is log n greater
+        keys, values = (
+            torch.cat([z, one.expand(len(z), -1, -1, -1)], 2) for z, one in ((keys, beyond.k), (values, beyond.v))
+        )
+        bias = F.pad(keys.new_zeros(1, 1, 1, tall * wide), (0, 1), value=math.log(beyond.number))
+    out = attention(windows(q), keys, values, bias=bias).view(B, down, across, H, tall, wide, -1)
     return out.permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
 
 
+@checked()
 def channel_attention(
     q: Float[Tensor, "B G N C"],
     k: Float[Tensor, "B G N C"],
@@ -145,10 +169,14 @@ class WindowAttention(_DualAttention):
     @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
         Y, X = x.shape[2:]
-        padded = F.pad(x, (0, -X % self.window, 0, -Y % self.window))
-        sizes = padded.shape[2:]
+        tall, wide = (max(1, min(self.window, size)) for size in (Y, X))
+        padded = F.pad(x, (0, -X % wide, 0, -Y % tall))
+        sizes, beyond = padded.shape[2:], None
+        if count := self.window**2 - tall * wide:  # a window wider than the map: its zeros are not laid out
+            _, k, v = self._heads(x.new_zeros(1, 1, self.dim))
+            beyond = Beyond(k, v, count)
         q, k, v = (z.unflatten(2, sizes) for z in self._heads(to_tokens(padded)))
-        out = window_attention(q, k, v, window=self.window)[:, :, :Y, :X]
+        out = window_attention(q, k, v, window=(tall, wide), beyond=beyond)[:, :, :Y, :X]
         return self._merged(out.flatten(2, 3), (Y, X))
 
     def extra_repr(self) -> str:

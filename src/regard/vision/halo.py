@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, choice, divides, whole
+from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
 from regard.shapes import head_shape
 
@@ -28,7 +28,7 @@ halo of h on every side make up; R_y and R_x hold one vector for each of the 2W 
     ),
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    cost=Cost("2*B*Y*X*(block + 2*halo)**2*M", ""),
+    cost=Cost("2*B*Y*X*M*(block + 2*halo)*(block + 2*halo + 1)", ""),
     claim="The reach grows with the halo at no parameters; with halo 0 it is attention in blocks: "
     "tests/vision/test_halo.py::test_without_a_halo_blocks_are_alone_and_the_halo_widens_the_view_at_no_parameters.",
     differs=(
@@ -50,6 +50,7 @@ Tables = tuple[Float[Tensor, "offsets D"], Float[Tensor, "offsets D"]]
 """R_y and R_x: vectors of the differences -(W - 1) .. W - 1."""
 
 
+@checked()
 def halo_attention(
     q: Float[Tensor, "B H y x D"],
     k: Float[Tensor, "B H Y X D"],
@@ -168,6 +169,8 @@ class HaloAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M y x"]:
         divides(self, block=self.block, Y=x.shape[2])
         divides(self, block=self.block, X=x.shape[3])
+        if self.halo > (most := max(*x.shape[2:], self.block)):
+            refuse(self, "halo", "reaches beyond the whole map", self.halo, f"at most {most} for this one")
         coarse = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
         projected = (self.q_proj(coarse), self.k_proj(x), self.v_proj(x))
         q, k, v = (z.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2) for z in projected)

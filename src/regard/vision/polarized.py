@@ -26,7 +26,7 @@ q is one channel, v, q' and v' have M / 2: the first gate keeps channels and col
     ),
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    cost=Cost("B*Y*X*M*(2*M + 2)", ""),
+    cost=Cost("B*Y*X*M*(3*M/2 + 2)", ""),
     claim="Cost is linear in pixels: tests/vision/test_polarized.py::test_cost_is_linear_in_pixels.",
     differs=(
         'Text and code disagree, so there are two forms: "paper" as above, and "code" (DeLightCMU/PSA), in which the '

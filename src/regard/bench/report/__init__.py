@@ -10,7 +10,7 @@ from pathlib import Path
 
 from regard.bench.record import Result
 from regard.bench.report.page import render
-from regard.models.checkpoint import write_atomically
+from regard.files import write_atomically
 
 
 def write(results: Sequence[Result], path: str | os.PathLike[str], *, title: str = "regard compare") -> Path:

@@ -1,0 +1,33 @@
+"""The formulas of cards against counted multiply-adds: mechanisms of every protocol, at two sizes.
+
+Parts of the pipeline are in tests/kernels/test_flops.py, but for those that route.
+"""
+
+import pytest
+
+import regard
+from regard.laws.costs import compare
+
+SIZES = ((256, 64, 8), (576, 128, 4))
+"""Tokens (or pixels of a square, or nodes), head width, heads: so large that products are most of the work."""
+ELEMENTWISE = {
+    "entropy_regularizer": "it works on maps of weights, entry by entry",
+    "exphormer": "edges multiply vector by vector",
+    "fenchel_young": "it works on scores, entry by entry",
+    "pointer": "its score adds query and key within a tanh",
+    "sentinel": "likewise",
+}
+"""Cards whose work no counter sees, or not the most of it."""
+OPTIONS = {"fftnet": {"max_length": 1024}, "masked_mixer": {"max_length": 1024}, "deformable_v2": {"points": 4}}
+"""Where the defaults are too short, or the example has no one number to put into the formula."""
+NAMES = [n for n in regard.mechanisms() if not regard.card(n).is_part or "routed" in regard.card(n).traits]
+
+
+@pytest.mark.parametrize(("length", "width", "heads"), SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_formula_says_what_is_counted(name: str, length: int, width: int, heads: int) -> None:
+    found = compare(regard.card(name), length=length, width=width, heads=heads, **OPTIONS.get(name, {}))
+    if name in ELEMENTWISE:
+        assert found.said >= found.counted
+    else:
+        assert found.said == pytest.approx(found.counted, rel=0.1)
