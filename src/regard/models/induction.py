@@ -8,6 +8,8 @@ The circuit is that of Elhage et al. 2021, "A Mathematical Framework for Transfo
 a head of the second compares that with the present token, and copies the token that it finds.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -86,9 +88,7 @@ def hand_built(vocab: int = 32, *, length: int = 1024) -> nn.Module:
     return model
 
 
-def _head(attention: nn.Module, h: int) -> tuple[torch.Tensor, ...]:
+def _head(attention: Any, h: int) -> tuple[torch.Tensor, ...]:
     """Its rows of the projections of queries, keys and values, and its columns of the output's."""
     rows = slice(h * WIDTH, (h + 1) * WIDTH)
-    return tuple(getattr(attention, f"{name}_proj").weight[rows] for name in "qkv") + (
-        attention.o_proj.weight[:, rows],
-    )
+    return tuple(getattr(attention, f"{name}_proj").weight[rows] for name in "qkv") + (attention.o_proj.weight[:, rows],)
