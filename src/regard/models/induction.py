@@ -91,4 +91,6 @@ def hand_built(vocab: int = 32, *, length: int = 1024) -> nn.Module:
 def _head(attention: Any, h: int) -> tuple[torch.Tensor, ...]:
     """Its rows of the projections of queries, keys and values, and its columns of the output's."""
     rows = slice(h * WIDTH, (h + 1) * WIDTH)
-    return tuple(getattr(attention, f"{name}_proj").weight[rows] for name in "qkv") + (attention.o_proj.weight[:, rows],)
+    return tuple(getattr(attention, f"{name}_proj").weight[rows] for name in "qkv") + (
+        attention.o_proj.weight[:, rows],
+    )
