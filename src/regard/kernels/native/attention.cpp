@@ -78,12 +78,14 @@ void backward_block(const Attention& p, int64_t part, int64_t b, int64_t h, int6
     for (int64_t i = 0; i < rows; i++) {
         int64_t row = (b * p.H + h) * p.T + first + i;
         float *x = z.weights + i * ld, *ds = z.ds + i * ld, lse = p.lse[row], delta = p.delta[row];
+        // Where one key has all the weight, dp - delta is dlse: nothing is left but that, and the rounding of two sums.
+        vf alone = vf{} + (p.dlse ? p.dlse[row] : 0.0f);
         (void)biased(p, b, h, first + i, start, x, width, keys, tile ? tile + i * p.bk : nullptr);
         lse = lse == -INF ? 0.0f : lse;  // such a row has only -inf scores, so its weights are 0
         for (int64_t j = 0; j < width; j += W) {
             vf y = exp(load(x + j) - lse);
             store(x + j, y);
-            store(ds + j, y * (load(ds + j) - delta));
+            store(ds + j, y == 1.0f ? alone : y * (load(ds + j) - delta));
         }
         if (p.dtable) {
             float* to = p.dtable + ((part * p.B + b) * p.H + h) * (p.T + p.S - 1) + start - first - i + p.T - 1;
