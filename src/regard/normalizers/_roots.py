@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.checks import refuse
+from regard.checks import number, refuse
 from regard.tracing import readable, transformed
 
 _STEPS = 16
@@ -174,3 +174,32 @@ def solved(scores: Tensor, knob: Knob, form: Form) -> Tensor:
     """`form.solve(scores, knob)`, differentiable in scores and in a knob that is a tensor."""
     kind = _Transformed if transformed(scores, *([knob] if isinstance(knob, Tensor) else [])) else _Solved
     return kind.apply(scores, knob, form)
+
+
+def solved_along(
+    who: str,
+    form: Form,
+    scores: Tensor,
+    dim: int,
+    allowed: Tensor | None,
+    *,
+    least: float,
+    reached: bool = True,
+    **knob: int | float | Tensor,
+) -> Tensor:
+    """`form` along `dim`, in at least float32, with a knob that is a number >= `least`, or > `least`, or a tensor of
+    such that broadcasts against the scores."""
+    ((name, value),) = knob.items()
+    z = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    turned: Knob
+    if isinstance(value, Tensor):
+        value, _ = bounded(who, name, per_row(who, name, value, scores, dim), least, reached=reached)
+        turned = value.to(z.dtype).movedim(dim, -1)
+    else:
+        number(who, **{"least" if reached else "above": least, name: value})
+        turned = float(value)
+    if scores.shape[dim] == 0:
+        return scores
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -torch.inf)
+    return solved(z.movedim(dim, -1), turned, form).movedim(-1, dim).to(scores.dtype)

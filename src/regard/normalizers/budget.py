@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, number
-from regard.normalizers._roots import Form, Knob, bounded, halve, per_row, solved
+from regard.normalizers._roots import Form, Knob, halve, solved_along
 from regard.stages import Normalizer
 
 CARD = Card(
@@ -92,18 +92,7 @@ def budget_sparsemax(
     A tensor budget must broadcast against scores, with size 1 at `dim`, and may take a gradient. Where its values can't
     be looked at (compiled, under torch.func, on other devices than the CPU), those below 0 give NaN.
     """
-    z = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if isinstance(budget, Tensor):
-        budget, _ = bounded("budget_sparsemax", "budget", per_row("budget_sparsemax", "budget", budget, scores, dim), 0)
-        budget = budget.to(z.dtype).movedim(dim, -1)
-    else:
-        number("budget_sparsemax", least=0, budget=budget)
-        budget = float(budget)
-    if scores.shape[dim] == 0:
-        return scores
-    if allowed is not None:
-        z = z.masked_fill(~allowed, -torch.inf)
-    return solved(z.movedim(dim, -1), budget, _FORM).movedim(-1, dim).to(scores.dtype)
+    return solved_along("budget_sparsemax", _FORM, scores, dim, allowed, least=0, budget=budget)
 
 
 @CARD.fills("normalizer")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, number
-from regard.normalizers._roots import Form, Knob, bounded, climb, per_row, shifted, solved
+from regard.normalizers._roots import Form, Knob, climb, shifted, solved_along
 from regard.stages import Normalizer
 
 CARD = Card(
@@ -98,18 +98,7 @@ def normmax(
     A tensor alpha must broadcast against scores, with size 1 at `dim`, and may take a gradient. Where its values can't
     be looked at (compiled, under torch.func, on other devices than the CPU), those of 1 and below give NaN.
     """
-    z = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if isinstance(alpha, Tensor):
-        alpha, _ = bounded("normmax", "alpha", per_row("normmax", "alpha", alpha, scores, dim), 1, reached=False)
-        alpha = alpha.to(z.dtype).movedim(dim, -1)
-    else:
-        number("normmax", above=1, alpha=alpha)
-        alpha = float(alpha)
-    if scores.shape[dim] == 0:
-        return scores
-    if allowed is not None:
-        z = z.masked_fill(~allowed, -torch.inf)
-    return solved(z.movedim(dim, -1), alpha, _FORM).movedim(-1, dim).to(scores.dtype)
+    return solved_along("normmax", _FORM, scores, dim, allowed, least=1, reached=False, alpha=alpha)
 
 
 @CARD.fills("normalizer")
