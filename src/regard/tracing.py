@@ -28,6 +28,12 @@ def active() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@torch.compiler.assume_constant_result  # whoever traces torch.func has its levels entered while it does
+def traced_transform() -> bool:
+    """The same, asked where torch.compile traces."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def transformed(*tensors: Tensor) -> bool:
     """Whether torch.func (vmap, grad, jvp ...) or forward-mode AD works on any: code of ours has no rules for them."""
     if not active():  # mostly so, and told at once

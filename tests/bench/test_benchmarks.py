@@ -17,6 +17,7 @@ import regard
 TINY: dict[str, dict[str, Any]] = {
     "bias": {"length": 128, "heads": 2},
     "block_sparse": {"length": 256, "heads": 2, "block": 64, "densities": (0.25,)},
+    "compiled": {"length": 64},
     "decode": {"lengths": (64,)},
     "graph": {"sizes": ((20, 50),)},
     "half": {"length": 128, "heads": 2, "window": 16},
@@ -101,6 +102,7 @@ def _no_compiler(*_: int) -> None:
 
 
 STAND_INS: dict[str, tuple[str, Any]] = {
+    "compiled": ("ways", lambda length: {"causal": {"mask": regard.masks.causal()}}),
     "imports": ("seconds", lambda: [2.0, 0.1]),
     "memory": ("alone", lambda *about: benchmark("memory").added(*about)),
     "recompiles": ("layers", lambda: {"causal": regard.Attention(64, 4, causal=True)}),

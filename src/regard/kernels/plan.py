@@ -165,6 +165,8 @@ def _auto(p: Problem) -> ModuleType:
 def _unseen(p: Problem) -> ModuleType:
     """What `choose` would take of torch's own operations, without its words and predictions: those would tie a graph to
     one length, and ask masks for their tiles, which takes data."""
+    if native.operator.worth(p) and not native.why_not(p):
+        return native
     if not sdpa.why_not(p):
         return sdpa
     return chunked if not exporting() and p.q.shape[0] * score_bytes(p) > MATERIALISE else eager

@@ -251,7 +251,7 @@ def honest(p: Problem, run: Callable[[Problem], Tensor]) -> Tensor:
     compiling, for one) all of it is done unasked. On accelerators, where a look would wait for the device, it is left
     out of eager calls.
     """
-    if p.readable and (not p.q.is_cpu or _finite(p.q, p.k, p.v)):
+    if p.readable and (not p.q.is_cpu or finite(p.q, p.k, p.v)):
         return run(p)
     clean, hit = cleaned(p)
     return run(clean).masked_fill(hit[..., None], math.nan)
@@ -313,7 +313,7 @@ def reaches(
     return [torch.cat(found, -1) for found in zip(*hits, strict=True)]
 
 
-def _finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether nothing here is NaN or inf. A sum that overflows is a false alarm, and only costs time."""
     if q.numel() <= SMALL and q.shape == k.shape == v.shape:
         return all_finite(torch.cat((q, k, v)))  # a call costs more than the copy

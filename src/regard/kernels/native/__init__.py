@@ -17,12 +17,13 @@ from torch import Tensor
 
 from regard.kernels.block_sparse import facts
 from regard.kernels.cost import Cost, asked, io, products
-from regard.kernels.native import build
+from regard.kernels.native import build, operator
 from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, walk, walk_of
 from regard.kernels.native.struct import call
 from regard.kernels.problem import Problem, attend, beyond_softmax, honest, nothing
 from regard.masks.algebra import by_value
 from regard.stages import Rows
+from regard.tracing import exporting
 
 __all__ = ["PANEL", "Walk", "cost", "run", "walk", "why_not", "with_lse"]
 
@@ -32,8 +33,13 @@ def why_not(p: Problem) -> list[str]:
     reasons = []
     if p.device_kind not in ("cpu", "meta"):
         reasons.append(f"tensors on {p.device_kind}, not on the CPU")
-    if not (p.q.is_meta or build.readable(p.q)):  # of what is on meta only the shape is asked
-        reasons.append("it reads memory: no tensor subclasses, no torch.func, no torch.compile")
+    compiling = torch.compiler.is_compiling()
+    if not (p.q.is_meta or compiling or build.readable(p.q)):  # of what is on meta only the shape is asked
+        reasons.append("it reads memory: no tensor subclasses, no torch.func")
+    if exporting():
+        reasons.append("torch.export: its programs run without regard")
+    if compiling:
+        reasons += operator.why_not(p)
     if p.q.dtype == torch.float64:
         reasons.append("float64: it computes in fp32")
     reasons += beyond_softmax(p)
@@ -65,6 +71,8 @@ def run(p: Problem) -> Tensor:
     """(B, H, T, V), honest about NaN by itself: it sees queries, keys and outputs pass by."""
     if p.q.is_meta:
         return nothing(p, *p.q.shape[:3], p.v.shape[3])
+    if torch.compiler.is_compiling():
+        return operator.run(p, _table(p))
     odd: list[bool] = []
     out, _ = _attend(p, None, odd)
     return honest(p, lambda clean: with_lse(clean)[0]) if odd[0] else out
@@ -78,15 +86,18 @@ def with_lse(p: Problem, walk: Walk | None = None) -> tuple[Float[Tensor, "B H T
 
 def _attend(p: Problem, walk: Walk | None, odd: list[bool]) -> tuple[Tensor, Tensor]:
     """The same; `odd` is told whether a query, a key or an output was NaN or infinite."""
-    T, S = p.shape[3:]
-    table = None
-    if p.position_bias is not None:
-        # One query at S - 1 against keys 0 .. S + T - 2 meets every distance that occurs.
-        i, j = torch.tensor([S - 1], device="cpu"), torch.arange(S + T - 1, device="cpu")
-        rows = Rows(q=p.q[:, :, :1], k=p.k[:, :, :1], scores=p.q.new_empty(0), i=i, j=j)
-        table = p.position_bias.bias(rows).float()[0, :, 0].contiguous()
-    out, lse = _Native.apply(p, walk, odd, table, p.bias, p.q, p.k, p.v)
+    out, lse = _Native.apply(p, walk, odd, _table(p), p.bias, p.q, p.k, p.v)
     return out, lse
+
+
+def _table(p: Problem) -> Float[Tensor, "#H T+S-1"] | None:
+    """The position's bias by distance: one query at S - 1 against keys 0 .. S + T - 2 meets every one that occurs."""
+    if p.position_bias is None:
+        return None
+    T, S = p.shape[3:]
+    i, j = torch.arange(S - 1, S, device="cpu"), torch.arange(S + T - 1, device="cpu")
+    rows = Rows(q=p.q[:, :, :1], k=p.k[:, :, :1], scores=p.q.new_zeros(0), i=i, j=j)
+    return p.position_bias.bias(rows).float()[0, :, 0].contiguous()
 
 
 class _Native(torch.autograd.Function):
@@ -103,17 +114,7 @@ class _Native(torch.autograd.Function):
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         walk = other or walk_of(p.mask, q.shape[2], k.shape[2])
-        tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
-        work = torch.bfloat16 if tiles else torch.float32
-        x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
-        out = z.new_empty(*x.shape[:3], z.shape[3])
-        lse = torch.empty(x.shape[:3], dtype=torch.float32, device="cpu")
-        name = "regard_attention_bf16" if tiles else "regard_attention"
-        flag = torch.zeros(1, dtype=torch.int32, device="cpu")
-        bias_ = None if bias is None else bias.float()
-        call(name, p.scale, walk, table, bias_, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
-        odd.append(bool(flag))
-        out = out[..., : v.shape[3]].to(q.dtype)
+        out, lse = outputs(p.scale, walk, odd, table, bias, q, k, v)
         ctx.problem, ctx.walk, ctx.by_mask = p, walk, other is None
         ctx.save_for_backward(table, bias, q, k, v, out, lse)
         ctx.set_materialize_grads(False)
@@ -126,39 +127,61 @@ class _Native(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else grad
         if torch.is_grad_enabled():
             return None, None, None, *_with_graph(ctx, grad, dlse, table, bias, *given)
-        lanes = build.library().regard_lanes()
-        q, k, v, out, grad = (_vectors(t.float(), lanes) for t in (*given, out, grad))
-        tasks = q.shape[0] * k.shape[1]
-        parts = max(1, min(-(-2 * torch.get_num_threads() // tasks), -(-k.shape[2] // ctx.walk.block[1])))
-        dq = q.new_zeros(parts, *q.shape)
-        dk, dv = (torch.empty(t.shape, device="cpu") for t in (k, v))
-        dtable = None
-        if table is not None and ctx.needs_input_grad[3]:
-            dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
-        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
-        dlse = None if dlse is None else dlse.contiguous()
-        outputs: dict[str, Any] = {
-            "grad": grad,
-            "dlse": dlse,
-            "dq": dq,
-            "dk": dk,
-            "dv": dv,
-            "dtable": dtable,
-            "parts": parts,
-        }
-        bias = None if bias is None else bias.float()
-        call("regard_attention_backward", ctx.problem.scale, ctx.walk, table, bias, **inputs, **outputs)
-        if dtable is not None and table is not None:
-            dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
-        found = (dq.sum(0) if parts > 1 else dq[0], dk, dv)
-        return (
-            None,
-            None,
-            None,
-            dtable,
-            None,
-            *(x[..., : t.shape[3]].to(t.dtype) for x, t in zip(found, given, strict=True)),
-        )
+        wants = ctx.needs_input_grad[3]
+        dtable, *found = gradients(ctx.problem.scale, ctx.walk, table, bias, *given, out, lse, grad, dlse, wants)
+        return None, None, None, dtable, None, *found
+
+
+def outputs(
+    scale: float,
+    walk: Walk,
+    odd: list[bool],
+    table: Tensor | None,
+    bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the C++ makes of these numbers, in q's dtype, and the log-sum-exp."""
+    tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
+    work = torch.bfloat16 if tiles else torch.float32
+    x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
+    out = z.new_empty(*x.shape[:3], z.shape[3])
+    lse = torch.empty(x.shape[:3], dtype=torch.float32, device="cpu")
+    name = "regard_attention_bf16" if tiles else "regard_attention"
+    flag = torch.zeros(1, dtype=torch.int32, device="cpu")
+    bias = None if bias is None else bias.float()
+    call(name, scale, walk, table, bias, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
+    odd.append(bool(flag))
+    return out[..., : v.shape[3]].to(q.dtype), lse
+
+
+def gradients(
+    scale: float, walk: Walk, table: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, lse: Tensor, grad: Tensor, dlse: Tensor | None, wants_table: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of the table, where it wants one, and of q, k and v."""
+    given = (q, k, v)
+    lanes = build.library().regard_lanes()
+    q, k, v, out, grad = (_vectors(t.float(), lanes) for t in (*given, out, grad))
+    tasks = q.shape[0] * k.shape[1]
+    parts = max(1, min(-(-2 * torch.get_num_threads() // tasks), -(-k.shape[2] // walk.block[1])))
+    dq = q.new_zeros(parts, *q.shape)
+    dk, dv = (torch.empty(t.shape, device="cpu") for t in (k, v))
+    dtable = None
+    if table is not None and wants_table:
+        dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+    dlse = None if dlse is None else dlse.contiguous()
+    made: dict[str, Any] = {"grad": grad, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
+    call("regard_attention_backward", scale, walk, table, None if bias is None else bias.float(), **inputs, **made)
+    if dtable is not None and table is not None:
+        dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
+    dq, dk, dv = (
+        x[..., : t.shape[3]].to(t.dtype)
+        for x, t in zip((dq.sum(0) if parts > 1 else dq[0], dk, dv), given, strict=True)
+    )
+    return dtable, dq, dk, dv
 
 
 def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:

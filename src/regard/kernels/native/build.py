@@ -51,6 +51,7 @@ class Broken(Exception):
     """A compiler or a library that can't be used; the message is one line."""
 
 
+@torch.compiler.assume_constant_result
 def why_not() -> list[str]:
     """Why there are no C++ kernels here, if so. Builds them at the first call."""
     return [] if isinstance(found := _load(os.environ.get(SWITCH, "1")), ctypes.CDLL) else [found]
