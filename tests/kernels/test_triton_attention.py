@@ -15,7 +15,7 @@ import regard
 from regard import masks
 from regard.kernels import Problem
 from regard.kernels import triton_attention as kernel
-from regard.kernels._triton_walk import Walk, make, walk
+from regard.kernels._triton_walk import Walk, walk
 from regard.laws.agreement import naive_precision, near, same
 from regard.masks import Mask
 from regard.normalizers import Entmax
@@ -201,7 +201,7 @@ def rebuilt(found: Walk, T: int, S: int, block: tuple[int, int], *, columns: boo
 @pytest.mark.parametrize("block", [(8, 8), (4, 16)], ids=str)
 def test_the_lists_are_the_mask(case: str, block: tuple[int, int]) -> None:
     mask = MASKS[case]
-    found = make(mask, 20, 24, block, DEVICE)
+    found = walk(mask, 20, 24, block, DEVICE)
     for columns in (False, True):
         assert torch.equal(rebuilt(found, 20, 24, block, columns=columns), mask.dense(20, 24))
     assert len(found.rows.at) == len(found.columns.at) == mask.layout(20, 24, block=block).num_blocks

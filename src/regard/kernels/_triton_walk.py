@@ -6,7 +6,6 @@ diagonal share a tile, so that causal masks and windows need one or two in all. 
 time by columns, for the gradients of keys and values.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from regard.masks import BlockLayout, Mask
-from regard.masks.algebra import by_value
+from regard.masks.content import remembered
 
 BUDGET = 2**24
 """Mask entries asked for at once."""
@@ -46,12 +45,8 @@ class Walk(NamedTuple):
         return [*self.rows, *self.columns, self.tiles]
 
 
+@remembered(16)
 def walk(mask: Mask, T: int, S: int, block: tuple[int, int], device: torch.device) -> Walk:
-    """The lists of this mask, kept for equal masks. One with tensors is asked anew, as these can be written into."""
-    return (_known if by_value(mask) else make)(mask, T, S, block, device)
-
-
-def make(mask: Mask, T: int, S: int, block: tuple[int, int], device: torch.device) -> Walk:
     """The lists, from the mask's layout."""
     layout = mask.layout(T, S, block=block)
     Bm, Hm, nq, nk = layout.shape
@@ -68,9 +63,6 @@ def make(mask: Mask, T: int, S: int, block: tuple[int, int], device: torch.devic
         Bm,
         Hm,
     )
-
-
-_known = lru_cache(maxsize=32)(make)
 
 
 def _lists(line: Tensor, at: Tensor, tile: Tensor, lines: int, device: torch.device) -> Lists:

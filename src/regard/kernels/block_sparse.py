@@ -6,8 +6,6 @@ Blocks that hold no allowed pair cost nothing.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,8 @@ from regard.kernels import sdpa
 from regard.kernels.cost import MASKED, Cost, asked, checked, formed, passed, products
 from regard.kernels.problem import Keys, Problem, attend, nothing
 from regard.masks import BlockLayout, Mask
-from regard.masks.algebra import And, by_value
+from regard.masks.algebra import And
+from regard.masks.content import remembered
 from regard.masks.layout import within
 from regard.masks.selection import Chosen
 
@@ -59,7 +58,7 @@ def run(p: Problem, layout: BlockLayout | None = None) -> Tensor:
         return nothing(p, *p.q.shape[:3], p.v.shape[3])
     if layout is None:
         assert p.mask is not None
-        layout = (_known_layout if by_value(p.mask) else _layout)(p.mask, T, S, block_of(p.mask))
+        layout = _layout(p.mask, T, S, block_of(p.mask))
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
     if not p.stages and p.bias is None:
@@ -87,11 +86,9 @@ def cost(p: Problem) -> Cost:
     return Cost(products(p, pairs), traffic, 120 + 60 * found.buckets, words, streamed=2 * checked(p))
 
 
+@remembered(16)
 def _layout(mask: Mask, T: int, S: int, block: tuple[int, int]) -> BlockLayout:
     return mask.layout(T, S, block=block)
-
-
-_known_layout = lru_cache(maxsize=16)(_layout)
 
 
 @dataclass(frozen=True)
@@ -115,17 +112,10 @@ def facts(p: Problem, bq: int, bk: int) -> Facts:
         return Facts(1.0, partly=0.0)
     if T < 4 * BLOCK or S == 0 or torch.compiler.is_compiling():
         return Facts(1.0, buckets=-(-T // bq))
-    if by_value(p.mask):
-        return _by_value_facts(p.mask, T, S, (bq, bk))
-    # A mask with tensors is known for as long as it lives. Not its layout, though: tensors can be written into, and a
-    # stale estimate does no harm.
-    known = _known_facts.setdefault(p.mask, {})
-    key = (T, S, bq, bk)
-    if key not in known:
-        known[key] = _made_facts(p.mask, T, S, (bq, bk))
-    return known[key]
+    return _made_facts(p.mask, T, S, (bq, bk))
 
 
+@remembered(64)
 def _made_facts(mask: Mask, T: int, S: int, block: tuple[int, int]) -> Facts:
     layout = _layout(mask, T, S, block)
     count = layout.row_ptr.diff()
@@ -134,10 +124,6 @@ def _made_facts(mask: Mask, T: int, S: int, block: tuple[int, int]) -> Facts:
         union = float(layout.to_dense_blocks().any(1).any(0).float().mean())
     partly = 1.0 - float(layout.full.float().mean()) if layout.num_blocks else 0.0
     return Facts(layout.block_density, union, partly, len(count.unique()))
-
-
-_by_value_facts = lru_cache(maxsize=64)(_made_facts)
-_known_facts: WeakKeyDictionary[Mask, dict[tuple[int, int, int, int], Facts]] = WeakKeyDictionary()
 
 
 def _buckets(p: Problem, layout: BlockLayout) -> Tensor:

@@ -9,7 +9,7 @@ documentation was followed). Never run on a GPU yet.
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from regard.kernels.cost import Cost, io, passed, products
 from regard.kernels.problem import Problem, beyond_softmax
 from regard.kernels.sums import MANY, loses
 from regard.masks import BlockLayout, Mask
-from regard.masks.algebra import by_value
+from regard.masks.content import remembered
 from regard.stages import Rows
 
 BLOCK = 128
@@ -137,15 +137,9 @@ def _offset(p: Problem, n: int) -> Int[Tensor, ""]:
     return torch.tensor(n, device=p.q.device)
 
 
+@remembered(32)
 def _layout(mask: Mask, T: int, S: int) -> BlockLayout:
-    return (_known if by_value(mask) else _made)(mask, T, S)
-
-
-def _made(mask: Mask, T: int, S: int) -> BlockLayout:
     return mask.layout(T, S, block=BLOCK)
-
-
-_known = lru_cache(maxsize=32)(_made)
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Int[Tensor, "B H nq"], Int[Tensor, "B H nq nk"]]:

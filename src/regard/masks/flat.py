@@ -58,10 +58,10 @@ def _word(value: Any, numbers: list[int], held: list[Tensor]) -> str | None:
     else:
         return None
     for part in parts:
-        word = _word(part, numbers, held)
-        if word is None:
+        said = _word(part, numbers, held)
+        if said is None:
             return None
-        name = f"{name} {word}"
+        name = f"{name} {said}"
     return name
 
 

@@ -1,7 +1,6 @@
 """Masks made of chosen blocks: what a selector, looking at queries and keys, returns."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool
@@ -10,6 +9,7 @@ from torch import Tensor
 from regard.masks import checks
 from regard.masks.algebra import Index, Mask
 from regard.masks.layout import BlockLayout, pair
+from regard.masks.stamp import made_of
 from regard.masks.verdict import Tiles, Verdict
 
 
@@ -58,7 +58,7 @@ class Chosen(Mask):
         area, inside = (z.expand(area.shape).reshape(area.shape[-2:]) for z in (area, inside))
         return Verdict.exact((count > 0) & (area > 0), (count == area) & (area > 0) & inside)
 
-    @cached_property
+    @made_of("tiles")
     def _before(self) -> Tensor:
         """(B, H, nq + 1, nk + 1): how many tiles above and left of a corner are chosen."""
         return torch.nn.functional.pad(self.tiles.cpu().int().cumsum(2).cumsum(3), (1, 0, 1, 0))

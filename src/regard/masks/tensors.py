@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,6 +10,7 @@ from torch import Tensor
 from regard.masks import checks
 from regard.masks.algebra import Index, Joined, Mask
 from regard.masks.patterns import Prefix
+from regard.masks.stamp import made_of
 from regard.masks.verdict import Tiles, Verdict
 
 
@@ -53,7 +53,7 @@ class Documents(Mask):
         meets = touches & (torch.maximum(i_lo, j_lo) <= torch.minimum(i_hi, j_hi))
         return Verdict(may if self._sorted else same | meets, may, same & inside, same & inside)
 
-    @cached_property
+    @made_of("ids")
     def _sorted(self) -> bool:
         return bool((self.ids.diff(dim=1) >= 0).all())
 
@@ -112,7 +112,7 @@ class Kept(Mask):
         shape = (-1, 1, *tiles.j_lo.shape[-2:])
         return Verdict.exact((kept > 0).view(shape), (kept == end - low).view(shape))
 
-    @cached_property
+    @made_of("keep")
     def _before(self) -> Int[Tensor, "B P"]:
         """How many keys before each one are kept."""
         return torch.nn.functional.pad(self.keep.cumsum(1, dtype=torch.int32), (1, 0))
@@ -280,7 +280,9 @@ def predicate(
 ) -> Mask:
     """Your own rule: `function(b, h, i, j) -> bool tensor` on index tensors. Layouts look into every tile.
 
-    A rule that reads b (or h) says for how many batch rows (or heads) it is made; others serve any number.
+    A rule that reads b (or h) says for how many batch rows (or heads) it is made; others serve any number. It is known
+    by its function: one that closes over tensors must find in them what it found at first (build a new function for
+    other numbers).
     """
     if not callable(function):
         raise TypeError(f"predicate: function must be callable (got {type(function).__name__})")

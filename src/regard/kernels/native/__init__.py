@@ -18,10 +18,9 @@ from torch import Tensor
 from regard.kernels.block_sparse import facts
 from regard.kernels.cost import Cost, asked, io, products
 from regard.kernels.native import build, operator
-from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, walk, walk_of
+from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, made, walk, walk_of
 from regard.kernels.native.struct import call
 from regard.kernels.problem import Problem, attend, beyond_softmax, honest, nothing
-from regard.masks.algebra import by_value
 from regard.stages import Rows
 from regard.tracing import exporting
 
@@ -60,7 +59,7 @@ def cost(p: Problem) -> Cost:
     found = facts(p, BLOCK, BLOCK) if p.mask is None else facts(p, *block_of(p.mask))
     pairs = T * S * found.density * (1 - found.partly / 2)
     tiles, calls = 0.0, 25
-    if p.mask is not None and not by_value(p.mask):  # laid out anew at every call
+    if p.mask is not None and not made.knows(p.mask, T, S):
         calls += 250
         tiles = p.mask.batch * p.mask.heads * asked(p.mask) * T * S * found.density * found.partly
     words = f"C++, {found.density:.0%} of the blocks" if found.density < 1 else "C++"

@@ -1,7 +1,6 @@
 """Which blocks the C++ kernels visit, and the bool tiles that they read inside partly allowed ones."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from regard.masks import BlockLayout, Mask, full
-from regard.masks.algebra import by_value
+from regard.masks.content import remembered
 
 BLOCK = 128
 MOST = 256
@@ -34,12 +33,12 @@ class Walk:
 
 
 def walk_of(mask: Mask | None, T: int, S: int) -> Walk:
-    """The mask's own walk, kept for equal masks. One that holds tensors is laid out anew: they can be written into."""
-    mask = full() if mask is None else mask
-    return (_known if by_value(mask) else _made)(mask, T, S)
+    """The mask's own walk."""
+    return made(full() if mask is None else mask, T, S)
 
 
-def _made(mask: Mask, T: int, S: int) -> Walk:
+@remembered(16)
+def made(mask: Mask, T: int, S: int) -> Walk:
     mask = mask.to("cpu")
     layout = mask.layout(T, S, block=block_of(mask))
     nq = layout.shape[2]
@@ -67,9 +66,6 @@ def walk(
     entry = column.argsort(stable=True)
     col_ptr = F.pad(torch.bincount(column, minlength=Bm * Hm * nk).cumsum(0), (1, 0))
     return Walk(block, (Bm, Hm), row_ptr, cols, tile, tiles, col_ptr, line[entry] % nq, entry)
-
-
-_known = lru_cache(maxsize=16)(_made)
 
 
 def block_of(mask: Mask) -> tuple[int, int]:

@@ -47,7 +47,8 @@ def forward(
     """Outputs and log-sum-exp; NaN and inf reach the rows that see them, as everywhere."""
     from regard.kernels.native import outputs
 
-    p, odd = _problem(q, k, v, word, numbers, held, scale), []
+    odd: list[bool] = []
+    p = _problem(q, k, v, word, numbers, held, scale)
     walk = walk_of(p.mask, q.shape[2], k.shape[2])
     out, lse = outputs(scale, walk, odd, table, bias, q, k, v)
     if odd[0]:
