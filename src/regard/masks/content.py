@@ -62,8 +62,16 @@ def remembered(size: int) -> Callable[[Callable[Concatenate[Mask, P], R]], Remem
 
 def known_by(mask: Mask, rest: tuple[Any, ...]) -> tuple[Hashable, list[Tensor]]:
     """What tells this mask from any other, and its tensors; None where that can't be told."""
-    flat = None if torch.compiler.is_compiling() else flatten(mask)
+    flat = None if torch.compiler.is_compiling() else _flat(mask)
     stamps = [] if flat is None else [stamp(t) for t in flat[2]]
     if flat is None or None in stamps:
         return None, []
     return (flat[0], *flat[1], *stamps, *rest), flat[2]
+
+
+def _flat(mask: Mask) -> tuple[str, list[int], list[Tensor]] | None:
+    """`flatten`, once a mask: its fields never change, only what stands in their memory."""
+    kept = vars(mask)
+    if "_flat" not in kept:
+        object.__setattr__(mask, "_flat", flatten(mask))
+    return kept["_flat"]
