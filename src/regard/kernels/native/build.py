@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels for this machine on first use, and loads them.
+"""Loads the C++ kernels: those that the wheel brought (`recipe.ready`), else such as are compiled here on first use.
 
 One call of the machine's own compiler on three files without any library's headers: a few seconds once, then the result
 lies in the user's cache folder (`cache`) under a name made of the source, the compiler and the processor. Nothing is
@@ -24,12 +24,9 @@ from pathlib import Path
 import torch
 
 from regard import tracing
-from regard.kernels.native import cache
+from regard.kernels.native import cache, recipe
 
-SOURCES = ("attention.cpp", "bf16.cpp", "rows.cpp")
-HEADERS = ("attention.h", "simd.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-"""No -ffast-math: linked in, it would make every thread of the process flush small numbers to zero."""
+FLAGS = (*recipe.FLAGS, "-march=native", "-shared")
 SYMBOLS = (
     *("regard_lanes", "regard_bf16", "regard_attention", "regard_attention_bf16", "regard_attention_backward"),
     *("regard_entmax", "regard_entmax_backward", "regard_topk"),
@@ -53,7 +50,7 @@ class Broken(Exception):
 
 @torch.compiler.assume_constant_result
 def why_not() -> list[str]:
-    """Why there are no C++ kernels here, if so. Builds them at the first call."""
+    """Why there are no C++ kernels here, if so. Builds them at the first call, unless the wheel brought them."""
     return [] if isinstance(found := _load(os.environ.get(SWITCH, "1")), ctypes.CDLL) else [found]
 
 
@@ -74,10 +71,11 @@ def readable(x: torch.Tensor) -> bool:
 def _load(switch: str) -> ctypes.CDLL | str:
     if switch == "0":
         return f"switched off by {SWITCH}=0"
+    if isinstance(ready := brought(), ctypes.CDLL):
+        return ready
     if os.name != "posix":
         return f"they are built on Linux and macOS, not on {platform.system()}"
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-    if compiler is None:
+    if (compiler := recipe.compiler()) is None:
         return "no C++ compiler found (looked for $CXX, g++, clang++)"
     try:
         return _found(compiler)
@@ -85,6 +83,15 @@ def _load(switch: str) -> ctypes.CDLL | str:
         reason = str(error) if isinstance(error, Broken | cache.Busy) else f"they could not be built or loaded: {error}"
         log.warning("native kernels: %s; torch's run instead", reason)
         return reason
+
+
+@lru_cache(maxsize=1)
+def brought() -> ctypes.CDLL | str:
+    """The library that came with this installation, or why it can't be used."""
+    try:
+        return found if isinstance(found := recipe.ready(), str) else _opened(str(found))
+    except Broken as error:
+        return f"those that this installation brings: {error}"
 
 
 def _found(compiler: str) -> ctypes.CDLL:
@@ -129,14 +136,13 @@ def _opened(path: str) -> ctypes.CDLL:
 
 def _built(compiler: str, folder: Path, key: str) -> ctypes.CDLL:
     """The library, compiled, tried, and kept in the folder."""
-    here = Path(__file__).parent
     with cache.building(folder, WAIT) as scratch:
         if found := _kept(folder, key):  # made by whoever had the lock
             return found
         log.info("compiling regard's CPU kernels once, into %s", folder)
         made = scratch / "made.so"
         # Of libgomp only the name is linked: torch has loaded one, and a second would bring a second set of threads.
-        command = [compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(made)]
+        command = [compiler, *FLAGS, *(str(recipe.HERE / name) for name in recipe.SOURCES), "-o", str(made)]
         try:
             _said(command, LIMIT, scratch)
             if not made.is_file() or not made.stat().st_size:
@@ -223,13 +229,11 @@ def _signal(code: int) -> str:
 
 def _key(compiler: str) -> str:
     """The name of the library: what it is made of, and for."""
-    here = Path(__file__).parent
     try:
         version = _said([compiler, "--version"], MOMENT)
     except Broken as error:
         raise Broken(f"{compiler} could not build them, it gives no version: {error}") from None
-    parts = [version, _processor(), torch.__version__, " ".join(FLAGS)]
-    parts += [(here / name).read_text("utf-8") for name in SOURCES + HEADERS]
+    parts = [version, _processor(), torch.__version__, " ".join(FLAGS), *recipe.texts()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
