@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+WHEEL ?= .
 
-.PHONY: compare test test-all test-peers lint bare docs bench clean
+.PHONY: compare test test-all test-peers lint bare release docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,11 +42,28 @@ lint: $(VENV)/.installed  ## what pre-commit and CI check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bare:  ## what a plain `pip install .` gives, without any extra: list, show, create, plan and a short compare
+bare:  ## what a plain `pip install .` gives, without any extra or compiler: list, show, create, plan and a short compare
 	rm -rf $(VENV)-bare
 	$(PYTHON) -m venv $(VENV)-bare
-	$(VENV)-bare/bin/python -m pip install --quiet --constraint constraints.txt .
-	cd $(VENV)-bare && bin/python ../tools/bare.py
+	$(VENV)-bare/bin/python -m pip install --quiet --constraint constraints.txt $(WHEEL)
+	cd $(VENV)-bare && bin/python ../tools/bare.py $(ARGS)
+
+# The wheel with the C++ kernels is for this platform, the one without for all others. Built twice from one commit, each
+# is the same file byte by byte.
+release: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+release: $(VENV)-release/.installed  ## sdist and wheels into build/dist, checked, and the wheel tried without a compiler; uploads nothing
+	rm -rf build/dist
+	REGARD_NATIVE=0 $(VENV)-release/bin/python -m build --outdir build/dist
+	$(VENV)-release/bin/python -m build --outdir build/dist
+	$(VENV)-release/bin/twine check --strict build/dist/*
+	$(VENV)-release/bin/check-wheel-contents build/dist/*.whl
+	$(VENV)-release/bin/auditwheel show build/dist/*linux*.whl
+	$(MAKE) bare WHEEL="$$(ls build/dist/*linux*.whl)" ARGS=--native
+
+$(VENV)-release/.installed:
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet build twine check-wheel-contents auditwheel
+	touch $@
 
 bench: $(VENV)/.bench  ## measure every speed goal against its peers and write docs/benchmarks.md; ARGS="window bias" for some
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -66,4 +84,4 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch $@
 
 clean:  ## remove the environments, all runs and the site
-	rm -rf $(VENV) $(VENV)-bare $(VENV)-peers .peers runs build
+	rm -rf $(VENV) $(VENV)-bare $(VENV)-peers $(VENV)-release .peers runs build

@@ -18,7 +18,7 @@ FILES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The mechanism's file, imported as regard.scores.soft_cap, and gone again afterwards."""
-    mechanism, test = FILES
+    mechanism, test, _ = FILES
     (tmp_path / "soft_cap.py").write_text(mechanism)
     (tmp_path / "test_soft_cap.py").write_text(test)
     monkeypatch.setattr(regard.scores, "__path__", [*regard.scores.__path__, str(tmp_path)])

@@ -1,6 +1,7 @@
 """What must run where only `pip install regard` was run: none of the extras, and no compiler.
 
-`make bare` runs it in a fresh environment; tests/test_bare.py where each extra is made to fail in turn.
+`make bare` runs it in a fresh environment; tests/test_bare.py where each extra is made to fail in turn. With --native,
+as `make release` runs it, the wheel must have brought the C++ kernels too.
 """
 
 import os
@@ -39,6 +40,18 @@ for kernel in ("auto", "eager", "chunked", "sdpa", "block_sparse"):
     out = regard.attention(q, q, q, mask=mask, kernel=kernel)
 print(len(regard.mechanisms()), "mechanisms are built")
 """
+NATIVE = """
+import torch, regard
+from regard.kernels.native import build, recipe
+if why := build.why_not():
+    print("no C++ kernels:", *why, *build.brought().splitlines())
+else:
+    q, k, v = torch.randn(3, 1, 4, 700, 32)
+    mask = regard.masks.causal() & regard.masks.window(100)
+    out, expected = (regard.attention(q, k, v, mask=mask, kernel=kernel) for kernel in ("native", "eager"))
+    torch.testing.assert_close(out, expected)
+    print("native runs:", build.library()._name)
+"""
 
 
 def run(*command: str, env: dict[str, str], folder: Path) -> str:
@@ -57,6 +70,11 @@ def main() -> None:
         folder = Path(scratch)
         env["REGARD_CACHE"] = str(folder / "cache")
         print(run(sys.executable, "-c", CREATE, env=env, folder=folder).strip())
+        (folder / "a file").touch()  # below which nobody can write
+        nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "REGARD_CACHE"), str(folder / "a file" / "below"))
+        print(native := run(sys.executable, "-c", NATIVE, env=env | nowhere, folder=folder).strip())
+        if "--native" in sys.argv[1:] and not native.startswith("native runs:"):
+            sys.exit("the wheel must have brought C++ kernels for this processor")
         for command in COMMANDS:
             out = run(sys.executable, "-m", "regard", *command.split(), env=env, folder=folder)
             assert out.strip(), command

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -168,7 +169,7 @@ def _surroundings() -> list[Finding]:
                 "surroundings",
                 "compiler",
                 "no",
-                "no C++ compiler on PATH; for regard's native kernels (torch's run instead) and torch.compile on CPUs",
+                "no C++ compiler on PATH; for regard's native kernels where it brings none, and torch.compile on CPUs",
             )
         )
     found.append(_compiled())
@@ -189,16 +190,18 @@ def _surroundings() -> list[Finding]:
 
 
 def _compiled() -> Finding:
-    """Where compiled kernels are kept."""
-    from regard.kernels.native import cache
+    """Which compiled kernels are used, and why not the ones that a wheel brings."""
+    from regard.kernels.native import build, cache
 
     name = "compiled kernels"
+    if not isinstance(found := build.brought(), str):
+        return Finding("surroundings", name, "ok", f"those that came with this installation: {Path(found._name).name}")
     if os.name != "posix":
-        return Finding("surroundings", name, "no", "they are built on Linux and macOS alone")
+        return Finding("surroundings", name, "no", f"{found}; they are built on Linux and macOS alone")
     try:
         folder = cache.chosen()
         with tempfile.TemporaryFile(dir=folder):
-            return Finding("surroundings", name, "ok", f"kept in {folder}")
+            return Finding("surroundings", name, "ok", f"kept in {folder}; {found}")
     except OSError as error:
         reason = str(error)
     try:

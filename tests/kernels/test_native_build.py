@@ -129,7 +129,7 @@ def test_in_a_process_of_its_own(does, compiler, tmp_path):
     state, text = found["native"]
     assert state == "no"
     assert text.startswith(f"{script} could not build them")
-    assert found["kept"] == ["ok", f"kept in {tmp_path}/cache/native"]
+    assert found["kept"] == ["ok", f"kept in {tmp_path}/cache/native; this installation brings none"]
 
 
 # --- doctor -------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_in_a_process_of_its_own(does, compiler, tmp_path):
 
 def test_doctor_says_where_they_are_kept(compiler, tmp_path, monkeypatch):
     compiler()
-    assert doctor._compiled().text == f"kept in {tmp_path}/cache/native"
+    assert doctor._compiled().text == f"kept in {tmp_path}/cache/native; this installation brings none"
     (tmp_path / "cache" / "native").chmod(0o777)
     found = doctor._compiled()
     assert found.state == "no"
