@@ -1,8 +1,8 @@
 """Compiles the C++ kernels into a wheel, one library for each class of processors (`regard.kernels.native.recipe`).
 
-Without a compiler, with one that fails, or with REGARD_NATIVE=0, the wheel is one of Python alone that runs anywhere, and
-a warning says so. The tag promises no more than the libraries keep: no version of Python, and of the C library the one
-whose functions they use. It runs where wheels are built, with hatchling and without torch.
+Without a compiler, with one that fails, or with REGARD_NATIVE=0, the wheel is one of Python alone that runs anywhere,
+and a warning says so. The tag promises no more than the libraries keep: no version of Python, and of the C library the
+one whose functions they use. It runs where wheels are built, with hatchling and without torch.
 """
 
 import hashlib
@@ -86,8 +86,8 @@ def build(folder: Path) -> list[Path]:
 
 
 def library(compiler: str, parts: Any, variant: Any, folder: Path) -> Path:
-    """One library. In two steps, of which the second knows nothing of OpenMP: its functions are those of the runtime that
-    torch has loaded, under whatever name, and no second one comes with its own threads."""
+    """One library. In two steps, of which the second knows nothing of OpenMP: its functions are those of the runtime
+    that torch has loaded, under whatever name, and no second one comes with its own threads."""
     made, objects = folder / f"{variant.name}.so", folder / variant.name
     objects.mkdir()
     sources = [str(parts.HERE / name) for name in parts.SOURCES]

@@ -40,7 +40,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 
 def test_a_source_distribution_has_all_that_is_tracked() -> None:
-    """hatchling adds pyproject.toml and .gitignore by itself; what is listed and missing would be left out in silence."""
+    """hatchling adds pyproject.toml and .gitignore; what is listed and missing would be left out in silence."""
     listed = set(PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"])
     assert [name for name in listed if not (ROOT / name).exists()] == []
     if (ROOT / ".git").exists():
@@ -103,7 +103,7 @@ def test_a_name_that_goes_works_and_warns_once() -> None:
     """The example in CONTRIBUTING, under the filter that Python has by default."""
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S) if "@deprecated" in code]
     names: dict = {"__name__": "example"}
-    exec(example, names)  # noqa: S102
+    exec(example, names)
     x = torch.randn(2, 3, 4, 5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.resetwarnings()

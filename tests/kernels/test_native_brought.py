@@ -220,7 +220,9 @@ def test_the_tag_says_what_the_libraries_need(hook, made):
 
 def test_a_wheel_has_a_library_for_each_class(hook, made, monkeypatch):
     def ready(folder):
-        return [Path(recipe.shutil.copy(path, folder)) for path in (*sorted(made.glob("*.so")), made / "libraries.json")]
+        return [
+            Path(recipe.shutil.copy(path, folder)) for path in (*sorted(made.glob("*.so")), made / "libraries.json")
+        ]
 
     monkeypatch.setattr(hook, "build", ready)
     data, said = built(hook)

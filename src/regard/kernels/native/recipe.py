@@ -1,9 +1,10 @@
 """What the C++ kernels are made of, and which of those that a wheel carries ready-made suits this machine.
 
 A wheel has a library for each class of processors (`hatch_build.py` in the repository builds them). They have a plain C
-interface and link neither torch nor an OpenMP runtime, whose functions torch has brought: so they are tied to no version of
-either. One is used only if it was made of these very sources, for no more than this processor can, and is whole; what
-can't be used is compiled here (`build`). Only Python's own library is imported: a wheel is built where there is no torch.
+interface, and link neither torch nor an OpenMP runtime, whose functions torch has brought: so they are tied to no
+version of either. One is used only if it was made of these very sources, for no more than this processor can, and is
+whole; what can't be used is compiled here (`build`). It imports Python's own library alone: wheels are built where no
+torch is.
 """
 
 import hashlib
@@ -32,9 +33,9 @@ class Variant(NamedTuple):
     """As /proc/cpuinfo calls it."""
 
 
-_V3 = frozenset("sse4_2 popcnt cx16 movbe avx avx2 bmi1 bmi2 f16c fma abm".split())
-_V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
-_AMX = _V4 | frozenset("avx512_bf16 amx_tile amx_bf16".split())
+_V3 = frozenset(["sse4_2", "popcnt", "cx16", "movbe", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm"])
+_V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+_AMX = _V4 | frozenset(["avx512_bf16", "amx_tile", "amx_bf16"])
 VARIANTS = {
     "x86_64": (
         Variant("x86_64_v4_amx", ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), _AMX),
