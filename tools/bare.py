@@ -43,14 +43,15 @@ print(len(regard.mechanisms()), "mechanisms are built")
 NATIVE = """
 import torch, regard
 from regard.kernels.native import build, recipe
-if why := build.why_not():
-    print("no C++ kernels:", *why, *build.brought().splitlines())
+if isinstance(ready := recipe.ready(), str):
+    print("no C++ kernels:", ready)
 else:
     q, k, v = torch.randn(3, 1, 4, 700, 32)
     mask = regard.masks.causal() & regard.masks.window(100)
     out, expected = (regard.attention(q, k, v, mask=mask, kernel=kernel) for kernel in ("native", "eager"))
     torch.testing.assert_close(out, expected)
-    print("native runs:", build.library()._name)
+    assert build.library()._name == str(ready)
+    print("C++ kernels run:", ready.name)
 """
 
 
@@ -73,7 +74,7 @@ def main() -> None:
         (folder / "a file").touch()  # below which nobody can write
         nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "REGARD_CACHE"), str(folder / "a file" / "below"))
         print(native := run(sys.executable, "-c", NATIVE, env=env | nowhere, folder=folder).strip())
-        if "--native" in sys.argv[1:] and not native.startswith("native runs:"):
+        if "--native" in sys.argv[1:] and not native.startswith("C++ kernels run:"):
             sys.exit("the wheel must have brought C++ kernels for this processor")
         for command in COMMANDS:
             out = run(sys.executable, "-m", "regard", *command.split(), env=env, folder=folder)
