@@ -113,6 +113,9 @@ class Position(Stage):
     """False where what a hook does to a token depends on how many tokens follow, so that nothing can be cached."""
     by_distance: bool = False
     """True where `bias` depends on i - j alone (and the head), so that one row of it tells all."""
+    axes: int = 1
+    """How many coordinates a token may stand at. Where there are several, `rotate` also takes positions of shape
+    (B or 1, T, axes), in whole numbers or floats."""
 
     def embed(self, x: Float[Tensor, "B T M"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B T M"]:
         """Change the tokens before projection (absolute schemes)."""

@@ -125,7 +125,8 @@ class Attention(nn.Module):
         Args:
             mask: True = may attend; combined with the layer's own. Pad keys with `regard.masks.padding(keep)`.
             positions: where the tokens of x stand, for absolute and rotary schemes and whatever else counts queries
-                (left-padded or packed batches); (T,) or (B, T), default 0, 1, 2, ...
+                (left-padded or packed batches); (T,) or (B, T), default 0, 1, 2, ... A position part with several
+                `axes` also takes (B or 1, T, axes), as `regard.positions.grid` gives; the other parts then count.
         """
         p, x, allowed, bad = self._prepare(x, context, mask, positions)
         return spoil(self._finish(execute(p, self.kernel), x), *bad, allowed)
@@ -173,7 +174,8 @@ class Attention(nn.Module):
 
         Args:
             mask: over places in the cache, counted from 0, e.g. `padding` of the whole sequence's keys.
-            positions: where the new tokens stand, as in `forward`; (t,) or (B, t), default behind those held.
+            positions: where the new tokens stand, as in `forward`; (t,), (B, t) or coordinates, default behind those
+                held, one place a token.
         """
         return streaming.step(self, x, state, mask, positions)
 
@@ -204,6 +206,8 @@ class Attention(nn.Module):
         x, bad = quarantine(x)
         source, bad_source = (x, bad) if context is None else quarantine(source)
         q, k, v, x, source = self._project(x, source, where, where_keys, turn)
+        if where.dim() == 3:  # only the position knows what to do with coordinates
+            where, positions = torch.arange(T, device=x.device), None
         made = self._made(x, source, where)
         p = self._problem(q, k, v, x, source, allowed, made=made, positions=positions)
         return p, x, allowed, (bad, bad_source)
@@ -295,9 +299,14 @@ class Attention(nn.Module):
     def _positions(self, positions: Tensor | None, B: int, T: int, device: torch.device, first: int = 0) -> Tensor:
         if positions is None:
             return torch.arange(first, first + T, device=device)
-        if positions.dtype not in (torch.int64, torch.int32) or positions.shape not in ((T,), (B, T)):
+        axes = 1 if self.position is None else self.position.axes
+        counts = positions.dtype in (torch.int64, torch.int32)
+        if axes > 1 and positions.shape in ((1, T, axes), (B, T, axes)) and (counts or positions.is_floating_point()):
+            return positions
+        if not counts or positions.shape not in ((T,), (B, T)):
             got = f"{positions.dtype} {tuple(positions.shape)}"
-            refuse(self, "positions", "don't fit x", got, f"integers of shape ({T},) or ({B}, {T})")
+            words = "" if axes == 1 else f", or coordinates of shape (1 or {B}, {T}, {axes})"
+            refuse(self, "positions", "don't fit x", got, f"integers of shape ({T},) or ({B}, {T}){words}")
         return positions
 
     def _needs(self, feature: str, what: str) -> None:

@@ -89,6 +89,8 @@ def step(
     q, k, v, x, _ = layer._project(x, x, where, where, where)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
     seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
+    if where.dim() == 3:  # only the position knows what to do with coordinates
+        where, positions = torch.arange(where_from, where_from + t, device=x.device), None
     new = {"k": k, "v": v}
     if "x" in state.buffers:
         new["x"] = x

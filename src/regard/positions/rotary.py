@@ -2,7 +2,8 @@
 
 A pair is (a, a + D/2), as GPT-NeoX and Llama store it, or (2a, 2a+1), as the paper prints it (`interleaved=True`);
 `to_half_split` and `to_interleaved` convert between them. A scaling (see rotary_scaling.py) changes the w_a, and may
-multiply queries and keys by some m, so scores by m^2.
+multiply queries and keys by some m, so scores by m^2. Where only the first channels turn (`partial_rotary_factor`), D
+is their number in all of this, and m is theirs alone. Images and video are turned by axial.py and mrope.py.
 """
 
 from typing import Protocol
@@ -29,6 +30,13 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
             "2104.09864",
             "section 3",
         ),
+        Paper(
+            "GPT-NeoX-20B: An Open-Source Autoregressive Language Model",
+            "Black et al.",
+            2022,
+            "2204.06745",
+            "not its own text, but its code in transformers, where the first quarter of the channels turns",
+        ),
     ),
     traits=PLAIN - {"position_free"},
     cost=Cost("2*B*H*T*S*D + 3*(B*H*T*D + B*G*S*D)", "2*S*G*D"),
@@ -39,7 +47,7 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
     ),
     verified="third-party",
     tasks=("text", "retrieval", "copying", "selective_copying", "imputation"),
-    defaults={"base": "paper", "interleaved": "code, transformers' Llama"},
+    defaults={"base": "paper", "interleaved": "code, transformers' Llama", "partial_rotary_factor": "paper"},
 )
 
 
@@ -70,19 +78,25 @@ def rotate(
     *,
     multiplier: float = 1.0,
     interleaved: bool = False,
+    blocks: int = 1,
 ) -> Float[Tensor, "B H T D"]:
-    """Turn each pair of channels of z by its angle. Computed in at least float32, returned in z's dtype."""
+    """Turn each pair of the first channels of z by its angle; those beyond the pairs stay as they are.
+
+    Computed in at least float32, returned in z's dtype.
+
+    Args:
+        angle: (T, half) or (B, T, half), the same for all heads, or (B, H, T, half).
+        blocks: the channels that turn are cut into so many, and pairs are half a block apart; `interleaved` is blocks
+            of two channels.
+    """
     if angle.dim() == 3:
         angle = angle.unsqueeze(1)
-    work = work_dtype(z)
-    cos, sin = (angle.cos() * multiplier).to(work), (angle.sin() * multiplier).to(work)
-    if interleaved:
-        first, second = z.to(work).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
-    else:
-        first, second = z.to(work).chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.to(z.dtype)
+    half, work = angle.shape[-1], work_dtype(z)
+    blocks = half if interleaved else blocks
+    cos, sin = ((m * multiplier).to(work).unflatten(-1, (blocks, -1)) for m in (angle.cos(), angle.sin()))
+    first, second = z[..., : 2 * half].to(work).unflatten(-1, (blocks, 2, -1)).unbind(-2)
+    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-2).flatten(-3).to(z.dtype)
+    return turned if 2 * half == z.shape[-1] else torch.cat((turned, z[..., 2 * half :]), dim=-1)
 
 
 def to_half_split(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
@@ -104,10 +118,12 @@ class Rotary(Position):
     """Turns queries and keys of width `head_dim`. No parameters; angles come from the integer positions.
 
     Args:
-        head_dim: D, even.
+        head_dim: of queries and keys.
         base: of the geometric w_a; the paper's 10000. A larger one turns all pairs but the first more slowly.
         scaling: how the w_a are stretched.
         interleaved: whether pairs are neighbours.
+        partial_rotary_factor: the part of the channels that turns, the first ones; transformers' name. An even number
+            D = int(head_dim * partial_rotary_factor) of them must be left.
     """
 
     def __init__(
@@ -117,14 +133,19 @@ class Rotary(Position):
         base: float = 10000.0,
         scaling: Scaling | None = None,
         interleaved: bool = False,
+        partial_rotary_factor: float = 1.0,
     ) -> None:
         super().__init__()
         whole(self, head_dim=head_dim)
-        divides(self, pair=2, head_dim=head_dim)
+        number(self, above=0, most=1, partial_rotary_factor=partial_rotary_factor)
+        rotary_dim = int(head_dim * partial_rotary_factor)
+        divides(self, pair=2, **{"head_dim" if rotary_dim == head_dim else "rotary_dim": rotary_dim})
+        whole(self, 2, rotary_dim=rotary_dim)
         number(self, above=1, base=base)
         if scaling is not None:
-            scaling.check(head_dim)
+            scaling.check(rotary_dim)
         self.head_dim = head_dim
+        self.rotary_dim = rotary_dim
         self.base = base
         self.scaling = scaling
         self.interleaved = interleaved
@@ -132,14 +153,22 @@ class Rotary(Position):
 
     @checked(D="head_dim")
     def rotate(self, z: Float[Tensor, "B H T D"], positions: Int[Tensor, "*b T"]) -> Float[Tensor, "B H T D"]:
+        return self._turned(z, positions)
+
+    def _turned(self, z: Tensor, positions: Tensor) -> Tensor:
         if positions.numel() == 0:
             return z
-        w = frequencies(self.head_dim, self.base, z.device)
+        w = frequencies(self.rotary_dim, self.base, z.device)
         multiplier = 1.0
         if self.scaling is not None:
             w = self.scaling.frequencies(w, self.base, positions.max() + 1)
             multiplier = self.scaling.multiplier()
-        return rotate(z, angles(positions, w), multiplier=multiplier, interleaved=self.interleaved)
+        return rotate(z, self.angles(positions, w), multiplier=multiplier, interleaved=self.interleaved)
+
+    def angles(self, positions: Int[Tensor, "*b T"], w: Float[Tensor, " half"]) -> Float[Tensor, "*b T half"]:
+        """By how much each pair turns at each position."""
+        return angles(positions, w)
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, base={self.base:g}, scaling={self.scaling}, interleaved={self.interleaved}"
+        part = "" if self.rotary_dim == self.head_dim else f", rotary_dim={self.rotary_dim}"
+        return f"{self.head_dim}{part}, base={self.base:g}, scaling={self.scaling}, interleaved={self.interleaved}"

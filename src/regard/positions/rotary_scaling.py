@@ -46,7 +46,7 @@ LINEAR = Card(
     "tests/positions/test_rotary.py::test_linear_is_interpolation.",
     verified="third-party",
     example={"factor": 2.0},
-    defaults={"factor": "ours", "base": "paper, RoFormer", "interleaved": "code, transformers' Llama"},
+    defaults={"factor": "ours", "base": "paper, RoFormer", "interleaved": "code", "partial_rotary_factor": "code"},
 )
 
 NTK_AWARE = Card(
@@ -69,7 +69,7 @@ NTK_AWARE = Card(
     "tests/positions/test_rotary.py::test_ntk_keeps_the_first_frequency_and_slows_the_last.",
     verified="third-party",
     example={"factor": 2.0},
-    defaults={"factor": "ours", "base": "paper, RoFormer", "interleaved": "code"},
+    defaults={"factor": "ours", "base": "paper, RoFormer", "interleaved": "code", "partial_rotary_factor": "code"},
 )
 
 
@@ -93,6 +93,22 @@ class Linear:
 
     def multiplier(self) -> float:
         return 1.0
+
+
+@dataclass(frozen=True)
+class Proportional(Linear):
+    """Gemma 4's code: only the first `int(kept * D / 2)` pairs turn, as fast as in a head that turns wholly; the slow
+    ones stand still. Not a part of the channels, which would have the whole range of frequencies."""
+
+    kept: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number(self, above=0, most=1, kept=self.kept)
+
+    def frequencies(self, w: Tensor, base: float, length: Tensor) -> Tensor:
+        pairs = torch.arange(w.numel(), device=w.device)
+        return torch.where(pairs < int(self.kept * 2 * w.numel() // 2), w / self.factor, 0.0)
 
 
 @dataclass(frozen=True)
@@ -185,22 +201,48 @@ def _spread(w: Tensor, growth: float | Tensor) -> Tensor:
 
 
 @LINEAR.fills("position")
-def rotary_linear(head_dim: int, *, factor: float = 4.0, base: float = 10000.0, interleaved: bool = False) -> Rotary:
+def rotary_linear(
+    head_dim: int,
+    *,
+    factor: float = 4.0,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    partial_rotary_factor: float = 1.0,
+) -> Rotary:
     """A rotary part with the scaling `Linear`.
 
     Args:
         factor: what positions are divided by; the default is this library's.
-        base, interleaved: as of `Rotary`.
+        base, interleaved, partial_rotary_factor: as of `Rotary`.
     """
-    return Rotary(head_dim, base=base, interleaved=interleaved, scaling=Linear(factor))
+    return Rotary(
+        head_dim,
+        base=base,
+        interleaved=interleaved,
+        scaling=Linear(factor),
+        partial_rotary_factor=partial_rotary_factor,
+    )
 
 
 @NTK_AWARE.fills("position")
-def rotary_ntk(head_dim: int, *, factor: float = 4.0, base: float = 10000.0, interleaved: bool = False) -> Rotary:
+def rotary_ntk(
+    head_dim: int,
+    *,
+    factor: float = 4.0,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    partial_rotary_factor: float = 1.0,
+) -> Rotary:
     """A rotary part with the scaling `NTK`.
 
     Args:
         factor: what the last w_a is divided by; the default is this library's.
-        base, interleaved: as of `Rotary`.
+        base, interleaved, partial_rotary_factor: as of `Rotary`.
     """
-    return Rotary(head_dim, base=base, interleaved=interleaved, scaling=NTK(factor))
+    return Rotary(
+        head_dim,
+        base=base,
+        interleaved=interleaved,
+        scaling=NTK(factor),
+        partial_rotary_factor=partial_rotary_factor,
+    )

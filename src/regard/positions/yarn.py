@@ -45,6 +45,7 @@ low = floor(pair(beta_fast)), high = ceil(pair(beta_slow));   queries and keys t
         "truncate": "code",
         "base": "paper, RoFormer",
         "interleaved": "code",
+        "partial_rotary_factor": "code",
     },
 )
 
@@ -111,6 +112,7 @@ def rotary_yarn(
     truncate: bool = True,
     base: float = 10000.0,
     interleaved: bool = False,
+    partial_rotary_factor: float = 1.0,
 ) -> Rotary:
     """A rotary part with the scaling `YaRN`.
 
@@ -121,7 +123,13 @@ def rotary_yarn(
         attention_factor: m, in place of the formula.
         mscale, mscale_all_dim: c and d, together in place of the formula: m = (0.1 c ln s + 1) / (0.1 d ln s + 1).
         truncate: round the ramp's ends outwards to whole pairs.
-        base, interleaved: as of `Rotary`.
+        base, interleaved, partial_rotary_factor: as of `Rotary`.
     """
     scaling = YaRN(factor, original_max, beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate)
-    return Rotary(head_dim, base=base, interleaved=interleaved, scaling=scaling)
+    return Rotary(
+        head_dim,
+        base=base,
+        interleaved=interleaved,
+        scaling=scaling,
+        partial_rotary_factor=partial_rotary_factor,
+    )
