@@ -1,4 +1,4 @@
-"""Attention layers of transformers, tiny and random, and `regard.Attention` with the parts that make it the same layer."""
+"""Attention layers of transformers, tiny and random, and `regard.Attention` with parts that make it the same layer."""
 
 import importlib
 import inspect
@@ -61,7 +61,8 @@ LIKES: dict[str, Like] = {
         lambda: {"position": partial(), "num_kv_heads": H},
     ),
     "Persimmon": Like(
-        "persimmon", ("PersimmonConfig", "PersimmonAttention", "PersimmonRotaryEmbedding"), {"qk_layernorm": True}, HALF,
+        "persimmon", ("PersimmonConfig", "PersimmonAttention", "PersimmonRotaryEmbedding"), {"qk_layernorm": True},
+        HALF,
         lambda: {
             "position": partial(), "heads": QKNorm(D, norm="layer", bias=True, eps=1e-5),
             "num_kv_heads": H,
@@ -79,7 +80,8 @@ LIKES: dict[str, Like] = {
         },
     ),
     "Chameleon": Like(
-        "chameleon", ("ChameleonConfig", "ChameleonAttention", "ChameleonRotaryEmbedding"), {"swin_norm": False}, rope(),
+        "chameleon", ("ChameleonConfig", "ChameleonAttention", "ChameleonRotaryEmbedding"), {"swin_norm": False},
+        rope(),
         lambda: {
             "position": Rotary(D, base=BASE),
             "heads": QKNorm(D, H, G, norm="layer", weights="per_head", bias=True, eps=1e-5),
@@ -94,7 +96,8 @@ LIKES: dict[str, Like] = {
         lambda: {"position": Rotary(D, base=BASE), "heads": QKNorm(D, H, G, weights="joint", eps=1e-5)},
     ),
     "Qwen3": Like(
-        "qwen3", ("Qwen3Config", "Qwen3Attention", "Qwen3RotaryEmbedding"), {"head_dim": D, "rms_norm_eps": 1e-5}, rope(),
+        "qwen3", ("Qwen3Config", "Qwen3Attention", "Qwen3RotaryEmbedding"), {"head_dim": D, "rms_norm_eps": 1e-5},
+        rope(),
         lambda: {"position": Rotary(D, base=BASE), "heads": QKNorm(D, eps=1e-5)},
     ),
     "Gemma 3": Like(
@@ -126,11 +129,13 @@ LIKES: dict[str, Like] = {
     ),
     "Qwen2-VL": Like(
         "qwen2_vl", ("Qwen2VLTextConfig", "Qwen2VLAttention", "Qwen2VLRotaryEmbedding"), {},
-        rope(mrope_section=[1, 2, 1]), lambda: {"position": MRope(D, base=BASE, mrope_section=(1, 2, 1))}, pictures=True,
+        rope(mrope_section=[1, 2, 1]),
+        lambda: {"position": MRope(D, base=BASE, mrope_section=(1, 2, 1))}, pictures=True,
     ),
     "Qwen2.5-VL": Like(
         "qwen2_5_vl", ("Qwen2_5_VLTextConfig", "Qwen2_5_VLAttention", "Qwen2_5_VLRotaryEmbedding"), {},
-        rope(mrope_section=[1, 1, 2]), lambda: {"position": MRope(D, base=BASE, mrope_section=(1, 1, 2))}, pictures=True,
+        rope(mrope_section=[1, 1, 2]),
+        lambda: {"position": MRope(D, base=BASE, mrope_section=(1, 1, 2))}, pictures=True,
     ),
     "Qwen3-VL": Like(
         "qwen3_vl", ("Qwen3VLTextConfig", "Qwen3VLTextAttention", "Qwen3VLTextRotaryEmbedding"),
@@ -184,7 +189,7 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[regard.Attenti
     theirs, turn = attention(config, layer_idx=0).to(dtype).eval(), rotary(config)
     generator = torch.Generator().manual_seed(0)
     for p in theirs.parameters():
-        nn.init.normal_(p, std=0.5, generator=generator)
+        nn.init.normal_(p, std=0.25, generator=generator)
     biased = any(name.endswith("bias") and "norm" not in name for name in theirs.state_dict())
     ours = regard.Attention(M, H, **{"num_kv_heads": G, **like.parts()}, causal=True, bias=biased, dtype=dtype)
     ours.load_state_dict(translated(theirs.state_dict(), ours, like.offset))
