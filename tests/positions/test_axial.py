@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import regard
-from positions.naive import close
+from positions.naive import close, vectors
 from positions.test_rotary import turned
 from regard.positions import AxialRotary, RotaryMixed, centres, grid
 
@@ -155,13 +155,6 @@ def dinov3(q, k, Y, X):
     return module.apply_rotary_pos_emb(q, k, cos, sin)
 
 
-def eva(q, k, Y, X):
-    """EVA-02's, trained at 3 x 3."""
-    timm = pytest.importorskip("timm.layers.pos_embed_sincos")
-    turn = timm.RotaryEmbeddingCat(16, temperature=100.0, in_pixels=False, feat_shape=[Y, X], ref_feat_shape=[3, 3])
-    return tuple(timm.apply_rot_embed_cat(z, turn.get_embed()) for z in (q, k))
-
-
 SOURCES = {
     "qwen2_vl": (qwen2_vl, {}, lambda Y, X: grid(Y, X)),
     "pixtral": (pixtral, {"frequencies": "dealt"}, lambda Y, X: grid(Y, X)),
@@ -169,7 +162,6 @@ SOURCES = {
     "gemma4": (gemma4, {"pairs": "axis"}, lambda Y, X: grid(Y, X)),
     "llama4": (llama4, {"pairs": "neighbours"}, lambda Y, X: grid(Y, X).flip(-1) + 1),
     "dinov3": (dinov3, {}, lambda Y, X: centres(Y, X)),
-    "eva": (eva, {"pairs": "neighbours"}, lambda Y, X: grid(Y, X) * torch.tensor([3 / Y, 3 / X])),
 }
 """How q and k are turned there, and here: the options, and the coordinates of an image of Y x X."""
 
@@ -185,14 +177,15 @@ def test_images_turn_as_there(name):
         assert (want - mine).abs().max() > 0.1
 
 
-def test_mixed_is_timms():
-    timm = pytest.importorskip("timm.layers.pos_embed_sincos")
-    turn = timm.RotaryEmbeddingMixed(dim=48, depth=1, num_heads=3, feat_shape=[4, 5], grid_indexing="ij")
-    part, q = RotaryMixed(16, 3).double(), normal(2, 3, 20, 16)
+def test_eva_and_mixed_are_timms():
+    """EVA-02's, trained at 3 x 3, on a grid of 4 x 5; and frequencies that timm drew."""
+    z = {name: torch.as_tensor(value).double() for name, value in vectors("timm_rotary").items()}
+    eva = AxialRotary(16, base=100.0, pairs="neighbours")
+    close(eva.rotate(z["q"], grid(4, 5) * torch.tensor([3 / 4, 3 / 5])), z["eva"], atol=2e-6)
+    mixed = RotaryMixed(16, 3).double()
     with torch.no_grad():
-        part.freqs.copy_(turn.freqs[:, 0])
-    want = timm.apply_rot_embed_cat(q, turn.get_embed()[0])
-    close(part.rotate(q, grid(4, 5)), want.detach().double(), atol=2e-5)
+        mixed.freqs.copy_(z["freqs"])
+        close(mixed.rotate(z["q"], grid(4, 5)), z["mixed"], atol=2e-6)
 
 
 # --- RoPE-Mixed ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from regard.positions import (
     Linear,
     Llama3,
     LongRoPE,
+    Proportional,
     Rotary,
     YaRN,
     to_half_split,
@@ -245,3 +246,69 @@ def test_attention_uses_absolute_key_positions_when_streaming():
         y, state = layer.step(x[:, t : t + 1], state)
         out.append(y)
     close(torch.cat(out, 1), layer(x))
+
+
+# --- part of the channels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("D", "factor", "turning"), [(8, 0.5, 4), (10, 0.4, 4), (16, 0.25, 4), (9, 0.9, 8), (8, 1.0, 8)]
+)
+def test_only_the_first_channels_turn(D, factor, turning, interleaved):
+    """As a rotary part of that width turns them: frequencies are over the channels that turn."""
+    z, at = torch.randn(2, 3, 5, D, dtype=torch.float64), torch.tensor([0, 1, 4, 9, 70])
+    got = Rotary(D, base=50.0, interleaved=interleaved, partial_rotary_factor=factor).rotate(z, at)
+    w = plain(turning, 50.0)
+    for b, h, t in torch.cartesian_prod(*map(torch.arange, (2, 3, 5))).tolist():
+        close(got[b, h, t, :turning], turned(z[b, h, t, :turning], float(at[t]), w, interleaved=interleaved))
+    assert torch.equal(got[..., turning:], z[..., turning:])
+
+
+ROPE_TYPES = {
+    "linear": ({"factor": 4.0}, Linear(4.0)),
+    "dynamic": ({"factor": 4.0}, DynamicNTK(4.0, 64)),
+    "yarn": ({"factor": 4.0, "original_max_position_embeddings": 32}, YaRN(4.0, 32)),
+    "llama3": (
+        {"factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        Llama3(4.0, 32),
+    ),
+    "longrope": (
+        {
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+        LongRoPE(4.0, 32, (1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 3.0, 4.0)),
+    ),
+    "proportional": ({"factor": 2.0}, Proportional(2.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("length", [20, 150])
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_part_of_the_channels_with_every_scaling_of_transformers(kind, length):
+    phi = pytest.importorskip("transformers.models.phi.modeling_phi")
+    given, scaling = ROPE_TYPES[kind]
+    rope = {"rope_type": kind, "rope_theta": 100.0, "partial_rotary_factor": 0.5, **given}
+    config = phi.PhiConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope)
+    part = Rotary(16, base=100.0, scaling=scaling, partial_rotary_factor=1.0 if kind == "proportional" else 0.5)
+    q, at = torch.randn(1, 2, length, 16, dtype=torch.float64), torch.arange(length)[None]
+    cos, sin = phi.PhiRotaryEmbedding(config)(q, at)
+    width = part.rotary_dim
+    assert cos.shape[-1] == width
+    first = q[..., :width]
+    want = torch.cat((phi.apply_rotary_pos_emb(first, first, cos, sin)[0], q[..., width:]), -1)
+    close(part.rotate(q, at), want, atol=1e-4)  # angles up to 150 in fp32
+
+
+def test_parts_that_leave_no_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"Rotary: rotary_dim is no multiple of pair = 2 \(got 5\)"):
+        Rotary(10, partial_rotary_factor=0.5)
+    with pytest.raises(ValueError, match=r"Rotary: rotary_dim is too small \(got 0\); expected an int >= 2"):
+        Rotary(8, partial_rotary_factor=0.1)
+    with pytest.raises(ValueError, match=r"Rotary: partial_rotary_factor is out of range \(got 1.5\)"):
+        Rotary(8, partial_rotary_factor=1.5)
+    with pytest.raises(ValueError, match=r"NTK: head_dim is too small \(got 2\); expected an int >= 4"):
+        Rotary(8, partial_rotary_factor=0.25, scaling=NTK(2.0))

@@ -12,7 +12,7 @@ from regard.stages import HeadMap
 
 CARD = Card(
     "cosine",
-    equation="score[h,i,j] = s_h cos(q_i, k_j),   s_h = exp(min(l_h, log most)),   l trained",
+    equation="score[h,i,j] = s_h cos(q_i, k_j),   s_h = exp(min(l_h, log largest)),   l trained",
     papers=(
         Paper(
             "Swin Transformer V2: Scaling Up Capacity and Resolution",
@@ -27,13 +27,13 @@ CARD = Card(
     "tests/heads/test_cosine.py::test_scores_stay_within_the_scale.",
     differs=("The continuous position bias that goes with it in Swin v2 is another part.",),
     verified="third-party",
-    tries={"most": {"most": 5.0}},
-    defaults={"start": "code, Swin v2", "most": "code, Swin v2", "shared": "code, Swin v2"},
+    tries={"largest": {"largest": 5.0}},
+    defaults={"start": "code, Swin v2", "largest": "code, Swin v2", "shared": "code, Swin v2"},
 )
 HENRY = CARD.variant(
     "qk_norm_l2",
     "Query-key normalisation to length 1, with one learned number in place of 1 / sqrt(D).",
-    preset={"shared": True, "most": None},
+    preset={"shared": True, "largest": None},
     equation="score[i,j] = g cos(q_i, k_j),   g trained",
     papers=(
         Paper(
@@ -65,20 +65,20 @@ class Cosine(HeadMap):
 
     Args:
         start: s at the start.
-        most: what s never exceeds; None = nothing.
+        largest: what s never exceeds; None = nothing.
         shared: one s for all heads, in place of one for each.
     """
 
     def __init__(
-        self, head_dim: int, num_heads: int, *, start: float = 10.0, most: float | None = 100.0, shared: bool = False
+        self, head_dim: int, num_heads: int, *, start: float = 10.0, largest: float | None = 100.0, shared: bool = False
     ) -> None:
         super().__init__()
         whole(self, head_dim=head_dim, num_heads=num_heads)
         flag(self, shared=shared)
         number(self, above=0, start=start)
-        if most is not None:
-            number(self, above=0, most=most)
-        self.head_dim, self.num_heads, self.start, self.most = head_dim, num_heads, start, most
+        if largest is not None:
+            number(self, above=0, largest=largest)
+        self.head_dim, self.num_heads, self.start, self.largest = head_dim, num_heads, start, most
         self.log_scale = nn.Parameter(torch.empty(1 if shared else num_heads))
         self.reset_parameters()
 
@@ -89,9 +89,9 @@ class Cosine(HeadMap):
     def forward(
         self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S V"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        log_scale = self.log_scale if self.most is None else self.log_scale.clamp(max=math.log(self.most))
+        log_scale = self.log_scale if self.largest is None else self.log_scale.clamp(max=math.log(self.largest))
         q_length = math.sqrt(self.head_dim) * log_scale.exp()[:, None, None]
         return (unit(q) * q_length).to(q.dtype), unit(k).to(k.dtype), v
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, {self.num_heads}, start={self.start:g}, most={self.most}"
+        return f"{self.head_dim}, {self.num_heads}, start={self.start:g}, largest={self.largest}"
