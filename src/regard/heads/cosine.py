@@ -78,7 +78,7 @@ class Cosine(HeadMap):
         number(self, above=0, start=start)
         if largest is not None:
             number(self, above=0, largest=largest)
-        self.head_dim, self.num_heads, self.start, self.largest = head_dim, num_heads, start, most
+        self.head_dim, self.num_heads, self.start, self.largest = head_dim, num_heads, start, largest
         self.log_scale = nn.Parameter(torch.empty(1 if shared else num_heads))
         self.reset_parameters()
 
