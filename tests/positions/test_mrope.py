@@ -51,6 +51,21 @@ def test_text_turns_as_ever_and_pictures_along_each_axis():
     assert (layer(x, positions=picture * torch.tensor([1, 1, 2])) - seen).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_streams_beside_a_mix_that_asks_earlier_queries_again():
+    """Multi-token attention keeps queries and where they stood; coordinates are the rotary part's alone."""
+    layer = regard.create("mrope+mta", dim=48, num_heads=4, causal=True).double()
+    for p in layer.score_mix.parameters():
+        p.add_(normal(*p.shape) / 4)
+    x, at = normal(2, 8, 48), torch.cat((grid(1, 2, 3), torch.tensor([[[3, 3, 3], [4, 4, 4]]])), 1)
+    want, state, outs = layer(x, positions=at), layer.init_state(2, 8), []
+    for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        y, state = layer.step(x[:, part], state, positions=at[:, part])
+        outs.append(y)
+    close(torch.cat(outs, 1), want)
+    assert (layer(x) - want).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("scaling", [YaRN(4.0, 32), DynamicNTK(4.0, 16)])
 def test_scalings_come_before_the_axes_are_dealt(scaling):
     """A length-dependent one counts the largest coordinate of any axis."""

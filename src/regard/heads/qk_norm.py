@@ -127,6 +127,11 @@ class QKNorm(HeadMap):
         eps: under the root; the released code's.
     """
 
+    q_weight: nn.Parameter
+    k_weight: nn.Parameter
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+
     def __init__(
         self,
         head_dim: int,
