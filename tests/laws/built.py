@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -203,18 +203,18 @@ def other_values(card: regard.Card, option: str, bases: list[Spec]) -> list[Spec
     """
     pairs = [(base, changed(base, **{option: value})) for base in bases for value in values(card, option, base)]
     if wanted := choices(card, option):
-        return [spec for value in wanted for spec in _first(pairs, lambda s, v=value: s.options[option] == v)]
-    return _first(pairs, lambda spec: True, same=how(card, option))
+        chosen = [[pair for pair in pairs if pair[1].options[option] == value] for value in wanted]
+        return [spec for some in chosen for spec in _first(some, same=how(card, option))]
+    return _first(pairs, same=how(card, option))
 
 
-def _first(pairs: list[tuple[Spec, Spec]], fits: Callable[[Spec], bool], same: bool = False) -> list[Spec]:
+def _first(pairs: list[tuple[Spec, Spec]], *, same: bool = False) -> list[Spec]:
     """The first pair that shows a difference in outputs, or else in what is built; a choice that none allows, alone."""
-    fitting = [pair for pair in pairs if fits(pair[1])]
     for test in (whole,) if same else (shows, builds):
-        for base, spec in fitting:
+        for base, spec in pairs:
             if test(spec) if same else test(base, spec):
                 return [base, spec]
-    return [spec for _, spec in fitting[:1] if not whole(spec)]
+    return [spec for _, spec in pairs[:1] if not (same or whole(spec))]
 
 
 def values(card: regard.Card, option: str, base: Spec) -> list[Any]:

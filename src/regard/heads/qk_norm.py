@@ -76,6 +76,8 @@ LAYER = CARD.variant(
             "in transformers",
         ),
     ),
+    claim="Logits stay bounded, and what all channels have in common counts for nothing: "
+    "tests/heads/test_qk_norm.py::test_layer_norm_bounds_logits_and_takes_the_mean_away.",
     differs=("The weight has no bias unless asked for (Phi, Persimmon and Chameleon have one).",),
     defaults={
         "weights": "code, Phi",

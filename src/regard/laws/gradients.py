@@ -17,8 +17,15 @@ from regard.laws.subject import Subject
 
 
 def smaller(s: Subject) -> Subject:
-    """Half as wide, where it is built to size."""
-    return s if s.foreign else replace(s, dim=s.dim // 2, heads=s.heads // 3)
+    """Half as wide, where it is built to size; a third where heads of that width can't be."""
+    if s.foreign:
+        return s
+    half, third = (replace(s, dim=s.dim // by, heads=s.heads // 3) for by in (2, 3))
+    try:
+        half.build()
+    except ValueError:
+        return third
+    return half
 
 
 def leaves(given: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Multimodal rotary positions (M-RoPE): pairs of channels are dealt to time, height and width; text turns as ever."""
+"""Multimodal rotary positions (M-RoPE): pairs of channels are dealt to time, height and width."""
 
 from typing import Literal
 

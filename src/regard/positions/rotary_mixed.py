@@ -1,4 +1,4 @@
-"""RoPE-Mixed: on an image, each pair of channels of each head turns along a direction of its own, which is trained."""
+"""RoPE-Mixed: on an image, each pair of channels turns along a direction of its own, which is trained."""
 
 import math
 
@@ -39,6 +39,7 @@ the other pairs likewise at t + pi/2""",
     verified="third-party",
     tasks=("digits",),
     example={"sizes": (3, 2)},
+    tries={"base": {"base": 2.0, "head_dim": 8}},  # of four channels the one frequency is 1
     defaults={"sizes": "ours", "prefix": "ours", "base": "code"},
 )
 
