@@ -40,6 +40,8 @@ GOALS: dict[str, Goal] = {
     "linear": Goal("causal linear attention, T = 16k", 20, "faster than SDPA causal", "linear", "higher"),
     "linear growth": Goal("causal linear attention, exponent of T in its time", 1.1, "", "linear", unit=""),
     "entmax": Goal("entmax 1.5, forward and backward", 4, "faster than the entmax package", "normalizers", "higher"),
+    "paged": Goal("a step over a cache in pages of 16, S = 1k and 16k", 1.0, "the same cache in one piece", "paged"),
+    "paged memory": Goal("8 forks of 4k tokens", 7.5, "less memory than 8 copies", "paged", "higher"),
     "import": Goal("import regard, with torch", 2, "", "imports", unit="s"),
     "import ours": Goal("import regard, ours alone", 0.2, "", "imports", unit="s"),
     "compiled": Goal("masked attention under torch.compile on CPUs", 1.02, "the same called eagerly", "compiled"),

@@ -75,7 +75,8 @@ def _kernels() -> list[Finding]:
     import torch
 
     from regard import attention, masks
-    from regard.kernels.plan import KERNELS
+    from regard.kernels.pages import Pages
+    from regard.kernels.plan import KERNELS, execute
     from regard.pipeline.function import problem
 
     generator = torch.Generator().manual_seed(0)
@@ -90,14 +91,18 @@ def _kernels() -> list[Finding]:
     for device in ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]:
         for name in KERNELS:
             mask = special.get(name, masks.causal())
-            given = (q[:, :, -1:] if name == "decode" else q, k, v)
+            given = (q[:, :, -1:] if name in ("decode", "paged") else q, k, v)
             at = [t.to(device) for t in given]
             expected = attention(*given, mask=mask, kernel="eager")
             try:
-                if why := KERNELS[name].why_not(problem(*at, mask=mask)):
+                p = problem(*at, mask=mask)
+                if name == "paged":
+                    cut = [z[0].unflatten(1, (-1, 16)).transpose(0, 1).contiguous() for z in at[1:]]
+                    p.pages = Pages(cut[0], cut[1], [torch.arange(10, dtype=torch.int32)], [0], [160], 160)
+                if why := KERNELS[name].why_not(p):
                     found.append(Finding("kernels", f"{name} on {device}", "no", "; ".join(why)))
                     continue
-                off = float((attention(*at, mask=mask, kernel=name).cpu() - expected).abs().max())
+                off = float((execute(p, name).cpu() - expected).abs().max())
             except Exception as error:  # whatever a broken driver or build throws is the finding
                 reason = str(error).splitlines() or [type(error).__name__]
                 found.append(Finding("kernels", f"{name} on {device}", "no", reason[0]))

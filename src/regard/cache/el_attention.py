@@ -106,7 +106,7 @@ class ELAttention(Attention):
         self.folded = self.num_kv_heads * self.head_dim // num_heads if folded is None else folded
         whole(self, 0, folded=self.folded)
 
-    def init_state(
+    def init_state(  # type: ignore[override]
         self,
         batch_size: int,
         capacity: int,
@@ -119,7 +119,7 @@ class ELAttention(Attention):
         device = self.k_proj.weight.device if device is None else device
         return KVCache({"x": torch.zeros(batch_size, capacity, self.dim, device=device, dtype=keys.dtype)})
 
-    def step(
+    def step(  # type: ignore[override]
         self,
         x: Float[Tensor, "B t M"],
         state: KVCache,

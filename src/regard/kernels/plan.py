@@ -16,12 +16,13 @@ from regard.kernels import (
     grouped,
     native,
     neighborhood,
+    paged,
     sdpa,
     triton_attention,
     window,
 )
 from regard.kernels.check import check_problem
-from regard.kernels.cost import Cost, rates
+from regard.kernels.cost import Cost, io, rates
 from regard.kernels.flops import counted, counting
 from regard.kernels.problem import CAUSAL, Problem, honest
 from regard.kernels.size import MATERIALISE, score_bytes
@@ -29,6 +30,7 @@ from regard.stages import IN_KERNELS
 from regard.tracing import as_it_is, exporting
 
 KERNELS: dict[str, ModuleType] = {
+    "paged": paged,
     "sdpa": sdpa,
     "grouped": grouped,
     "native": native,
@@ -90,7 +92,7 @@ def _chosen(p: Problem, kernel: str = "auto") -> Plan:
     cannot = {name: _reasons(p, module) for name, module in KERNELS.items()}
     if kernel != "auto":
         _named(p, kernel)
-    costs = {name: module.cost(p) for name, module in KERNELS.items() if not cannot[name]}
+    costs = {name: _cost(p, module) for name, module in KERNELS.items() if not cannot[name]}
     if kernel != "auto":
         others = {n: r or ["not asked for"] for n, r in cannot.items() if n != kernel}
         return Plan(kernel, "asked for by name", others, costs)
@@ -105,6 +107,14 @@ def _chosen(p: Problem, kernel: str = "auto") -> Plan:
         if name != best
     }
     return Plan(best, costs[best].words, why_not, costs)
+
+
+def _cost(p: Problem, module: ModuleType) -> Cost:
+    """What it takes, with the copies that all but `paged` need of keys in pages."""
+    cost: Cost = module.cost(p)
+    if p.pages is None or module is paged:
+        return cost
+    return replace(cost, bytes=cost.bytes + 2 * io(p), words=f"{cost.words}, keys gathered from pages")
 
 
 def _named(p: Problem, kernel: str) -> ModuleType:
@@ -137,8 +147,8 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
 
 
 def _run(p: Problem, module: ModuleType) -> Tensor:
-    p = _apart(p)
-    return module.run(p) if module in (decode, native) else honest(p, module.run)
+    p = _apart(p if module is paged else p.gathered())
+    return module.run(p) if module in (decode, native, paged) else honest(p, module.run)
 
 
 def _apart(p: Problem) -> Problem:
@@ -154,6 +164,8 @@ def _auto(p: Problem) -> ModuleType:
     """What `choose` would say, without its price where the answer is plain."""
     if not p.readable:
         return _unseen(p)
+    if p.pages is not None and not paged.why_not(p):
+        return paged
     if not _plain(p):
         return KERNELS[_chosen(p).kernel]
     if p.q.numel() * p.k.size(2) <= FEW:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from regard.kernels.pages import Pages
 from regard.kernels.sums import over_keys, summed_to_one
 from regard.masks import Mask, causal, full
 from regard.masks.algebra import And
@@ -41,6 +42,8 @@ class Problem(Filled):
     """Position of the first key handed in: > 0 when a cache has dropped older ones."""
     on: str | None = None
     """The kind of device to plan for with tensors that are on none, those on meta."""
+    pages: Pages | None = None
+    """Where keys and values lie in a pool; `k` and `v` then have their shapes, and hold nothing."""
 
     @property
     def device_kind(self) -> str:
@@ -68,6 +71,13 @@ class Problem(Filled):
         return transformed(
             *(t for t in (self.q, self.k, self.v, self.bias, self.x, self.context, *held) if t is not None)
         )
+
+    def gathered(self) -> "Problem":
+        """The same with keys and values copied together, if they lie in pages."""
+        if self.pages is None:
+            return self
+        k, v = (z.to(self.q.dtype) for z in self.pages.gathered())
+        return replace(self, k=k, v=v, pages=None)
 
     @property
     def i(self) -> Tensor:

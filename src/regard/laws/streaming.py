@@ -13,6 +13,7 @@ from regard.laws.agreement import close, does_not_apply, hold, refused, same, sa
 from regard.laws.registry import law
 from regard.laws.subject import Subject, takes
 from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.page_pool import PagePool
 from regard.pipeline.streaming import WHERE
 
 
@@ -198,6 +199,78 @@ def cache_limits(s: Subject) -> None:
         room = min(n + 1, window)
         hold(state.kept == room, f"after {n + 1} tokens the cache keeps {state.kept}, expected {room}")
         hold(all(b.shape[-2] == room for b in state.buffers.values()), f"a buffer holds no {room} tokens")
+
+
+def paged(module: Any, batch: int, capacity: int, page_size: int = 3) -> tuple[Any, PagePool]:
+    """A state in pages that lie in no order, in a pool that holds NaN wherever nothing was written."""
+    if "pool" not in inspect.signature(module.init_state).parameters:
+        does_not_apply("its state can't be kept in pages")
+    pool = PagePool(8 * batch * (capacity // page_size + 1), page_size=page_size)
+    state = module.init_state(batch, capacity, pool=pool)
+    for b in pool.buffers.values():
+        b.fill_(torch.nan if b.is_floating_point() else -1)
+    order = torch.randperm(pool.num_pages, generator=torch.Generator().manual_seed(0))
+    pool.take(pool.num_pages)
+    pool.free(order)
+    return state, pool
+
+
+def alike(got: Tensor, want: Tensor, what: str) -> None:
+    """To 1e-12: the same numbers, from elsewhere."""
+    hold(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    off = (got - want).abs().max() if got.numel() else torch.tensor(0.0)
+    hold(off <= 1e-12 * (1 + want.abs().max()), f"{what} differs by up to {off:.3g}")
+
+
+@law("L21", needs="streaming", pipeline=True)
+@torch.no_grad()
+def pages_are_one_piece(s: Subject) -> None:
+    """A state in shuffled pages gives what one in one piece gives, after forks, orders and crops too; behind a window
+    pages are free, and all are when the states are gone."""
+    module, x, other = s.build(causal=True), s.tokens(), s.tokens(seed=11)
+    (state, pool), plain = paged(module, s.batch, s.length), module.init_state(s.batch, s.length)
+    for a, b in itertools.pairwise((0, 4, 5, 6)):
+        y, state = module.step(x[:, a:b], state)
+        want, plain = module.step(x[:, a:b], plain)
+        alike(y, want, f"tokens {a} to {b}")
+    hold(state.length == 6 and state.kept == plain.kept, f"it says {state.length} tokens, {state.kept} of them kept")
+    index = torch.tensor([1, 0, 1])
+    beams, one = state.reorder(index), plain.reorder(index)
+    for n in (6, 7):
+        y, beams = module.step(x[index, n : n + 1], beams)
+        want, one = module.step(x[index, n : n + 1], one)
+        alike(y, want, f"reorder, token {n}")
+    alike(module.step(other[:, 6:9], state.fork())[0], module.step(other[:, 6:9], plain.fork())[0], "fork")
+    alike(module.step(x[:, 6:7], state)[0], module.step(x[:, 6:7], plain)[0], "beside the fork")
+    if state.window is None:
+        alike(module.step(other[:, 4:6], state.crop(4))[0], module.step(other[:, 4:6], plain.crop(4))[0], "crop")
+        alike(module.step(x[:, 6:9], state)[0], module.step(x[:, 6:9], plain)[0], "after a crop was written to")
+    else:
+        del beams
+        for _ in range(2 * state.window):
+            _, state = module.step(x[:, :1], state)
+        most = s.batch * (1 + -(-(state.window + 1) // pool.page_size))
+        hold(pool.used_pages <= most, f"{pool.used_pages} pages are in use for {state.window} tokens, expected {most}")
+    state = beams = None
+    hold(pool.used_pages == 0, f"{pool.used_pages} pages are in use, and no state is left")
+
+
+@law("L21", needs="streaming padding", pipeline=True)
+@torch.no_grad()
+def sequences_of_unequal_lengths(s: Subject) -> None:
+    """Sequences of different lengths that are joined into one batch go on as each does alone."""
+    module, x = s.build(causal=True), s.tokens()
+    if not takes(module, "positions") or module.selector is not None:
+        does_not_apply("it can't be told positions, or chooses by places in the batch")
+    state, _ = paged(module, 1, s.length)
+    alone = [module.step(x[b : b + 1, :n], state)[1] for b, n in ((0, 7), (1, 3))]
+    both = alone[0].join(alone[1])
+    for t in (1, 2, 1):
+        new = torch.stack([x[b, n : n + t] for b, n in enumerate(both.lengths)])
+        got, both = module.step(new, both)
+        for b in range(2):
+            want, alone[b] = module.step(new[b : b + 1], alone[b])
+            close(got[b : b + 1], want, f"the sequence of {alone[b].length} tokens")
 
 
 @law("L21", needs="streaming", pipeline=True)

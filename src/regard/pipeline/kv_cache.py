@@ -6,12 +6,16 @@ appended to twice (a beam, a retry), the second append copies first, so that nei
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from regard.checks import refuse, whole
+from regard.checks import called, refuse, whole
+
+if TYPE_CHECKING:
+    from regard.pipeline.paged_cache import PagedKVCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,7 @@ class KVCache:
 
         Raises ValueError on overflow, or if names, batch, widths, dtype or device differ from the buffers'.
         """
-        self._check(new)
+        check_fit(self, new, self.buffers)
         t = next(iter(new.values())).shape[-2]
         if self.window is not None:
             held = {n: torch.cat([self.buffers[n], z], -2) for n, z in new.items()}
@@ -64,10 +68,7 @@ class KVCache:
         capacity, end = self.capacity, self.length + t
         assert capacity is not None
         if end > capacity:
-            raise ValueError(
-                f"KVCache: {t} new token{'s' * (t != 1)} exceed{'s' * (t == 1)} capacity {capacity} ({self.length} are "
-                f"held); create it with capacity >= {end}"
-            )
+            overflow(self, t, self.length, capacity)
         if torch.is_grad_enabled() and any(z.requires_grad for z in (*new.values(), *self.buffers.values())):
             # A graph may hold the old buffers: never write into them.
             buffers = {
@@ -90,11 +91,7 @@ class KVCache:
 
     def reorder(self, index: Int[Tensor, " B2"]) -> "KVCache":
         """The cache of batch rows `index` (beam search); its batch is as long as the index."""
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            refuse(self, "index", "has the wrong shape or dtype", f"{index.dtype} {tuple(index.shape)}", "1-D integers")
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
-            got = f"{int(index.min())} to {int(index.max())}"
-            refuse(self, "index", "is out of range", got, f"rows of a batch of {self.batch_size}")
+        check_rows(self, index)
         buffers = {n: b.index_select(0, index) for n, b in self.buffers.items()}
         return replace(self, buffers=buffers, written=[self.length])
 
@@ -117,17 +114,35 @@ class KVCache:
             return False
         return not torch.is_inference_mode_enabled() and any(b.is_inference() for b in self.buffers.values())
 
-    def _check(self, new: Mapping[str, Tensor]) -> None:
-        if new.keys() != self.buffers.keys():
-            raise ValueError(f"KVCache: holds {sorted(self.buffers)}, got {sorted(new)}")
-        for name, z in new.items():
-            b = self.buffers[name]
-            if (*z.shape[:-2], z.shape[-1]) != (*b.shape[:-2], b.shape[-1]):
-                raise ValueError(
-                    f"KVCache: {name} of shape {tuple(z.shape)} does not fit buffers of {tuple(b.shape)}; batch, heads "
-                    "and width must match"
-                )
-            if z.dtype != b.dtype or z.device != b.device:
-                raise ValueError(
-                    f"KVCache: {name} is {z.dtype} on {z.device}, the cache is {b.dtype} on {b.device}; they must match"
-                )
+
+def overflow(who: object, t: int, held: int, capacity: int) -> NoReturn:
+    """Refuse t tokens more than there is room for."""
+    raise ValueError(
+        f"{called(who)}: {t} new token{'s' * (t != 1)} exceed{'s' * (t == 1)} capacity {capacity} ({held} are held); "
+        f"create it with capacity >= {held + t}"
+    )
+
+
+def check_rows(who: "KVCache | PagedKVCache", index: Tensor) -> None:
+    """Refuse what does not name rows of the batch."""
+    if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+        refuse(who, "index", "has the wrong shape or dtype", f"{index.dtype} {tuple(index.shape)}", "1-D integers")
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < who.batch_size:
+        got = f"{int(index.min())} to {int(index.max())}"
+        refuse(who, "index", "is out of range", got, f"rows of a batch of {who.batch_size}")
+
+
+def check_fit(who: object, new: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Refuse tokens that are not of the kind that is held: (batch, ..., tokens, width) of each name."""
+    if new.keys() != held.keys():
+        raise ValueError(f"{called(who)}: holds {sorted(held)}, got {sorted(new)}")
+    for name, z in new.items():
+        b = held[name]
+        if (*z.shape[:-2], z.shape[-1]) != (*b.shape[:-2], b.shape[-1]):
+            raise ValueError(
+                f"{called(who)}: {name} of shape {tuple(z.shape)} does not fit buffers of {tuple(b.shape)}; batch, "
+                "heads and width must match"
+            )
+        if z.dtype != b.dtype or z.device != b.device:
+            here, there = f"{z.dtype} on {z.device}", f"{b.dtype} on {b.device}"
+            raise ValueError(f"{called(who)}: {name} is {here}, the cache is {there}; they must match")

@@ -17,7 +17,8 @@ from regard.masks import Mask, causal, full
 from regard.masks.tensors import Kept, Lengths
 from regard.pipeline import streaming
 from regard.pipeline.function import selected, spelled_out, unless_softmax
-from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.page_pool import PagePool
+from regard.pipeline.paged_cache import State
 from regard.pipeline.tokens import quarantine, spoil
 from regard.shapes import head_shape
 from regard.stages import (
@@ -137,13 +138,19 @@ class Attention(nn.Module):
         context: Float[Tensor, "B S C"] | None = None,
         *,
         mask: Mask | Bool[Tensor, "#B #H T S"] | None = None,
+        state: State | None = None,
         device: str | None = None,
     ) -> Plan:
         """Which kernel `forward` would run for these arguments, and why not the others; meta tensors will do.
 
         Args:
+            state: with it, which kernel `step` would run for these tokens; the state stays as it is.
             device: "cpu" or "cuda", where tensors on meta are taken to be; no such device need be there.
         """
+        if state is not None:
+            if not (context is None and (mask is None or isinstance(mask, Mask))):
+                refuse(self, "context, mask", "are not what step takes", "given", "a Mask of regard.masks, no context")
+            return choose(streaming.ahead(self, x, state.fork(), mask)[0], self.kernel, device)
         return choose(self._prepare(x, context, mask, None)[0], self.kernel, device)
 
     def init_state(
@@ -151,25 +158,28 @@ class Attention(nn.Module):
         batch_size: int,
         capacity: int,
         *,
+        pool: PagePool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> KVCache:
+    ) -> State:
         """An empty cache for `step`. A layer whose mask looks back only W tokens keeps only those and never fills up.
 
         Args:
             capacity: most tokens it will hold.
+            pool: where its tokens are kept in pages, taken when they are needed (`regard.cache.PagePool`); the state is
+                then a `PagedKVCache`, whose forks and beams share what they have in common. Default: memory of its own.
             device, dtype: default the projection's.
         """
-        return streaming.init_state(self, batch_size, capacity, device=device, dtype=dtype)
+        return streaming.init_state(self, batch_size, capacity, pool=pool, device=device, dtype=dtype)
 
     def step(
         self,
         x: Float[Tensor, "B t M"],
-        state: KVCache,
+        state: State,
         *,
         mask: Mask | None = None,
         positions: Int[Tensor, "*b t"] | None = None,
-    ) -> tuple[Float[Tensor, "B t M"], KVCache]:
+    ) -> tuple[Float[Tensor, "B t M"], State]:
         """The next t tokens: what `forward` would give at these positions, and the state with them in it.
 
         Args:

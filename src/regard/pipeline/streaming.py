@@ -1,15 +1,18 @@
 """Token by token: the state of an `Attention` layer, and what it does with the next tokens."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from regard.checks import called, refuse, tokens, whole
-from regard.kernels import execute
+from regard.kernels import Problem, execute
 from regard.kernels.check import check_mask
-from regard.masks import Mask
+from regard.masks import Mask, padding
 from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.page_pool import PagePool
+from regard.pipeline.paged_cache import PagedKVCache, State
 from regard.pipeline.tokens import quarantine
 from regard.stages import Made, Tokens
 from regard.tracing import autocasts
@@ -41,17 +44,20 @@ def init_state(
     batch_size: int,
     capacity: int,
     *,
+    pool: PagePool | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> KVCache:
+) -> State:
     """See `Attention.init_state`."""
     check_streams(layer)
     whole("init_state", 0, batch_size=batch_size)
     whole("init_state", capacity=capacity)
+    if not (pool is None or isinstance(pool, PagePool)):
+        refuse("init_state", "pool", "has the wrong type", type(pool).__name__, "a PagePool", error=TypeError)
     G, D, halo = layer.num_kv_heads, layer.head_dim, layer._halo()
     reach = layer.receptive_field().reach if layer.selector is None else None
     window = None if reach is None else max(1, reach - 1 + halo)
-    n = capacity if window is None else 0
+    n = capacity if window is None and pool is None else 0
     weight = layer.k_proj.weight
     at: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
     buffers = {name: torch.zeros(batch_size, G, n, D, **at) for name in "kv"}
@@ -67,16 +73,27 @@ def init_state(
         for prefix, value in ((MADE, made.key), (ASKED, made.query if halo else None)):
             if value is not None:
                 buffers[prefix + name] = value.new_zeros(batch_size, value.shape[1], n, value.shape[3])
+    if pool is not None:
+        return PagedKVCache.empty(pool, batch_size, capacity, window, buffers)
     return KVCache(buffers, window=window)
 
 
 def step(
-    layer: "Attention", x: Tensor, state: KVCache, mask: Mask | None, positions: Tensor | None = None
-) -> tuple[Tensor, KVCache]:
+    layer: "Attention", x: Tensor, state: State, mask: Mask | None, positions: Tensor | None = None
+) -> tuple[Tensor, State]:
     """See `Attention.step`."""
+    p, x, halo, state = ahead(layer, x, state, mask, positions)
+    out = execute(p, layer.kernel)
+    return layer._finish(out[:, :, halo:] if halo else out, x), state
+
+
+def ahead(
+    layer: "Attention", x: Tensor, state: State, mask: Mask | None, positions: Tensor | None = None
+) -> tuple[Problem, Tensor, int, State]:
+    """What the step's kernel is given, the tokens, how many rows of the past are computed again, and the next state."""
     check_streams(layer)
     tokens(layer, "x", x, layer.dim)
-    if not isinstance(state, KVCache):
+    if not isinstance(state, KVCache | PagedKVCache):
         refuse(
             "step", "state", "has the wrong type", type(state).__name__, "the KVCache of init_state", error=TypeError
         )
@@ -84,6 +101,8 @@ def step(
         refuse("step", "mask", "has the wrong type", type(mask).__name__, "a Mask of regard.masks", error=TypeError)
     (B, t), where_from = x.shape[:2], state.length
     check_mask(mask, B, layer.num_heads, t, where_from + t, x.device)  # now, for the cache will have been written to
+    if isinstance(state, PagedKVCache) and state.ragged:
+        mask, positions = _of_unequal_lengths(layer, state, x, mask, positions)
     where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
     q, k, v, x, _ = layer._project(x, x, where, where, where)
@@ -103,10 +122,15 @@ def step(
         new |= {ASKED + name: value.query for name, value in made.items() if value.query is not None}
     if autocasts(x.device):  # the cache keeps the dtype it was made with
         new = {name: z.to(state.buffers[name].dtype) for name, z in new.items() if name in state.buffers}
-    held, state = state.append(**new)
+    S, pages = state.kept + t, None
+    if isinstance(state, PagedKVCache) and t == 1 and new.keys() == {"k", "v"} and layer.selector is None:
+        state = state.write(**new)
+        pages = state.pages(S)
+        held = dict(zip("kv", pages.stand_ins(), strict=True))
+    else:
+        held, state = state.append(**new)
     held = {name: z.to(q.dtype) if name in "qkv" else z for name, z in held.items()}
-    first_key = state.length - held["k"].shape[-2]
-    halo = min(layer._halo(), held["k"].shape[-2] - t)
+    first_key, halo = state.length - S, min(layer._halo(), S - t)
     if halo:
         q = held["q"][:, :, -(halo + t) :]
         positions = held[WHERE][:, -(halo + t) :, 0]
@@ -118,12 +142,31 @@ def step(
     past = held.get("x")
     behind = None if past is None else past[:, -q.shape[2] :]
     p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made, positions)
-    out = execute(p, layer.kernel)
-    return layer._finish(out[:, :, halo:] if halo else out, x), state
+    return (p if pages is None else replace(p, pages=pages)), x, halo, state
 
 
-def _last(state: KVCache) -> dict[str, Tensor]:
+def _of_unequal_lengths(
+    layer: "Attention", state: PagedKVCache, x: Tensor, mask: Mask | None, positions: Tensor | None
+) -> tuple[Mask, Tensor]:
+    """Nobody sees the places before shorter sequences, whose tokens stand where they would alone."""
+    layer._needs("padding", "takes no sequences of different lengths")
+    if layer.selector is not None:
+        got = type(layer.selector).__name__
+        refuse(layer, "selector", "counts places in the batch, not in each sequence", got, "states of one length")
+    B, t = x.shape[:2]
+    if state.batch_size != B:
+        refuse("step", "x", "has another batch than the state", B, f"{state.batch_size} sequences")
+    pads = torch.tensor(state.pads, device=x.device)[:, None]
+    kept = padding(torch.arange(state.length + t, device=x.device) >= pads)
+    if positions is None:
+        positions = torch.arange(state.length, state.length + t, device=x.device) - pads
+    return kept if mask is None else mask & kept, positions
+
+
+def _last(state: State) -> dict[str, Tensor]:
     """What each stage made of the last token seen."""
+    made = [name for name in state.buffers if name.startswith(MADE)] if state.length else []
+    if isinstance(state, PagedKVCache):
+        return {name.removeprefix(MADE): state.read(name, 1) for name in made}
     end = state.length if state.window is None else state.kept
-    found = {n: b[..., end - 1 : end, :] for n, b in state.buffers.items() if n.startswith(MADE)} if end else {}
-    return {name.removeprefix(MADE): last for name, last in found.items()}
+    return {name.removeprefix(MADE): state.buffers[name][..., end - 1 : end, :] for name in made}

@@ -1,6 +1,6 @@
 """Loads the C++ kernels: those that the wheel brought (`recipe.ready`), else such as are compiled here on first use.
 
-One call of the machine's own compiler on three files without any library's headers: a few seconds once, then the result
+One call of the machine's own compiler on four files without any library's headers: a few seconds once, then the result
 lies in the user's cache folder (`cache`) under a name made of the source, the compiler and the processor. Nothing is
 compiled while `import regard` runs. Without a compiler, or with one that fails, hangs or makes something else,
 everything still works on torch's kernels, and `why_not` says why in one line.
@@ -29,7 +29,7 @@ from regard.kernels.native import cache, recipe
 FLAGS = (*recipe.FLAGS, "-march=native", "-shared")
 SYMBOLS = (
     *("regard_lanes", "regard_bf16", "regard_attention", "regard_attention_bf16", "regard_attention_backward"),
-    *("regard_entmax", "regard_entmax_backward", "regard_topk"),
+    *("regard_entmax", "regard_entmax_backward", "regard_topk", "regard_paged"),
 )
 """What a library must have before any of it is used."""
 SWITCH = "REGARD_NATIVE"
