@@ -1,14 +1,17 @@
 """The built-in masks that hold tensors: each equals only itself, and allows nothing outside its tensor."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from regard.checks import refuse
 from regard.masks import checks
-from regard.masks.algebra import Index, Joined, Mask
+from regard.masks.algebra import And, Index, Joined, Mask
 from regard.masks.patterns import Prefix
 from regard.masks.stamp import made_of
 from regard.masks.verdict import Tiles, Verdict
@@ -71,10 +74,50 @@ class Documents(Mask):
         return self.ids.shape[0]
 
     def to(self, device: torch.device | str) -> Mask:
-        return self if self.ids.device == torch.device(device) else Documents(self.ids.to(device))
+        return self if self.ids.device == torch.device(device) else replace(self, ids=self.ids.to(device))
 
     def __repr__(self) -> str:
         return f"documents(<{'x'.join(map(str, self.ids.shape))}>)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Packed(Documents):
+    """Documents that lie end to end from the first token on; what stands behind the last one is in none."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Of the documents of each row, as plain numbers: layers that run documents apart need no look at the device."""
+
+    @property
+    def positions(self) -> Int[Tensor, "*b S"]:
+        """Where each token stands in its own document, as transformers' `position_ids` say it: 0, 1, 2, 0, 1, ..."""
+        return self.positions_of(self.ids.shape[1])
+
+    def positions_of(self, T: int) -> Int[Tensor, "*b T"]:
+        """`positions` of T tokens; those in no document count as one more."""
+        places = self.places(T)
+        return places[0] if self.batch == 1 else places
+
+    def places(self, T: int) -> Int[Tensor, "#B T"]:
+        """`positions_of` with an axis for rows; 0 is where a scan forgets what came before."""
+        ids = torch.nn.functional.pad(self.ids, (0, T - self.ids.shape[1]), value=max(map(len, self.lengths)))
+        at = torch.arange(T, device=ids.device)
+        first = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0), value=True)[:, :T]
+        return at - torch.where(first, at, 0).cummax(1).values
+
+    def real(self, B: int, T: int, keep: Bool[Tensor, "B T"] | None = None) -> Bool[Tensor, "B T"]:
+        """Which of T tokens are in a document, of those that are kept."""
+        ends = torch.tensor([sum(row) for row in self.lengths], device=self.ids.device)
+        inside = (torch.arange(T, device=self.ids.device) < ends[:, None]).expand(B, -1)
+        return inside if keep is None else inside.to(keep.device) & keep
+
+    def fits(self, who: object, S: int) -> None:
+        """Refuse documents that need more than S tokens."""
+        if self.ids.shape[1] > S:
+            got = f"{self.ids.shape[1]} tokens of documents and {S} of the input"
+            refuse(who, "cu_seqlens", "end behind the last token", got, f"cu_seqlens[-1] <= {S}")
+
+    def __repr__(self) -> str:
+        return f"packed(<{' | '.join(str(len(row)) for row in self.lengths)} documents>)"
 
 
 def documents(ids: Int[Tensor, " S"] | Int[Tensor, "B S"]) -> Mask:
@@ -83,16 +126,47 @@ def documents(ids: Int[Tensor, " S"] | Int[Tensor, "B S"]) -> Mask:
     return Documents(ids if ids.ndim == 2 else ids[None])
 
 
-def packed(cu_seqlens: Int[Tensor, " P"]) -> Mask:
-    """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...)."""
+def packed(cu_seqlens: Int[Tensor, " P"] | Sequence[Int[Tensor, " P"]]) -> Mask:
+    """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...), as flash-attn
+    takes them. Every token sees the tokens of its own document, what stands behind the last one sees nothing.
+
+    Its `positions` start again at 0 with each document. `regard.Attention` uses them where it is told no others, and
+    layers that keep a state start it anew: a packed row gives what its documents give one by one.
+
+    Args:
+        cu_seqlens: of one row, which serves every batch entry, or one such tensor for each.
+    """
+    several = isinstance(cu_seqlens, Sequence)
+    lengths = [_lengths(each) for each in (cu_seqlens if several else (cu_seqlens,))]
+    if not lengths:
+        raise ValueError("packed: expected at least one cu_seqlens (got none)")
+    device = (cu_seqlens[0] if isinstance(cu_seqlens, Sequence) else cu_seqlens).device
+    ends = [sum(row) for row in lengths]
+    after = [max(ends) - end for end in ends]
+    counts = [torch.tensor([*row, rest], device=device) for row, rest in zip(lengths, after, strict=True)]
+    ids = [torch.arange(len(n), device=device).repeat_interleave(n, output_size=max(ends)) for n in counts]
+    mask = Packed(torch.stack(ids), tuple(map(tuple, lengths)))
+    return mask & padding(lengths=torch.tensor(ends, device=device)) if any(after) else mask
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
     checks.tensor("packed: cu_seqlens", cu_seqlens, (1,), "integer")
-    if len(cu_seqlens) == 0 or int(cu_seqlens[0]) != 0:
-        raise ValueError(f"packed: cu_seqlens must start with 0 (got {cu_seqlens[:1].tolist()})")
-    sizes = cu_seqlens.long().diff()
-    if falls := (sizes < 0).nonzero().flatten().tolist():
-        before, after = cu_seqlens[falls[0] : falls[0] + 2].tolist()
-        raise ValueError(f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {falls[0] + 1})")
-    return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[None])
+    ends = cu_seqlens.tolist()
+    if ends[:1] != [0]:
+        raise ValueError(f"packed: cu_seqlens must start with 0 (got {ends[:1]})")
+    for n, (before, after) in enumerate(itertools.pairwise(ends), start=1):
+        if after < before:
+            raise ValueError(f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {n})")
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def unpacked(mask: Mask | Tensor | None) -> tuple[Packed | None, list[Mask | Tensor]]:
+    """The packed documents that a mask keeps apart, itself or a part of `&`, and what it says besides."""
+    parts: list[Any] = list(mask.parts) if isinstance(mask, And) else [] if mask is None else [mask]
+    held = [part for part in parts if isinstance(part, Packed)]
+    if len(held) > 1:
+        raise ValueError(f"mask: documents are packed twice (got {mask!r}); expected one masks.packed")
+    return (held[0] if held else None), [part for part in parts if not isinstance(part, Packed)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
