@@ -266,10 +266,8 @@ class Card:
             own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
             builder.__init__.__signature__ = signature.replace(parameters=own)  # type: ignore[misc]
         if form == "module" and inspect.isclass(builder):
-            builder.supports, builder.lacks = (
-                self.supports,
-                self.lacks,
-            )  # what it refuses, also when it is built by hand
+            # What it refuses, also when it is built by hand.
+            builder.supports, builder.lacks = self.supports, self.lacks
         self._settle()
         return builder
 

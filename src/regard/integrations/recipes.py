@@ -106,6 +106,7 @@ _NUMBERS: dict[type[Mask], dict[str, str]] = {
     algebra.Not: {"part": "mask"},
     grids.Neighborhood: {"axes": "axes"},
     held.Documents: {"ids": "tensor"},
+    held.Packed: {"cu_seqlens": "tensor"},
     held.Kept: {"keep": "tensor"},
     held.Lengths: {"n": "tensor", "words": "words"},
     held.Dense: {"tensor": "tensor"},
@@ -116,6 +117,7 @@ _KINDS = {kind.__name__: kind for kind in _NUMBERS}
 _AGAIN: dict[type[Mask], Callable[..., Mask]] = {
     held.PerHead: lambda parts: masks.per_head(parts),
     held.Documents: lambda ids: masks.documents(ids),
+    held.Packed: lambda cu_seqlens: held.Packed.of(cu_seqlens),
     structured.GlobalPlaces: lambda places: masks.global_tokens(places),
     structured.Tree: lambda parents, prefix: masks.tree(parents, prefix=prefix),
     held.Kept: lambda keep: masks.padding(keep),

@@ -1,5 +1,7 @@
 """L22: several documents packed into one row are what they are one by one."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def cumulative(lengths: tuple[int, ...]) -> Tensor:
 def spans(lengths: tuple[int, ...]) -> list[slice]:
     """Where in the row the documents stand that hold any token."""
     ends = cumulative(lengths).tolist()
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    return [slice(a, b) for a, b in itertools.pairwise(ends) if b > a]
 
 
 @law("L22", needs="packed")

@@ -69,7 +69,7 @@ class RecurrentMixer(HeadMixer):
     """A HeadMixer whose causal form carries a state of constant size. Subclasses give `run` and `empty_state`."""
 
     resets = False
-    """Whether `run` takes `starts`, where its causal form forgets what came before; else documents are run apart."""
+    """Whether `run` also takes `starts=`, as `linear_scan` does; else packed documents are run apart."""
 
     def run(
         self,
@@ -78,11 +78,8 @@ class RecurrentMixer(HeadMixer):
         v: Float[Tensor, "B G S D"],
         keep: Bool[Tensor, "B S"] | None,
         state: Any,
-        *,
-        starts: Bool[Tensor, "#B T"] | None = None,
     ) -> tuple[Float[Tensor, "B H T D"], Any]:
-        """The mechanism, from `state` (None = nothing seen) to the state after these tokens. `starts` as in
-        `linear_scan`; only where `resets`."""
+        """The mechanism, from `state` (None = nothing seen) to the state after these tokens."""
         raise NotImplementedError
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -102,7 +99,8 @@ class RecurrentMixer(HeadMixer):
         x, bad = quarantine(x, always=True)
         q, k, v = self.split(x, x)
         with as_it_is(q.device):
-            out = self.run(q, k, v, keep, None, starts=packed.places(T).to(x.device) == 0)[0].to(q.dtype)
+            anew: Any = {"starts": packed.places(T) == 0}
+            out = self.run(q, k, v, keep, None, **anew)[0].to(q.dtype)
         return spoil(self.merge(out), bad, bad, causal() & packed & padding(keep))
 
     def init_state(

@@ -202,7 +202,13 @@ class FastAttention(RecurrentMixer):
         (v,) = widened(v)
         q, k = normalise(q, self.norm).to(v.dtype), normalise(k, self.norm, keep=keep).to(v.dtype)
         past = None if state is None else state.moments
-        options = {"order": self.order, "causal": self.causal, "keep": keep, "state": past, "starts": starts}
+        options: dict[str, Any] = {
+            "order": self.order,
+            "causal": self.causal,
+            "keep": keep,
+            "state": past,
+            "starts": starts,
+        }
         out, moments = fast_attention(q, k, v, **options)
         return out, FastState(moments)
 

@@ -1,9 +1,8 @@
 """The built-in masks that hold tensors: each equals only itself, and allows nothing outside its tensor."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -73,7 +72,7 @@ class Documents(Mask):
     def batch(self) -> int:
         return self.ids.shape[0]
 
-    def to(self, device: torch.device | str) -> Mask:
+    def to(self, device: torch.device | str) -> Self:
         return self if self.ids.device == torch.device(device) else replace(self, ids=self.ids.to(device))
 
     def __repr__(self) -> str:
@@ -108,7 +107,7 @@ class Packed(Documents):
         """Which of T tokens are in a document, of those that are kept."""
         ends = torch.tensor([sum(row) for row in self.lengths], device=self.ids.device)
         inside = (torch.arange(T, device=self.ids.device) < ends[:, None]).expand(B, -1)
-        return inside if keep is None else inside.to(keep.device) & keep
+        return inside if keep is None else inside & keep
 
     def fits(self, who: object, S: int) -> None:
         """Refuse documents that need more than S tokens."""
@@ -117,7 +116,23 @@ class Packed(Documents):
             refuse(who, "cu_seqlens", "end behind the last token", got, f"cu_seqlens[-1] <= {S}")
 
     def __repr__(self) -> str:
-        return f"packed(<{' | '.join(str(len(row)) for row in self.lengths)} documents>)"
+        return f"packed({', '.join(f'<{len(row)}>' for row in self.lengths)})"
+
+    @classmethod
+    def of(cls, cu_seqlens: Int[Tensor, "B P"]) -> "Packed":
+        """From `cu_seqlens` as the property gives them."""
+        rows = tuple(tuple(row) for row in cu_seqlens.diff(dim=1).tolist())
+        width = max(map(sum, rows))
+        counts = torch.nn.functional.pad(cu_seqlens, (0, 1), value=width).long().diff(dim=1)
+        number = torch.arange(counts.shape[1], device=counts.device)
+        return cls(torch.stack([number.repeat_interleave(row, output_size=width) for row in counts]), rows)
+
+    @property
+    def cu_seqlens(self) -> Int[Tensor, "B P"]:
+        """The cumulative lengths, a row each; shorter ones have empty documents at the end."""
+        widest = max(map(len, self.lengths))
+        sizes = [[0, *row, *(0,) * (widest - len(row))] for row in self.lengths]
+        return torch.tensor(sizes, device=self.ids.device).cumsum(1, dtype=torch.int32)
 
 
 def documents(ids: Int[Tensor, " S"] | Int[Tensor, "B S"]) -> Mask:
@@ -136,28 +151,14 @@ def packed(cu_seqlens: Int[Tensor, " P"] | Sequence[Int[Tensor, " P"]]) -> Mask:
     Args:
         cu_seqlens: of one row, which serves every batch entry, or one such tensor for each.
     """
-    several = isinstance(cu_seqlens, Sequence)
-    lengths = [_lengths(each) for each in (cu_seqlens if several else (cu_seqlens,))]
-    if not lengths:
+    rows = list(cu_seqlens) if isinstance(cu_seqlens, Sequence) else [cu_seqlens]
+    if not rows:
         raise ValueError("packed: expected at least one cu_seqlens (got none)")
-    device = (cu_seqlens[0] if isinstance(cu_seqlens, Sequence) else cu_seqlens).device
-    ends = [sum(row) for row in lengths]
-    after = [max(ends) - end for end in ends]
-    counts = [torch.tensor([*row, rest], device=device) for row, rest in zip(lengths, after, strict=True)]
-    ids = [torch.arange(len(n), device=device).repeat_interleave(n, output_size=max(ends)) for n in counts]
-    mask = Packed(torch.stack(ids), tuple(map(tuple, lengths)))
-    return mask & padding(lengths=torch.tensor(ends, device=device)) if any(after) else mask
-
-
-def _lengths(cu_seqlens: Tensor) -> list[int]:
-    checks.tensor("packed: cu_seqlens", cu_seqlens, (1,), "integer")
-    ends = cu_seqlens.tolist()
-    if ends[:1] != [0]:
-        raise ValueError(f"packed: cu_seqlens must start with 0 (got {ends[:1]})")
-    for n, (before, after) in enumerate(itertools.pairwise(ends), start=1):
-        if after < before:
-            raise ValueError(f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {n})")
-    return [after - before for before, after in itertools.pairwise(ends)]
+    ends = [checks.cumulative("packed: cu_seqlens", row)[-1] for row in rows]
+    widest = max(map(len, rows))
+    filled = [torch.cat([row, row[-1:].expand(widest - len(row))]) for row in rows]  # with empty documents
+    mask = Packed.of(torch.stack(filled))
+    return mask & padding(lengths=torch.tensor(ends, device=mask.ids.device)) if len(set(ends)) > 1 else mask
 
 
 def unpacked(mask: Mask | Tensor | None) -> tuple[Packed | None, list[Mask | Tensor]]:

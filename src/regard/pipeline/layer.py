@@ -202,7 +202,7 @@ class Attention(nn.Module):
                 refuse(self, "mask", "packs documents, which this layer runs one by one", "masks.packed", wanted)
             packed.fits(self, source.shape[1])
             if context is None and positions is None:
-                positions = packed.positions_of(x.shape[1])
+                positions = packed.to(x.device).positions_of(x.shape[1])
         if any(not (isinstance(part, Kept | Lengths) and "padding" in self.supports) for part in others):
             self._needs("mask", "takes no mask")
         B, T, S = x.shape[0], x.shape[1], source.shape[1]

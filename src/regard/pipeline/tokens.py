@@ -52,8 +52,12 @@ def key_mask(
     packed.fits(who, x.shape[1])
     if packed.batch not in (1, len(x)):
         refuse(who, "mask", "has another batch than x", f"{packed.batch} rows of documents", f"{len(x)}, or 1 for all")
-    keeps = [key_padding(who, part, x) for part in others if not (part == causal() and who.causal)]
-    return (torch.stack(keeps).all(0) if keeps else None), packed
+    keep = None
+    for part in others:
+        if not (isinstance(part, Mask) and part == causal() and getattr(who, "causal", False)):
+            shows = key_padding(who, part, x)
+            keep = shows if keep is None or shows is None else keep & shows
+    return keep, packed.to(x.device)
 
 
 def lacks_packed(who: Any) -> None:
