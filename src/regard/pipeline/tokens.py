@@ -34,7 +34,7 @@ def key_padding(who: object, mask: Mask | Tensor | None, x: Float[Tensor, "B S M
 
 def _packs(who: object, mask: object) -> str:
     """What to write for documents by their ids, where the layer takes packed ones."""
-    told = isinstance(mask, Documents) and "packed" in getattr(who, "supports", ())
+    told = type(mask) is Documents and "packed" in getattr(who, "supports", ())
     return ", or masks.packed(cu_seqlens) for documents that lie end to end" if told else ""
 
 
