@@ -60,7 +60,7 @@ def test_no_document_at_all() -> None:
     for name in ("linear", "mega", "softmax"):
         layer = regard.create(name, dim=16, num_heads=2, dtype=torch.float64)
         (grad,) = torch.autograd.grad(layer(x, mask=masks.packed(torch.tensor([0, 0]))).sum(), x, allow_unused=True)
-        assert grad is None or not grad.any() or name == "mega", name
+        assert grad is None or not grad.any(), name
 
 
 def test_a_causal_recurrence_runs_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_positions_start_again_where_they_are_told_no_others() -> None:
     same(layer(x, mask=own), want, "by themselves")
     on = layer(x, mask=own, positions=torch.arange(15))
     assert not torch.allclose(on[:, 3:], want[:, 3:])
-    same(layer(x, mask=masks.documents(own.ids)), on, "documents by their ids, which may lie anywhere")
+    close(layer(x, mask=masks.documents(own.ids)), on, "documents by their ids, which may lie anywhere")
 
 
 def test_refusals() -> None:
@@ -97,7 +97,7 @@ def test_refusals() -> None:
         linear(x, mask=masks.documents(torch.zeros(17, dtype=torch.long)))
     with pytest.raises(ValueError, match="can only hide keys"):
         linear(x, mask=packed & masks.causal())
-    etc = regard.create("etc", dim=16, num_heads=2, dtype=torch.float64)
+    etc = regard.create("etc", dim=16, num_heads=2, num_global=2, dtype=torch.float64)
     with pytest.raises(ValueError, match="no 'packed' on its card: a row begins with its global tokens"):
         etc(x, mask=packed)
     moba = regard.create("moba", dim=16, num_heads=2, causal=True, dtype=torch.float64)

@@ -124,7 +124,7 @@ def each_alone(
         if part is not None and (crosses or (name == "position" and cu_q != cu_k)):
             wanted = "sequences in a batch: it would count or mix tokens across their borders"
             refuse("attention", name, "does not go with layout 'thd'", type(part).__name__, wanted)
-    return Varlen.of(cu_q, cu_k, q.shape[2], k.shape[2], full() if mask is None else mask, q.device)
+    return Varlen.of(cu_q, cu_k, q.shape[2], k.shape[2], full() if mask is None else mask, pair[0].device)
 
 
 def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:

@@ -303,9 +303,7 @@ class Attention(nn.Module):
 
     def _crosses_borders(self) -> bool:
         """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens."""
-        return self.selector is not None or any(
-            isinstance(stage, Mix) and stage.halo for stage in self._stages().values()
-        )
+        return self.selector is not None or self._halo() > 0
 
     def _reads_tokens(self) -> bool:
         return any("tokens" in stage.needs for stage in self._stages().values())
