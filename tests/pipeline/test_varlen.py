@@ -116,6 +116,6 @@ def test_what_counts_across_borders_is_refused() -> None:
     q, k, v = drawn()
     cu = (ends(QUERIES), ends(KEYS))
     with pytest.raises(ValueError, match="position does not go with layout 'thd'"):
-        regard.attention(q, k, v, layout="thd", cu_seqlens=cu, position=regard.positions.ALiBi(H))
+        regard.attention(q, k, v, layout="thd", cu_seqlens=cu, position=regard.positions.Alibi(H))
     with pytest.raises(ValueError, match="q does not have layout 'thd'"):
         regard.attention(q[None], k[None], v[None], layout="thd", cu_seqlens=cu)
