@@ -18,7 +18,7 @@ from regard import masks
 from regard.catalog import card, cards, told_each
 from regard.checks import choice, refuse, whole
 from regard.integrations.slots import Parts
-from regard.masks import Mask, algebra, grids, patterns, selection, structured
+from regard.masks import Mask, algebra, grids, patterns, selection, structured, varlen
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
 from regard.shapes import HeadShape
@@ -107,6 +107,11 @@ _NUMBERS: dict[type[Mask], dict[str, str]] = {
     grids.Neighborhood: {"axes": "axes"},
     held.Documents: {"ids": "tensor"},
     held.Packed: {"cu_seqlens": "tensor"},
+    varlen.Varlen: {
+        "rule": "mask",
+        **dict.fromkeys(("first", "last", "start", "place"), "tensor"),
+        "keys": "length",
+    },
     held.Kept: {"keep": "tensor"},
     held.Lengths: {"n": "tensor", "words": "words"},
     held.Dense: {"tensor": "tensor"},
