@@ -156,7 +156,7 @@ def test_list_of_a_family():
 def test_marks_tell_what_is_supported():
     assert set(table.MARKS) == set(page.MEANING) == FEATURES
     assert len(set(table.MARKS.values())) == len(FEATURES)
-    assert table.marks({name: name != "cross" for name in FEATURES}) == "cb-pmgsdt"
+    assert table.marks({name: name != "cross" for name in FEATURES}) == "cb-pkmgsdt"
 
 
 def test_every_protocol_has_a_letter_and_words():

@@ -15,7 +15,7 @@ from tools.choose import plain, table
 
 from regard import catalog, index
 from regard.cards import Card
-from regard.cli.page import MEANING, amount, sections, values
+from regard.cli.page import amount, meaning, sections, values
 from regard.cli.table import KINDS, MARKS
 from regard.cost import costs
 
@@ -148,7 +148,7 @@ CALLED = {
 
 
 def _supports(card: Card, cost: Mapping[str, Any]) -> list[str]:
-    rows = [(name, "yes" if name in card.supports else "no", MEANING[name]) for name in MARKS]
+    rows = [(name, "yes" if name in card.supports else "no", meaning(card, name)) for name in MARKS]
     return table(("feature", "", "meaning"), [(n, yes, plain(what)) for n, yes, what in rows]).splitlines()
 
 

@@ -28,12 +28,15 @@ T = TypeVar("T", bound=Callable[..., Any])
 GIVEN = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal", "dropout")
 """What `create` hands to every class or function that names it; all other arguments are the mechanism's options."""
 
-FEATURES = frozenset({"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "dropout", "compile"})
+FEATURES = frozenset(
+    {"causal", "bidirectional", "cross", "padding", "packed", "mask", "gqa", "streaming", "dropout", "compile"}
+)
 """What a card may claim in `supports`. Claimed: tested to work. Not claimed: tested to raise.
 
 causal / bidirectional  may be built with causal=True / False
 cross                   forward(x, context) with S != T
 padding                 keys hidden by a padding mask change nothing, whatever they hold
+packed                  several documents in a row (`masks.packed`) give what each gives by itself
 mask                    any boolean mask or regard.masks.Mask
 gqa                     num_kv_heads < num_heads
 streaming               init_state / step equal the full pass
@@ -155,6 +158,8 @@ class Card:
     """f(shape: HeadShape) -> small float64 examples of `forward`'s positional arguments, where the protocol alone does
     not say them."""
     supports: AbstractSet[str] = FEATURES
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """Feature -> why it is not supported, for the refusal, where that doesn't show at once."""
     traits: AbstractSet[str] = frozenset()
     cost: Cost = field(default_factory=lambda: Cost("2*B*H*T*S*D", "2*S*G*D"))
     claim: str = ""
@@ -191,6 +196,9 @@ class Card:
             if unknown := given - known:
                 told = f"expected some of {sorted(known)}"
                 raise ValueError(f"card {self.name!r}: {what} is unknown (got {sorted(unknown)}); {told}")
+        if both := self.lacks.keys() & self.supports or self.lacks.keys() - FEATURES:
+            told = "expected features that are not in supports"
+            raise ValueError(f"card {self.name!r}: lacks names what it can't (got {sorted(both)}); {told}")
         for option, source in self.defaults.items():
             if source.partition(",")[0] not in SOURCES:
                 where = f"card {self.name!r}: the default of {option!r} comes from"
@@ -258,7 +266,8 @@ class Card:
             own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
             builder.__init__.__signature__ = signature.replace(parameters=own)  # type: ignore[misc]
         if form == "module" and inspect.isclass(builder):
-            builder.supports = self.supports  # what it refuses, also when it is built by hand
+            # What it refuses, also when it is built by hand.
+            builder.supports, builder.lacks = self.supports, self.lacks
         self._settle()
         return builder
 

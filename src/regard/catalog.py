@@ -168,6 +168,7 @@ def create(
     # Cast afterwards: under another default dtype, starting values would be other ones.
     module.to(device=device, dtype=dtype)
     module.supports, module.name = supports, name  # type: ignore[assignment]
+    module.lacks = {feature: why for card in parts for feature, why in card.lacks.items()}  # type: ignore[assignment]
     return module
 
 

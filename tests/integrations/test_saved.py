@@ -27,6 +27,7 @@ from regard.integrations.recipes import (
 )
 from regard.integrations.transformers import Swap
 from regard.integrations.transformers_saved import MARKER, save_swapped
+from regard.masks.varlen import Varlen
 from regard.normalizers import Entmax
 from regard.positions import Kerple, Shaw
 from regard.shapes import HeadShape
@@ -214,6 +215,7 @@ MASKS = [
     masks.per_head([masks.window(2), masks.causal()]),
     masks.documents(torch.tensor([[0, 0, 1, 1]])),
     masks.packed(torch.tensor([0, 2, 6])),
+    Varlen.of([0, 2, 6], [0, 5, 6], 6, 6, masks.causal(), torch.device("cpu")),
     masks.padding(torch.ones(2, 5).bool()),
     masks.padding(lengths=torch.tensor([2, 3])),
     masks.dense(torch.eye(6).bool()),

@@ -117,6 +117,21 @@ def test_packed_sequences_do_not_see_each_other(name):
     assert off(got, expected) <= bound(name)
 
 
+@pytest.mark.parametrize("told", [{}, {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])}], ids=["", "both"])
+def test_packed_sequences_by_their_cumulative_lengths(told):
+    """As the flash kernels are told of them; rotary positions may go on or start again."""
+    model, one, two = shared("llama"), ids(1, 5, 1), ids(1, 4, 2)
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
+    flash = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
+    with torch.no_grad(), under_eager(model):
+        expected = torch.cat([model(one).logits, model(two).logits], 1)
+    with torch.no_grad(), regard.swap(model, "softmax"):
+        got = model(torch.cat([one, two], 1), use_cache=False, **flash, **told).logits
+        assert off(got, expected) <= bound("llama")
+        with pytest.raises(ValueError, match="other keys than queries"):
+            model(one, use_cache=False, **flash | {"cu_seq_lens_k": ends + 1})
+
+
 def test_masks_of_the_user_s_own():
     model, tokens = shared("llama"), ids(2, 6)
     allowed = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.6

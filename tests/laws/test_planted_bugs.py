@@ -21,6 +21,7 @@ from regard.laws import (
     modules,
     numerics,
     of,
+    packing,
     reference,
     streaming,
     structure,
@@ -33,6 +34,7 @@ from regard.pipeline.kv_cache import KVCache
 
 # By name: some packages export functions of the same names as their modules.
 linear_scan = importlib.import_module("regard.kernels.linear_scan")
+mega = importlib.import_module("regard.mixers.mega")
 performer = importlib.import_module("regard.linear.performer")
 moba = importlib.import_module("regard.routing.moba")
 point_transformer = importlib.import_module("regard.graph.point_transformer")
@@ -341,9 +343,29 @@ def the_past_is_forgotten_between_chunks(patch):
     patch.setattr(linear_shared, "linear_scan", lambda *a, state, **options: real(*a, state=None, **options))
 
 
+@bug((packing.packed_is_one_by_one, "linear"))
+def the_state_goes_on_into_the_next_document(patch):
+    patch.setattr(linear_scan, "forgetting", lambda g, starts: g)
+
+
+@bug((packing.packed_is_one_by_one, "learned"))
+def positions_go_on_into_the_next_document(patch):
+    patch.setattr(tensors.Packed, "positions_of", lambda self, T: torch.arange(T))
+
+
+@bug((packing.documents_do_not_meet, "mega"))
+def documents_are_one_row(patch):
+    patch.setattr(mega, "apart", lambda layer, x, packed, keep: layer(x))
+
+
+@bug((packing.packed_is_one_by_one, "mta"))
+def convolutions_reach_over_borders(patch):
+    patch.setattr(regard.Attention, "_crosses_borders", lambda self: False)
+
+
 @bug((structure.future_changes_nothing, "linear"))
 def recurrence_sees_the_future(patch):
-    def both_ways(q, k, v, decay=None, *, state=None):
+    def both_ways(q, k, v, decay=None, *, state=None, starts=None):
         whole = k.mT @ v
         return linear_scan.Scan(q @ whole, whole)
 
@@ -362,7 +384,7 @@ def stabiliser_looks_ahead(patch):
 
 @bug((masking.padding_changes_nothing, "linear"))
 def padding_is_read(patch):
-    patch.setattr(head_mixer, "key_padding", lambda who, mask, x: None)
+    patch.setattr(head_mixer, "key_mask", lambda who, mask, x: (None, None))
 
 
 @bug((masking.nan_tokens, "linear"))

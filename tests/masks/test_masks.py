@@ -118,9 +118,13 @@ RULES = {
     "padding(<1x10>)": (masks.padding(KEEP[:1]), lambda b, h, i, j: j < 10 and bool(KEEP[0, j])),
     "documents(<1x10>)": (masks.documents(IDS[0]), lambda b, h, i, j: _same(IDS[0], i, j)),
     "documents(<2x10>)": (masks.documents(IDS), lambda b, h, i, j: _same(IDS[b], i, j)),
-    "documents(<1x8>)": (
+    "packed(<3>)": (
         masks.packed(CU),
         lambda b, h, i, j: 0 <= i < 8 and j < 8 and _document(i) == _document(j),
+    ),
+    "packed(<3>, <3>) & padding(lengths=<2>)": (
+        masks.packed([CU, torch.tensor([0, 0, 2])]),
+        lambda b, h, i, j: (i >= 0 and (max(i, j) < 8 and _document(i) == _document(j) if b == 0 else max(i, j) < 2)),
     ),
     "documents(<1x0>)": (masks.documents(IDS[0, :0]), lambda b, h, i, j: False),
     "padding(<1x0>)": (masks.padding(KEEP[:1, :0]), lambda b, h, i, j: False),
@@ -382,6 +386,8 @@ BAD = [
         "documents: ids has the wrong shape (got (1, 2, 10))",
     ),
     (lambda: masks.packed(CU[1:]), ValueError, "packed: cu_seqlens must start with 0 (got [3])"),
+    (lambda: masks.packed(CU.float()), TypeError, "packed: cu_seqlens has the wrong dtype"),
+    (lambda: masks.packed([]), ValueError, "packed: expected at least one cu_seqlens (got none)"),
     (lambda: masks.packed(torch.tensor([0, 7, 4])), ValueError, "must be non-decreasing (got 7 then 4 at 2)"),
     (
         lambda: masks.padding(KEEP.long()),
@@ -475,3 +481,18 @@ def test_chosen_refuses_what_does_not_fit() -> None:
         masks.chosen(tiles, 50, 50, 16)
     with pytest.raises(ValueError, match="need their T, S and block"):
         masks.chosen(tiles)
+
+
+def test_positions_restart_with_each_document():
+    assert masks.packed(CU).positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert masks.packed(torch.tensor([0, 0, 3, 3, 4], dtype=torch.int32)).positions.tolist() == [0, 1, 2, 0]
+    several = masks.tensors.unpacked(masks.packed([CU, torch.tensor([0, 2])]))[0]
+    assert several.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert several.places(10)[0].tolist()[8:] == [0, 1], "what is in no document is one more"
+    assert masks.packed(torch.tensor([0])).positions.tolist() == []
+
+
+def test_one_packing_a_row():
+    twice = masks.packed(CU) & masks.packed(CU)
+    with pytest.raises(ValueError, match="packed twice"):
+        masks.tensors.unpacked(twice)

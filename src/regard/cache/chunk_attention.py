@@ -37,7 +37,7 @@ m[C] = max s, z[C] = sum exp(s - m[C]), o[C] = sum exp(s - m[C]) v over a chunk'
             "abstract; the authors' code",
         ),
     ),
-    supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "cross", "padding", "packed", "mask", "gqa", "streaming", "compile"},
     traits=PLAIN,
     claim="Less memory where sequences share a long prompt, with exact results; `python -m benchmarks.prefix_tree` "
     "measures the time, too: tests/cache/test_chunk_attention.py::test_rows_with_one_prompt_store_it_once.",

@@ -39,7 +39,7 @@ out = bo + sum_h Wo_h (Wv_h sum_s a_hs x_s + bv_h)""",
             "abstract; the authors' code",
         ),
     ),
-    supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "cross", "padding", "packed", "mask", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("2*B*H*T*S*D", "S*M"),
     claim="The same result as multi-head attention from a smaller state: half of the bytes of a key/value cache: "

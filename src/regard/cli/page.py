@@ -15,6 +15,7 @@ MEANING = {
     "bidirectional": "causal=False: queries see keys on both sides",
     "cross": "attends to another sequence: forward(x, context)",
     "padding": "hidden padding keys change nothing",
+    "packed": "documents in one row are what they are one by one: mask=masks.packed(cu_seqlens)",
     "mask": "takes any mask",
     "gqa": "fewer key heads than query heads: num_kv_heads",
     "streaming": "token by token: init_state and step",
@@ -22,6 +23,12 @@ MEANING = {
     "compile": "torch.compile(fullgraph=True)",
 }
 """What a feature means for who calls."""
+
+
+def meaning(card: Card, feature: str) -> str:
+    """What it means, and why the card doesn't claim it, where that is said."""
+    why = card.lacks.get(feature)
+    return MEANING[feature] + (f" (not here: {why})" if why else "")
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def sections(card: Card, own: Mapping[str, Any], cost: Mapping[str, Any], drawin
         words = f"{', '.join(entry['tied'])}: the paper has one for all layers; regard.share(*layers) makes it so"
         yield Section("tied", [words])
     if not card.is_function:
-        marked = [f"{'yes' if name in card.supports else 'no ':3} {name:13}  {MEANING[name]}" for name in MARKS]
+        marked = [f"{'yes' if name in card.supports else 'no ':3} {name:13}  {meaning(card, name)}" for name in MARKS]
         yield Section("supports", marked, "rows")
         yield Section("traits", [", ".join(sorted(card.traits)) or "none claimed"])
     options = [_option(card, name, default, own) for name, default in card.options.items()]

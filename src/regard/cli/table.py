@@ -11,6 +11,7 @@ MARKS = {
     "bidirectional": "b",
     "cross": "x",
     "padding": "p",
+    "packed": "k",
     "mask": "m",
     "gqa": "g",
     "streaming": "s",

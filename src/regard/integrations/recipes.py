@@ -18,7 +18,7 @@ from regard import masks
 from regard.catalog import card, cards, told_each
 from regard.checks import choice, refuse, whole
 from regard.integrations.slots import Parts
-from regard.masks import Mask, algebra, grids, patterns, selection, structured
+from regard.masks import Mask, algebra, grids, patterns, selection, structured, varlen
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
 from regard.shapes import HeadShape
@@ -106,6 +106,12 @@ _NUMBERS: dict[type[Mask], dict[str, str]] = {
     algebra.Not: {"part": "mask"},
     grids.Neighborhood: {"axes": "axes"},
     held.Documents: {"ids": "tensor"},
+    held.Packed: {"cu_seqlens": "tensor"},
+    varlen.Varlen: {
+        "rule": "mask",
+        **dict.fromkeys(("first", "last", "start", "place"), "tensor"),
+        "keys": "length",
+    },
     held.Kept: {"keep": "tensor"},
     held.Lengths: {"n": "tensor", "words": "words"},
     held.Dense: {"tensor": "tensor"},
@@ -116,6 +122,7 @@ _KINDS = {kind.__name__: kind for kind in _NUMBERS}
 _AGAIN: dict[type[Mask], Callable[..., Mask]] = {
     held.PerHead: lambda parts: masks.per_head(parts),
     held.Documents: lambda ids: masks.documents(ids),
+    held.Packed: lambda cu_seqlens: held.Packed.of(cu_seqlens),
     structured.GlobalPlaces: lambda places: masks.global_tokens(places),
     structured.Tree: lambda parents, prefix: masks.tree(parents, prefix=prefix),
     held.Kept: lambda keep: masks.padding(keep),

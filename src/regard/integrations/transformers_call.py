@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.integrations.transformers_masks import LazyMask
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask
-from regard.masks import Mask, dense, padding, predicate
+from regard.masks import Mask, dense, packed, padding, predicate
 from regard.masks.patterns import Diagonals
 from regard.stages import Mix, Normalizer, Rows
 
@@ -68,6 +68,9 @@ def read(
         query = query.expand(key.shape[0], -1, -1, -1)
     check_inputs(query, key, value)
     mask, bias, first, keys, keep = _mask(module, query, key, attention_mask, is_causal)
+    if options.get("cu_seq_lens_q") is not None:
+        documents = _documents(module, query, keys, options["cu_seq_lens_q"], options.get("cu_seq_lens_k"))
+        mask = documents if mask is None else mask & documents
     key, value = key[:, :, :keys], value[:, :, :keys]
     if position_bias is not None:
         position_bias = position_bias[..., :keys]
@@ -175,6 +178,16 @@ def _mask(
         return None, given, 0, S, None
     rest = given.masked_fill(hidden, 0.0)
     return dense((~hidden).expand(-1, -1, T, -1)), rest if bool(rest.any()) else None, 0, S, None
+
+
+def _documents(module: nn.Module, q: Tensor, keys: int, ends: Tensor, key_ends: Tensor | None) -> Mask:
+    """The sequences that lie end to end, as the flash kernels of transformers are told of them."""
+    if q.shape[2] != keys or (key_ends is not None and not torch.equal(ends, key_ends)):
+        raise ValueError(
+            f"swap: {type(module).__name__} is given cu_seq_lens_q and other keys than queries (got {q.shape[2]} "
+            f"queries, {keys} keys); expected packed sequences that attend to themselves, without a cache"
+        )
+    return packed(ends)
 
 
 def _never_ahead(p: Problem) -> bool:

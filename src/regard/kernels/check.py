@@ -21,6 +21,10 @@ _ELSEWHERE = {
     "is_causal": "causality is a mask here: mask=regard.masks.causal()",
     "attn_mask": "that is mask= where True means 'may attend', and bias= where it is added",
     "dropout_p": "did you mean 'dropout'?",
+    **dict.fromkeys(
+        ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+        'sequences end to end are layout="thd", cu_seqlens=(cu_seqlens_q, cu_seqlens_k); no longest length is needed',
+    ),
     "enable_gqa": "fewer key heads than query heads need no flag",
     **dict.fromkeys(_OF_THE_LAYER, "this one is a slot of the layer regard.Attention"),
 }

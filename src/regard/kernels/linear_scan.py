@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import choice, fits, refuse, whole
@@ -51,6 +51,7 @@ def linear_scan(
     decay: Float[Tensor, " H"] | Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
     *,
     state: Float[Tensor, "B H K V"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
     form: Literal["chunked", "parallel", "step", "triton"] = "chunked",
     chunk: int = CHUNK,
 ) -> Scan:
@@ -60,19 +61,24 @@ def linear_scan(
 
     Args:
         decay: logarithms, <= 0.
+        starts: True at the first token of each packed document, as `masks.packed(...).places(T) == 0` says: what came
+            before is forgotten there, `state` included where the first token starts one, and without gradient. The
+            final state is that of the last document.
         form: "triton" runs the kernels of `triton_scan`, on a CUDA device or in Triton's interpreter; only if named.
         chunk: tokens a chunk, in the chunked form.
 
     Raises:
         ValueError: shapes that don't fit together; a form that can't run here.
     """
-    _check(q, k, v, decay, state, form, chunk)
+    _check(q, k, v, decay, state, starts, form, chunk)
     if autocasts(q.device):
         with as_it_is(q.device):
-            return linear_scan(q, k, v, decay, state=state, form=form, chunk=chunk)
+            return linear_scan(q, k, v, decay, state=state, starts=starts, form=form, chunk=chunk)
     wide = torch.promote_types(q.dtype, torch.float32)
     (B, H, T, K), V = q.shape, v.shape[3]
     g = None if decay is None else decay.to(wide).reshape(_common(decay))
+    if starts is not None:
+        g = forgetting(q.new_zeros(1, 1, 1, 1, dtype=wide) if g is None else g, starts)
     state = q.new_zeros(B, H, K, V, dtype=wide) if state is None else state.to(wide)
     if form == "triton":
         from regard.kernels.triton_scan import triton_scan
@@ -93,6 +99,11 @@ def linear_scan(
 def _common(decay: Tensor) -> tuple[int, ...]:
     """Every form of decay as (1 or B, H, 1 or T, 1 or K)."""
     return (1, len(decay), 1, 1) if decay.dim() == 1 else (*decay.shape, 1)[:4]
+
+
+def forgetting(g: Float[Tensor, "b H t F"], starts: Bool[Tensor, "#B T"]) -> Float[Tensor, "B H T F"]:
+    """Logarithms of decays with -inf, nothing kept, where a document starts: all that any scan with decays needs."""
+    return torch.where(starts[:, None, :, None], -torch.inf, g)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +220,16 @@ def _recur(x: Float[Tensor, "B H F n R"], g: Float[Tensor, "b h F n"]) -> Float[
     return (local + g.cumsum(-1).exp().unsqueeze(-1) * earlier).flatten(3, 4)[..., :n, :]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, form: str, chunk: int) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    form: str,
+    chunk: int,
+) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         wanted = "(batch, heads, tokens, K) twice and (batch, heads, tokens, V); repeat grouped keys and values first"
@@ -217,7 +237,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor 
     if not q.dtype.is_floating_point or {k.dtype, v.dtype} != {q.dtype}:
         got = f"{q.dtype}, {k.dtype} and {v.dtype}"
         refuse(WHO, "q, k and v", "have the wrong dtypes", got, "one floating point dtype; cast them", error=TypeError)
-    devices = {z.device for z in (q, k, v, decay, state) if z is not None}
+    devices = {z.device for z in (q, k, v, decay, state, starts) if z is not None}
     if len(devices) > 1:
         refuse(WHO, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
     B, H, T, K = q.shape
@@ -226,5 +246,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor 
         refuse(WHO, "decay", "has the wrong shape", tuple(decay.shape), f"one of {shapes}")
     if state is not None:
         fits(WHO, "B H K V", {"B": B, "H": H, "K": K, "V": v.shape[3]}, state=state)
+    if starts is not None and (starts.dtype != torch.bool or tuple(starts.shape) not in ((1, T), (B, T))):
+        got = f"{starts.dtype} {tuple(starts.shape)}"
+        refuse(WHO, "starts", "does not fit q", got, f"bool {(B, T)} or {(1, T)}, True where a document starts")
     choice(WHO, FORMS, form=form)
     whole(WHO, chunk=chunk)

@@ -5,7 +5,7 @@ from importlib import import_module
 from regard.laws.registry import LAWS
 
 FILES = (
-    *("supported", "together", "structure", "masking", "symmetry", "traits", "streaming"),
+    *("supported", "together", "structure", "masking", "packing", "symmetry", "traits", "streaming"),
     *("reference", "numerics", "slopes", "limits", "gradients", "modules", "transforms", "runtime"),
 )
 

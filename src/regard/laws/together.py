@@ -158,6 +158,9 @@ def dropped(s: Subject, causal: bool) -> Iterator[tuple[str, dict[str, Any], tup
         yield "gqa", options, x, {}
     if "padding" in s.supports:
         yield "padding", {}, (poisoned(x[0], keep, worst(s)),), {"mask": masks.padding(keep)}
+    if "packed" in s.supports:
+        ends = torch.tensor([0, 1, s.length - 4, s.length], dtype=torch.int32)
+        yield "packed", {}, x, {"mask": masks.packed(ends)}
     if "mask" in s.supports:
         yield "mask", {}, x, {"mask": pairs(s.batch, s.length)}
     if "cross" in s.supports and causal in s.crossings:

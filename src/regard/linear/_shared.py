@@ -9,8 +9,10 @@ from torch import Tensor
 from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.kernels.sums import over_keys
+from regard.masks import causal, padding
+from regard.masks.tensors import Packed
 from regard.pipeline.head_mixer import HeadMixer
-from regard.pipeline.tokens import shown
+from regard.pipeline.tokens import quarantine, shown, spoil
 from regard.tracing import as_it_is
 
 
@@ -37,6 +39,7 @@ def feature_attention(
     *,
     causal: bool,
     state: Float[Tensor, "B H K V1"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
 ) -> Scan:
     """sum_j w_ij v_j / sum_j w_ij with w_ij = phi_q_i . phi_k_j, in time and memory linear in T and S.
 
@@ -44,7 +47,7 @@ def feature_attention(
     """
     v = with_ones(v)
     if causal:
-        out, state = linear_scan(phi_q, phi_k, v, decay, state=state)
+        out, state = linear_scan(phi_q, phi_k, v, decay, state=state, starts=starts)
     else:
         state = over_keys(phi_k.mT, v)
         out = phi_q @ state
@@ -65,6 +68,9 @@ def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
 class RecurrentMixer(HeadMixer):
     """A HeadMixer whose causal form carries a state of constant size. Subclasses give `run` and `empty_state`."""
 
+    resets = False
+    """Whether `run` also takes `starts=`, as `linear_scan` does; else packed documents are run apart."""
+
     def run(
         self,
         q: Float[Tensor, "B H T D"],
@@ -83,6 +89,19 @@ class RecurrentMixer(HeadMixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         with as_it_is(q.device):
             return self.run(q, k, v, keep, None)[0].to(q.dtype)
+
+    def by_document(
+        self, x: Float[Tensor, "B T M"], packed: Packed, keep: Bool[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B T M"]:
+        if not (self.causal and self.resets):
+            return super().by_document(x, packed, keep)
+        T, keep = x.shape[1], packed.real(len(x), x.shape[1], keep)
+        x, bad = quarantine(x, always=True)
+        q, k, v = self.split(x, x)
+        with as_it_is(q.device):
+            anew: Any = {"starts": packed.places(T) == 0}
+            out = self.run(q, k, v, keep, None, **anew)[0].to(q.dtype)
+        return spoil(self.merge(out), bad, bad, causal() & packed & padding(keep))
 
     def init_state(
         self,

@@ -27,7 +27,7 @@ CARD = Card(
 o  = softmax_n(s q a^T + B2) va     and give out,             out = o + conv(v)
 a: adaptive average pooling of q to n cells;   conv: depthwise, 3 wide;   B1, B2: learned, per head""",
     papers=(PAPER,),
-    supports={"bidirectional", "padding", "gqa", "compile"},
+    supports={"bidirectional", "padding", "packed", "gqa", "compile"},
     traits={"shift_invariant", "head_independent"},
     cost=Cost("B*T*num_agents*(5*M + 14*H) + 3*B*T*M", ""),
     claim="Linear in length, and a generalised linear attention, whose weights have the rank of the agents: "

@@ -27,7 +27,7 @@ scaling:  rho_q = q / sqrt(S),   rho_k = k / sqrt(S):   the same as (q k^T / S) 
             "abstract; the authors' code; the scaling form is from the claim of equality",
         ),
     ),
-    supports={"bidirectional", "padding", "cross", "gqa", "compile"},
+    supports={"bidirectional", "padding", "packed", "cross", "gqa", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*D*V", ""),
     claim="Linear in length, and with scaling equal to dot-product attention: "

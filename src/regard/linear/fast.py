@@ -31,7 +31,7 @@ factorised:  f(q' . k') = phi(q') . psi(k'),   phi = (1, q', q' x q' / 2),   psi
             "abstract; official code",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*(1 + D + (order - 1)*D*(D + 1)/2)*(D + 1)", "H*(1 + D + D*(D + 1)/2)*(D + 1)"),
     claim="Equals the explicit polynomial attention matrix, in memory linear in T: "
@@ -83,10 +83,11 @@ def fast_attention(
     causal: bool = False,
     keep: Bool[Tensor, "B S"] | None = None,
     state: Float[Tensor, "B H K V1"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
 ) -> Scan:
     """Polynomial attention on q and k as they are (`normalise` comes first), and the moments psi(k)^T [v, 1].
 
-    Hand the moments back in as `state` to go on causally.
+    Hand the moments back in as `state` to go on causally. `starts` are those of `linear_scan`, where causal.
     """
     check_inputs(q, k, v)
     whole("fast_attention", most=2, order=order)
@@ -96,8 +97,8 @@ def fast_attention(
     def psi(k: Tensor, kept: Tensor | None) -> Tensor:
         return hide(monomials(k, order), kept)
 
-    def scan(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, state: Tensor | None) -> Scan:
-        return linear_scan(taylor(q, order), psi(k, kept), v, state=state)
+    def scan(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, begins: Tensor | None, state: Tensor | None) -> Scan:
+        return linear_scan(taylor(q, order), psi(k, kept), v, state=state, starts=begins)
 
     def moments(k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
         return psi(k, kept).mT @ v
@@ -106,7 +107,9 @@ def fast_attention(
     for part in segments(k.shape[2]):
         kept = None if keep is None else keep[:, part]
         if causal:
-            out, state = lean(scan, q[:, :, part], k[:, :, part], v[:, :, part], kept, state, length=k.shape[2])
+            begins = None if starts is None else starts[:, part]
+            qkv = (q[:, :, part], k[:, :, part], v[:, :, part])
+            out, state = lean(scan, *qkv, kept, begins, state, length=k.shape[2])
             outs.append(out)
         else:
             added = lean(moments, k[:, :, part], v[:, :, part], kept, length=k.shape[2])
@@ -167,6 +170,8 @@ class FastAttention(RecurrentMixer):
         norm: what queries and keys are divided by.
     """
 
+    resets = True
+
     def __init__(
         self,
         dim: int,
@@ -185,12 +190,26 @@ class FastAttention(RecurrentMixer):
         self.norm: Norm = norm
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: FastState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor | None,
+        state: FastState | None,
+        *,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, FastState]:
         (v,) = widened(v)
         q, k = normalise(q, self.norm).to(v.dtype), normalise(k, self.norm, keep=keep).to(v.dtype)
         past = None if state is None else state.moments
-        out, moments = fast_attention(q, k, v, order=self.order, causal=self.causal, keep=keep, state=past)
+        options: dict[str, Any] = {
+            "order": self.order,
+            "causal": self.causal,
+            "keep": keep,
+            "state": past,
+            "starts": starts,
+        }
+        out, moments = fast_attention(q, k, v, **options)
         return out, FastState(moments)
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> FastState:

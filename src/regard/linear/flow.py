@@ -28,7 +28,7 @@ causal: all sums over j <= i; I, O, Ih, Oh are divided by i, a source's c_j is s
             "abstract; the authors' code (normal and causal module)",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "cross", "gqa", "streaming", "compile"},
     traits={"nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"},
     cost=Cost("B*H*(T + S)*D*V", "H*(D*V + 4*D + 1) + 1"),
     claim="Linear in length; flows are conserved on both sides: tests/linear/test_flow.py::test_no_square_matrix, "

@@ -33,7 +33,7 @@ a = x W_q,   b = x W_k     (L latents a head: they are the columns of W_q and W_
             "abstract; official code, in its stable forms",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "streaming", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*num_latents*D", "H*num_latents*(D + 1)"),
     claim="Weights are a row-stochastic matrix of rank <= L, with a constant state: "

@@ -34,7 +34,7 @@ streaming:  S <- exp(-s_h) S + k^T v,   o = q S""",
             "abstract; official code (layer and kernel)",
         ),
     ),
-    supports={"causal", "padding", "gqa", "streaming", "compile"},
+    supports={"causal", "padding", "packed", "gqa", "streaming", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*M*(M + 5*D + 192)", "2*H*D*D"),
     claim="Constant state, which tiles of tokens carry exactly; `python -m benchmarks.linear` measures the time: "
@@ -63,12 +63,16 @@ def lightning_attention(
     *,
     keep: Bool[Tensor, "B T"] | None = None,
     state: Float[Tensor, "B H K V"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
 ) -> Scan:
-    """The core: sum_{u<=t} exp(-rates (t - u)) (q_t . k_u) v_u. Hidden tokens add nothing, but time goes on."""
+    """The core: sum_{u<=t} exp(-rates (t - u)) (q_t . k_u) v_u. Hidden tokens add nothing, but time goes on.
+
+    `starts` are those of `linear_scan`.
+    """
     check_inputs(q, k, v)
     q, k, v = widened(q, k, v)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(hide(v, keep), q.shape[1])
-    return linear_scan(q, k, v, -rates.to(q.dtype), state=state)
+    return linear_scan(q, k, v, -rates.to(q.dtype), state=state, starts=starts)
 
 
 def lrpe(x: Float[Tensor, "B H T D"], theta: Float[Tensor, "H 1 D"], first: int = 0) -> Float[Tensor, "B H T D2"]:
@@ -99,6 +103,8 @@ class LightningAttention(RecurrentMixer):
         gate: what the gate u goes through.
         eps: of the root mean square.
     """
+
+    resets = True
 
     def __init__(
         self,
@@ -142,7 +148,14 @@ class LightningAttention(RecurrentMixer):
         return torch.cat([q, gate], -1), k, v
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: LightningState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor | None,
+        state: LightningState | None,
+        *,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, LightningState]:
         q, k, v = widened(q, k, v)
         q, gate = q.chunk(2, -1)
@@ -151,7 +164,7 @@ class LightningAttention(RecurrentMixer):
         if self.theta is not None:
             q, k = lrpe(q, self.theta, first), lrpe(k, self.theta, first)
         rates = torch.tensor(self.rates, device=q.device, dtype=q.dtype)
-        out, kv = lightning_attention(q, k, v, rates, keep=keep, state=kv)
+        out, kv = lightning_attention(q, k, v, rates, keep=keep, state=kv, starts=starts)
         out = out * torch.rsqrt(out.square().mean((1, 3), keepdim=True) + self.eps)
         return out * GATES[self.gate](gate), LightningState(kv, first + k.shape[2])
 

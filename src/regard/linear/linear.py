@@ -25,7 +25,7 @@ streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) .
             "abstract; equations as quoted by others",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*D*(D + 1)", "H*D*(D + 1)"),
     claim="A recurrence with a constant state; `python -m benchmarks.linear` measures the time: "
@@ -47,12 +47,18 @@ def linear_attention(
     causal: bool = False,
     keep: Bool[Tensor, "B S"] | None = None,
     state: Float[Tensor, "B H D V1"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
 ) -> Scan:
-    """Outputs, and the sums over keys: phi(k)^T [v, 1]. Hand them back in as `state` to go on causally."""
+    """Outputs, and the sums over keys: phi(k)^T [v, 1]. Hand them back in as `state` to go on causally.
+
+    `starts` are those of `linear_scan`, where causal.
+    """
     check_inputs(q, k, v)
     q, k, v = widened(q, k, v)
     phi_k = repeat_heads(hide(elu_plus_one(k), keep), q.shape[1])
-    return feature_attention(elu_plus_one(q), phi_k, repeat_heads(v, q.shape[1]), causal=causal, state=state)
+    return feature_attention(
+        elu_plus_one(q), phi_k, repeat_heads(v, q.shape[1]), causal=causal, state=state, starts=starts
+    )
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -71,11 +77,20 @@ class LinearState(NamedTuple):
 class LinearAttention(RecurrentMixer):
     """Multi-head linear attention with phi = elu + 1; arguments as of `HeadMixer`."""
 
+    resets = True
+
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: LinearState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor | None,
+        state: LinearState | None,
+        *,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
         past = None if state is None else state.sums
-        out, sums = linear_attention(q, k, v, causal=self.causal, keep=keep, state=past)
+        out, sums = linear_attention(q, k, v, causal=self.causal, keep=keep, state=past, starts=starts)
         return out, LinearState(sums)
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LinearState:

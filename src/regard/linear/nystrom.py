@@ -29,7 +29,7 @@ c: the largest column sum of A;   conv: depthwise over positions, one kernel a h
             "abstract; the authors' and the transformers library's code",
         ),
     ),
-    supports={"bidirectional", "padding", "gqa", "compile"},
+    supports={"bidirectional", "padding", "packed", "gqa", "compile"},
     traits={"linear_in_values", "shift_invariant", "head_independent"},
     cost=Cost("B*H*(7*T*num_landmarks*D + 4*iterations*num_landmarks**3 + 2*num_landmarks**2*D + T*conv_width*D)", ""),
     claim="Linear in length for fixed m, of rank m; larger m comes nearer to softmax attention: "

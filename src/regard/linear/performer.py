@@ -32,7 +32,7 @@ out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   j <= i wh
             "abstract; official code; a public port of it (lucidrains)",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "cross", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "cross", "gqa", "streaming", "compile"},
     traits=PLAIN,
     cost=Cost("B*H*(T + S)*num_features*(2*D + 1)", "H*num_features*(D + 1) + G"),
     claim="An unbiased estimate by weights of rank r, and orthogonal directions have the lower variance: "

@@ -1,5 +1,6 @@
 """Refusals that the masks share. `what` is "function: argument"."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -37,3 +38,15 @@ def tensor(what: str, value: object, ndims: tuple[int, ...], kind: str) -> Tenso
     if value.ndim not in ndims:
         refuse(who, name, "has the wrong shape", tuple(value.shape), wanted)
     return value
+
+
+def cumulative(what: str, value: object) -> list[int]:
+    """`value`, cumulative lengths (0, len_0, len_0 + len_1, ...), as numbers."""
+    who, _, name = what.partition(": ")
+    ends: list[int] = tensor(what, value, (1,), "integer").tolist()
+    if ends[:1] != [0]:
+        raise ValueError(f"{who}: {name} must start with 0 (got {ends[:1]})")
+    for n, (before, after) in enumerate(itertools.pairwise(ends), start=1):
+        if after < before:
+            raise ValueError(f"{who}: {name} must be non-decreasing (got {before} then {after} at {n})")
+    return ends

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from regard.checks import refuse
 from regard.masks import checks
-from regard.masks.algebra import Index, Joined, Mask
+from regard.masks.algebra import And, Index, Joined, Mask
 from regard.masks.patterns import Prefix
 from regard.masks.stamp import made_of
 from regard.masks.verdict import Tiles, Verdict
@@ -70,11 +72,67 @@ class Documents(Mask):
     def batch(self) -> int:
         return self.ids.shape[0]
 
-    def to(self, device: torch.device | str) -> Mask:
-        return self if self.ids.device == torch.device(device) else Documents(self.ids.to(device))
+    def to(self, device: torch.device | str) -> Self:
+        return self if self.ids.device == torch.device(device) else replace(self, ids=self.ids.to(device))
 
     def __repr__(self) -> str:
         return f"documents(<{'x'.join(map(str, self.ids.shape))}>)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Packed(Documents):
+    """Documents that lie end to end from the first token on; what stands behind the last one is in none."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Of the documents of each row, as plain numbers: layers that run documents apart need no look at the device."""
+
+    @property
+    def positions(self) -> Int[Tensor, "*b S"]:
+        """Where each token stands in its own document, as transformers' `position_ids` say it: 0, 1, 2, 0, 1, ..."""
+        return self.positions_of(self.ids.shape[1])
+
+    def positions_of(self, T: int) -> Int[Tensor, "*b T"]:
+        """`positions` of T tokens; those in no document count as one more."""
+        places = self.places(T)
+        return places[0] if self.batch == 1 else places
+
+    def places(self, T: int) -> Int[Tensor, "#B T"]:
+        """`positions_of` with an axis for rows; 0 is where a scan forgets what came before."""
+        ids = torch.nn.functional.pad(self.ids, (0, T - self.ids.shape[1]), value=max(map(len, self.lengths)))
+        at = torch.arange(T, device=ids.device)
+        first = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0), value=True)[:, :T]
+        return at - torch.where(first, at, 0).cummax(1).values
+
+    def real(self, B: int, T: int, keep: Bool[Tensor, "B T"] | None = None) -> Bool[Tensor, "B T"]:
+        """Which of T tokens are in a document, of those that are kept."""
+        ends = torch.tensor([sum(row) for row in self.lengths], device=self.ids.device)
+        inside = (torch.arange(T, device=self.ids.device) < ends[:, None]).expand(B, -1)
+        return inside if keep is None else inside & keep
+
+    def fits(self, who: object, S: int) -> None:
+        """Refuse documents that need more than S tokens."""
+        if self.ids.shape[1] > S:
+            got = f"{self.ids.shape[1]} tokens of documents and {S} of the input"
+            refuse(who, "cu_seqlens", "end behind the last token", got, f"cu_seqlens[-1] <= {S}")
+
+    def __repr__(self) -> str:
+        return f"packed({', '.join(f'<{len(row)}>' for row in self.lengths)})"
+
+    @classmethod
+    def of(cls, cu_seqlens: Int[Tensor, "B P"]) -> "Packed":
+        """From `cu_seqlens` as the property gives them."""
+        rows = tuple(tuple(row) for row in cu_seqlens.diff(dim=1).tolist())
+        width = max(map(sum, rows))
+        counts = torch.nn.functional.pad(cu_seqlens, (0, 1), value=width).long().diff(dim=1)
+        number = torch.arange(counts.shape[1], device=counts.device)
+        return cls(torch.stack([number.repeat_interleave(row, output_size=width) for row in counts]), rows)
+
+    @property
+    def cu_seqlens(self) -> Int[Tensor, "B P"]:
+        """The cumulative lengths, a row each; shorter ones have empty documents at the end."""
+        widest = max(map(len, self.lengths))
+        sizes = [[0, *row, *(0,) * (widest - len(row))] for row in self.lengths]
+        return torch.tensor(sizes, device=self.ids.device).cumsum(1, dtype=torch.int32)
 
 
 def documents(ids: Int[Tensor, " S"] | Int[Tensor, "B S"]) -> Mask:
@@ -83,16 +141,33 @@ def documents(ids: Int[Tensor, " S"] | Int[Tensor, "B S"]) -> Mask:
     return Documents(ids if ids.ndim == 2 else ids[None])
 
 
-def packed(cu_seqlens: Int[Tensor, " P"]) -> Mask:
-    """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...)."""
-    checks.tensor("packed: cu_seqlens", cu_seqlens, (1,), "integer")
-    if len(cu_seqlens) == 0 or int(cu_seqlens[0]) != 0:
-        raise ValueError(f"packed: cu_seqlens must start with 0 (got {cu_seqlens[:1].tolist()})")
-    sizes = cu_seqlens.long().diff()
-    if falls := (sizes < 0).nonzero().flatten().tolist():
-        before, after = cu_seqlens[falls[0] : falls[0] + 2].tolist()
-        raise ValueError(f"packed: cu_seqlens must be non-decreasing (got {before} then {after} at {falls[0] + 1})")
-    return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[None])
+def packed(cu_seqlens: Int[Tensor, " P"] | Sequence[Int[Tensor, " P"]]) -> Mask:
+    """Documents that lie end to end, given by their cumulative lengths (0, len_0, len_0 + len_1, ...), as flash-attn
+    takes them. Every token sees the tokens of its own document, what stands behind the last one sees nothing.
+
+    Its `positions` start again at 0 with each document. `regard.Attention` uses them where it is told no others, and
+    layers that keep a state start it anew: a packed row gives what its documents give one by one.
+
+    Args:
+        cu_seqlens: of one row, which serves every batch entry, or one such tensor for each.
+    """
+    rows = list(cu_seqlens) if isinstance(cu_seqlens, Sequence) else [cu_seqlens]
+    if not rows:
+        raise ValueError("packed: expected at least one cu_seqlens (got none)")
+    ends = [checks.cumulative("packed: cu_seqlens", row)[-1] for row in rows]
+    widest = max(map(len, rows))
+    filled = [torch.cat([row, row[-1:].expand(widest - len(row))]) for row in rows]  # with empty documents
+    mask = Packed.of(torch.stack(filled))
+    return mask & padding(lengths=torch.tensor(ends, device=mask.ids.device)) if len(set(ends)) > 1 else mask
+
+
+def unpacked(mask: Mask | Tensor | None) -> tuple[Packed | None, list[Mask | Tensor]]:
+    """The packed documents that a mask keeps apart, itself or a part of `&`, and what it says besides."""
+    parts: list[Any] = list(mask.parts) if isinstance(mask, And) else [] if mask is None else [mask]
+    held = [part for part in parts if isinstance(part, Packed)]
+    if len(held) > 1:
+        raise ValueError(f"mask: documents are packed twice (got {mask!r}); expected one masks.packed")
+    return (held[0] if held else None), [part for part in parts if not isinstance(part, Packed)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

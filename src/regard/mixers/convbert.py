@@ -9,7 +9,7 @@ from regard.checks import checked, divides, number, whole
 from regard.masks import Mask, full, padding
 from regard.mixers.span_conv import HIDDEN, PAPER, SpanHeads, initialise
 from regard.pipeline.function import attention
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.pipeline.tokens import apart, key_mask, quarantine, spoil
 
 CARD = Card(
     "convbert",
@@ -18,7 +18,7 @@ convolution:  c_t,h = sum_j f_t,h,j u_{t + j - r, h},   u = W_u x,   r = (K - 1)
               f_t,h = softmax over the K taps of (W_f (s_t * q_t))_h,   s = W_p (depthwise convolution of x, K taps)
 out_t = W_o [a_t,1 .. a_t,H ; c_t,1 .. c_t,H],   H = heads / head_ratio of each kind,   D = M / (2 H)""",
     papers=(PAPER,),
-    supports={"bidirectional", "padding", "dropout", "compile"},
+    supports={"bidirectional", "padding", "packed", "dropout", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*S*M + B*T*M*(M + kernel_size*(1 + H/(2*head_ratio)))", ""),
     claim="Fewer parameters than plain attention of the same width, and half of its work on pairs of tokens: "
@@ -72,7 +72,9 @@ class MixedAttention(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens: `regard.masks.padding`, or True = a real token."""
-        keep = key_padding(self, mask, x)
+        keep, packed = key_mask(self, mask, x)
+        if packed is not None:
+            return apart(self, x, packed, keep)
         x, bad = quarantine(x)
         q = self.q_proj(x)
         out = torch.cat([self.attend(x, q, keep), self.heads(x, q, keep)], -1)

@@ -30,6 +30,7 @@ label of d = j - i: min(d, K) for d >= 0, K + min(-d, K) for d < 0, so 0 .. 2K""
         ),
     ),
     supports={"bidirectional", "padding", "dropout", "compile"},
+    lacks={"packed": "a row begins with its global tokens, and a document has none of its own"},
     traits={"normalised", "nonnegative", "linear_in_values"},
     cost=Cost(
         "B*M*(6*min(T, max(radius, 32))**2*ceil(T/min(T, max(radius, 32))) + T*(4*num_global + 2*max_distance + 2))", ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.masks import Mask, full, padding
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.pipeline.tokens import apart, key_mask, quarantine, spoil
 from regard.tracing import exporting
 
 CARD = Card(
@@ -28,7 +28,7 @@ y = irfft(Y);  f0, b, a: one number for each head and frequency""",
             "abstract, which modReLU fits; the author's code, whose later ImageNet part has GELU",
         ),
     ),
-    supports={"bidirectional", "padding", "compile"},
+    supports={"bidirectional", "padding", "packed", "compile"},
     cost=Cost("B*M*(2.5*max_length*log2(max_length) + M + H*(max_length/2 + 1))", ""),
     claim="The transform keeps energy (Parseval): tests/mixers/test_fftnet.py::test_energy_is_kept.",
     differs=(
@@ -141,9 +141,11 @@ class FFTNet(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """Filter x. `mask` hides tokens: they count as zeros, and not in the mean."""
+        keep, packed = key_mask(self, mask, x)
+        if packed is not None:
+            return apart(self, x, packed, keep)
         if x.shape[1] > self.max_length:
             refuse(self, "x", "is too long", f"{x.shape[1]} tokens", f"at most max_length = {self.max_length}")
-        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)

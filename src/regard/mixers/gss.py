@@ -14,7 +14,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, refuse, whole
 from regard.masks import Mask, causal, padding
 from regard.mixers.exponential import exponential_sum, lags, work_dtype
-from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
+from regard.pipeline.tokens import apart, key_mask, quarantine, shown, spoil
 
 CARD = Card(
     "gss",
@@ -30,7 +30,7 @@ out = W_o (u * W_g y_t) + b_o + x_t,       lambda_n = -exp(a_n) + i exp(b_n), th
             "abstract; public implementation of the pseudocode in section 3.2",
         ),
     ),
-    supports={"causal", "padding", "streaming", "compile"},
+    supports={"causal", "padding", "packed", "streaming", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*(state_dim*(64 + 4*num_states + hidden_dim) + M*hidden_dim)", "2*state_dim*num_states"),
     claim="Runs on inputs longer than it was trained on, in a state that does not grow: "
@@ -136,7 +136,9 @@ class GatedStateSpace(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens from all states: `regard.masks.padding`, or True = a real token."""
-        keep = key_padding(self, mask, x)
+        keep, packed = key_mask(self, mask, x)
+        if packed is not None:
+            return apart(self, x, packed, keep)
         x, bad = quarantine(x)
         return spoil(self._run(x, None, keep)[0], bad, bad, causal() if keep is None else causal() & padding(keep))
 

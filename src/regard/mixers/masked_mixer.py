@@ -12,7 +12,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.masks import Mask, full, padding
 from regard.masks import causal as causal_mask
-from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
+from regard.pipeline.tokens import apart, key_mask, quarantine, shown, spoil
 from regard.tracing import exporting
 
 CARD = Card(
@@ -30,7 +30,7 @@ heads     y = concat_h(W_h (P_h x) + b_h) O        a projection and a matrix for
             "abstract; the author's code",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "streaming", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "streaming", "compile"},
     cost=Cost("B*T*T*M", "T*M"),
     claim="What enters can be recovered from what comes out: "
     "tests/mixers/test_masked_mixer.py::test_what_enters_can_be_recovered.",
@@ -161,8 +161,10 @@ class MaskedMixer(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """Mix x. `mask` hides tokens from the others; positions count them all the same."""
+        keep, packed = key_mask(self, mask, x)
+        if packed is not None:
+            return apart(self, x, packed, keep)
         self._fits(x.shape[1])
-        keep = key_padding(self, mask, x)
         x, bad = quarantine(x)
         hidden = None if keep is None else ~keep[:, None, :, None]
         y = self._split(x)

@@ -14,7 +14,7 @@ from regard.mixers.exponential import work_dtype
 from regard.mixers.mega_attention import ChunkAttention, Weighting
 from regard.mixers.mega_average import DampedAverage
 from regard.mixers.mega_norm import Norm, token_norm
-from regard.pipeline.tokens import key_padding, quarantine, shown, spoil
+from regard.pipeline.tokens import apart, key_mask, quarantine, shown, spoil
 from regard.tracing import readable
 
 CARD = Card(
@@ -39,7 +39,7 @@ Z = qk_dim, P = max_positions""",
             "abstract; official code",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "streaming", "dropout", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "streaming", "dropout", "compile"},
     traits={"shift_invariant"},
     cost=Cost(
         "B*T*S*(2*qk_dim + value_dim) + B*T*M*(2*M + qk_dim + value_dim + 128 + 4*ema_dim)",
@@ -163,7 +163,9 @@ class Mega(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens from all others: `regard.masks.padding`, or True = a real token."""
-        keep = key_padding(self, mask, x)
+        keep, packed = key_mask(self, mask, x)
+        if packed is not None:
+            return apart(self, x, packed, keep)
         x, bad = quarantine(x)
         normed = x if self.post_norm else self.norm(x)
         shown = normed if keep is None else normed.masked_fill(~keep[..., None], 0)

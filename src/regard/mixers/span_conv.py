@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from regard.cards import Card, Cost, Paper
 from regard.checks import called, checked, refuse, whole
 from regard.masks import Mask, padding, window
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.pipeline.tokens import apart, key_mask, quarantine, spoil
 from regard.shapes import head_shape
 from regard.tracing import exporting
 
@@ -30,7 +30,7 @@ CARD = Card(
 f_t = softmax over the K taps of ( W_f (s_t * q_t) )_h      for each head h
 c_t,h = sum_j f_t,h,j u_{t + j - r, h},   r = (K - 1) / 2,   zeros outside""",
     papers=(PAPER,),
-    supports={"bidirectional", "padding", "compile"},
+    supports={"bidirectional", "padding", "packed", "compile"},
     traits={"shift_invariant"},
     cost=Cost("B*T*M*(2*H*D + kernel_size*(1 + H))", ""),
     claim="Sees (K - 1) / 2 tokens on each side and nothing else: "
@@ -128,7 +128,9 @@ class SpanConvolution(nn.Module):
         mask: Mask | Bool[Tensor, "B T"] | Bool[Tensor, "B 1 1 T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
         """`mask` hides tokens: `regard.masks.padding`, or True = a real token."""
-        keep = key_padding(self, mask, x)
+        keep, packed = key_mask(self, mask, x)
+        if packed is not None:
+            return apart(self, x, packed, keep)
         x, bad = quarantine(x)
         out = self.o_proj(self.heads(x, self.q_proj(x), keep))
         field = self.receptive_field()

@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any, ParamSpec, Unpack
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard.checks import choice
+from regard.checks import choice, refuse
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
-from regard.masks import Mask
-from regard.stages import InnerSlots, Normalizer, Selector
+from regard.masks import Mask, full
+from regard.masks.checks import cumulative
+from regard.masks.varlen import Varlen
+from regard.stages import InnerSlots, Mix, Normalizer, Selector
 
 P = ParamSpec("P")
 
@@ -42,6 +44,7 @@ def attention(
     dropout: float = 0.0,
     kernel: str = "auto",
     layout: str = "bhnd",
+    cu_seqlens: Int[Tensor, " P"] | tuple[Int[Tensor, " P"], Int[Tensor, " P"]] | None = None,
     **slots: Unpack[InnerSlots],
 ) -> Float[Tensor, "B H T V"]:
     """Exact attention with any of the pipeline's stages.
@@ -56,7 +59,11 @@ def attention(
         dropout: probability with which weights are dropped; applied whenever > 0, as torch does.
         kernel: "auto" lets `plan` choose; a name runs that kernel or raises.
         layout: "bhnd" as above, or "bnhd" for q (B, T, H, D), k, v and the result likewise, as flash-attn has them.
-            Masks and biases are the same for both.
+            Masks and biases are the same for both. "thd" is for sequences of any lengths end to end without padding,
+            q (all T, H, D), k and v likewise, as flash-attn's varlen functions have them.
+        cu_seqlens: for "thd", the cumulative lengths (0, len_0, len_0 + len_1, ...), or a pair of them for queries and
+            keys. Every sequence is attended to as if by itself, with `mask`, a `Mask`, seen from there: causal is
+            bottom-right in each.
         position: rotates q and k, and adds to scores and values, as its hooks say. (`embed` is for tokens, not here.)
         score: takes the place of the dot product.
         score_mix, normalizer, weight_mix: stages before, at and after the softmax.
@@ -65,17 +72,59 @@ def attention(
     Raises:
         ValueError, TypeError: inputs that don't fit together, before any work is done.
     """
-    if layout != "bhnd":
+    if layout != "bhnd" or cu_seqlens is not None:
         q, k, v = heads_first(layout, q, k, v)
+        mask = each_alone(layout, q, k, mask, cu_seqlens, **slots)
     out = execute(problem(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, **slots), kernel)
-    return out if layout == "bhnd" else out.transpose(1, 2)
+    if layout == "bhnd":
+        return out
+    return out.transpose(1, 2) if layout == "bnhd" else out[0].transpose(0, 1)
 
 
 def heads_first(layout: str, *given: Tensor) -> list[Tensor]:
     """Tensors of that layout as (B, heads, tokens, D): views. What has other axes is left to be refused as it came."""
-    choice("attention", ("bhnd", "bnhd"), layout=layout)
+    choice("attention", ("bhnd", "bnhd", "thd"), layout=layout)
+    if layout == "thd":
+        for name, t in zip("qkv", given, strict=True):
+            if not isinstance(t, Tensor) or t.dim() != 3:
+                got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+                refuse("attention", name, "does not have layout 'thd'", got, "(all tokens, heads, width)")
+        return [t.transpose(0, 1)[None] for t in given]
     turned = layout == "bnhd"
     return [t.transpose(1, 2) if turned and isinstance(t, Tensor) and t.dim() == 4 else t for t in given]
+
+
+def each_alone(
+    layout: str,
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    mask: Any,
+    cu_seqlens: Any,
+    **slots: Any,
+) -> Mask | Tensor | None:
+    """The mask, for "thd" that of sequences end to end, each of which sees only itself."""
+    if (layout == "thd") != (cu_seqlens is not None):
+        got = f"layout {layout!r} and cu_seqlens={'None' if cu_seqlens is None else '...'}"
+        refuse("attention", "cu_seqlens", "goes with layout 'thd', and only with it", got, "both or neither")
+    if layout != "thd":
+        return mask
+    pair = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    cu_q, cu_k = (cumulative("attention: cu_seqlens", each) for each in pair)
+    for each, name, n in ((cu_q, "queries", q.shape[2]), (cu_k, "keys", k.shape[2])):
+        if each[-1] > n:
+            refuse("attention", "cu_seqlens", f"ends behind the last of the {name}", each[-1], f"at most {n}")
+    if len(cu_q) != len(cu_k):
+        got = f"{len(cu_q) - 1} and {len(cu_k) - 1}"
+        refuse("attention", "cu_seqlens", "is of other numbers of sequences for queries and keys", got, "one number")
+    if mask is not None and (not isinstance(mask, Mask) or mask.batch > 1):
+        wanted = "a regard.masks.Mask for all, which is asked as if each sequence were by itself"
+        refuse("attention", "mask", "does not go with layout 'thd'", type(mask).__name__, wanted)
+    for name, part in slots.items():
+        crosses = name == "selector" or (isinstance(part, Mix) and part.halo)
+        if part is not None and (crosses or (name == "position" and cu_q != cu_k)):
+            wanted = "sequences in a batch: it would count or mix tokens across their borders"
+            refuse("attention", name, "does not go with layout 'thd'", type(part).__name__, wanted)
+    return Varlen.of(cu_q, cu_k, q.shape[2], k.shape[2], full() if mask is None else mask, pair[0].device)
 
 
 def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
@@ -87,8 +136,11 @@ def _planned(function: Callable[P, Tensor]) -> Callable[P, Plan]:
         """
         rest: dict[str, Any] = dict(kwargs)
         kernel, layout = rest.pop("kernel", "auto"), rest.pop("layout", "bhnd")
+        ends = rest.pop("cu_seqlens", None)
         named = {name: rest.pop(name) for name in ("q", "k", "v") if name in rest}
         given = heads_first(layout, *args, *named.values())  # type: ignore[arg-type]
+        slots = {name: rest[name] for name in InnerSlots.__annotations__ if name in rest}
+        rest["mask"] = each_alone(layout, given[0], given[1], rest.get("mask"), ends, **slots)
         return choose(problem(*given, **rest), kernel)
 
     return plan

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from regard.checks import fits, flag, refuse, tokens, whole
 from regard.masks import Mask, causal, full, padding
-from regard.pipeline.tokens import key_padding, quarantine, spoil
+from regard.masks.tensors import Packed
+from regard.pipeline.tokens import apart, key_mask, quarantine, spoil
 from regard.shapes import head_shape
 
 
@@ -101,7 +102,11 @@ class HeadMixer(nn.Module):
             refuse(
                 self, "mask", "is not taken by this mechanism", type(mask).__name__, "none (no 'padding' on its card)"
             )
-        keep = key_padding(self, mask, source)
+        keep, packed = key_mask(self, mask, source)
+        if packed is not None and context is not None:
+            refuse(self, "mask", "packs documents of x, not of a context", "both", "one of them")
+        if packed is not None:
+            return self.by_document(x, packed, keep)
         x, bad = quarantine(x)
         clean, bad_source = (x, bad) if context is None else quarantine(context)
         out = self.merge(self.mixed(*self.split(x, clean), keep, alone=context is None))
@@ -109,6 +114,12 @@ class HeadMixer(nn.Module):
             return out
         allowed = self.receptive_field()
         return spoil(out, bad, bad_source, allowed if keep is None else allowed & padding(keep))
+
+    def by_document(
+        self, x: Float[Tensor, "B T M"], packed: Packed, keep: Bool[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B T M"]:
+        """What `forward` gives for packed documents; a mechanism that can start anew within a row does it there."""
+        return apart(self, x, packed, keep)
 
     def split(self, x: Float[Tensor, "B T M"], source: Float[Tensor, "B S C"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x, keys and values of source: (B, H, T, D), (B, G, S, D), (B, G, S, D)."""

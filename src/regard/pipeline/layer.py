@@ -3,6 +3,7 @@
 x - project - position - score - bias - score mix - mask - normalise - weight mix - values - gate - project - y
 """
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
@@ -14,12 +15,12 @@ from regard.checks import called, fits, flag, refuse, tokens, whole
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_mask, check_options
 from regard.masks import Mask, causal, full
-from regard.masks.tensors import Kept, Lengths
+from regard.masks.tensors import Kept, Lengths, unpacked
 from regard.pipeline import streaming
 from regard.pipeline.function import selected, spelled_out, unless_softmax
 from regard.pipeline.page_pool import PagePool
 from regard.pipeline.paged_cache import State
-from regard.pipeline.tokens import quarantine, spoil
+from regard.pipeline.tokens import apart, key_mask, lacks_packed, quarantine, spoil
 from regard.shapes import head_shape
 from regard.stages import (
     IN_KERNELS,
@@ -59,6 +60,7 @@ class Attention(nn.Module):
     """
 
     supports: frozenset[str] = FEATURES
+    lacks: Mapping[str, str] = {}
     mask: Mask | None
     heads: HeadMap | None
     position: Position | None
@@ -126,9 +128,14 @@ class Attention(nn.Module):
         Args:
             mask: True = may attend; combined with the layer's own. Pad keys with `regard.masks.padding(keep)`.
             positions: where the tokens of x stand, for absolute and rotary schemes and whatever else counts queries
-                (left-padded or packed batches); (T,) or (B, T), default 0, 1, 2, ... A position part with several
-                `axes` also takes (B or 1, T, axes), as `regard.positions.grid` gives; the other parts then count.
+                (left-padded batches); (T,) or (B, T), default 0, 1, 2, ..., anew in each document of `masks.packed`. A
+                position part with several `axes` also takes (B or 1, T, axes), as `regard.positions.grid` gives; the
+                other parts then count.
         """
+        if context is None and positions is None and self._crosses_borders() and unpacked(mask)[0] is not None:
+            keep, packed = key_mask(self, mask, x)
+            assert packed is not None
+            return apart(self, x, packed, keep)
         p, x, allowed, bad = self._prepare(x, context, mask, positions)
         return spoil(self._finish(execute(p, self.kernel), x), *bad, allowed)
 
@@ -200,7 +207,16 @@ class Attention(nn.Module):
             self._needs("cross", "attends only to its own tokens; call it without context")
             fits(self, "B S context_dim", {"context_dim": self.k_proj.in_features}, context=context)
             source = context
-        if mask is not None and not (isinstance(mask, Kept | Lengths) and "padding" in self.supports):
+        packed, others = unpacked(mask)
+        if packed is not None:
+            lacks_packed(self)
+            if self._crosses_borders():
+                wanted = "x and the mask alone, and of one document where it is looked into"
+                refuse(self, "mask", "packs documents, which this layer runs one by one", "masks.packed", wanted)
+            packed.fits(self, source.shape[1])
+            if context is None and positions is None:
+                positions = packed.to(x.device).positions_of(x.shape[1])
+        if any(not (isinstance(part, Kept | Lengths) and "padding" in self.supports) for part in others):
             self._needs("mask", "takes no mask")
         B, T, S = x.shape[0], x.shape[1], source.shape[1]
         if source.shape[0] != B:
@@ -299,6 +315,10 @@ class Attention(nn.Module):
 
     def _halo(self) -> int:
         return sum(stage.halo for stage in self._stages().values() if isinstance(stage, Mix))
+
+    def _crosses_borders(self) -> bool:
+        """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens."""
+        return self.selector is not None or self._halo() > 0
 
     def _reads_tokens(self) -> bool:
         return any("tokens" in stage.needs for stage in self._stages().values())

@@ -40,7 +40,7 @@ out_t = softmax over { j <= t : floor(j / P) in A_t } of q_t . k_j / sqrt(D)""",
             "section 2.2, eqs. 2-6; the authors' code",
         ),
     ),
-    supports={"causal", "padding", "mask", "gqa", "streaming", "dropout", "compile"},
+    supports={"causal", "padding", "packed", "mask", "gqa", "streaming", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
     cost=Cost("B*H*T*D*(S/block + min(S, (2*topk - 1)*block))", "2*S*G*D"),
     claim="A query reads its own block and the most similar others, few where neighbours agree, and keeps most of the "

@@ -43,7 +43,7 @@ training: N_c <- d N_c + (1 - d) n_c,  S_c <- d S_c + (1 - d) sum of the tokens 
             "abstract; the authors' code",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "compile"},
     traits={"routed", "sparse", "linear_in_values"},
     cost=Cost("B*H*D*(T*clusters + clusters*min(T, size)**2 + T*min(T, 2*window - 1))", ""),
     claim="O(T^1.5) in place of O(T^2): 4096 of 65536 pairs for 256 tokens: "

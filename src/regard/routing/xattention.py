@@ -40,7 +40,7 @@ kept: key block 0, the diagonal block, then by falling R until their sum is at l
             "abstract; the authors' code",
         ),
     ),
-    supports={"causal", "bidirectional", "padding", "gqa", "dropout", "compile"},
+    supports={"causal", "bidirectional", "padding", "packed", "gqa", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
     cost=Cost("B*H*T*S*D*(1/stride + 2)", ""),
     claim="Keeps most of the attention in few blocks, without training: every block that holds a strong key is kept "

@@ -32,7 +32,7 @@ loss:     (MAE(X1) + MAE(X2) + MAE(X3)) / 3 on what was observed, + weight MAE(X
         ),
     ),
     # Looking back only, the first token would see nothing; and so would every token that a mask leaves only itself.
-    supports={"bidirectional", "padding", "gqa", "dropout", "compile"},
+    supports={"bidirectional", "padding", "packed", "gqa", "dropout", "compile"},
     traits=PLAIN,
     cost=Cost("2*B*H*T*S*D", ""),
     claim="A step is estimated from the others alone, its own value does not reach it: "

@@ -32,7 +32,7 @@ else       (in eval, and for the last training steps) dense attention""",
             "abstract; introduction; figure 3; no code is public",
         ),
     ),
-    supports={"causal", "bidirectional", "cross", "padding", "gqa", "compile"},
+    supports={"causal", "bidirectional", "cross", "padding", "packed", "gqa", "compile"},
     traits=PLAIN - {"shift_invariant"},
     cost=Cost("2*B*H*T*S*D", ""),
     claim="A training step computes exactly 1/r of the scores, and a model so trained is as good dense: "
