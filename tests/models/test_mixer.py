@@ -109,7 +109,7 @@ def test_whatever_is_written_is_read_as_it_stands_or_refused():
     words = [*"a=()[]{},:+-10.#'*fj\n\0\\ "]
     words += ["b=", "True", "None", "(a=1)", "(b='+')", "x", "é", "1e999", "e9", "r'", "0x1"]
     words += ["{1:2}", "(3,)", "+y(c='\"')", "*2", "*1+", "(x+y)*3"]
-    for _ in range(20_000):
+    for _ in range(25_000):
         text = "".join(draw.choices(words, k=draw.randrange(1, 10)))
         if draw.random() < 0.7:
             text = f"x({draw.choice(('', 'a=', 'a=1, b='))}{text}){draw.choice(('', '', '*2', '*1+(y+z)'))}"
