@@ -307,9 +307,19 @@ def slot_of(part: Any) -> str | None:
 
 
 def share(*layers: nn.Module) -> None:
-    """Give all layers the first one's parameters where a part says that the paper has them once for all layers."""
-    first, *others = ([m for m in layer.modules() if getattr(m, "tied", ())] for layer in layers)
-    for parts in others:
-        for ours, theirs in zip(first, parts, strict=True):
-            for name in theirs.tied:  # type: ignore[union-attr]
+    """Give all layers the first one's parameters where a part says that the paper has them once for all layers.
+
+    Where layers differ, as in a hybrid, those share whose parts are of one class and were told the same.
+    """
+    first: dict[str, list[Any]] = {}
+    for layer in layers:
+        parts: list[Any] = [m for m in layer.modules() if getattr(m, "tied", ())]
+        alike = repr([(type(m), _told(m), [getattr(m, name).shape for name in m.tied]) for m in parts])
+        for ours, theirs in zip(first.setdefault(alike, parts), parts):
+            for name in theirs.tied:
                 setattr(theirs, name, getattr(ours, name))
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    """What a module was told, as far as it keeps that: its plain attributes."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}

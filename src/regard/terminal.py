@@ -125,6 +125,13 @@ def cut(text: str, to: int) -> str:
     return text if len(text) <= to else text[: max(0, to - 1)].rstrip() + "…"
 
 
+def apart(texts: Sequence[str]) -> int:
+    """To how many characters texts may be cut and still be told from each other."""
+    different = set(texts)
+    longest = max(map(len, different), default=0)
+    return next((to for to in range(longest) if len({cut(text, to) for text in different}) == len(different)), longest)
+
+
 def _padded(text: str, to: int, right: bool) -> str:
     text = cut(text, to)
     return text.rjust(to) if right else text.ljust(to)

@@ -7,7 +7,7 @@ import pytest
 
 import regard
 from regard import catalog
-from regard.models.mixer import Part, Spec, build, parse, protocol, split
+from regard.models.mixer import Part, Spec, Stack, build, parse, parse_stack, protocol, split
 from regard.spec import single
 
 
@@ -105,25 +105,29 @@ def test_a_refusal_says_where_and_why(text, where):
 
 def test_whatever_is_written_is_read_as_it_stands_or_refused():
     """Random texts of all that means something here: what is printed of one is read as the same, and printed so."""
-    draw, read = random.Random(0), 0
+    draw, read, several = random.Random(0), 0, 0
     words = [*"a=()[]{},:+-10.#'*fj\n\0\\ "]
     words += ["b=", "True", "None", "(a=1)", "(b='+')", "x", "é", "1e999", "e9", "r'", "0x1"]
-    words += ["{1:2}", "(3,)", "+y(c='\"')"]
-    for _ in range(20_000):
+    words += ["{1:2}", "(3,)", "+y(c='\"')", "*2", "*1+", "(x+y)*3"]
+    for _ in range(25_000):
         text = "".join(draw.choices(words, k=draw.randrange(1, 10)))
-        text = text if draw.random() < 0.3 else f"x({draw.choice(('', 'a=', 'a=1, b='))}{text})"
+        if draw.random() < 0.7:
+            text = f"x({draw.choice(('', 'a=', 'a=1, b='))}{text}){draw.choice(('', '', '*2', '*1+(y+z)'))}"
         try:
-            spec = parse(text)
+            spec = parse_stack(text)
         except ValueError as refused:
             said = str(refused)
         else:
-            said, read = "", read + 1
-            assert repr(parse(str(spec))) == repr(spec)
-            assert str(parse(str(spec))) == str(spec)
-            assert sum(map(text.count, "()")) >= 2 * sum(bool(part.options) for part in spec.parts)
+            said, read, several = "", read + 1, several + isinstance(spec, Stack)
+            assert repr(parse_stack(str(spec))) == repr(spec)
+            assert str(parse_stack(str(spec))) == str(spec)
+            assert isinstance(spec, Stack) or parse(str(spec)) == spec
+            parts = sum(bool(part.options) for kind in spec.kinds for part in kind.parts)
+            assert sum(map(text.count, "()")) >= 2 * parts
         shape = r"^mechanism cannot be read \(got .*\); at character \d+: .*; expected "
         assert not said or re.search(shape, said), said
     assert read > 500
+    assert several > 50
 
 
 def test_a_task_is_one_name():

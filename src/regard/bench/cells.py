@@ -8,7 +8,7 @@ from regard.bench.closure import Closures
 from regard.bench.config import Checked
 from regard.bench.machine import processor, threads_for
 from regard.bench.record import Cell
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import Mechanism, parse, parse_stack
 from regard.tasks import Task
 
 TRAINER = "regard.bench.worker"
@@ -47,13 +47,13 @@ def settings(checked: Checked) -> dict[str, Any]:
 
 def codes(task: Task, specs: list[str]) -> dict[str, str]:
     """Mechanism -> a hash of the code that decides its cells; no other code makes them stale."""
-    modules = {spec: deciding(task, parse(spec)) for spec in specs}
+    modules = {spec: deciding(task, parse_stack(spec)) for spec in specs}
     tops = {module.partition(".")[0] for some in modules.values() for module in some}
     closures = Closures(packages=tops, module_of=module_of)
     return {spec: closures.digest(some)[:12] for spec, some in modules.items()}
 
 
-def deciding(task: Task, mechanism: Spec) -> list[str]:
+def deciding(task: Task, mechanism: Mechanism) -> list[str]:
     """The modules that decide a cell, with all that they import.
 
     The task's names the host model; the trainer reaches the catalogue, which builds, and the kernels. The baseline is
@@ -62,11 +62,11 @@ def deciding(task: Task, mechanism: Spec) -> list[str]:
     return [TRAINER, type(task).__module__, *modules_of(parse(task.baseline)), *modules_of(mechanism)]
 
 
-def modules_of(mechanism: Spec) -> list[str]:
-    """The modules that hold a mechanism: one for each card that it joins, or the caller's own."""
-    if mechanism.own:
-        return [mechanism.name.partition(":")[0]]
-    return [catalog.card(name).builder.__module__ for name in mechanism.names]
+def modules_of(mechanism: Mechanism) -> list[str]:
+    """The modules that hold a mechanism: one for each card in it, and the caller's own."""
+    return [
+        name.partition(":")[0] if ":" in name else catalog.card(name).builder.__module__ for name in mechanism.names
+    ]
 
 
 def module_of(name: str) -> str | None:

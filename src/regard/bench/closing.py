@@ -52,17 +52,22 @@ def table(results: Sequence[Result], within: int | None = None) -> Text:
     (group,) = grouped(results)
     columns = [_heldout(group, label) for label in group.labels or [group.metric.main]] + _costs()
     shown = [column for column in columns if column.rank == 0 or any(map(column.find, group.rows))]
-    texts = [[row.label] for row in group.rows]
+    names = [row.label for row in group.rows]
+    within = terminal.width() if within is None else within
+    numbered = terminal.apart(names) > within // 2  # what would be left of them would be alike
+    texts = [[f"{n} {name}" if numbered else name] for n, name in enumerate(names, 1)]
     for column in shown:
         for cells, written in zip(texts, _written(group, column)):
             cells.append(written)
     wanted = [
-        terminal.Column("mechanism", least=12),
+        terminal.Column("mechanism", least=12 if numbered else max(12, terminal.apart(names))),
         *(terminal.Column(column.heading, rank=column.rank, right=True) for column in shown),
     ]
     fitted = terminal.fitted(wanted, texts, within)
     if len(fitted) > len(texts) + 1:  # what had no room
         fitted[-1:] = [[part] for part in terminal.wrapped(fitted[-1][0], within=within)]
+    for n, name in enumerate(names if numbered else (), 1):
+        fitted += [[part] for part in terminal.wrapped(f"{n} {name}", hang=2, within=within)]
     counts = [None, *(len(row.done) for row in group.rows), *[None] * len(fitted)]
     return Text("\n").join(_styled(cells, count) for cells, count in zip(fitted, counts))
 

@@ -21,6 +21,7 @@ from regard.bench.events import Event, Finished, Outcome, Planned, Started, Step
 from regard.bench.process import Stop, answer
 from regard.bench.record import Cell, Result
 from regard.bench.store import Store, StoreError, disk_full, opened
+from regard.models.mixer import parse_stack
 from regard.tasks import TaskError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _timed(
         at = _At(names, on_event)
         job = {**_job(done[0].cell, config), "speeds": names}
         said = train(job, timeout=config.timeout, stop=stop, on_step=at)
-        if said is None or "result" in said or ":" not in at.name:
+        if said is None or "result" in said or not parse_stack(at.name).own:
             break
         # A fault of the caller's own takes the others' speeds no more than their cells.
         untimed.append(f"{at.name}: {said.get('failed', 'no answer')}")

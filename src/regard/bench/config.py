@@ -12,7 +12,7 @@ from regard.bench.machine import check_device
 from regard.bench.process import answer, tried
 from regard.bench.record import Match
 from regard.checks import choice, number, refuse, whole
-from regard.models.mixer import Spec, find, look_here, parse
+from regard.models.mixer import Mechanism, find, look_here, parse, parse_stack
 from regard.spec import single
 from regard.tasks import Size, Task, TaskError, make
 
@@ -31,7 +31,8 @@ class CompareConfig:
     task: str = "text"
     """A name of `regard.tasks`, with options in brackets: 'mqar(pairs=(4, 8))'."""
     mechanisms: Sequence[str] | None = None
-    """Names, with options in brackets: 'window(window=64)'; also 'gated+rotary', own 'module:callable', and 'all'.
+    """Names, with options in brackets: 'window(window=64)'; also 'gated+rotary', own 'module:callable', and 'all';
+    'linear*3+softmax' repeats three linear layers and one of softmax down the model, of '--depth' 4, 8, ...
 
     None, here and below: what the task has by default."""
     text: Sequence[str | Path] = ()
@@ -180,12 +181,12 @@ def _mechanisms(config: CompareConfig, task: Task) -> tuple[list[str], dict[str,
 
 def _try_own(specs: Sequence[str], config: CompareConfig, task: Task, ask: Any) -> None:
     """Build the caller's own once, in a process of its own: whatever happens there."""
-    own = [spec for spec in specs if parse(spec).own]
+    own = [spec for spec in specs if parse_stack(spec).own]
     settings = {"threads": 1, "dim": config.dim, "depth": config.depth, "heads": config.heads}
     cell = {"task": task.name, "mechanism": task.baseline, "seed": 0, "settings": settings}
     job = {"cell": cell, "options": task_options(config)[1], "checkpoint": ""}
     for name, why in tried(own, job, timeout=config.timeout, ask=ask).items():
-        raise CompareError(why if name.partition("(")[0] in why else f"{name}: {why}")
+        raise CompareError(_naming(name, why))
 
 
 def _others(config: CompareConfig, task: Task, specs: Sequence[str]) -> list[str]:
@@ -197,25 +198,32 @@ def _others(config: CompareConfig, task: Task, specs: Sequence[str]) -> list[str
 
     size, found = sizes(task, vars(config)), []
     with torch.random.fork_rng(devices=[]):
-        for spec in map(parse, specs):
-            if not spec.own:
-                found.append(another(task.model(spec, size), task, spec, torch.device("cpu")))
+        for mechanism in map(parse_stack, specs):
+            found.append(mechanism.cut(size.depth))
+            if not mechanism.own:
+                found.append(another(task.model(mechanism, size), task, mechanism, torch.device("cpu")))
     return list(filter(None, found))
 
 
-def _fitting(text: str, config: CompareConfig, task: Task, size: Size) -> Spec:
+def _fitting(text: str, config: CompareConfig, task: Task, size: Size) -> Mechanism:
     """The mechanism of that name. Raises CompareError if the task cannot be done with it."""
     from regard.bench.fitting import why_not
 
     try:
-        spec = parse(text)
-        if spec.own:
-            look_here()
-            find(spec)
-        reasons = why_not(task, spec, size, config.match)
+        mechanism = parse_stack(text)
+        for spec in mechanism.kinds:
+            if spec.own:
+                look_here()
+                find(spec)
+        reasons = why_not(task, mechanism, size, config.match)
     except (ValueError, TypeError, KeyError) as error:
         said = " ".join(str(error.args[0] if error.args else error).split())
-        raise CompareError(said if text.partition("(")[0] in said else f"{text}: {said}") from error
+        raise CompareError(_naming(text, said)) from error
     if reasons:
         raise CompareError(f"{text} does not fit the task {task.name}: {'; '.join(reasons)}")
-    return spec
+    return mechanism
+
+
+def _naming(mechanism: str, said: str) -> str:
+    """What is said of a mechanism, which it names."""
+    return said if mechanism.lstrip("( ").partition("(")[0] in said else f"{mechanism}: {said}"

@@ -42,13 +42,16 @@ def _full_pass(model: LanguageModel, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def state_after(mixer: Any, dim: int, length: int, device: torch.device) -> int:
-    """Bytes that a mixer keeps of one sequence of this length; 0 where it cannot stream."""
-    try:
-        state = mixer.init_state(1, length)
-    except (ValueError, TypeError, NotImplementedError, AttributeError):
-        return 0
-    return state_bytes(mixer.step(torch.zeros(1, length, dim, device=device), state)[1])
+def state_after(mixers: Iterable[Any], dim: int, length: int, device: torch.device) -> int:
+    """Bytes that mixers keep of one sequence of this length, together; 0 where one of them cannot stream."""
+    x, total = torch.zeros(1, length, dim, device=device), 0
+    for mixer in mixers:
+        try:
+            state = mixer.init_state(1, length)
+        except (ValueError, TypeError, NotImplementedError, AttributeError):
+            return 0
+        total += state_bytes(mixer.step(x, state)[1])
+    return total
 
 
 def state_bytes(state: object) -> int:

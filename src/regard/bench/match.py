@@ -20,7 +20,7 @@ from torch import nn
 
 from regard.bench.record import Match
 from regard.kernels.flops import FlopCounter
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import Mechanism, parse
 from regard.tasks import Size, Task
 
 TOLERANCE = 0.01
@@ -52,13 +52,13 @@ def flops(task: Task, model: Any) -> float:
     return total
 
 
-def cost(task: Task, mechanism: Spec, size: Size, match: Match) -> float:
+def cost(task: Task, mechanism: Mechanism, size: Size, match: Match) -> float:
     """What a model of this size costs in the currency of `match`."""
     model = task.model(mechanism, size)
     return parameters(model) if match == "params" else flops(task, model)
 
 
-def matched(task: Task, mechanism: Spec, size: Size, match: Match) -> Size:
+def matched(task: Task, mechanism: Mechanism, size: Size, match: Match) -> Size:
     """`size` with the MLP width at which the model costs what it costs with the baseline and the width given."""
     baseline = parse(task.baseline)
     if mechanism == baseline:

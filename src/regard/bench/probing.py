@@ -10,7 +10,7 @@ from regard import catalog
 from regard.bench.faults import Refused
 from regard.laws import probe
 from regard.laws.agreement import Broken
-from regard.models.mixer import Spec, build, parse, protocol
+from regard.models.mixer import Mechanism, Spec, Stack, build, parse, protocol
 from regard.tasks import Task
 
 EXAMPLES = 3
@@ -22,19 +22,29 @@ LAWS = {
 PLAIN = "softmax"
 
 
-def refuse_what_breaks_laws(model: Any, task: Task, mechanism: Spec, device: torch.device, when: str) -> list[str]:
+def refuse_what_breaks_laws(model: Any, task: Task, mechanism: Mechanism, device: torch.device, when: str) -> list[str]:
     """Probe every mixer of the model with examples of the task. Returns what is excepted; raises Refused."""
-    excepted = exceptions(mechanism)
+    specs = by_mixer(model, mechanism)
     for call in calls(model, task, device):
+        spec = specs[call.module]
         for id, (statement, look) in LAWS.items():
-            if id == "L4" and not causal(task, mechanism):
+            if id == "L4" and not causal(task, spec):
                 continue
             try:
-                look(call, modes(id, excepted))
+                look(call, modes(id, exceptions(spec)))
             except Broken as broken:
                 place = probe.where(call.module)
                 raise Refused(f"{id}: {statement}: {when}, {broken} ({place})") from broken
-    return [said(law, why) for law, why in excepted.items()]
+    return [
+        f"{spec}: {said(law, why)}" if isinstance(mechanism, Stack) else said(law, why)
+        for spec in mechanism.kinds
+        for law, why in exceptions(spec).items()
+    ]
+
+
+def by_mixer(model: Any, mechanism: Mechanism) -> dict[nn.Module, Spec]:
+    """What each mixer of the model was built as."""
+    return dict(zip(model.mixers, mechanism.layers(len(model.mixers))))
 
 
 def modes(id: str, excepted: Mapping[str, str]) -> list[str]:
@@ -48,20 +58,27 @@ def said(law: str, why: str) -> str:
     return f"{id} ({LAWS[id][0]}) is not asked for{' in training' if side else ''}: {why}"
 
 
-def another(model: Any, task: Task, mechanism: Spec, device: torch.device) -> str:
-    """What the mechanism is at this size, if it is plain softmax; else ''."""
-    if mechanism.name == PLAIN or protocol(mechanism) != "TokenMixer":
+def another(model: Any, task: Task, mechanism: Mechanism, device: torch.device) -> str:
+    """What the mechanism is at this size, if it is plain softmax, in its layers or some of them; else ''."""
+    asked = {str(s): s for s in mechanism.kinds if s.name != PLAIN and protocol(s) == "TokenMixer"}
+    if not asked:
         return ""
+    specs = by_mixer(model, mechanism)
     for call in calls(model, task, device):
-        heads = getattr(call.module, "num_heads", None)
-        if not isinstance(heads, int):
-            return ""
-        dim = call.given[0].shape[-1]
-        with probe.seeded():
-            plain = build(parse(PLAIN), dim, heads, causal=causal(task, mechanism))
-        if not probe.computes(call, plain):
-            return ""
-    return f"{mechanism} is {PLAIN} at {task.tokens} tokens{options(mechanism)}"
+        if (spec := specs[call.module]) in asked.values() and not _is_plain(call, causal(task, spec)):
+            del asked[str(spec)]
+    within = f" in {mechanism}" if isinstance(mechanism, Stack) else ""
+    return "; ".join(f"{s}{within} is {PLAIN} at {task.tokens} tokens{options(s)}" for s in asked.values())
+
+
+def _is_plain(call: probe.Call, causal: bool) -> bool:
+    """Whether the mixer computes what softmax does with its weights."""
+    heads = getattr(call.module, "num_heads", None)
+    if not isinstance(heads, int):
+        return False
+    with probe.seeded():
+        plain = build(parse(PLAIN), call.given[0].shape[-1], heads, causal=causal)
+    return probe.computes(call, plain)
 
 
 def options(mechanism: Spec) -> str:

@@ -17,7 +17,7 @@ from regard.bench.machine import check_device, cores
 from regard.bench.process import Stop, answer, tried
 from regard.checks import number, refuse, short, whole
 from regard.files import write_atomically
-from regard.models.mixer import Spec, build, find, look_here, parse, protocol
+from regard.models.mixer import Spec, Stack, build, find, look_here, parse_stack, protocol
 from regard.tasks import Task, mechanisms_for
 
 COMMAND = (sys.executable, "-P", "-m", "regard.bench.profile_worker")
@@ -172,7 +172,7 @@ def _specs(config: Profile, measure: Callable[..., dict[str, Any] | None]) -> li
     The caller's own are built in a process of their own.
     """
     check_device("profile", config.device)
-    specs = [parse(text) for text in config.mechanisms]
+    specs = [_one(text) for text in config.mechanisms]
     for spec in specs:
         if spec.own:
             look_here()
@@ -183,6 +183,14 @@ def _specs(config: Profile, measure: Callable[..., dict[str, Any] | None]) -> li
     for name, why in tried(own, job, timeout=config.limit, ask=measure, command=COMMAND).items():
         raise ProfileError(why if why.startswith("profile: ") else f"profile: {name}: {why}")
     return specs
+
+
+def _one(text: str) -> Spec:
+    found = parse_stack(text)
+    if isinstance(found, Stack):
+        each = ",".join(map(str, found.kinds))
+        raise ProfileError(f"profile: {short(text)} is several layers, and a profile measures one; name each: {each}")
+    return found
 
 
 def made(spec: Spec, dim: int, heads: int, causal: bool) -> Any:

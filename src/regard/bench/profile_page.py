@@ -53,7 +53,7 @@ def lines(cells: Sequence[Measured], config: Profile, quantity: str) -> list[str
     """The table as the terminal has room for it: the greatest lengths first, then growth, then the formula."""
     (what, *lengths, grows, formula), rows = table(cells, config, quantity)
     columns = [
-        terminal.Column(what, least=16),
+        terminal.Column(what, least=max(16, min(40, terminal.apart([row[0] for row in rows])))),
         *(terminal.Column(n, rank=len(lengths) - place, right=True) for place, n in enumerate(lengths)),
         terminal.Column(grows, rank=1, right=True),
         terminal.Column(formula, rank=2 + len(lengths) // 2, right=True),

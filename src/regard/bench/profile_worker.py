@@ -23,7 +23,7 @@ SHARE = 0.25
 def measure(job: dict[str, Any], progress: Progress = lambda step, loss: None) -> dict[str, Any]:
     """The values of one cell, and why some are missing."""
     if "build" in job:
-        return built(job["build"], lambda spec: made(spec, job["dim"], job["heads"], job["causal"]), progress)
+        return built(job["build"], lambda text: made(parse(text), job["dim"], job["heads"], job["causal"]), progress)
     device = torch.device(job["cell"]["settings"]["device"])
     torch.set_num_threads(job["cell"]["settings"]["threads"])
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from regard.spec import parse
+from regard.spec import parse_stack
 
 TOLD = frozenset(
     {"claim", "cost", "differs", "equation", "example", "exceptions", "gist", "inputs", "papers", "tasks", "traits"}
@@ -145,9 +145,9 @@ class Reader:
         match [*node.args[:1], *named]:
             case [ast.Constant(str(text)), *_] if _called(node) in ("import_module", "__import__"):
                 self._asked.add(self._absolute(text))
-            case [ast.Constant(str(text)), *_] if _called(node) == "create":
+            case [ast.Constant(str(text)), *_] if _called(node) in ("create", "layers"):
                 with contextlib.suppress(ValueError):  # else no mechanism's name
-                    self.creates |= set(parse(text).names)
+                    self.creates |= set(parse_stack(text).names)
 
     def _note_use(self, node: ast.expr) -> None:
         if node in self._within:

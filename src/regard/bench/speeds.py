@@ -17,7 +17,7 @@ from regard.bench.events import TURNS
 from regard.bench.match import matched, sizes
 from regard.bench.train import descend, on, optimized
 from regard.models.lm import LanguageModel
-from regard.models.mixer import parse
+from regard.models.mixer import parse_stack
 from regard.tasks import Task
 
 WARM = 3
@@ -32,7 +32,7 @@ class Runner:
     """One mechanism's model, warm."""
 
     def __init__(self, task: Task, name: str, settings: Mapping[str, Any], device: torch.device) -> None:
-        mechanism = parse(name)
+        mechanism = parse_stack(name)
         torch.manual_seed(0)
         size = matched(task, mechanism, sizes(task, settings), settings["match"])
         self.task, self.model = task, task.model(mechanism, size).to(device)

@@ -22,7 +22,7 @@ from regard.bench.match import flops, matched, parameters, sizes
 from regard.bench.memory import PeakMemory
 from regard.bench.probing import another, refuse_what_breaks_laws
 from regard.bench.record import Cell, Result
-from regard.models.mixer import parse
+from regard.models.mixer import parse_stack
 from regard.tasks import Task
 
 CURVE_POINTS = 100
@@ -41,7 +41,7 @@ def train(
     """Train and measure `cell`. Raises TrainingError, Refused, or whatever the mechanism raises."""
     began, want = time.perf_counter(), cell.settings
     device = torch.device(want["device"])
-    mechanism = parse(cell.mechanism)
+    mechanism = parse_stack(cell.mechanism)
     size = matched(task, mechanism, sizes(task, want), want["match"])
     torch.manual_seed(cell.seed)
     model: Any = task.model(mechanism, size).to(device)
@@ -69,7 +69,7 @@ def train(
         flops_per_token=cost,
         mlp_dim=size.mlp_dim,
         peak_memory_bytes=peak,
-        state_bytes=sum(state_after(mixer, size.dim, task.tokens, device) for mixer in model.mixers),
+        state_bytes=state_after(model.mixers, size.dim, task.tokens, device),
         seconds=time.perf_counter() - began,
         environment={
             "device name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -78,7 +78,7 @@ def train(
             "python": platform.python_version(),
             "threads": str(torch.get_num_threads()),
         },
-        notes=[*filter(None, [same]), *excepted, *notes],
+        notes=[*filter(None, [same, mechanism.cut(size.depth)]), *excepted, *notes],
         data=task.told(),
     )
 

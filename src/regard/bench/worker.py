@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from regard.bench import wire
 from regard.bench.faults import CRASH, Refused, place, reason, told
 from regard.bench.record import Cell
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import parse_stack
 
 GUARD = "REGARD_GUARD"
 """Environment variable: the guard's process id. The guard sets it, and can't import this."""
@@ -120,7 +120,7 @@ def work(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     task = tasks.make(cell.task, job["options"])
     if "build" in job:
         size = sizes(task, cell.settings)
-        return built(job["build"], lambda spec: task.model(spec, size), progress)
+        return built(job["build"], lambda text: task.model(parse_stack(text), size), progress)
     if "speeds" in job:
         return in_turns(task, job["speeds"], cell.settings, progress)
     if not task.settings().items() <= cell.settings.items():
@@ -130,13 +130,13 @@ def work(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {**{k: v for k, v in result.items() if k != "cell"}, "checkpoint": job["checkpoint"]}
 
 
-def built(names: list[str], build: Callable[[Spec], object], progress: Progress) -> dict[str, Any]:
+def built(names: list[str], build: Callable[[str], object], progress: Progress) -> dict[str, Any]:
     """Build these mechanisms, one after the other. Returns name -> why one cannot be."""
     found = {}
     for number, name in enumerate(names):
         progress(number, 0.0)  # who ends this process is known by that
         try:
-            build(parse(name))
+            build(name)
         except BaseException as error:
             found[name] = reason(error)
     return found

@@ -26,6 +26,7 @@ from regard.integrations.transformers_masks import formed_when_compiled, lazy_ma
 from regard.integrations.transformers_names import register
 from regard.integrations.transformers_report import Report, Row
 from regard.integrations.transformers_saved import save_swapped
+from regard.spec import Stack, parse_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Swap", "register", "scale_heads", "swap"]
 
 Heads = int | slice | Sequence[int] | None
+Named = tuple[str, Mapping[str, Any]] | None
+"""A mechanism's name and options as they were given; None where parts were handed in."""
 Which = int | slice | Sequence[int] | Callable[[Layer], bool] | None
 
 
@@ -59,19 +62,24 @@ def swap(
 
     Args:
         mechanism: a name of the catalogue ("softmax", "window", "xattention", "gated", "gated+entmax", ...), a part
-            (a Mask, Selector, Normalizer, Position, ...), or a mapping of slots to parts.
+            (a Mask, Selector, Normalizer, Position, ...), a mapping of slots to parts, or several for the layers one
+            after the other: "window(window=64)*3+softmax" repeats down `interface.layers(model)`, whichever of these
+            `layers` names.
         layers: which of `regard.integrations.interface.layers(model)`: numbers, a slice, or a function of a Layer.
             Default: all that the mechanism can serve; `notes` names the others.
         heads: which heads; the other heads, and the other layers, go on as before.
         check: first run a few random tokens, padded left and right and with a cache, under eager and under regard's
             exact attention, and raise unless they agree. A mapping is a batch to do that with; False leaves it out.
         measure: what `report()` tells of mechanisms that leave pairs out; "mass" computes exact attention's scores too.
-        options: of the mechanism (`regard show NAME`), and `kernel`.
+        options: of the mechanism (`regard show NAME`), and `kernel`; of several mechanisms, `kernel` alone.
 
     Raises:
         TypeError, ValueError: what can't be swapped, with the reason. The model is then as it was before.
     """
-    supports = check_mechanism(mechanism)
+    stack = parse_stack(mechanism) if isinstance(mechanism, str) else None
+    supports = {str(one): check_mechanism(one) for one in ([mechanism] if stack is None else map(str, stack.kinds))}
+    if isinstance(stack, Stack) and (beside := sorted(options.keys() - {"kernel"})):
+        raise ValueError(f"swap: options {beside} are of which of {stack}? write them in brackets behind the name")
     check_model(model)
     if any(held.wraps for held in interceptions(model)):
         raise ValueError(
@@ -83,14 +91,19 @@ def swap(
         raise ValueError("swap: check must be a batch of inputs, True or False, got an empty mapping")
     checked = None if check is False else self_check(model, None if check is True else check)
     about = about_layers(model) if checked is None else checked.about
-    chosen, notes = _fill(_wanted(model, layers), about, layers is not None, mechanism, options, supports)
-    named = (mechanism, dict(options)) if isinstance(mechanism, str) else None
+    all_layers = attention_layers(model)
+    each = [mechanism] * len(all_layers) if stack is None else map(str, stack.layers(len(all_layers)))
+    mine = {layer.name: one for layer, one in zip(all_layers, each)}
+    chosen, notes = _fill(_wanted(model, layers), about, layers is not None, mine, options, supports)
     swapped = Swap(
         model,
-        [(layer, parts, about[layer.name], _heads(heads, about[layer.name])) for layer, parts in chosen],
+        [
+            (layer, parts, facts, _heads(heads, facts), None if stack is None else (mine[layer.name], dict(options)))
+            for layer, parts in chosen
+            for facts in (about[layer.name],)
+        ],
         notes,
         measure,
-        named,
     )
     if checked is not None:
         try:
@@ -121,20 +134,19 @@ class Swap:
     def __init__(
         self,
         model: "PreTrainedModel",
-        chosen: Sequence[tuple[Layer, Parts, About, Bool[Tensor, " H"] | None]],
+        chosen: Sequence[tuple[Layer, Parts, About, Bool[Tensor, " H"] | None, Named]],
         notes: Sequence[str],
         measure: str,
-        named: tuple[str, Mapping[str, Any]] | None,
         under: Sequence["Swap"] = (),
     ) -> None:
         self.model, self.notes, self.under = model, list(notes), tuple(under)
-        self.layers = tuple(layer for layer, _, _, _ in chosen)
-        self.parts = {layer.name: parts for layer, parts, _, _ in chosen}
+        self.layers = tuple(layer for layer, *_ in chosen)
+        self.parts = {layer.name: parts for layer, parts, *_ in chosen}
         attending, called = Attending(unique("_regard_swap"), measure), Called()
         self._entries: list[Entry] = []
         self._undo: list[Callable[[], None]] = []
         try:
-            for layer, parts, about, here in chosen:
+            for layer, parts, about, here, named in chosen:
                 name, undo = _placed(layer.module, parts)
                 self._undo += undo
                 entry = Entry(name or parts, here, Row(layer.name), called, about, named)
@@ -144,7 +156,7 @@ class Swap:
                 if parts.gate is not None:
                     self._undo += fed(layer.module, attending.place)
             self._undo += listening(model, called)
-            everywhere = all(parts.placeless for _, parts, _, _ in chosen)
+            everywhere = all(parts.placeless for parts in self.parts.values())
             interception = Interception(model, attending, mask=formed_when_compiled if everywhere else lazy_mask)
             self._undo.append(interception.restore)
         except BaseException:
@@ -205,16 +217,17 @@ def _fill(
     wanted: Sequence[Layer],
     about: Mapping[str, About],
     strict: bool,
-    mechanism: Any,
+    mechanisms: Mapping[str, Any],
     options: Mapping[str, Any],
-    supports: frozenset[str],
+    supports: Mapping[str, frozenset[str]],
 ) -> tuple[list[tuple[Layer, Parts]], list[str]]:
-    """The layers that can take the mechanism, with its parts for each, and notes on the others."""
+    """The layers that can take their mechanism, with its parts for each, and notes on the others."""
     found, notes = [], []
     for layer in wanted:
         if layer.name in about:
+            mechanism = mechanisms[layer.name]
             slots = slots_of(mechanism, about[layer.name].shape, options)
-            reasons = why_not(slots, about[layer.name], supports)
+            reasons = why_not(slots, about[layer.name], supports[str(mechanism)])
         else:
             slots, reasons = {}, ["it did not run on the sample tokens"]
         if not reasons:

@@ -207,7 +207,7 @@ def _swapped(model: "PreTrainedModel", swaps: Sequence[Mapping[str, Any]], tenso
     made: list[Swap] = []
     try:
         for said, found in zip(swaps, chosen):
-            made.append(Swap(model, [one[:4] for one in found], [], said["measure"], _named(said), made))
+            made.append(Swap(model, [(*one[:4], _named(said)) for one in found], [], said["measure"], made))
             for _, parts, _, _, own in found:
                 fill(parts, own)
     except BaseException:

@@ -40,7 +40,7 @@ of the recipe."""
 
 @dataclass(frozen=True)
 class Standing:
-    """One swap that stands on a model."""
+    """One swap that stands on a model; of one with several mechanisms, the layers that have one of them."""
 
     attending: Attending
     entries: dict[str, tuple[nn.Module, Entry]]
@@ -104,8 +104,9 @@ def _standing(model: "PreTrainedModel") -> list[Standing]:
                 "save: heads of this model are scaled or watched now by functions that no file holds; save it outside"
             )
         entries = {name: (m, entry) for name, m in model.named_modules() if (entry := attending.entry(m)) is not None}
-        if entries:
-            found.append(Standing(attending, entries))
+        for named in {str(entry.named): None for _, entry in entries.values()}:
+            mine = {name: (m, entry) for name, (m, entry) in entries.items() if str(entry.named) == named}
+            found.append(Standing(attending, mine))
     if not found:
         raise ValueError(
             f"save: {type(model).__name__} is not swapped (any more); use model.save_pretrained, which writes it plain"

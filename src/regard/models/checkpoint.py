@@ -19,7 +19,7 @@ from regard import catalog
 from regard.checks import number, refuse, whole
 from regard.files import DTYPES, FLOATS, Header, naming, parsed, read_header, write_atomically
 from regard.models.lm import LanguageModel, LMConfig, language_model
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import Mechanism, parse_stack
 
 FORMAT = "regard.lm/1"
 LONGEST = 2**16
@@ -51,7 +51,7 @@ def load(path: str | Path, mechanism: str | None = None) -> tuple[LanguageModel,
     with naming(path):
         held, besides = _head(path)
         config = _config(path, besides)
-        spec = parse(config.mechanism)
+        spec = parse_stack(config.mechanism)
         if spec.own and config.mechanism != mechanism:
             raise ValueError(
                 f"{path} was made with the mechanism {config.mechanism!r}, which is no part of regard; "
@@ -130,9 +130,9 @@ def _compare_sizes(path: Path, config: LMConfig, held: Header) -> None:
         raise ValueError(f"{path}: its tensors do not fit its configuration ({(wrong or ['depth'])[0]})")
 
 
-def _check_options(spec: Spec, most: int) -> None:
+def _check_options(mechanism: Mechanism, most: int) -> None:
     """Refuse options out of all proportion: what a mechanism makes of them while it is built has no other bound."""
-    for part in spec.parts:
+    for part in (part for spec in mechanism.kinds for part in spec.parts):
         defaults = catalog.card(part.name).options
         for name, value in part.options.items():
             for one in _flat(value):

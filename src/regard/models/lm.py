@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.checks import divides, number, refuse, whole
-from regard.models.mixer import build, parse
+from regard.models.mixer import layers, parse_stack
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LMConfig:
     """All it takes to build the model again."""
 
     mechanism: str
-    """As `regard.models.mixer.parse` reads it, e.g. 'alibi' or 'window(size=64)'."""
+    """As `regard.spec.parse_stack` reads it, e.g. 'alibi', 'window(window=64)' or 'linear*3+softmax'."""
     dim: int
     depth: int
     num_heads: int
@@ -182,6 +182,6 @@ def _draw(
 
 def language_model(config: LMConfig) -> LanguageModel:
     """The model that `config` describes, freshly initialised from torch's generator."""
-    spec = parse(config.mechanism)
-    mixers = [build(spec, config.dim, config.num_heads) for _ in range(config.depth)]
+    mechanism = parse_stack(config.mechanism)
+    mixers = layers(mechanism, dim=config.dim, num_heads=config.num_heads, depth=config.depth, causal=True)
     return LanguageModel(mixers, dim=config.dim, mlp_dim=config.mlp_dim, vocab=config.vocab)

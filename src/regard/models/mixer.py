@@ -9,12 +9,45 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from regard.spec import Part, Spec, parse, split
+from regard.checks import flag
+from regard.spec import Mechanism, Part, Spec, Stack, parse, parse_stack, split
 
 if TYPE_CHECKING:  # so that names are read without torch
     from torch import nn
 
-__all__ = ["Part", "Spec", "build", "factory", "find", "look_here", "parse", "protocol", "split"]
+__all__ = [
+    "Mechanism",
+    "Part",
+    "Spec",
+    "Stack",
+    "build",
+    "factory",
+    "find",
+    "layers",
+    "look_here",
+    "parse",
+    "parse_stack",
+    "protocol",
+    "split",
+]
+
+
+def layers(
+    mechanism: str | Mechanism, *, dim: int, num_heads: int, depth: int, causal: bool = False
+) -> "list[nn.Module]":
+    """The mixers of a model's layers: `layers("linear*3+softmax", dim=512, num_heads=8, depth=8, causal=True)`.
+
+    A mechanism alone, as `regard.create` takes it, or the caller's own, stands in every layer. With '*' it is a pattern
+    that repeats down the model, as in Jamba; where `depth` is no multiple of its layers the last repetition is cut, as
+    in RecurrentGemma. Parameters that a paper has once for all layers are each layer's own: `regard.share(*layers)`
+    ties them.
+
+    Raises:
+        ValueError: what `parse_stack` and `regard.create` refuse, and a depth below the layers of the pattern.
+    """
+    flag("layers", causal=causal)
+    mechanism = parse_stack(mechanism) if isinstance(mechanism, str) else mechanism
+    return [build(spec, dim, num_heads, causal=causal) for spec in mechanism.layers(depth)]
 
 
 def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.Module":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from regard.cards import Card
 from regard.checks import whole
 from regard.index import lacks, unknown
-from regard.spec import Part, Spec, single
+from regard.spec import Mechanism, Part, single
 
 if TYPE_CHECKING:  # so that the names of tasks are known without torch
     import torch
@@ -140,7 +140,7 @@ class Task:
         """What was read, what was not and what is held out: a line in short, then one each; [] where all is made."""
         return []
 
-    def model(self, mechanism: Spec, size: Size) -> "nn.Module":
+    def model(self, mechanism: Mechanism, size: Size) -> "nn.Module":
         """The host with this mechanism in it, initialised from torch's generator.
 
         Its `mixers` are the modules that the mechanism made, and its MLPs are `size.mlp_dim` wide.
@@ -163,7 +163,7 @@ class Task:
         """Numbers on held-out data by label, that of `metric.main` first; and a line for each that is missing."""
         raise NotImplementedError
 
-    def keep(self, model: "nn.Module", mechanism: Spec, size: Size, path: Path) -> None:
+    def keep(self, model: "nn.Module", mechanism: Mechanism, size: Size, path: Path) -> None:
         """Write a trained model to a file, where `keeps_models`."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from regard.models.mixer import Spec, build
+from regard.models.mixer import Mechanism, layers
 from regard.models.tokens import AfterConvolution, TokenModel
 from regard.tasks import HELDOUT_SEED, Batch, Size, Task
 
@@ -35,8 +35,9 @@ class Labelled(Task):
     heldout: int = field(default=512, kw_only=True)
     """Held-out examples, of each group."""
 
-    def model(self, mechanism: Spec, size: Size) -> nn.Module:
-        mixers = [AfterConvolution(build(mechanism, size.dim, size.heads), size.dim) for _ in range(size.depth)]
+    def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
+        made = layers(mechanism, dim=size.dim, num_heads=size.heads, depth=size.depth, causal=True)
+        mixers = [AfterConvolution(mixer, size.dim) for mixer in made]
         read, tell = nn.Embedding(self.vocab, size.dim), nn.Linear(size.dim, self.vocab, bias=False)
         places = self.tokens if self.positions else 0
         return TokenModel(read, mixers, tell, dim=size.dim, mlp_dim=size.mlp_dim, positions=places)

@@ -16,7 +16,7 @@ from regard.cards import Card
 from regard.checks import number
 from regard.detection.places import Reads
 from regard.models.detector import NOTHING, Detector, box_quality, detection_loss
-from regard.models.mixer import Part, Spec, build
+from regard.models.mixer import Mechanism, Part, Spec, build
 from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
 SHAPES = ("square", "disc", "cross")
@@ -92,11 +92,12 @@ class Boxes(Task):
     def describe(self) -> str:
         return f"images of {self.size} x {self.size} pixels with up to 4 of {len(SHAPES)} shapes, generated"
 
-    def model(self, mechanism: Spec, size: Size) -> nn.Module:
-        if not mechanism.own:
-            mechanism = Spec(tuple(map(_with_levels, mechanism.parts)))
+    def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
+        specs = [
+            spec if spec.own else Spec(tuple(map(_with_levels, spec.parts))) for spec in mechanism.layers(size.depth)
+        ]
         return Detector(
-            [build(mechanism, size.dim, size.heads, causal=False) for _ in range(size.depth)],
+            [build(spec, size.dim, size.heads, causal=False) for spec in specs],
             dim=size.dim,
             num_heads=size.heads,
             mlp_dim=size.mlp_dim,

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.checks import number
-from regard.models.mixer import Spec, build, parse, protocol
+from regard.models.mixer import Mechanism, Stack, build, layers, parse, protocol
 from regard.models.tokens import Mean, OnMaps, TokenModel
 from regard.tasks import ACCURACY, Batch, Defaults, Metric, Size, Task, TaskError
 
@@ -84,13 +84,15 @@ class Digits(Task):
         digest = hashlib.sha256(images()[0].numpy().tobytes()).hexdigest()
         return {**super().settings(), "fingerprint": digest}
 
-    def model(self, mechanism: Spec, size: Size) -> nn.Module:
-        kind = protocol(mechanism)
-        mixed = parse(self.baseline) if kind == "Pooler" else mechanism
-        mixers = [build(mixed, size.dim, size.heads, causal=False) for _ in range(size.depth)]
-        if kind == "FeatureMixer":
-            mixers = [OnMaps(mixer, (SIDE, SIDE)) for mixer in mixers]
-        pool = build(mechanism, size.dim, size.heads, causal=False) if kind == "Pooler" else Mean()
+    def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
+        pools = [spec for spec in mechanism.kinds if protocol(spec) == "Pooler"]
+        if pools and isinstance(mechanism, Stack):
+            raise ValueError(f"{pools[0]} stands behind the layers, once, and is none of them")
+        mixed = parse(self.baseline) if pools else mechanism
+        made = layers(mixed, dim=size.dim, num_heads=size.heads, depth=size.depth)
+        kinds = map(protocol, mixed.layers(size.depth))
+        mixers = [OnMaps(m, (SIDE, SIDE)) if kind == "FeatureMixer" else m for kind, m in zip(kinds, made)]
+        pool = build(pools[0], size.dim, size.heads, causal=False) if pools else Mean()
         read, tell = nn.Linear(1, size.dim), nn.Linear(size.dim, CLASSES)
         return TokenModel(read, mixers, tell, dim=size.dim, mlp_dim=size.mlp_dim, positions=self.tokens, pool=pool)
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard import checks
-from regard.models.mixer import Spec, build
+from regard.models.mixer import Mechanism, layers
 from regard.models.tokens import TokenModel
 from regard.tasks import HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
@@ -66,8 +66,8 @@ class Imputation(Task):
     def describe(self) -> str:
         return f"{self.channels} series of {self.length} steps, {self.waves} waves, generated"
 
-    def model(self, mechanism: Spec, size: Size) -> nn.Module:
-        mixers = [build(mechanism, size.dim, size.heads, causal=False) for _ in range(size.depth)]
+    def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
+        mixers = layers(mechanism, dim=size.dim, num_heads=size.heads, depth=size.depth)
         read, tell = nn.Linear(2 * self.channels, size.dim), nn.Linear(size.dim, self.channels)
         return TokenModel(read, mixers, tell, dim=size.dim, mlp_dim=size.mlp_dim, positions=self.length)
 

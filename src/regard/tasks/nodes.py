@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.checks import number
-from regard.models.mixer import Spec, build
+from regard.models.mixer import Mechanism, layers
 from regard.models.tokens import TokenModel
 from regard.tasks import ACCURACY, HELDOUT_SEED, Batch, Defaults, Metric, Size, Task, counts
 
@@ -69,8 +69,8 @@ class Nodes(Task):
     def describe(self) -> str:
         return f"graphs of {self.nodes} nodes in {self.classes} classes, generated"
 
-    def model(self, mechanism: Spec, size: Size) -> nn.Module:
-        mixers = [build(mechanism, size.dim, size.heads, causal=False) for _ in range(size.depth)]
+    def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
+        mixers = layers(mechanism, dim=size.dim, num_heads=size.heads, depth=size.depth)
         read, tell = nn.Linear(self.classes, size.dim), nn.Linear(size.dim, self.classes)
         return TokenModel(read, mixers, tell, dim=size.dim, mlp_dim=size.mlp_dim)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from regard import catalog
 from regard.models.checkpoint import save
 from regard.models.lm import LanguageModel, LMConfig, language_model
-from regard.models.mixer import Spec, parse
+from regard.models.mixer import Mechanism, parse
 from regard.tasks import Batch, Defaults, Metric, Size, Task, TaskError, counts
 
 POSITIONS = "rotary"
@@ -130,13 +130,13 @@ class NextByte(Task):
             "length": self.length,
         }
 
-    def config(self, mechanism: Spec, size: Size) -> LMConfig:
+    def config(self, mechanism: Mechanism, size: Size) -> LMConfig:
         return LMConfig(str(mechanism), size.dim, size.depth, size.heads, size.mlp_dim, length=self.length)
 
-    def model(self, mechanism: Spec, size: Size) -> LanguageModel:
+    def model(self, mechanism: Mechanism, size: Size) -> LanguageModel:
         return language_model(self.config(mechanism, size))
 
-    def keep(self, model: nn.Module, mechanism: Spec, size: Size, path: Path) -> None:
+    def keep(self, model: nn.Module, mechanism: Mechanism, size: Size, path: Path) -> None:
         assert isinstance(model, LanguageModel)
         save(model, self.config(mechanism, size), path)
 

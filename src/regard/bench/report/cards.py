@@ -5,7 +5,7 @@ from typing import Any
 
 from regard.bench.report.groups import Group, Row
 from regard.bench.report.text import text
-from regard.spec import parse
+from regard.spec import parse_stack
 
 VERIFIED = {
     "equation": "against the paper's formula, written out on its own",
@@ -50,9 +50,9 @@ class Cards:
 
 
 def _parts(mechanism: str) -> list[str]:
-    """The names of the cards behind 'gated+rotary' or 'kerple(log_space=True)'."""
+    """The names of the cards behind 'gated+rotary', 'kerple(log_space=True)' or 'linear*3+softmax'."""
     try:
-        return parse(mechanism).names
+        return parse_stack(mechanism).names
     except ValueError:  # a row of old, when more could be written
         return [part.strip() for part in mechanism.partition("(")[0].split("+")]
 
