@@ -67,6 +67,7 @@ SETTINGS = {
     "num_hidden_layers": 2, "vocab_size": 16, "max_position_embeddings": 64, "attn_implementation": "sdpa",
     "embedding_size": M, "attention_bias": True, "qkv_bias": True, "pad_token_id": 0,
 }  # fmt: skip
+WHOLE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
 OWN: dict[str, dict[str, Any]] = {
     "Gemma3Attention": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
     "Qwen3Attention": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
@@ -75,12 +76,16 @@ OWN: dict[str, dict[str, Any]] = {
     "Qwen3NextAttention": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
     },
-    "Qwen3_5Attention": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
-    "GPTNeoXAttention": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    "Qwen3_5Attention": {"rope_parameters": WHOLE},
+    "GPTNeoXAttention": {"rope_parameters": WHOLE},
     "GraniteAttention": {"attention_multiplier": 0.3},
 }
-CONFIGS = {"Gemma3Attention": "Gemma3TextConfig", "Qwen3_5Attention": "Qwen3_5TextConfig", "CLIPAttention": "CLIPTextConfig",
-           "SiglipAttention": "SiglipVisionConfig"}  # fmt: skip
+CONFIGS = {
+    "Gemma3Attention": "Gemma3TextConfig",
+    "Qwen3_5Attention": "Qwen3_5TextConfig",
+    "CLIPAttention": "CLIPTextConfig",
+    "SiglipAttention": "SiglipVisionConfig",
+}
 
 
 BOTH_WAYS = {

@@ -169,6 +169,7 @@ NAMES = {
     "v_proj": "value_proj",
     "o_proj": "output_proj",
 }
+"""Ours, and theirs in transformers."""
 
 
 @CARD.loads(

@@ -57,7 +57,7 @@ def layer_state(layer: nn.Module, like: nn.Module) -> dict[str, Tensor]:
             went through a rounding and can't be had back with every bit.
     """
     plan = _plan(like, "layer_state")
-    want = {name: t for name, t in like.state_dict().items()}
+    want = like.state_dict()
     _compare(plan, _shapes(want), "layer_state")
     state = layer.state_dict()
     expected = shapes(plan.moves, _shapes(want))
@@ -108,7 +108,7 @@ def load_layer(folder: str | Path, layer: int | str = 0) -> Any:
 
 
 def convertible() -> dict[str, tuple[str, ...]]:
-    """The classes that `convert_layer` knows, as "transformers LlamaAttention", and the mechanisms that make each up."""
+    """The classes that `convert_layer` knows, as "transformers LlamaAttention", and what makes each up."""
     known: dict[str, list[str]] = {}
     for one in _all():
         known.setdefault(f"{one.library} {one.name}", []).append(one.card.name)

@@ -1,0 +1,39 @@
+"""The table of layers that regard loads from other libraries: each with the largest difference of its outputs.
+
+    python tools/conversions.py            # Markdown; of the libraries that are installed
+
+A small random layer of each class in float64 against what `regard.convert_layer` makes of it, on padded inputs. Where
+theirs computes something in float32 (angles, norms, a softmax), the difference is of that size.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import regard
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from integrations import conversions
+
+
+def row(name: str, mechanisms: tuple[str, ...]) -> str:
+    library, kind = name.split(" ")
+    made = conversions.case(name)
+    with torch.no_grad():
+        ours, theirs = made.outputs(regard.convert_layer(made.theirs), made.theirs)
+    back = "yes" if made.exact else "no"
+    return f"| {library} | {kind} | {' + '.join(mechanisms)} | {(ours - theirs).abs().max():.0e} | {back} |"
+
+
+def main() -> None:
+    print("| library | class | mechanisms | difference | back |\n|---|---|---|---|---|")
+    for name in conversions.names():
+        print(row(name, regard.convertible()[name]))
+
+
+if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    main()
