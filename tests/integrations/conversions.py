@@ -73,9 +73,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Qwen3Attention": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
     "MistralAttention": {"sliding_window": 3},
     "Phi3Attention": {"sliding_window": 4},
-    "Qwen3NextAttention": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
-    },
+    "Qwen3NextAttention": {"rope_parameters": WHOLE},
     "Qwen3_5Attention": {"rope_parameters": WHOLE},
     "GPTNeoXAttention": {"rope_parameters": WHOLE},
     "GraniteAttention": {"attention_multiplier": 0.3},
@@ -105,9 +103,8 @@ def cls(name: str) -> type[nn.Module]:
                "Qwen3Moe": "qwen3_moe", "Qwen3Next": "qwen3_next", "ConditionalDetr": "conditional_detr",
                "DeformableDetr": "deformable_detr", "GroundingDino": "grounding_dino", "RTDetrV2": "rt_detr_v2",
                "RTDetr": "rt_detr", "MMGroundingDino": "mm_grounding_dino"}  # fmt: skip
-    stem = re.sub(
-        r"(Decoder|Vision)?(Self|Cross|MultiscaleDeformable|Window|Channel|DecoderCross)?Attention$", "", name
-    )
+    ending = r"(Decoder|Vision)?(Self|Cross|MultiscaleDeformable|Window|Channel)?Attention$"
+    stem = re.sub(ending, "", name)
     folder = special.get(stem, stem.lower())
     return getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
 
@@ -126,10 +123,7 @@ def module_of(name: str, **more: Any) -> nn.Module:
     arguments = inspect.signature(kind).parameters
     config = config_of(kind, **more)
     if "embed_dim" in arguments:
-        causal = (
-            {"is_causal": True} if "is_causal" in arguments and name in ("BartAttention", "WhisperAttention") else {}
-        )
-        return kind(M, H, config=config, **causal)
+        return kind(M, H, config=config, is_causal=name not in BOTH_WAYS)
     return kind(config, layer_idx=0) if "layer_idx" in arguments else kind(config)
 
 
