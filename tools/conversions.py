@@ -18,17 +18,21 @@ from integrations import conversions
 
 
 def row(name: str, mechanisms: tuple[str, ...]) -> str:
-    library, kind = name.split(" ")
     made = conversions.case(name)
     with torch.no_grad():
         ours, theirs = made.outputs(regard.convert_layer(made.theirs), made.theirs)
-    back = "yes" if made.exact else "no"
-    return f"| {library} | {kind} | {' + '.join(mechanisms)} | {(ours - theirs).abs().max():.0e} | {back} |"
+    kind, difference = name.split(" ")[1], (ours - theirs).abs().max()
+    return f"| {kind} | {' + '.join(mechanisms)} | {difference:.0e} | {'yes' if made.exact else 'no'} |"
 
 
 def main() -> None:
-    print("| library | class | mechanisms | difference | back |\n|---|---|---|---|---|")
+    before = ""
     for name in conversions.names():
+        library = name.split(" ")[0]
+        if library != before:
+            head = "| class | mechanisms | difference | back |"
+            print(f"\n## {library}\n\n{head}\n|---|---|---|---|".lstrip("\n" if not before else ""))
+            before = library
         print(row(name, regard.convertible()[name]))
 
 

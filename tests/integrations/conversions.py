@@ -309,7 +309,8 @@ def of_geometric(name: str) -> Case:
 
 
 def of_timm(name: str) -> Case:
-    from timm.layers import Attention, HaloAttn, RmsNorm
+    from timm.layers import Attention, RmsNorm
+    from timm.layers.halo_attn import HaloAttn
     from timm.models import davit
 
     def maps(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from regard.cards import Card
 from regard.checks import meant, refuse, short
 from regard.files import FLOATS, Header, naming
 from regard.integrations import files
-from regard.integrations.folder import CONFIG, Weights, look
+from regard.integrations.folder import CONFIG, Weights, look, pretrained
 from regard.integrations.transformers_loaded import host_class
 from regard.pipeline.layer import Attention
 from regard.weights import Loaded, Loader, Move, loaders, shapes
@@ -84,7 +84,8 @@ def layer_state(layer: nn.Module, like: nn.Module) -> dict[str, Tensor]:
 def load_layer(folder: str | Path, layer: int | str = 0) -> Any:
     """One layer of a model that transformers saved, as the layer of regard that computes the same.
 
-    Of the weights only that layer's are read, from safetensors alone; no code that comes with a model is run.
+    Of the weights only that layer's are read, unless transformers keeps them under other names than the model's. Only
+    safetensors are, and no code that comes with a model is run.
 
     Args:
         folder: as `save_pretrained` writes it.
@@ -103,7 +104,8 @@ def load_layer(folder: str | Path, layer: int | str = 0) -> Any:
         path, theirs = _chosen(model, layer)
         plan = _plan(theirs, path)
     with naming(found.first):
-        state = _state(found, path, theirs)
+        as_named = any(name.startswith(f"{path}.") for name in found.held)
+        state = _state(found, path, theirs) if as_named else _renamed(found, path, kind, config)
         return _filled(plan, state, path).eval()
 
 
@@ -258,3 +260,11 @@ def _state(found: Weights, path: str, theirs: nn.Module) -> dict[str, Tensor]:
         if mine:
             state |= {n.removeprefix(prefix): t for n, t in files.read_tensors(file, mine).items()}
     return state
+
+
+def _renamed(found: Weights, path: str, kind: Any, config: Any) -> dict[str, Tensor]:
+    """The layer's tensors where the files have other names than the model: transformers alone knows which."""
+    model, info = pretrained(kind, found, config, output_loading_info=True)
+    if odd := sorted(str(name) for name in info["missing_keys"] if str(name).startswith(f"{path}.")):
+        refuse(path, odd[0].removeprefix(f"{path}."), "is missing", f"{len(found.held)} tensors", "all of the layer's")
+    return model.get_submodule(path).state_dict()
