@@ -5,7 +5,7 @@ alike.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, choice, number, refuse, whole
+from regard.checks import checked, choice, number, whole
 from regard.graph._edges import check_edges, check_features, edge_mean, edge_softmax, edge_sum, with_loops
 from regard.kinds import EdgeWeights
 from regard.shapes import head_shape
-from regard.weights import Loaded, Move, only, reshaped, same
 
 CARD = Card(
     "gatv2",
@@ -206,29 +205,3 @@ class GATv2(nn.Module):
         target = source if self.target_proj is None else self.target_proj(nodes).unflatten(-1, heads)
         edge = None if self.edge_proj is None else self.edge_proj(edge_features).unflatten(-1, heads)
         return source, target, edge_index, edge, keep
-
-
-@CARD.loads("torch_geometric.nn", "GATv2Conv")
-def _geometric(theirs: Any) -> Loaded:
-    only(theirs, {"residual": False, "fill_value": "mean", "flow": "source_to_target"})
-    choice(theirs, ("add", "sum"), aggr=theirs.aggr)
-    dim, D, shared = theirs.in_channels, theirs.out_channels, theirs.share_weights
-    if not isinstance(dim, int):
-        refuse(theirs, "in_channels", "are two", dim, "one width of sources and targets")
-    options = {"edge_dim": theirs.edge_dim, "share_weights": shared, "self_loops": theirs.add_self_loops}
-    options |= {"negative_slope": theirs.negative_slope, "dropout": theirs.dropout}
-
-    def build() -> GATv2:
-        return GATv2(dim, theirs.heads, head_dim=D, merge="concat" if theirs.concat else "mean", **options)
-
-    one = same(theirs, {"source_proj": "lin_l", "edge_proj": "lin_edge", "bias": "bias"})
-    moves = one if shared else [*one, *same(theirs, {"target_proj": "lin_r"})]
-    if shared:  # whose state has both names for the one
-        moves = [_twice(m) if m.theirs[0].startswith("lin_l.") else m for m in moves]
-    return Loaded(build, [*moves, reshaped("a", "att", lambda a: a[0], lambda a: a[None])])
-
-
-def _twice(move: Move) -> Move:
-    (name,) = move.theirs
-    both = (name, name.replace("lin_l", "lin_r"))
-    return Move(move.ours, both, lambda t, again: [t], lambda t: [t, t])

@@ -1,19 +1,15 @@
 """Point Transformer: vector attention over near points, in which every channel has weights of its own."""
 
-import copy
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, choice, divides, refuse, whole
+from regard.checks import checked, divides, refuse, whole
 from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
 from regard.kinds import EdgeWeights
 from regard.shapes import HeadShape
 from regard.tracing import readable
-from regard.weights import Loaded, only, same
 
 
 def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
@@ -180,22 +176,3 @@ class PointTransformer(nn.Module):
         edges, keep = with_loops(edge_index, N) if self.self_loops else (edge_index, None)
         j, i = edges
         return self.q_proj(nodes), self.k_proj(nodes), self.theta(pos[i] - pos[j]), edges, keep
-
-
-@CARD.loads("torch_geometric.nn", "PointTransformerConv")
-def _geometric(theirs: Any) -> Loaded:
-    """With its own two networks."""
-    only(theirs, {"flow": "source_to_target"})
-    choice(theirs, ("add", "sum"), aggr=theirs.aggr)
-    dim = theirs.out_channels
-    if theirs.in_channels != dim or theirs.attn_nn is None:
-        refuse(theirs, "in_channels", "or attn_nn has no counterpart here", theirs.in_channels, f"{dim}, and a network")
-    place = next(m.in_features for m in theirs.pos_nn.modules() if isinstance(getattr(m, "in_features", None), int))
-    networks = {"theta": theirs.pos_nn, "gamma": theirs.attn_nn}
-    options = {"pos_dim": place, "self_loops": theirs.add_self_loops}
-
-    def build() -> PointTransformer:
-        return PointTransformer(dim, **options, **copy.deepcopy(networks))
-
-    names = {"v_proj": "lin", "k_proj": "lin_src", "q_proj": "lin_dst", "theta": "pos_nn", "gamma": "attn_nn"}
-    return Loaded(build, same(theirs, names))

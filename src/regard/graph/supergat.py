@@ -1,7 +1,7 @@
 """SuperGAT: graph attention whose scores also learn to predict which nodes are linked."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from regard.graph._edges import check_edges, edge_softmax, edge_sum, with_loops
 from regard.graph.non_edges import sample_non_edges
 from regard.kinds import EdgeWeights
 from regard.shapes import head_shape
-from regard.weights import Loaded, Move, only, same
 
 CARD = Card(
     "supergat",
@@ -239,20 +238,3 @@ class SuperGAT(nn.Module):
         check_edges(self, edge_index, len(nodes), len(nodes))
         edges, keep = with_loops(edge_index, len(nodes)) if self.self_loops else (edge_index, None)
         return self.proj(nodes).unflatten(-1, (self.num_heads, self.head_dim)), edges, keep
-
-
-@CARD.loads("torch_geometric.nn", "SuperGATConv")
-def _geometric(theirs: Any) -> Loaded:
-    only(theirs, {"flow": "source_to_target", "is_undirected": False})
-    choice(theirs, ("add", "sum"), aggr=theirs.aggr)
-    options = {"form": theirs.attention_type, "self_loops": theirs.add_self_loops, "dropout": theirs.dropout}
-    options |= {name: getattr(theirs, name) for name in ("negative_slope", "edge_sample_ratio", "neg_sample_ratio")}
-
-    def build() -> SuperGAT:
-        D, merge = theirs.out_channels, "concat" if theirs.concat else "mean"
-        return SuperGAT(theirs.in_channels, theirs.heads, head_dim=D, merge=merge, **options)
-
-    moves = same(theirs, {"proj": "lin", "bias": "bias"})
-    if theirs.att_l is not None:
-        moves.append(Move(("a",), ("att_l", "att_r"), lambda *a: [torch.cat(a)], lambda a: a.split(1)))
-    return Loaded(build, moves)
