@@ -108,15 +108,19 @@ def stacked(theirs: "nn.Module", ours: Sequence[str], name: str, rows: Sequence[
     return joined(theirs, ours, name, load, lambda *parts: [torch.cat(parts)])
 
 
-def woven(theirs: "nn.Module", ours: Sequence[str], name: str, heads: int) -> list[Move]:
-    """Children of ours in one of theirs, where each head's rows of all of them follow one another."""
+def woven(
+    theirs: "nn.Module", ours: Sequence[str], name: str, heads: int, rows: Sequence[int] | None = None
+) -> list[Move]:
+    """Children of ours in one of theirs, where each head's `rows` of all follow one another; else equal parts."""
     import torch
 
     def load(t: "Tensor") -> "Sequence[Tensor]":
-        return [part.flatten(0, 1) for part in t.unflatten(0, (heads, len(ours), -1)).unbind(1)]
+        each = t.unflatten(0, (heads, -1))
+        parts = each.split(list(rows), 1) if rows is not None else each.tensor_split(len(ours), 1)
+        return [part.flatten(0, 1) for part in parts]
 
     def store(*parts: "Tensor") -> "Sequence[Tensor]":
-        return [torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)]
+        return [torch.cat([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 1)]
 
     return joined(theirs, ours, name, load, store)
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import regard
-from integrations.conversions import H, M, T, case, cls, config_of, filled, module_of, names, tokens
+from integrations.conversions import D, H, M, T, case, cls, config_of, filled, module_of, names, normal, tokens
 from regard.integrations import files
+from regard.laws.agreement import close
+from vision.shared import vectors
 
 pytest.importorskip("transformers")
 
@@ -45,6 +47,75 @@ def test_computes_the_same_and_gives_the_weights_back(name: str) -> None:
 def test_every_library_is_there_but_timm() -> None:
     """Else the cases above would be fewer without anybody noticing."""
     assert {name.split(" ")[0].split(".")[0] for name in names()} >= {"transformers", "torch", "torch_geometric"}
+
+
+def stand_in(where: str, name: str, **held: object) -> nn.Module:
+    """A module that goes for one of timm's, which need not be installed."""
+    made = type(name, (nn.Module,), {"__module__": where})()
+    for key, value in held.items():
+        setattr(made, key, value)
+    return made
+
+
+def given(kind: type[nn.Module], z: dict[str, torch.Tensor], name: str, **options: object) -> nn.Module:
+    """A projection with timm's numbers."""
+    weight, bias = z[f"p_{name}.weight"], z.get(f"p_{name}.bias")
+    made = kind(weight.shape[1], weight.shape[0], bias=bias is not None, **options).double()
+    made.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return made
+
+
+@pytest.mark.parametrize("numbers", ["halo", "halobias", "stride2"])
+def test_gives_the_numbers_of_timms_halo_attention(numbers: str) -> None:
+    z = vectors("A041", numbers)
+    heads, D, block, halo, stride, scaled = (int(n) for n in z["cfg"])
+    tables = nn.Module()
+    for name in ("height_rel", "width_rel"):
+        tables.register_parameter(name, nn.Parameter(z[f"p_pos_embed.{name}"]))
+    width = z["x"].shape[1]
+    sizes = {"num_heads": heads, "dim_head_qk": D, "dim_head_v": width // heads, "dim_out_v": width}
+    sizes |= {"block_size": block, "halo_size": halo, "block_stride": stride, "scale_pos_embed": bool(scaled)}
+    q, kv = (given(nn.Conv2d, z, name, kernel_size=1) for name in ("q", "kv"))
+    theirs = stand_in("timm.layers.halo_attn", "HaloAttn", q=q, kv=kv, pos_embed=tables, pool=nn.Identity(), **sizes)
+    ours = regard.convert_layer(theirs)
+    close(ours(z["x"]), z["out"])
+    state = regard.layer_state(ours, theirs)
+    assert all(torch.equal(t, state[name]) for name, t in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("numbers", ["channel", "window"])
+def test_gives_the_numbers_of_davits_authors_under_timms_names(numbers: str) -> None:
+    z = vectors("A062", numbers)
+    width = z["x"].shape[-1]
+    held = {name: given(nn.Linear, z, name) for name in ("qkv", "proj")}
+    if numbers == "channel":
+        theirs = stand_in("timm.models.davit", "ChannelAttention", num_heads=int(z["groups"]), **held)
+    else:
+        sizes = {"dim": width, "num_heads": 2, "window_size": (int(z["size"]),) * 2}
+        theirs = stand_in(
+            "timm.models.davit", "WindowAttention", dim=width, num_heads=2, window_size=(side, side), **held
+        )
+    ours = regard.convert_layer(theirs)
+    close(ours(z["x"].movedim(-1, 1)).movedim(1, -1), z["out"])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_timms_attention_by_hand(normed: bool) -> None:
+    """qkv stacked, heads outermost in each; a norm that isn't of root mean squares is refused."""
+    norms = {f"{n}_norm": nn.LayerNorm(D) if normed else nn.Identity() for n in "qk"}
+    theirs = stand_in(
+        "timm.layers.attention", "Attention", num_heads=H, head_dim=D, scale=D**-0.5, attn_drop=nn.Dropout(0.0),
+        qkv=nn.Linear(M, 3 * M), norm=nn.Identity(), gate=None, proj=nn.Linear(M, M), **norms,
+    )  # fmt: skip
+    filled(theirs)
+    if normed:
+        with pytest.raises(ValueError, match=r"Attention: q_norm is another norm \(got LayerNorm\)"):
+            regard.convert_layer(theirs)
+        return
+    x = normal(3, 2, T, M)
+    q, k, v = (z.unflatten(-1, (H, D)).transpose(1, 2) for z in theirs.qkv(x).chunk(3, -1))
+    want = theirs.proj(((q @ k.mT * D**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    close(regard.convert_layer(theirs)(x), want)
 
 
 def test_the_layer_stands_on_its_own() -> None:

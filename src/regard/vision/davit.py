@@ -16,7 +16,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
 from regard.vision.maps import to_map, to_tokens
-from regard.weights import Loaded, Move, same, stacked
+from regard.weights import Loaded, Move, same, setting, stacked
 
 PAPERS = (
     Paper(
@@ -250,9 +250,9 @@ def _timm_channel(theirs: Any) -> Loaded:
 
 @CHANNEL.loads("timm.models.davit", "ChannelAttentionV2")
 def _timm_channel_v2(theirs: Any) -> Loaded:
-    return _timm_channels(theirs, "tokens", "qkv")
+    return _timm_channels(theirs, "tokens" if theirs.dynamic_scale else "channels", "qkv")
 
 
 def _timm_channels(theirs: Any, scale: Literal["channels", "tokens"], ours: str) -> Loaded:
-    dim, bias, groups = theirs.qkv.in_features, theirs.qkv.bias is not None, theirs.num_heads
+    dim, bias, groups = theirs.qkv.in_features, theirs.qkv.bias is not None, setting(theirs, "num_heads", "groups")
     return Loaded(lambda: ChannelAttention(dim, groups, scale=scale, bias=bias), _moved(theirs, ours))

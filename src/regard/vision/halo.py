@@ -11,7 +11,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
 from regard.shapes import head_shape
-from regard.weights import Loaded, only, same, stacked
+from regard.weights import Loaded, only, same, woven
 
 CARD = Card(
     "halo",
@@ -195,7 +195,7 @@ class HaloAttention(nn.Module):
 @CARD.loads("timm.layers", "HaloAttn")
 def _timm(theirs: Any) -> Loaded:
     """Its position terms are in steps of a strided query."""
-    dim, rows = theirs.q.in_channels, [theirs.dim_out_qk, theirs.dim_out_v]
+    dim, rows = theirs.q.in_channels, (theirs.dim_head_qk, theirs.dim_head_v)
     only(theirs, {"dim_out_v": dim})
     if not isinstance(theirs.pool, nn.Identity):
         refuse(theirs, "pool", "has no counterpart here", theirs.pool, "queries with a stride, or none")
@@ -205,5 +205,6 @@ def _timm(theirs: Any) -> Loaded:
     def build() -> HaloAttention:
         return HaloAttention(dim, theirs.num_heads, head_dim=theirs.dim_head_qk, distances="steps", **options)
 
+    both = woven(theirs, ("k_proj", "v_proj"), "kv", theirs.num_heads, rows)
     tables = {"height_table": "pos_embed.height_rel", "width_table": "pos_embed.width_rel"}
-    return Loaded(build, [*same(theirs, {"q_proj": "q", **tables}), *stacked(theirs, ("k_proj", "v_proj"), "kv", rows)])
+    return Loaded(build, [*same(theirs, {"q_proj": "q", **tables}), *both])
