@@ -49,8 +49,8 @@ def _supergat(theirs: Any) -> Loaded:
     options |= {name: getattr(theirs, name) for name in ("negative_slope", "edge_sample_ratio", "neg_sample_ratio")}
 
     def build() -> SuperGAT:
-        D, merge = theirs.out_channels, "concat" if theirs.concat else "mean"
-        return SuperGAT(theirs.in_channels, theirs.heads, head_dim=D, merge=merge, **options)
+        dim, D, heads = theirs.in_channels, theirs.out_channels, theirs.heads
+        return SuperGAT(dim, heads, head_dim=D, merge="concat" if theirs.concat else "mean", **options)
 
     moves = same(theirs, {"proj": "lin", "bias": "bias"})
     if theirs.att_l is not None:

@@ -220,7 +220,7 @@ def _trimmed(plan: _Plan) -> Any:
         if name == "o_proj" and "o_proj.weight" not in held:
             layer.o_proj = nn.Identity()
         elif f"{name}.bias" not in held:
-            linear.bias = None
+            linear.register_parameter("bias", None)
     return layer
 
 
