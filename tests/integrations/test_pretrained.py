@@ -67,16 +67,21 @@ def given(kind: type[nn.Module], z: dict[str, torch.Tensor], name: str, **option
 
 @pytest.mark.parametrize("numbers", ["halo", "halobias", "stride2"])
 def test_gives_the_numbers_of_timms_halo_attention(numbers: str) -> None:
+    """Two of the three put out another width than they take, which is refused."""
     z = vectors("A041", numbers)
     heads, D, block, halo, stride, scaled = (int(n) for n in z["cfg"])
     tables = nn.Module()
     for name in ("height_rel", "width_rel"):
         tables.register_parameter(name, nn.Parameter(z[f"p_pos_embed.{name}"]))
-    width = z["x"].shape[1]
+    width = z["out"].shape[1]
     sizes = {"num_heads": heads, "dim_head_qk": D, "dim_head_v": width // heads, "dim_out_v": width}
     sizes |= {"block_size": block, "halo_size": halo, "block_stride": stride, "scale_pos_embed": bool(scaled)}
     q, kv = (given(nn.Conv2d, z, name, kernel_size=1) for name in ("q", "kv"))
     theirs = stand_in("timm.layers.halo_attn", "HaloAttn", q=q, kv=kv, pos_embed=tables, pool=nn.Identity(), **sizes)
+    if width != z["x"].shape[1]:
+        with pytest.raises(ValueError, match=r"HaloAttn: dim_out_v has no counterpart here \(got 6\)"):
+            regard.convert_layer(theirs)
+        return
     ours = regard.convert_layer(theirs)
     close(ours(z["x"]), z["out"])
     state = regard.layer_state(ours, theirs)
