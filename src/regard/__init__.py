@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from regard.inspect.edges import edge_weights
     from regard.inspect.effective import effective_weights
     from regard.inspect.trace import trace
+    from regard.integrations.pretrained import convert_layer, convertible, layer_state, load_layer
     from regard.integrations.transformers import swap
     from regard.integrations.transformers_heads import scale_heads
     from regard.integrations.transformers_loaded import load_swapped
@@ -34,9 +35,13 @@ _FROM = {
     "attention": "regard.pipeline",
     "card": "regard.catalog",
     "check": "regard.laws",
+    "convert_layer": "regard.integrations.pretrained",
+    "convertible": "regard.integrations.pretrained",
     "create": "regard.catalog",
     "edge_weights": "regard.inspect.edges",
     "effective_weights": "regard.inspect.effective",
+    "layer_state": "regard.integrations.pretrained",
+    "load_layer": "regard.integrations.pretrained",
     "load_swapped": "regard.integrations.transformers_loaded",
     "mechanisms": "regard.catalog",
     "plan": "regard.pipeline",
@@ -60,6 +65,8 @@ __all__ = [
     "attention",
     "card",
     "check",
+    "convert_layer",
+    "convertible",
     "create",
     "edge_weights",
     "effective_weights",
@@ -67,6 +74,8 @@ __all__ = [
     "inspect",
     "kinds",
     "laws",
+    "layer_state",
+    "load_layer",
     "load_swapped",
     "masks",
     "mechanisms",

@@ -21,6 +21,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
+from regard import weights
 from regard.checks import flag
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -236,6 +237,14 @@ class Card:
     def function(self, builder: T) -> T:
         """Mark the function that is the mechanism: it is called, never built."""
         return self._bind(builder, None, "function", ())
+
+    def loads(self, library: str, *classes: str) -> Callable[[weights.C], weights.C]:
+        """Mark the function that says how this mechanism is loaded from modules of these classes of a library.
+
+        Args:
+            library: the package, or a module of it, that defines the classes: "transformers", "timm.layers".
+        """
+        return lambda convert: weights.register(self, library, classes, convert)
 
     def variant(self, name: str, gist: str, *, preset: Mapping[str, Any], **changes: Any) -> "Card":
         """Another card of the same class, with some of its options fixed.

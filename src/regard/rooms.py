@@ -12,7 +12,7 @@ from typing import Any
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("rooms", "checks", "spec", "terminal", "files"),
-    ("shapes", "cards", "kinds", "cost", "tracing"),
+    ("shapes", "weights", "cards", "kinds", "cost", "tracing"),
     ("masks",),
     ("stages",),
     ("kernels",),

@@ -128,17 +128,6 @@ def test_gives_the_authors_numbers(case: str, which: str) -> None:
         close(torch.zeros_like(z[name]) if got is None else got, z[name], name)
 
 
-def copied(theirs, made: DeformableAttention) -> None:
-    names = {
-        "sampling_offsets": "offset_proj",
-        "attention_weights": "weight_proj",
-        "value_proj": "v_proj",
-        "output_proj": "o_proj",
-    }
-    for name, ours in names.items():
-        getattr(theirs, name).load_state_dict(getattr(made, ours).state_dict())
-
-
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_equals_deformable_detr_of_transformers(coordinates: int) -> None:
     pytest.importorskip("transformers")
@@ -149,7 +138,7 @@ def test_equals_deformable_detr_of_transformers(coordinates: int) -> None:
     config = DeformableDetrConfig(d_model=24, num_feature_levels=3, disable_custom_kernels=True)
     theirs = hf.DeformableDetrMultiscaleDeformableAttention(config, num_heads=6, n_points=2).double().eval()
     made = layer(1, 24, 6, (2, 2, 2))
-    copied(theirs, made)
+    theirs.load_state_dict(regard.layer_state(made, like=theirs))
     x, context, reference = normal(2, 2, 5, 24), normal(3, 2, 37, 24), uniform(4, 2, 5, 3, coordinates)
     keep = uniform(5, 2, 37) < 0.8
     want = theirs(
@@ -180,7 +169,7 @@ def test_equals_rt_detr_v2_of_transformers(sampling: str) -> None:
     )
     theirs = hf.RTDetrV2MultiscaleDeformableAttention(config).double().eval()
     made = layer(1, 24, 6, (2, 2, 2), sampling=sampling, offset_scale=0.8)
-    copied(theirs, made)
+    theirs.load_state_dict(regard.layer_state(made, like=theirs))
     x, context, reference = normal(2, 2, 5, 24), normal(3, 2, 37, 24), uniform(4, 2, 5, 1, 4)
     want = theirs(
         x,

@@ -127,13 +127,7 @@ def test_equals_torch_geometric(options: dict) -> None:
         edge_dim=made.edge_dim,
         add_self_loops=made.self_loops,
     ).double()
-    theirs.lin_l.load_state_dict(made.source_proj.state_dict())
-    theirs.lin_r.load_state_dict((made.target_proj or made.source_proj).state_dict())
-    if made.edge_dim:
-        theirs.lin_edge.load_state_dict(made.edge_proj.state_dict())
-    with torch.no_grad():
-        theirs.att.copy_(made.a[None])
-        theirs.bias.copy_(made.bias)
+    theirs.load_state_dict(regard.layer_state(made, like=theirs))
     x = normal(4, 9, 24)
     edges = torch.randint(9, (2, 30), generator=torch.Generator().manual_seed(5))
     features = normal(6, 30, 2) if made.edge_dim else None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import regard
 from graph.naive_point import naive_point
 from regard.graph.point_transformer import PointTransformer, nearest, vector_attention
 from regard.laws.agreement import close
@@ -112,8 +113,7 @@ def test_equals_torch_geometric(self_loops: bool) -> None:
     # The library resets the modules that it is handed.
     torch.manual_seed(1)
     perturb(made, 1)
-    for name, ours in (("lin", made.v_proj), ("lin_src", made.k_proj), ("lin_dst", made.q_proj)):
-        getattr(theirs, name).load_state_dict(ours.state_dict())
+    theirs.load_state_dict(regard.layer_state(made, like=theirs))
     x, pos = normal(4, 9, 24), normal(5, 9, 3)
     edges = torch.randint(9, (2, 30), generator=torch.Generator().manual_seed(5))
     close(made(x, edges, pos), theirs(x, pos, edges))

@@ -60,12 +60,7 @@ def test_equals_torch_geometric(form: str, merge: str) -> None:
     geometric = pytest.importorskip("torch_geometric")
     made = layer(3, 24, 6, form=form, merge=merge)
     theirs = geometric.nn.SuperGATConv(24, 4, 6, concat=merge == "concat", attention_type=form).double().train()
-    theirs.lin.load_state_dict(made.proj.state_dict())
-    with torch.no_grad():
-        theirs.bias.copy_(made.bias)
-        if form == "MX":
-            theirs.att_l.copy_(made.a[:1])
-            theirs.att_r.copy_(made.a[1:])
+    theirs.load_state_dict(regard.layer_state(made, like=theirs))
     x = normal(4, 9, 24)
     edges = torch.randint(9, (2, 30), generator=torch.Generator().manual_seed(5))
     non_edges = torch.randint(9, (2, 12), generator=torch.Generator().manual_seed(6))

@@ -55,7 +55,7 @@ def test_equals_transformers_qwen3(position: str) -> None:
             p.copy_(normal(n, *p.shape))
     names = {"heads.q_weight": "q_norm.weight", "heads.k_weight": "k_norm.weight"}
     other = qwen3.Qwen3Attention(config, layer_idx=0).double().eval()
-    other.load_state_dict({names.get(name, name): p for name, p in layer.state_dict().items()})
+    other.load_state_dict(regard.layer_state(layer, like=other))
     x, direction = normal(20, 2, 5, 12).requires_grad_(), normal(21, 2, 5, 12)
     still = torch.ones(2, 5, 6, dtype=torch.float64), torch.zeros(2, 5, 6, dtype=torch.float64)
     turned = qwen3.Qwen3RotaryEmbedding(config)(x, torch.arange(5).expand(2, 5))

@@ -107,11 +107,7 @@ def test_transformers_module():
         inv_coeff_init_option=False,
     )
     theirs = NystromformerSelfAttention(config).double().eval()
-    ours = NystromAttention(M, H, bias=True, num_landmarks=m, conv_width=7, coefficient="original").double()
-    ours.o_proj = torch.nn.Identity()
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "conv": "conv"}
-    state = {names[n.split(".")[0]] + "." + n.split(".")[1]: p for n, p in theirs.state_dict().items()}
-    ours.load_state_dict(state)
+    ours = regard.convert_layer(theirs)
     x = normal(2, T, M).requires_grad_()
     same_with_gradients(ours(x), theirs(x)[0], [x])
     for ours_p, theirs_p in ((ours.conv.weight, theirs.conv.weight), (ours.k_proj.weight, theirs.key.weight)):

@@ -127,8 +127,7 @@ def test_equals_transformers(num_heads: int) -> None:
     config = convbert.ConvBertConfig(hidden_size=24, num_attention_heads=num_heads, conv_kernel_size=7, head_ratio=2)
     theirs = convbert.ConvBertSelfAttention(config).double().eval()
     fill(theirs, 3)
-    layer = MixedAttention(24, num_heads, kernel_size=7).double()
-    load(layer, theirs.state_dict())
+    layer = regard.convert_layer(theirs)
     x = normal(4, 2, 11, 24)
     close(layer(x).detach(), theirs(x)[0].detach())
 

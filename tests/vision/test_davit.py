@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.models.florence2 import modeling_florence2 as florence
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 
+import regard
 from laws.measured import flops
 from regard.laws.agreement import close
 from regard.vision import ChannelAttention, WindowAttention, channel_attention, window_attention
@@ -60,11 +61,7 @@ def test_gives_florences_numbers(kind: str) -> None:
     config = Florence2VisionConfig(embed_dim=(12,), num_heads=(3,), num_groups=(3,), window_size=3, qkv_bias=True)
     config._attn_implementation = "eager"
     theirs = filled(getattr(florence, f"Florence2Vision{kind}Attention")(config, 0))
-    if kind == "Channel":
-        ours = ChannelAttention(12, 3, scale="tokens").double()
-    else:
-        ours = WindowAttention(12, 3, window=3).double()
-    load(ours, (theirs.qkv.weight, theirs.qkv.bias), (theirs.proj.weight, theirs.proj.bias), "qkv")
+    ours = regard.convert_layer(theirs)
     x = normal(5, 2, 4, 5, 12)
     want = theirs(x.flatten(1, 2) if kind == "Channel" else x)
     torch.testing.assert_close(ours(x.movedim(-1, 1)).flatten(2).mT, want.reshape(2, 20, 12), rtol=1e-5, atol=1e-6)

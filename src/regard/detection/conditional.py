@@ -1,5 +1,7 @@
 """Conditional cross-attention: content and place side by side in every head; the place is learnt."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from regard.masks import Mask, padding
 from regard.pipeline.function import attention
 from regard.pipeline.tokens import key_padding
 from regard.shapes import HeadShape
+from regard.weights import Loaded, same
 
 
 def _inputs(shape: HeadShape) -> tuple[Tensor, ...]:
@@ -145,3 +148,14 @@ class ConditionalCrossAttention(nn.Module):
         heads = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in parts)
         out = conditional_attention(*heads, mask=None if keep is None else padding(keep))
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+@CARD.loads("transformers", "ConditionalDetrDecoderCrossAttention")
+def _transformers(theirs: Any) -> Loaded:
+    """Of the first layer: what later ones multiply their sines by is one MLP of the whole decoder."""
+    if theirs.q_pos_proj is None:
+        refuse(theirs, "q_pos_proj", "is none, so that this is a later layer", None, "the decoder's first layer")
+    own = {"q_proj": "q_content_proj", "k_proj": "k_content_proj", "v_proj": "v_proj", "o_proj": "o_proj"}
+    places = {"q_spatial_proj": "q_pos_sine_proj", "k_spatial_proj": "k_pos_proj", "q_pos_proj": "q_pos_proj"}
+    dim, heads = theirs.hidden_size, theirs.num_attention_heads
+    return Loaded(lambda: ConditionalCrossAttention(dim, heads, first=True), same(theirs, own | places))

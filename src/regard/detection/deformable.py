@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from regard.masks import Mask
 from regard.pipeline.tokens import key_padding
 from regard.shapes import HeadShape
 from regard.tracing import readable
+from regard.weights import Loaded, same
 
 
 def example_inputs(shape: HeadShape) -> tuple[Tensor, ...]:
@@ -160,3 +161,22 @@ class DeformableAttention(nn.Module):
         """Refuse maps that are not what the context is made of."""
         if readable(shapes) and (bool((shapes < 1).any()) or int(shapes.prod(-1).sum()) != tokens):
             refuse(self, "shapes", "don't make up the context", shapes.tolist(), f"maps of {tokens} tokens together")
+
+
+NAMES = {
+    "offset_proj": "sampling_offsets",
+    "weight_proj": "attention_weights",
+    "v_proj": "value_proj",
+    "o_proj": "output_proj",
+}
+"""Ours, and theirs in transformers."""
+
+
+@CARD.loads(
+    "transformers",
+    *("DeformableDetrMultiscaleDeformableAttention", "GroundingDinoMultiscaleDeformableAttention"),
+    *("RTDetrMultiscaleDeformableAttention", "MMGroundingDinoMultiscaleDeformableAttention"),
+)
+def _transformers(theirs: Any) -> Loaded:
+    sizes = {"num_levels": theirs.n_levels, "num_points": theirs.n_points}
+    return Loaded(lambda: DeformableAttention(theirs.d_model, theirs.n_heads, **sizes), same(theirs, NAMES))

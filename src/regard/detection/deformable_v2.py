@@ -1,11 +1,15 @@
 """RT-DETRv2's deformable attention: points by level, and sampling of single pixels."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import refuse, whole
-from regard.detection.deformable import DeformableAttention, example_inputs
+from regard.detection.deformable import NAMES, DeformableAttention, example_inputs
 from regard.detection.sampling import Sampling
+from regard.weights import Loaded, Move, same
 
 CARD = Card(
     "deformable_v2",
@@ -67,3 +71,17 @@ class DeformableAttentionV2(DeformableAttention):
         if len(points) != num_levels:
             refuse(self, "points", "has another number of levels", points, f"{num_levels} numbers")
         super().__init__(dim, num_heads, points=points, sampling=sampling, offset_scale=offset_scale)
+
+
+@CARD.loads("transformers", "RTDetrV2MultiscaleDeformableAttention")
+def _transformers(theirs: Any) -> Loaded:
+    def build() -> DeformableAttentionV2:
+        sampling: Sampling = "discrete" if theirs.method == "discrete" else "bilinear"
+        options = {"points": tuple(theirs.n_points_list), "offset_scale": theirs.offset_scale}
+        return DeformableAttentionV2(
+            theirs.d_model, theirs.n_heads, num_levels=theirs.n_levels, sampling=sampling, **options
+        )
+
+    share = [1 / n for n in theirs.n_points_list for _ in range(n)]
+    scale = Move((), ("n_points_scale",), lambda t: [], lambda: [torch.tensor(share)])
+    return Loaded(build, [*same(theirs, NAMES), scale])

@@ -1,7 +1,7 @@
 """Gated attention: a sigmoid gate of the query's own token scales what each head puts out."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, divides, refuse
 from regard.stages import Gate, GateSite
+from regard.weights import Loaded, woven
 
 CARD = Card(
     "gated",
@@ -124,3 +125,12 @@ class SigmoidGate(Gate):
         if at != "dense":
             logits = logits.unflatten(-1, self.gate_shape).transpose(1, 2)
         return apply_gate(z, logits, combine=self.combine, activation=self.activation)
+
+
+@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention")
+def _beside_the_queries(theirs: Any) -> Loaded:
+    """One projection has the rows of each head's query, then of its gate."""
+    H, D, M = theirs.config.num_attention_heads, theirs.head_dim, theirs.config.hidden_size
+    biased = theirs.q_proj.bias is not None
+    moves = woven(theirs, ("q_proj", "gate.proj"), "q_proj", H)
+    return Loaded(lambda: SigmoidGate(M, H, head_dim=D, bias=biased), moves)

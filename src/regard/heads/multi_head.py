@@ -6,8 +6,14 @@
 The pipeline itself is this mechanism, so the cards fill no slot but the number of key/value heads.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import divides, refuse, whole
+from regard.weights import Loaded, Move, only, same, setting, shapes, shapes_of, stacked, transposed, woven
 
 CARD = Card(
     "softmax",
@@ -85,3 +91,107 @@ def grouped_query(num_heads: int, num_kv_heads: int) -> int:
     if num_kv_heads < num_heads:
         return num_kv_heads
     return max(g for g in range(1, max(1, num_heads // 4) + 1) if num_heads % g == 0)
+
+
+# --- pretrained layers ---------------------------------------------------------------------------------------
+
+
+@CARD.loads(
+    "transformers",
+    *("LlamaAttention", "MistralAttention", "MixtralAttention", "MinistralAttention", "GemmaAttention"),
+    *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "GraniteAttention"),
+    *("ArceeAttention", "Starcoder2Attention", "OlmoAttention", "SeedOssAttention", "JambaAttention"),
+    *("CohereAttention", "HeliumAttention", "Ernie4_5Attention", "Gemma3Attention"),
+    *("BartAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention", "WhisperAttention"),
+    *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "OPTAttention"),
+    *("ViTAttention", "DeiTAttention", "Dinov2Attention", "ViTMAEAttention"),
+)
+def _separate(theirs: Any) -> Loaded:
+    only(setting(theirs, "config"), {"clip_qkv": None, "attn_logit_softcapping": None})
+    moves = same(theirs, {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"})
+    return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "out_proj"})])
+
+
+@CARD.loads("transformers", "CLIPAttention")
+def _clip(theirs: Any) -> Loaded:
+    """Its text model is causal, which only the model tells its layers."""
+    moves = same(theirs, {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "out_proj"})
+    return _loaded(theirs, moves, causal=type(theirs.config).__name__ == "CLIPTextConfig")
+
+
+@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention")
+def _without_queries(theirs: Any) -> Loaded:
+    """The gate, whose rows stand between those of the queries, brings both."""
+    return _loaded(theirs, same(theirs, {"k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"}))
+
+
+@CARD.loads(
+    "transformers",
+    *("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
+    *("CamembertSelfAttention", "BertCrossAttention", "RobertaCrossAttention"),
+)
+def _unmerged(theirs: Any) -> Loaded:
+    return _loaded(theirs, same(theirs, {"q_proj": "query", "k_proj": "key", "v_proj": "value"}))
+
+
+@CARD.loads("transformers", "GPT2Attention")
+def _conv1d(theirs: Any) -> Loaded:
+    only(theirs, {"is_cross_attention": False})
+    moves = transposed([*stacked(theirs, _QKV, "c_attn"), *same(theirs, {"o_proj": "c_proj"})])
+    return _loaded(theirs, moves)
+
+
+@CARD.loads("transformers", "Phi3Attention")
+def _grouped(theirs: Any) -> Loaded:
+    H, G, D = (setting(theirs, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    moves = stacked(theirs, _QKV, "qkv_proj", [H * D, G * D, G * D])
+    return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "o_proj"})])
+
+
+@CARD.loads("transformers", "GPTNeoXAttention", "BloomAttention")
+def _woven(theirs: Any) -> Loaded:
+    moves = woven(theirs, _QKV, "query_key_value", setting(theirs, "num_heads", "num_attention_heads"))
+    keywords = {"causal": True}  # Bloom's does not say so
+    return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "dense"})], **keywords)
+
+
+@CARD.loads("timm.layers", "Attention")
+def _timm(theirs: Any) -> Loaded:
+    only(theirs, {"gate": None})
+    if not isinstance(getattr(theirs, "norm", None), nn.Identity | None):
+        refuse(theirs, "norm", "of the heads' outputs has no counterpart here", theirs.norm, "scale_norm=False")
+    return _loaded(theirs, [*stacked(theirs, _QKV, "qkv"), *same(theirs, {"o_proj": "proj"})])
+
+
+@CARD.loads("torch.nn", "MultiheadAttention")
+def _torch(theirs: Any) -> Loaded:
+    only(theirs, {"bias_k": None, "bias_v": None, "add_zero_attn": False})
+    if theirs.kdim != theirs.vdim:
+        refuse(theirs, "vdim", "is not kdim", theirs.vdim, f"{theirs.kdim}: keys and values come of one context")
+    apart = {f"{n}_proj.weight": f"{n}_proj_weight" for n in "qkv"}  # where keys have another width than queries
+    return _loaded(theirs, [*stacked(theirs, _QKV, "in_proj"), *same(theirs, {"o_proj": "out_proj", **apart})])
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def _loaded(theirs: Any, moves: Sequence[Move], **keywords: Any) -> Loaded:
+    """Their sizes, which the projections tell, and settings."""
+    sizes = shapes(moves, shapes_of(theirs))
+    D = setting(theirs, "head_dim", "attention_head_size", "head_size")
+    rows, dim = sizes.get("q_proj.weight") or sizes["o_proj.weight"][::-1]
+    key_rows, context_dim = sizes["k_proj.weight"]
+    dropout = setting(theirs, "attention_dropout", "dropout", "attn_dropout", "attn_drop", default=0.0)
+    keywords = {
+        "dim": dim,
+        "num_heads": rows // D,
+        "num_kv_heads": key_rows // D,
+        "head_dim": D,
+        "context_dim": context_dim,
+        "causal": bool(getattr(theirs, "is_causal", False)),
+        "scale": getattr(theirs, "scaling", None),
+        "dropout": getattr(dropout, "p", dropout),
+        "bias": True,  # those that theirs lack, ours lose
+        **keywords,
+    }
+    return Loaded(lambda: keywords, moves)

@@ -106,7 +106,7 @@ def _host(at: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedModel"
             )
             raise ValueError(f"{wrong}, so that it does not belong to {RECIPE}; save both again")
     with naming(at / "config.json"):
-        kind, config = _config(found)
+        kind, config = host_class(found)
         with torch.device("meta"):
             asked = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
         if asked > found.numbers:
@@ -134,7 +134,7 @@ def _host(at: Path, recipe: Mapping[str, Any], digest: str) -> "PreTrainedModel"
     return model
 
 
-def _config(found: Weights) -> tuple[Any, Any]:
+def host_class(found: Weights) -> tuple[Any, Any]:
     """The host's class, and its config."""
     import transformers
 

@@ -13,6 +13,7 @@ from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
 from regard.tracing import as_it_is, exporting
+from regard.weights import Loaded, same
 
 CARD = Card(
     "nystromformer",
@@ -195,3 +196,15 @@ class NystromAttention(HeadMixer):
             return out
         values = repeat_heads(v, self.num_heads)
         return out + self.conv(values if keep is None else values.masked_fill(~keep[:, None, :, None], 0))
+
+
+@CARD.loads("transformers", "NystromformerSelfAttention")
+def _transformers(theirs: Any) -> Loaded:
+    """Equal for lengths that landmarks divide; theirs also sees landmarks of padding. It has no output projection."""
+
+    def build() -> NystromAttention:
+        H, D = theirs.num_attention_heads, theirs.attention_head_size
+        conv = {"num_landmarks": theirs.num_landmarks, "conv_width": theirs.conv_kernel_size}
+        return NystromAttention(theirs.query.in_features, H, head_dim=D, bias=True, coefficient="original", **conv)
+
+    return Loaded(build, same(theirs, {"q_proj": "query", "k_proj": "key", "v_proj": "value", "conv": "conv"}))

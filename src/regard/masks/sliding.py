@@ -3,9 +3,12 @@
 Stacking l layers widens the view about l times, so that cost grows linearly with length while the top layer sees far.
 """
 
+from typing import Any
+
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.masks import patterns
 from regard.masks.algebra import Mask
+from regard.weights import Loaded
 
 PAPERS = (
     Paper("Longformer: The Long-Document Transformer", "Beltagy, Peters, Cohan", 2020, "2004.05150", "section 3.1"),
@@ -73,3 +76,14 @@ def dilated_window(*, window: int = 128, dilation: int = 2) -> Mask:
         dilation: d. Both defaults are this library's, not the paper's.
     """
     return patterns.dilated(window, dilation)
+
+
+@WINDOW.loads(
+    "transformers",
+    *("MistralAttention", "MixtralAttention", "MinistralAttention", "Phi3Attention", "Starcoder2Attention"),
+    *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "Gemma3Attention"),
+)
+def _transformers(theirs: Any) -> Loaded | None:
+    """The layer's own, or that of all layers, where the config does not say which have one."""
+    size = theirs.sliding_window if hasattr(theirs, "sliding_window") else theirs.config.sliding_window
+    return Loaded(lambda: sliding_window(window=size)) if size else None  # (lambda: sliding_window(window=size))

@@ -1,5 +1,7 @@
 """ConvBERT's mixed attention: half of the heads attend, half convolve with a kernel for each token."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from regard.masks import Mask, full, padding
 from regard.mixers.span_conv import HIDDEN, PAPER, SpanHeads, initialise
 from regard.pipeline.function import attention
 from regard.pipeline.tokens import apart, key_mask, quarantine, spoil
+from regard.weights import Loaded, reshaped, same
 
 CARD = Card(
     "convbert",
@@ -88,3 +91,24 @@ class MixedAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out = attention(q, k, v, mask=None if keep is None else padding(keep), dropout=dropout)
         return out.transpose(1, 2).flatten(2)
+
+
+@CARD.loads("transformers", "ConvBertSelfAttention")
+def _transformers(theirs: Any) -> Loaded:
+    """It has no output projection. Its convolutions see hidden tokens."""
+
+    def build() -> MixedAttention:
+        H, K = theirs.num_attention_heads, theirs.conv_kernel_size
+        return MixedAttention(theirs.query.in_features, H, head_ratio=1, kernel_size=K, dropout=theirs.dropout.p)
+
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "heads.u_proj": "conv_out_layer"}
+    deep = {"heads.kernel_proj": "conv_kernel_layer", "heads.depthwise": "key_conv_attn_layer.depthwise"}
+    span = "key_conv_attn_layer"
+    return Loaded(
+        build,
+        [
+            *same(theirs, names | deep),
+            reshaped("heads.pointwise.weight", f"{span}.pointwise.weight", lambda w: w[..., 0], lambda w: w[..., None]),
+            reshaped("heads.pointwise.bias", f"{span}.bias", lambda b: b[:, 0], lambda b: b[:, None]),
+        ],
+    )

@@ -1,5 +1,7 @@
 """ALiBi: each head's scores fall linearly with distance, at a fixed slope of its own."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,6 +10,7 @@ from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import fits, whole
 from regard.positions._shared import distances, work_dtype
 from regard.stages import Position, Rows
+from regard.weights import Loaded
 
 CARD = Card(
     "alibi",
@@ -69,3 +72,9 @@ class Alibi(Position):
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}"
+
+
+@CARD.loads("transformers", "BloomAttention")
+def _bloom(theirs: Any) -> Loaded:
+    """Bloom adds +m j, which is the same under causal softmax."""
+    return Loaded(lambda: Alibi(theirs.num_heads))

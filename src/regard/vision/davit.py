@@ -5,7 +5,7 @@ image at a cost linear in the pixels; windows refine what is near. A DaViT layer
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, choice, divides, whole
+from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
 from regard.vision.maps import to_map, to_tokens
+from regard.weights import Loaded, Move, same, setting, stacked
 
 PAPERS = (
     Paper(
@@ -213,3 +214,45 @@ class ChannelAttention(_DualAttention):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, scale={self.scale!r}"
+
+
+def _moved(theirs: Any, ours: str = "qkv") -> list[Move]:
+    return [*stacked(theirs, [f"{n}_proj" for n in ours], "qkv"), *same(theirs, {"o_proj": "proj"})]
+
+
+@SPATIAL.loads("transformers", "Florence2VisionWindowAttention")
+def _florence_window(theirs: Any) -> Loaded:
+    bias = theirs.qkv.bias is not None
+    return Loaded(
+        lambda: WindowAttention(theirs.dim, theirs.num_heads, window=theirs.window_size, bias=bias), _moved(theirs)
+    )
+
+
+@SPATIAL.loads("timm.models.davit", "WindowAttention")
+def _timm_window(theirs: Any) -> Loaded:
+    bias, window = theirs.qkv.bias is not None, theirs.window_size
+    if window[0] != window[1]:
+        refuse(theirs, "window_size", "is no square", window, "both sides alike")
+    return Loaded(lambda: WindowAttention(theirs.dim, theirs.num_heads, window=window[0], bias=bias), _moved(theirs))
+
+
+@CHANNEL.loads("transformers", "Florence2VisionChannelAttention")
+def _florence_channel(theirs: Any) -> Loaded:
+    bias = theirs.qkv.bias is not None
+    return Loaded(lambda: ChannelAttention(theirs.dim, theirs.groups, scale="tokens", bias=bias), _moved(theirs))
+
+
+@CHANNEL.loads("timm.models.davit", "ChannelAttention")
+def _timm_channel(theirs: Any) -> Loaded:
+    """Its names of the three are the authors'."""
+    return _timm_channels(theirs, "channels", "vqk")
+
+
+@CHANNEL.loads("timm.models.davit", "ChannelAttentionV2")
+def _timm_channel_v2(theirs: Any) -> Loaded:
+    return _timm_channels(theirs, "tokens" if theirs.dynamic_scale else "channels", "qkv")
+
+
+def _timm_channels(theirs: Any, scale: Literal["channels", "tokens"], ours: str) -> Loaded:
+    dim, bias, groups = theirs.qkv.in_features, theirs.qkv.bias is not None, setting(theirs, "num_heads", "groups")
+    return Loaded(lambda: ChannelAttention(dim, groups, scale=scale, bias=bias), _moved(theirs, ours))

@@ -1,6 +1,6 @@
 """HaloNet: blocks of queries attend to their block and a halo around it, by content and position."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
 from regard.shapes import head_shape
+from regard.weights import Loaded, only, same, woven
 
 CARD = Card(
     "halo",
@@ -189,3 +190,21 @@ class HaloAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, block={self.block}, halo={self.halo}, stride={self.stride}"
+
+
+@CARD.loads("timm.layers", "HaloAttn")
+def _timm(theirs: Any) -> Loaded:
+    """Its position terms are in steps of a strided query."""
+    dim, rows = theirs.q.in_channels, (theirs.dim_head_qk, theirs.dim_head_v)
+    only(theirs, {"dim_out_v": dim})
+    if not isinstance(theirs.pool, nn.Identity):
+        refuse(theirs, "pool", "has no counterpart here", theirs.pool, "queries with a stride, or none")
+    options = {"block": theirs.block_size, "halo": theirs.halo_size, "stride": theirs.block_stride}
+    options |= {"scale_positions": theirs.scale_pos_embed, "bias": theirs.q.bias is not None}
+
+    def build() -> HaloAttention:
+        return HaloAttention(dim, theirs.num_heads, head_dim=theirs.dim_head_qk, distances="steps", **options)
+
+    both = woven(theirs, ("k_proj", "v_proj"), "kv", theirs.num_heads, rows)
+    tables = {"height_table": "pos_embed.height_rel", "width_table": "pos_embed.width_rel"}
+    return Loaded(build, [*same(theirs, {"q_proj": "q", **tables}), *both])

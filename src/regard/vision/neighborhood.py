@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from regard.masks.grids import Neighborhood
 from regard.shapes import head_shape
 from regard.tracing import as_it_is
 from regard.vision.maps import AXES, to_map, to_tokens
+from regard.weights import Loaded, same
 
 CARD = Card(
     "neighborhood",
@@ -213,3 +215,15 @@ class NeighborhoodAttention(nn.Module):
 
 def _largest(value: Each) -> int:
     return max(value, default=1) if isinstance(value, tuple | list) else value  # type: ignore[return-value]
+
+
+@CARD.loads("transformers", "NeighborhoodAttention")
+def _transformers(theirs: Any) -> Loaded:
+    """NAT's and DiNAT's, on maps (B, M, Y, X) in place of (B, Y, X, M). It has no output projection."""
+    biased = theirs.query.bias is not None
+
+    def build() -> NeighborhoodAttention:
+        dim, window = theirs.all_head_size, {"window": theirs.kernel_size, "dilation": theirs.dilation}
+        return NeighborhoodAttention(dim, theirs.num_attention_heads, **window, relative=True, bias=biased)
+
+    return Loaded(build, same(theirs, {"q_proj": "query", "k_proj": "key", "v_proj": "value", "table": "rpb"}))

@@ -1,0 +1,356 @@
+"""One small random module of every class that regard loads, and how to compare the two layers.
+
+The tests and `tools/conversions.py` go through these. Where a library isn't installed its cases are missing.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import regard
+from regard import masks
+from vision.naive_neighborhood import naive_neighborhood
+
+M, H, G, D, T, S = 24, 4, 2, 6, 7, 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """Their module, in float64, and f(ours, theirs) -> the two outputs, which must be equal."""
+
+    theirs: nn.Module
+    outputs: Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]
+    fp32: bool = False
+    """Whether theirs computes something (angles, a softmax, a norm) in float32 whatever its dtype."""
+    exact: bool = True
+    """Whether the weights can be had back."""
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform(seed: int, *shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(module: nn.Module, seed: int = 1) -> Any:
+    """In float64, with random weights of which none is 0 or 1."""
+    module = module.double().eval()
+    with torch.no_grad():
+        for n, p in enumerate(module.parameters()):
+            p.copy_(0.4 * normal(100 * seed + n, *p.shape) + (0.5 if p.dim() == 1 else 0))
+    return module
+
+
+def keep(batch: int = 2, length: int = T) -> Tensor:
+    """Padding on the right; the first sequence has none."""
+    return torch.arange(length) < torch.tensor([length, length - 3])[:batch, None]
+
+
+def added(allowed: Tensor) -> Tensor:
+    """A mask as transformers adds it to scores."""
+    return torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
+
+
+# --- transformers --------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "hidden_size": M, "num_attention_heads": H, "num_key_value_heads": G, "head_dim": D, "intermediate_size": 16,
+    "num_hidden_layers": 2, "vocab_size": 16, "max_position_embeddings": 64, "attn_implementation": "sdpa",
+    "embedding_size": M, "attention_bias": True, "qkv_bias": True, "pad_token_id": 0,
+}  # fmt: skip
+WHOLE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+OWN: dict[str, dict[str, Any]] = {
+    "Gemma3Attention": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
+    "Qwen3Attention": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+    "MistralAttention": {"sliding_window": 3},
+    "Phi3Attention": {"sliding_window": 4},
+    "Qwen3NextAttention": {"rope_parameters": WHOLE},
+    "Qwen3_5Attention": {"rope_parameters": WHOLE},
+    "GPTNeoXAttention": {"rope_parameters": WHOLE},
+    "GraniteAttention": {"attention_multiplier": 0.3},
+}
+CONFIGS = {
+    "Gemma3Attention": "Gemma3TextConfig",
+    "Qwen3_5Attention": "Qwen3_5TextConfig",
+    "CLIPAttention": "CLIPTextConfig",
+    "SiglipAttention": "SiglipVisionConfig",
+}
+
+
+BOTH_WAYS = {
+    *("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
+    *("CamembertSelfAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention"),
+    *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "ViTAttention", "DeiTAttention", "Dinov2Attention"),
+    "ViTMAEAttention",
+}
+"""Those that are built here as their encoders build them."""
+
+
+def cls(name: str) -> type[nn.Module]:
+    """The class of transformers, wherever it stands."""
+    special = {"M2M100": "m2m_100", "CLIP": "clip", "OPT": "opt", "ViTMAE": "vit_mae", "ViT": "vit", "DeiT": "deit",
+               "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "MBart": "mbart", "XLMRoberta": "xlm_roberta", "Olmo": "olmo",
+               "Neighborhood": "dinat", "ConvBert": "convbert", "SeedOss": "seed_oss", "Qwen2Moe": "qwen2_moe",
+               "Qwen3Moe": "qwen3_moe", "Qwen3Next": "qwen3_next", "ConditionalDetr": "conditional_detr",
+               "DeformableDetr": "deformable_detr", "GroundingDino": "grounding_dino", "RTDetrV2": "rt_detr_v2",
+               "RTDetr": "rt_detr", "MMGroundingDino": "mm_grounding_dino"}  # fmt: skip
+    ending = r"(Decoder|Vision)?(Self|Cross|MultiscaleDeformable|Window|Channel)?Attention$"
+    stem = re.sub(ending, "", name)
+    folder = special.get(stem, stem.lower())
+    return getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+
+
+def config_of(kind: type[nn.Module], **more: Any) -> Any:
+    file = inspect.getmodule(kind)
+    stem = re.sub(r"(Self|Cross)?Attention$", "", kind.__name__)
+    where = importlib.import_module(file.__name__.replace("modeling_", "configuration_"))
+    return getattr(where, CONFIGS.get(kind.__name__, f"{stem}Config"))(
+        **{**SETTINGS, **OWN.get(kind.__name__, {}), **more}
+    )
+
+
+def module_of(name: str, **more: Any) -> nn.Module:
+    kind = cls(name)
+    arguments = inspect.signature(kind).parameters
+    config = config_of(kind, **more)
+    if "embed_dim" in arguments:
+        return kind(M, H, config=config, is_causal=name not in BOTH_WAYS)
+    return kind(config, layer_idx=0) if "layer_idx" in arguments else kind(config)
+
+
+def rotated(theirs: nn.Module, x: Tensor) -> dict[str, Any]:
+    """What a model with rotary positions hands to its layers."""
+    if "position_embeddings" not in inspect.signature(theirs.forward).parameters:
+        return {}
+    file = inspect.getmodule(type(theirs))
+    stem = type(theirs).__name__.removesuffix("Attention")
+    names = (f"{stem}RotaryEmbedding", f"{stem}TextRotaryEmbedding")
+    embedding = next(getattr(file, name) for name in names if hasattr(file, name))(theirs.config)
+    kind = [theirs.layer_type] if "layer_type" in inspect.signature(embedding.forward).parameters else []
+    return {"position_embeddings": embedding(x, torch.arange(x.shape[1]).expand(len(x), -1), *kind)}
+
+
+def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Self-attention of padded sequences, as their model would mask them."""
+    name = type(theirs).__name__
+    x, real = normal(2, 2, T, M), keep()
+    ages = torch.arange(T)[:, None] - torch.arange(T)
+    seen = ages.abs() < OWN.get(name, {}).get("sliding_window", T)
+    if name not in BOTH_WAYS:
+        seen &= ages >= 0
+    allowed = seen & real[:, None, None]
+    given: dict[str, Any] = {"attention_mask": added(allowed), **rotated(theirs, x)}
+    return ours(x, mask=masks.padding(real)), theirs(x, **given)[0]
+
+
+def across(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    x, context, real = normal(2, 2, T, M), normal(3, 2, S, M), keep(2, S)
+    name = "key_value_states" if hasattr(theirs, "embed_dim") else "encoder_hidden_states"
+    given = {name: context, "attention_mask": added(real[:, None, None].expand(2, 1, T, S))}
+    return ours(x, context, mask=masks.padding(real)), theirs(x, **given)[0]
+
+
+def bloom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    file = inspect.getmodule(type(theirs))
+    x, real = normal(2, 2, T, M), keep()
+    allowed = torch.ones(T, T).tril().bool() & real[:, None, None]
+    alibi = file.build_alibi_tensor(torch.ones(2, T), H, torch.float64)
+    return ours(x, mask=masks.padding(real)), theirs(x, torch.zeros_like(x), alibi, added(allowed))[0]
+
+
+def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    x = normal(2, 2, 20, M)
+    return ours(x), theirs(x)[0]
+
+
+def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    x = normal(2, 2, 11, M)
+    return ours(x), theirs(x)[0]
+
+
+def florence(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    x = normal(5, 2, 4, 5, M)
+    want = theirs(x.flatten(1, 2) if hasattr(theirs, "groups") else x)
+    return ours(x.movedim(-1, 1)).flatten(2).mT, want.reshape(2, 20, M)
+
+
+def dinat(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Loops over its weights: its own forward needs natten, and hands heads and rows to it in the wrong order."""
+    x = normal(5, 2, 7, 8, M)
+    q, k, v = (f(x).unflatten(-1, (H, D)) for f in (theirs.query, theirs.key, theirs.value))
+    options = [(one, one) for one in (theirs.kernel_size, 1, theirs.dilation, False)]
+    out = naive_neighborhood(q, k, v, *options, bias=theirs.rpb)
+    return ours(x.movedim(-1, 1)).movedim(1, -1), out.flatten(3)
+
+
+def conditional(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    from regard.detection.places import sine_embedding
+
+    x, memory, query_pos, pos = normal(1, 2, 5, M), normal(2, 2, 7, M), normal(3, 2, 5, M), normal(5, 2, 7, M)
+    reference, real = uniform(4, 2, 5, 2), keep(2, 7)
+    want = theirs(
+        x,
+        encoder_hidden_states=memory,
+        query_sine_embed=sine_embedding(reference, M),
+        encoder_position_embeddings=pos,
+        query_position_embeddings=query_pos,
+        attention_mask=added(real[:, None, None].expand(2, 1, 5, 7)),
+    )[0]
+    return ours(x, memory, reference, pos, query_pos=query_pos, mask=real), want
+
+
+LEVELS = [(4, 7), (3, 2), (1, 3)]
+
+
+def deformable(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    x, context, real = normal(2, 2, 5, M), normal(3, 2, 37, M), uniform(5, 2, 37) < 0.8
+    reference = 0.2 + 0.6 * uniform(4, 2, 5, 1, 4)
+    want = theirs(
+        x,
+        encoder_hidden_states=context,
+        attention_mask=real,
+        reference_points=reference.expand(2, 5, 1 if hasattr(theirs, "method") else 3, 4),
+        spatial_shapes=torch.tensor(LEVELS),
+        spatial_shapes_list=LEVELS,
+        level_start_index=torch.tensor([0, 28, 34]),
+    )[0]
+    return ours(x, context, reference, LEVELS, mask=real), want
+
+
+def deformable_module(name: str) -> nn.Module:
+    kind = cls(name)
+    stem = name.removesuffix("MultiscaleDeformableAttention")
+    where = importlib.import_module(inspect.getmodule(kind).__name__.replace("modeling_", "configuration_"))
+    levels = {"num_feature_levels": 3, "disable_custom_kernels": True}
+    v2 = {"decoder_n_points": 2, "decoder_n_levels": 3, "decoder_offset_scale": 0.8, "decoder_attention_heads": H}
+    config = getattr(where, f"{stem}Config")(d_model=M, **levels, **v2)
+    return kind(config) if stem == "RTDetrV2" else kind(config, num_heads=H, n_points=2)
+
+
+def of_transformers(name: str) -> Case:
+    if name.endswith("DeformableAttention"):
+        return Case(filled(deformable_module(name)), deformable)
+    if name == "ConditionalDetrDecoderCrossAttention":
+        from transformers import ConditionalDetrConfig
+
+        config = ConditionalDetrConfig(d_model=M, decoder_attention_heads=H, attn_implementation="sdpa")
+        return Case(filled(cls(name)(config, M, H)), conditional)
+    if name.startswith("Florence2Vision"):
+        from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
+
+        kind = cls(name)
+        config = Florence2VisionConfig(embed_dim=(M,), num_heads=(H,), num_groups=(H,), window_size=3, qkv_bias=True)
+        config._attn_implementation = "sdpa"
+        return Case(filled(kind(config, 0)), florence)
+    if name == "NeighborhoodAttention":
+        kind = cls(name)
+        config = importlib.import_module("transformers").DinatConfig()
+        return Case(filled(kind(config, M, H, 3, 2)), dinat)
+    if name == "NystromformerSelfAttention":
+        more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
+        return Case(filled(module_of(name, **more)), nystrom)
+    if name == "ConvBertSelfAttention":
+        return Case(filled(module_of(name, conv_kernel_size=7, head_ratio=2)), convbert)
+    theirs = filled(module_of(name))
+    if name == "BloomAttention":
+        return Case(theirs, bloom, fp32=True)
+    exact = name not in ("Gemma3Attention", "Qwen3NextAttention", "Qwen3_5Attention")
+    rotary = "position_embeddings" in inspect.signature(theirs.forward).parameters
+    return Case(theirs, across if "Cross" in name else tokens, fp32=rotary or not exact, exact=exact)
+
+
+# --- other libraries -----------------------------------------------------------------------------------------
+
+
+def of_torch(name: str) -> Case:
+    def outputs(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+        x, context, real = normal(2, 2, T, M), normal(3, 2, S, 10), keep(2, S)
+        return ours(x, context, mask=masks.padding(real)), theirs(x, context, context, key_padding_mask=~real)[0]
+
+    return Case(filled(nn.MultiheadAttention(M, H, kdim=10, vdim=10, batch_first=True)), outputs)
+
+
+EDGES = torch.randint(9, (2, 30), generator=torch.Generator().manual_seed(5))
+
+
+def of_geometric(name: str) -> Case:
+    from torch_geometric import nn as geometric
+
+    if name == "GATv2Conv":
+
+        def outputs(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+            x, features = normal(4, 9, M), normal(6, 30, 2)
+            return ours(x, EDGES, features), theirs(x, EDGES, features)
+
+        return Case(filled(geometric.GATv2Conv(M, D, H, edge_dim=2)), outputs)
+    if name == "SuperGATConv":
+        return Case(
+            filled(geometric.SuperGATConv(M, D, H)),
+            lambda ours, theirs: (ours(normal(4, 9, M), EDGES), theirs(normal(4, 9, M), EDGES)),
+        )
+
+    def network(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, M), nn.ReLU(), nn.Linear(M, M))
+
+    def points(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+        x, pos = normal(4, 9, M), normal(5, 9, 3)
+        return ours(x, EDGES, pos), theirs(x, pos, EDGES)
+
+    return Case(filled(geometric.PointTransformerConv(M, M, pos_nn=network(3), attn_nn=network(M))), points)
+
+
+def of_timm(name: str) -> Case:
+    from timm.layers import Attention, RmsNorm
+    from timm.layers.halo_attn import HaloAttn
+    from timm.models import davit
+
+    def maps(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+        x = normal(5, 2, M, 8, 8)
+        return ours(x), theirs(x)
+
+    if name == "HaloAttn":
+        return Case(filled(HaloAttn(M, num_heads=H, block_size=4, halo_size=1, scale_pos_embed=True)), maps)
+    if name == "Attention":
+        theirs = filled(Attention(M, H, qkv_bias=True, qk_norm=True, norm_layer=RmsNorm))
+        return Case(theirs, lambda ours, theirs: (ours(normal(2, 2, T, M)), theirs(normal(2, 2, T, M))))
+    if name == "WindowAttention":
+
+        def window(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+            x = normal(5, 2, 3, 3, M)
+            return ours(x.movedim(-1, 1)).movedim(1, -1).flatten(1, 2), theirs(x.flatten(1, 2))
+
+        return Case(filled(davit.WindowAttention(M, (3, 3), H)), window)
+
+    def channels(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+        x = normal(5, 2, 12, M)
+        return ours(x.mT).mT, theirs(x)
+
+    return Case(filled(getattr(davit, name)(M, H)), channels)
+
+
+LIBRARIES: dict[str, Callable[[str], Case]] = {
+    "transformers": of_transformers,
+    "torch.nn": of_torch,
+    "torch_geometric.nn": of_geometric,
+    "timm.layers": of_timm,
+    "timm.models.davit": of_timm,
+}
+
+
+def names() -> list[str]:
+    """All that regard says it loads of libraries that are installed."""
+    return [name for name in regard.convertible() if find_spec(name.split(" ")[0].split(".")[0]) is not None]
+
+
+def case(name: str) -> Case:
+    library, kind = name.split(" ")
+    return LIBRARIES[library](kind)
