@@ -12,6 +12,7 @@ from regard.kernels import (
     chunked,
     decode,
     eager,
+    few,
     flex,
     grouped,
     native,
@@ -29,6 +30,7 @@ from regard.stages import IN_KERNELS
 from regard.tracing import as_it_is, exporting
 
 KERNELS: dict[str, ModuleType] = {
+    "few": few,
     "sdpa": sdpa,
     "grouped": grouped,
     "native": native,
@@ -46,9 +48,6 @@ KERNELS: dict[str, ModuleType] = {
 
 TORCH = (sdpa, chunked, eager)
 """Those that take nothing but torch's own operations, for which torch has rules for everything."""
-
-FEW = 2**16
-"""Queries times keys times widths up to which nobody can make good what launching more than one kernel costs."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
 
 def _run(p: Problem, module: ModuleType) -> Tensor:
     p = _apart(p)
-    return module.run(p) if module in (decode, native) else honest(p, module.run)
+    return module.run(p) if module in (decode, few, native) else honest(p, module.run)
 
 
 def _apart(p: Problem) -> Problem:
@@ -154,9 +153,11 @@ def _auto(p: Problem) -> ModuleType:
     """What `choose` would say, without its price where the answer is plain."""
     if not p.readable:
         return _unseen(p)
+    if few.banded(p.mask) and p.q.size(2) <= few.MOST and not few.why_not(p):
+        return few  # who reads the cache once and needs no more is the cheapest
     if not _plain(p):
         return KERNELS[_chosen(p).kernel]
-    if p.q.numel() * p.k.size(2) <= FEW:
+    if p.q.numel() * p.k.size(2) <= few.TINY:
         return sdpa
     able = [module for module in (sdpa, native, decode) if not module.why_not(p)]
     return min(able, key=lambda module: rates().seconds(module.cost(p)))

@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 from typing import Any, ParamSpec, Unpack
 
 import torch
@@ -15,8 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import choice
-from regard.kernels import Plan, Problem, choose, execute
+from regard.kernels import Plan, Problem, choose, execute, few
 from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
+from regard.kernels.problem import CAUSAL
 from regard.masks import Mask
 from regard.stages import InnerSlots, Normalizer, Selector
 
@@ -65,6 +67,11 @@ def attention(
     Raises:
         ValueError, TypeError: inputs that don't fit together, before any work is done.
     """
+    plain = kernel == "auto" and layout == "bhnd" and bias is None and dropout == 0.0 and not slots
+    if plain and (mask is None or mask is CAUSAL) and (scale is None or (type(scale) is float and isfinite(scale))):
+        out = few.quick(q, k, v, causal=mask is not None, scale=scale)
+        if out is not None:
+            return out
     if layout != "bhnd":
         q, k, v = heads_first(layout, q, k, v)
     out = execute(problem(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, **slots), kernel)

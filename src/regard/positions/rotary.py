@@ -43,6 +43,10 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
 )
 
 
+FEW = 16
+"""Tokens up to which joining queries and keys is cheaper than to turn each by themselves."""
+
+
 class Scaling(Protocol):
     """How a rotary part trained at one length is stretched to another."""
 
@@ -140,6 +144,11 @@ class Rotary(Position):
             w = self.scaling.frequencies(w, self.base, positions.max() + 1)
             multiplier = self.scaling.multiplier()
         return rotate(z, angles(positions, w), multiplier=multiplier, interleaved=self.interleaved)
+
+    def turn(self, q: Tensor, k: Tensor, at: Int[Tensor, "*b T"], keys: Int[Tensor, "*b S"]) -> tuple[Tensor, Tensor]:
+        if at is not keys or q.shape[2] > FEW:
+            return super().turn(q, k, at, keys)
+        return self.rotate(torch.cat((q, k), 1), at).split((q.shape[1], k.shape[1]), 1)  # heads are alike
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base:g}, scaling={self.scaling}, interleaved={self.interleaved}"
