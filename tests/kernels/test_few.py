@@ -230,6 +230,7 @@ def test_steps_take_the_short_way_and_say_the_same(name: str, monkeypatch: pytes
 def test_queries_and_keys_turn_together_as_alone() -> None:
     position, (q, k, _) = Rotary(32), tensors((2, 4, 2, 3, 3, 32, 32))
     at = torch.tensor([5, 6, 9])
-    both = position.turn(q, k, at, at)
-    assert torch.equal(both[0], position.rotate(q, at))
-    assert torch.equal(both[1], position.rotate(k, at))
+    for n, places in ((3, at), (1, at[:1]), (1, at[:1] + 10**6)):
+        both = position.turn(q[:, :, :n], k[:, :, :n], places, places)
+        for got, z in zip(both, (q, k), strict=True):
+            assert (got - position.rotate(z[:, :, :n], places)).abs().max() < 1e-6

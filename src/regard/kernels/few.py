@@ -148,7 +148,7 @@ def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 
         row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu"))
         if _told(position):
             _ROWS[position] = plain, [x.detach().clone() for x in tensors], row
-    return row[..., row.shape[-1] - S :]
+    return row.narrow(-1, row.shape[-1] - S, S)
 
 
 def _told(position: Position) -> bool:

@@ -5,6 +5,7 @@ Around the projections and the kernel a step has some hundred small questions to
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 
 from regard.kernels import execute, few
@@ -14,7 +15,8 @@ from regard.stages import Position
 if TYPE_CHECKING:
     from regard.pipeline.layer import Attention
 
-import torch
+
+_NOWHERE = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 def step(layer: "Attention", x: Tensor, state: KVCache) -> tuple[Tensor, KVCache] | None:
@@ -27,7 +29,7 @@ def step(layer: "Attention", x: Tensor, state: KVCache) -> tuple[Tensor, KVCache
         return None
     if state.buffers.keys() != {"k", "v"} or not plain(layer):
         return None
-    where = torch.arange(state.length, state.length + 1, device="cpu")
+    where = torch.tensor([state.length], device="cpu") if layer.position is not None else _NOWHERE
     q, k, v, x, _ = layer._project(x, x, where, where, where)
     held, state = state.append(k=k, v=v)
     k, v = held["k"], held["v"]

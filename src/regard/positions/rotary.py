@@ -5,16 +5,19 @@ A pair is (a, a + D/2), as GPT-NeoX and Llama store it, or (2a, 2a+1), as the pa
 multiply queries and keys by some m, so scores by m^2.
 """
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, divides, number, whole
 from regard.positions._shared import angles, frequencies, work_dtype
 from regard.stages import Position
+from regard.tracing import readable
 
 CARD = Card(
     "rotary",
@@ -43,8 +46,8 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
 )
 
 
-FEW = 16
-"""Tokens up to which joining queries and keys is cheaper than to turn each by themselves."""
+KEPT = 64
+"""Positions whose sines are worked out together."""
 
 
 class Scaling(Protocol):
@@ -79,7 +82,10 @@ def rotate(
     if angle.dim() == 3:
         angle = angle.unsqueeze(1)
     work = work_dtype(z)
-    cos, sin = (angle.cos() * multiplier).to(work), (angle.sin() * multiplier).to(work)
+    cos, sin = angle.cos(), angle.sin()
+    if multiplier != 1:
+        cos, sin = cos * multiplier, sin * multiplier
+    cos, sin = cos.to(work), sin.to(work)
     if interleaved:
         first, second = z.to(work).unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
@@ -87,6 +93,16 @@ def rotate(
         first, second = z.to(work).chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return turned.to(z.dtype)
+
+
+@lru_cache(maxsize=32)
+def turns(width: int, base: float, block: int) -> list[tuple[Float[Tensor, " D"], Float[Tensor, " D"]]]:
+    """(cos, cos) and (-sin, sin) of `KEPT` positions: the next tokens of all layers need the same ones."""
+    with torch.inference_mode(False), torch.no_grad():
+        at = torch.arange(block * KEPT, (block + 1) * KEPT, device="cpu")
+        angle = angles(at, frequencies(width, base, at.device))
+        cos, sin = (x.to(torch.float32) for x in (angle.cos(), angle.sin()))
+        return list(zip(torch.cat((cos, cos), 1).unbind(), torch.cat((-sin, sin), 1).unbind(), strict=True))
 
 
 def to_half_split(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
@@ -146,9 +162,18 @@ class Rotary(Position):
         return rotate(z, angles(positions, w), multiplier=multiplier, interleaved=self.interleaved)
 
     def turn(self, q: Tensor, k: Tensor, at: Int[Tensor, "*b T"], keys: Int[Tensor, "*b S"]) -> tuple[Tensor, Tensor]:
-        if at is not keys or q.shape[2] > FEW:
+        if not (at is keys and at.shape == (1,) and self._turns_at_once(q, k, at)):
             return super().turn(q, k, at, keys)
-        return self.rotate(torch.cat((q, k), 1), at).split((q.shape[1], k.shape[1]), 1)  # heads are alike
+        cos, sin = turns(self.head_dim, self.base, int(at) // KEPT)[int(at) % KEPT]
+        z = torch.cat((q, k), 1)  # heads are alike
+        z = torch.addcmul(z * cos, z.roll(self.head_dim // 2, -1), sin)
+        return z[:, : q.shape[1]], z[:, q.shape[1] :]
+
+    def _turns_at_once(self, q: Tensor, k: Tensor, at: Tensor) -> bool:
+        """Whether this is a step of decoding that kept sines serve."""
+        usual = self.scaling is None and not self.interleaved and type(self).rotate is Rotary.rotate
+        fits = q.dtype is k.dtype is torch.float32 and q.is_cpu and q.shape[3] == k.shape[3] == self.head_dim
+        return usual and fits and at.is_cpu and readable(q, k, at) and not _len_torch_dispatch_stack()
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base:g}, scaling={self.scaling}, interleaved={self.interleaved}"

@@ -236,7 +236,8 @@ bool decode(const Decode& p) {
                 const float* from = o + (at + s * wide) * p.V;
                 for (int64_t d = 0; d < p.V; d++) sum[d] += by * from[d];
             }
-            for (int64_t d = 0; d < p.V; d++) line[d] = total == 0 ? 0.0f : float(sum[d] / total);
+            double by = total == 0 ? 0.0 : 1 / total;
+            for (int64_t d = 0; d < p.V; d++) line[d] = float(sum[d] * by);
             bad |= !finite(line.data(), p.V);
             for (int64_t d = 0; d < p.V; d += 2 * W) N::put(out + d, {load(&line[d]), load(&line[d] + W)});
         }
