@@ -30,7 +30,6 @@ from regard.stages import IN_KERNELS
 from regard.tracing import as_it_is, exporting
 
 KERNELS: dict[str, ModuleType] = {
-    "few": few,
     "sdpa": sdpa,
     "grouped": grouped,
     "native": native,
@@ -39,6 +38,7 @@ KERNELS: dict[str, ModuleType] = {
     "block_sparse": block_sparse,
     "triton": triton_attention,
     "flex": flex,
+    "few": few,
     "decode": decode,
     "chunked": chunked,
     "eager": eager,
