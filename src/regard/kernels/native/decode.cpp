@@ -4,6 +4,8 @@
 // of each of its H / G heads. The keys are cut into splits; each is a task, so that few heads keep many threads busy too. A split's scores are all formed before its values are read;
 // what the splits give is put together by their greatest scores and totals, in doubles. How the keys are cut depends on
 // their number alone: the result is the same in any batch and with any number of threads.
+#include <atomic>
+
 #include "attention.h"
 
 extern "C" struct Decode {
@@ -207,6 +209,8 @@ bool decode(const Decode& p) {
     auto done = [](float* x) { operator delete[](x, std::align_val_t(64)); };
     float* o = room(tasks * wide * p.V);
     std::vector<Part> parts(tasks * wide);
+    std::vector<std::atomic<int64_t>> left(p.B * p.G);  // splits that are still to end
+    for (auto& count : left) count = splits;
     int bad = 0;
 #pragma omp parallel num_threads(threads) reduction(| : bad) if (threads > 1)
     {
@@ -214,32 +218,33 @@ bool decode(const Decode& p) {
         std::vector<double> sum(p.V);
         std::vector<float> line(p.V);
         for (int64_t i = p.D * rows; i < p.D * wide; i++) q[i] = 0.0f;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < tasks; i++) {
             int64_t bg = i / splits, first = i % splits * SPLIT;
             bad |= split<N, M>(p, bg / p.G, bg % p.G, first, std::min(SPLIT, p.S - first), wide, q, x,
                                o + i * wide * p.V, parts.data() + i * wide);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < p.B * p.G * rows; i++) {
-            int64_t bg = i / rows, r = i % rows, at = bg * splits * wide + r;
-            Number* out = p.out.at<Number>(bg / p.G, bg % p.G * (p.H / p.G) + r / p.T, r % p.T);
-            float top = -INF;
-            for (int64_t s = 0; s < splits; s++) top = std::max(top, parts[at + s * wide].top);
-            double total = 0;
-            std::fill(sum.begin(), sum.end(), 0.0);
-            for (int64_t s = 0; s < splits; s++) {
-                Part part = parts[at + s * wide];
-                if (part.total == 0) continue;
-                double by = part.top == top ? 1.0 : std::exp(double(part.top) - top);
-                total += by * part.total;
-                const float* from = o + (at + s * wide) * p.V;
-                for (int64_t d = 0; d < p.V; d++) sum[d] += by * from[d];
+            // Whoever ends a key head's last split puts them together: threads meet once, at the end.
+            if (left[bg].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+            for (int64_t r = 0; r < rows; r++) {
+                int64_t at = bg * splits * wide + r;
+                Number* out = p.out.at<Number>(bg / p.G, bg % p.G * (p.H / p.G) + r / p.T, r % p.T);
+                float top = -INF;
+                for (int64_t s = 0; s < splits; s++) top = std::max(top, parts[at + s * wide].top);
+                double total = 0;
+                std::fill(sum.begin(), sum.end(), 0.0);
+                for (int64_t s = 0; s < splits; s++) {
+                    Part part = parts[at + s * wide];
+                    if (part.total == 0) continue;
+                    double by = part.top == top ? 1.0 : std::exp(double(part.top) - top);
+                    total += by * part.total;
+                    const float* from = o + (at + s * wide) * p.V;
+                    for (int64_t d = 0; d < p.V; d++) sum[d] += by * from[d];
+                }
+                double by = total == 0 ? 0.0 : 1 / total;
+                for (int64_t d = 0; d < p.V; d++) line[d] = float(sum[d] * by);
+                bad |= !finite(line.data(), p.V);
+                for (int64_t d = 0; d < p.V; d += 2 * W) N::put(out + d, {load(&line[d]), load(&line[d] + W)});
             }
-            double by = total == 0 ? 0.0 : 1 / total;
-            for (int64_t d = 0; d < p.V; d++) line[d] = float(sum[d] * by);
-            bad |= !finite(line.data(), p.V);
-            for (int64_t d = 0; d < p.V; d += 2 * W) N::put(out + d, {load(&line[d]), load(&line[d] + W)});
         }
         done(q);
     }
