@@ -1,8 +1,9 @@
 // Softmax attention of one query a head, or a few, over a long cache, in fp32, or in bf16 with sums in fp32.
 //
 // Keys and values are fetched once, as they lie, for all queries that read them: the rows of a key head are the T queries
-// of each of its H / G heads. The keys are cut into splits; each is a task, so that few heads keep many threads busy too. A split's scores are all formed before its values are read;
-// what the splits give is put together by their greatest scores and totals, in doubles. How the keys are cut depends on
+// of each of its H / G heads. The keys are cut into splits; each is a task, so that few heads keep many threads busy too.
+// A split's scores are all formed before its values are read; what the splits give is put together by their greatest
+// scores and totals, in doubles. How the keys are cut depends on
 // their number alone: the result is the same in any batch and with any number of threads.
 #include <atomic>
 
@@ -202,7 +203,8 @@ bool split(const Decode& p, int64_t b, int64_t g, int64_t first, int64_t n, int6
 template <class N, int M>
 bool decode(const Decode& p) {
     typedef typename N::Number Number;
-    int64_t rows = p.H / p.G * p.T, wide = cut(rows, M) * M, splits = cut(p.S, SPLIT), tasks = p.B * p.G * splits;
+    int64_t rows = p.H / p.G * p.T, wide = cut(rows, M) * M;
+    int64_t splits = std::max<int64_t>(1, cut(p.S, SPLIT)), tasks = p.B * p.G * splits;  // without keys, too, there is an answer
     int64_t threads = std::min(p.threads, tasks);
     if (p.B * p.G * p.S * (p.D + p.V) * int64_t(sizeof(Number)) < WORTH) threads = 1;
     auto room = [](int64_t n) { return new (std::align_val_t(64)) float[n]; };
