@@ -45,7 +45,7 @@ def measure(
                 times = race(contenders, repeats=repeats, seconds=8)
             d = float(tiles.float().mean())
             what = f"density {d:.2f}, {words}"
-            limit = goal("block sparse") | {"goal": round(1.25 * d + 0.03, 3)}
+            limit = goal("block sparse") | {"goal": round(1.1 * d + 0.02, 3)}
             note = f"auto is {regard.plan(q, k, v, mask=mask).kernel}"
             done = {n: share(4 * heads * length**2 * 64 * d, min(times[n])) for n in ("auto", "block_sparse")}
             result.add(compared(what, times, "auto", "SDPA", note=note, share=done["auto"], **limit))

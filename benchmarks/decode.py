@@ -2,22 +2,34 @@
 
     python -m benchmarks.decode
 
-Grouped queries are compared with torch's own grouping and with keys and values repeated for every query head.
+Caches are taken in rotation, more than fit into a processor's own memory. Besides the shapes that stand here, three are
+drawn by a seed that is printed.
 """
 
-from collections.abc import Sequence
-from functools import partial
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regard
-from benchmarks.harness import Benchmark, Run, able, agree, command, compared, race
+from benchmarks.goals import goal
+from benchmarks.harness import Benchmark, Run, able, agree, command, compared, race, where
 from regard import KVCache
 from regard.masks import causal
 
-HEADS, WIDTH, GROUPED = 8, 64, (32, 8)
+HEADS, WIDTH = 8, 64
+HEADED = ((32, 8, 128), (8, 8, 64))
+"""Query heads, key heads, width."""
+SHORT, LONG = 1024, 4096
+MOST = 256
+"""Caches in rotation at most."""
+AHEAD = 64
+"""Steps that follow one another before they begin anew."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,13 +104,7 @@ def _layer(k: Tensor, v: Tensor):
 
 
 def steps(result: Benchmark, length: int, repeats: int) -> None:
-    """A kernel and a layer, one new token after `length`."""
-    q, k, v = (torch.randn(1, HEADS, n, WIDTH) for n in (1, length, length))
-    contenders = {"regard": lambda: attend(q, k, v), "SDPA": lambda: F.scaled_dot_product_attention(q, k, v)}
-    agree(contenders["regard"](), contenders["SDPA"](), within=1e-5)
-    times = race(contenders, repeats=repeats, number=often(length), seconds=4)
-    result.add(compared(f"{length} tokens: regard.attention / SDPA", times, "regard", "SDPA"))
-
+    """A layer, one new token after `length`."""
     layer = regard.Attention(HEADS * WIDTH, HEADS, causal=True)
     x, new = torch.randn(1, length, layer.dim), torch.randn(1, 1, layer.dim)
     contenders = {"step": step(layer, x, new), "by hand": by_hand(layer, x, new)}
@@ -111,39 +117,93 @@ def steps(result: Benchmark, length: int, repeats: int) -> None:
     result.add(compared(what, times, "step", "Llama", why=why, better="higher"))
 
 
-def grouped(result: Benchmark, length: int, repeats: int) -> None:
-    """H query heads over G of keys."""
-    H, G = GROUPED
-    q, k, v = (torch.randn(1, h, n, WIDTH) for h, n in ((H, 1), (G, length), (G, length)))
-    contenders = {
-        "regard": lambda: attend(q, k, v),
-        "grouped": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        "repeated": lambda: F.scaled_dot_product_attention(
-            q, k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-        ),
-    }
-    for run in contenders.values():
-        agree(run(), contenders["repeated"](), within=1e-5)
-    times = race(contenders, repeats=repeats, number=often(4 * length), seconds=4)
-    what = f"H = {H}, G = {G}, {length} tokens: regard.attention / SDPA"
-    result.add(compared(f"{what}, enable_gqa", times, "regard", "grouped"))
-    result.add(compared(f"{what}, keys repeated", times, "regard", "repeated"))
+@dataclass(frozen=True)
+class Case:
+    """One shape of decoding."""
+
+    H: int
+    G: int
+    S: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"{self.H}/{self.G} heads of {self.D}, S = {self.S}"
+
+    def caches(self, dtype: torch.dtype, least: int) -> list[tuple[Tensor, Tensor]]:
+        """So many keys and values that memory is what is measured, at most `MOST` pairs of them."""
+        each = 2 * self.G * self.S * self.D * dtype.itemsize
+        n = max(1, min(MOST, -(-least // each)))
+        return [tuple(torch.randn(2, 1, self.G, self.S, self.D).to(dtype)) for _ in range(n)]  # type: ignore[misc]
 
 
-def halved(result: Benchmark, length: int, repeats: int) -> None:
-    """bf16 against fp32."""
-    x = [torch.randn(1, HEADS, n, WIDTH) for n in (1, length, length)]
-    half = [z.bfloat16() for z in x]
-    contenders = {
-        "fp32": partial(attend, *x),
-        "bf16": partial(attend, *half),
-        "SDPA": partial(F.scaled_dot_product_attention, *half),
-    }
-    agree(contenders["bf16"]().float(), contenders["fp32"](), within=2e-2)
-    agree(contenders["bf16"]().float(), contenders["SDPA"]().float(), within=2e-2)
-    times = race(contenders, repeats=repeats, number=often(length), seconds=4)
-    result.add(compared(f"{length} tokens: regard bf16 / fp32", times, "bf16", "fp32"))
-    result.add(compared(f"{length} tokens: regard bf16 / SDPA bf16", times, "bf16", "SDPA"))
+def in_rotation(run: Callable[..., Tensor], q: Tensor, caches: Sequence[tuple[Tensor, Tensor]]) -> Run:
+    """Each call on the next cache."""
+    turn = cycle(caches)
+    return lambda: run(q, *next(turn))
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def kernels(result: Benchmark, case: Case, threads: int, repeats: int, least: int) -> None:
+    """fp32 against torch's kernel, bf16 against torch's in bf16 and ours in fp32."""
+    q = torch.randn(1, case.H, 1, case.D)
+    full = case.caches(torch.float32, least)
+    runs = {"fp32": in_rotation(attend, q, full), "SDPA": in_rotation(fused, q, full)}
+    agree(attend(q, *full[0]), fused(q, *full[0]), within=1e-5)
+    half = case.caches(torch.bfloat16, least)
+    agree(attend(q.bfloat16(), *half[0]).float(), fused(q.bfloat16(), *half[0]).float(), within=2e-2)
+    runs["bf16"], runs["SDPA bf16"] = (in_rotation(run, q.bfloat16(), half) for run in (attend, fused))
+    if case.S >= LONG:
+        del runs["SDPA bf16"]
+    times = race(runs, repeats=repeats, number=max(1, 2**17 // max(1024, case.G * case.S)), seconds=3)
+    what, allowed = f"{case}, {threads} threads", 1 + 8e-6 / statistics.median(times["SDPA"])
+    figures = [(f"{what}: regard / SDPA", "fp32", "SDPA", goal("decode") | {"goal": allowed})]
+    if case.S <= SHORT:
+        figures.append((f"{what}: bf16, regard / SDPA", "bf16", "SDPA bf16", goal("decode bf16")))
+    if case.S >= LONG:
+        figures.append((f"{what}: regard, bf16 / fp32", "bf16", "fp32", goal("decode bf16 long")))
+    for words, ours, theirs, about in figures:
+        figure = compared(words, times, ours, theirs, **about)
+        result.add(figure if figure.met else replace(figure, note=where(runs[ours])))
+
+
+def layer_step(result: Benchmark, name: str, length: int, threads: int, repeats: int) -> None:
+    """A step that goes on from the last one, against projections and the kernel alone."""
+    options = {"window": length} if name == "window" else {}
+    layer = regard.create(name, dim=HEADS * WIDTH, num_heads=HEADS, causal=True, **options)
+    state, new = layer.init_state(1, length + AHEAD), torch.randn(1, 1, layer.dim)
+    held = layer.step(torch.randn(1, length - 1, layer.dim), state)[1]
+    k, v = torch.randn(2, 1, HEADS, length, WIDTH)
+    states = [held]
+
+    def ours() -> Tensor:
+        y, after = layer.step(new, states[0])
+        states[0] = held if after.length == length + AHEAD - 1 else after
+        if states[0] is held:
+            held.written[0] = held.end if held.window is not None else held.length
+        return y
+
+    def bare() -> Tensor:
+        q, _, _ = (heads(proj, new) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        return layer.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    times = race({"step": ours, "bare": bare}, repeats=3 * repeats, number=AHEAD // 4, seconds=4)
+    what = f"{name}, {length} tokens, {threads} threads: step / projections and kernel"
+    figure = compared(what, times, "step", "bare", **goal("step"))
+    result.add(figure if figure.met else replace(figure, note=where(ours)))
+
+
+def drawn(seed: int, lengths: Sequence[int], n: int = 3) -> list[Case]:
+    """Shapes that nothing was tuned to."""
+    r = random.Random(seed)
+    found = []
+    for _ in range(n):
+        G = r.randint(1, 12)
+        S = round(min(lengths) * (max(lengths) / min(lengths)) ** r.random())
+        found.append(Case(G * r.randint(1, 8), G, S, r.choice((64, 96, 128, 192))))
+    return found
 
 
 def often(length: int) -> int:
@@ -151,16 +211,33 @@ def often(length: int) -> int:
     return max(1, 2**16 // max(length, 256))
 
 
-def measure(*, repeats: int, lengths: Sequence[int] = (1024, 4096, 16384, 32768)) -> Benchmark:
+def measure(
+    *,
+    repeats: int,
+    lengths: Sequence[int] = (16, 256, 1024, 4096, 16384, 65536),
+    least: int = 128 * 2**20,
+    seed: int | None = None,
+) -> Benchmark:
     torch.manual_seed(0)
-    shape = {"B": 1, "H": HEADS, "T": 1, "S": list(lengths), "D": WIDTH, "dtype": "fp32"}
+    seed = random.randrange(10**6) if seed is None else seed
+    shape = {"B": 1, "T": 1, "S": list(lengths), "heads and widths": str(HEADED), "seed of the other shapes": seed}
     result = Benchmark("decode", "One step of decoding over a cache of S tokens", shape=shape)
-    with torch.no_grad():
-        for length in lengths:
-            steps(result, length, repeats)
-        for length in lengths[::2]:
-            grouped(result, length, repeats)
-            halved(result, length, repeats)
+    print(f"seed of the other shapes: {seed}")
+    before = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            for threads in sorted({1, before}):
+                torch.set_num_threads(threads)
+                for S in lengths:
+                    for H, G, D in HEADED:
+                        kernels(result, Case(H, G, S, D), threads, repeats, least)
+                for case in drawn(seed, lengths):
+                    kernels(result, case, threads, repeats, least)
+                for name in ("softmax", "rotary", "kerple", "window"):
+                    layer_step(result, name, min(1024, max(lengths)), threads, repeats)
+            steps(result, min(1024, max(lengths)), repeats)
+    finally:
+        torch.set_num_threads(before)
     return result
 
 

@@ -7,8 +7,10 @@ A benchmark is a module with a function `measure`, which returns its figures, an
 """
 
 import argparse
+import cProfile
 import json
 import platform
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,6 +139,16 @@ def able(peers: Mapping[str, Callable[[], Run]]) -> tuple[dict[str, Run], dict[s
         else:
             runs[name] = run
     return runs, why
+
+
+def where(run: Run, calls: int = 50) -> str:
+    """The three functions that a call spends most time in: said beside what is not as fast as it should be."""
+    profile = cProfile.Profile()
+    profile.runcall(lambda: [run() for _ in range(calls)])
+    spent: dict[tuple[str, int, str], Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    total = sum(line[2] for line in spent.values())
+    most = sorted(spent.items(), key=lambda line: -line[1][2])[:3]
+    return "of its time: " + ", ".join(f"{name.strip('<>')} {line[2] / total:.0%}" for (*_, name), line in most)
 
 
 def forward_backward(run: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:

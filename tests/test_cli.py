@@ -456,7 +456,7 @@ def test_doctor_knows_this_machine():
     assert widest(text) <= 100
     for name, value in (("regard", regard.__version__), ("torch", torch.__version__)):
         assert re.search(rf"^  {name} +{re.escape(value)}$", text, re.MULTILINE)
-    absent = {"native", "grouped", "paged"} if KERNELS["native"].build.why_not() else set()
+    absent = {"few", "native", "grouped", "paged"} if KERNELS["native"].build.why_not() else set()
     absent |= set() if os.environ.get("TRITON_INTERPRET") == "1" else {"triton"}
     for kernel in KERNELS.keys() - absent:
         assert re.search(rf"^  {kernel} on cpu +ok  runs$", text, re.MULTILINE)

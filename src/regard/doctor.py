@@ -80,7 +80,7 @@ def _kernels() -> list[Finding]:
     from regard.pipeline.function import problem
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 160, 16, generator=generator)
+    q, k, v = torch.randn(3, 1, 2, 160, 32, generator=generator)
     picks = masks.chosen(torch.rand(1, 2, 160, 5, generator=generator) < 0.5, 160, 160, (1, 32))
     special = {
         "window": masks.causal() & masks.window(32),
@@ -91,7 +91,7 @@ def _kernels() -> list[Finding]:
     for device in ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]:
         for name in KERNELS:
             mask = special.get(name, masks.causal())
-            given = (q[:, :, -1:] if name in ("decode", "paged") else q, k, v)
+            given = (q[:, :, -1:] if name in ("decode", "few", "paged") else q, k, v)
             at = [t.to(device) for t in given]
             expected = attention(*given, mask=mask, kernel="eager")
             try:

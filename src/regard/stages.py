@@ -125,6 +125,16 @@ class Position(Stage):
         """Change queries and keys alike (rotary schemes)."""
         return z
 
+    def turn(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G S D"],
+        at: Int[Tensor, "*b T"],
+        keys: Int[Tensor, "*b S"],
+    ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G S D"]]:
+        """`rotate` of both; for schemes that can share work between them."""
+        return self.rotate(q, at), self.rotate(k, keys)
+
     def bias(self, rows: Rows) -> Float[Tensor, "#B #H t s"]:
         """What is added to the scaled scores."""
         return rows.q.new_zeros(1, 1, 1, 1)

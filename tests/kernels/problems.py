@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regard import masks
-from regard.kernels import block_sparse, chunked, grouped, neighborhood, sdpa, window
+from regard.kernels import block_sparse, chunked, few, grouped, neighborhood, sdpa, window
 from regard.kernels.native import blocks as native_blocks
 from regard.kernels.problem import Problem
 from regard.masks import Mask
@@ -433,6 +433,8 @@ def draw(seed: int) -> Description:
     d = replace(d, cut=r.choice((0, 0, 4, 4, 5, 8)))
     kinds = (_any, _any, _any, _any, _masked, _masked, _masked, _biased, _laid, _banded, _special, _empty)
     d = dealt("kind", list(kinds), seed)(r, d)
+    if d.dtype in ("fp32", "bf16") and d.T <= few.MOST and r.random() < 0.7:
+        d = replace(d, D=32, V=32)  # whole vectors on every machine, for who reads nothing else
     if d.bias and d.bias_layout == "plain":
         d = replace(d, bias_layout=r.choice(LAYOUTS))
     return replace(d, mask_layout=dealt("mask lies", list(RELAID), seed)) if d.parts & {*TENSORS} else d

@@ -76,7 +76,7 @@ def test_a_window_forgets_and_never_fills() -> None:
         assert held["k"].shape[-2] == before + t
         assert torch.equal(state.buffers["k"], torch.cat(seen, -2)[..., -min(3, state.length) :, :])
     assert (state.length, state.kept, state.capacity) == (10, 3, None)
-    assert state.buffers["k"].untyped_storage().nbytes() == 2 * 3 * 3 * 4, "old tokens are kept alive"
+    assert state.buffers["k"].untyped_storage().nbytes() <= 1.5 * 2 * 3 * 3 * 4, "old tokens are kept alive"
     with pytest.raises(ValueError, match=r"can't crop by 1.*forgotten"):
         state.crop(9)
 

@@ -12,6 +12,7 @@ from regard.kernels import (
     chunked,
     decode,
     eager,
+    few,
     flex,
     grouped,
     native,
@@ -39,6 +40,7 @@ KERNELS: dict[str, ModuleType] = {
     "block_sparse": block_sparse,
     "triton": triton_attention,
     "flex": flex,
+    "few": few,
     "decode": decode,
     "chunked": chunked,
     "eager": eager,
@@ -48,9 +50,6 @@ KERNELS: dict[str, ModuleType] = {
 
 TORCH = (sdpa, chunked, eager)
 """Those that take nothing but torch's own operations, for which torch has rules for everything."""
-
-FEW = 2**16
-"""Queries times keys times widths up to which nobody can make good what launching more than one kernel costs."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
 
 def _run(p: Problem, module: ModuleType) -> Tensor:
     p = _apart(p if module is paged else p.gathered())
-    return module.run(p) if module in (decode, native, paged) else honest(p, module.run)
+    return module.run(p) if module in (decode, few, native, paged) else honest(p, module.run)
 
 
 def _apart(p: Problem) -> Problem:
@@ -166,9 +165,11 @@ def _auto(p: Problem) -> ModuleType:
         return _unseen(p)
     if p.pages is not None and not paged.why_not(p):
         return paged
+    if few.banded(p.mask) and p.q.size(2) <= few.MOST and not few.why_not(p):
+        return few  # who reads the cache once and needs no more is the cheapest
     if not _plain(p):
         return KERNELS[_chosen(p).kernel]
-    if p.q.numel() * p.k.size(2) <= FEW:
+    if p.q.numel() * p.k.size(2) <= few.TINY:
         return sdpa
     able = [module for module in (sdpa, native, decode) if not module.why_not(p)]
     return min(able, key=lambda module: rates().seconds(module.cost(p)))

@@ -73,7 +73,11 @@ def nothing() -> Mask:
 
 def causal() -> Mask:
     """j <= i."""
-    return Diagonals(math.inf, 0, 1, "causal()")
+    return _CAUSAL
+
+
+_CAUSAL = Diagonals(math.inf, 0, 1, "causal()")
+"""One for all, so that small calls need not compare."""
 
 
 def window(size: int, *, ahead: int | None = None) -> Mask:

@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 from typing import Any, ParamSpec, Unpack
 
 import torch
@@ -15,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard.checks import choice, refuse
-from regard.kernels import Plan, Problem, choose, execute
+from regard.kernels import Plan, Problem, choose, execute, few
 from regard.kernels.check import check_bias, check_inputs, check_mask, check_options
+from regard.kernels.problem import CAUSAL
 from regard.masks import Mask, full
 from regard.masks.checks import cumulative
 from regard.masks.varlen import Varlen
@@ -72,6 +74,11 @@ def attention(
     Raises:
         ValueError, TypeError: inputs that don't fit together, before any work is done.
     """
+    plain = kernel == "auto" and layout == "bhnd" and cu_seqlens is None and bias is None and not (dropout or slots)
+    if plain and (mask is None or mask is CAUSAL) and (scale is None or (type(scale) is float and isfinite(scale))):
+        out = few.quick(q, k, v, causal=mask is not None, scale=scale)
+        if out is not None:
+            return out
     if layout != "bhnd" or cu_seqlens is not None:
         q, k, v = heads_first(layout, q, k, v)
         mask = each_alone(layout, q, k, mask, cu_seqlens, **slots)

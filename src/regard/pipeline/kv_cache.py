@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from regard.checks import called, refuse, whole
+from regard.tracing import active
 
 if TYPE_CHECKING:
     from regard.pipeline.paged_cache import PagedKVCache
@@ -33,6 +34,10 @@ class KVCache:
     """Keep only the last `window` tokens: what a later query can still reach. None keeps all, up to the capacity."""
     written: list[int] = field(default_factory=lambda: [0], repr=False)
     """How far the shared buffers are filled, by any cache that shares them."""
+    room: int = field(default=0, repr=False)
+    """With a window: places in the memory behind the buffers, which show only what is kept; 0 = no more than that."""
+    end: int = field(default=0, repr=False)
+    """The place there behind the last token."""
 
     @property
     def kept(self) -> int:
@@ -61,10 +66,7 @@ class KVCache:
         check_fit(self, new, self.buffers)
         t = next(iter(new.values())).shape[-2]
         if self.window is not None:
-            held = {n: torch.cat([self.buffers[n], z], -2) for n, z in new.items()}
-            first = max(0, next(iter(held.values())).shape[-2] - self.window)
-            kept = {n: z[..., first:, :].clone() for n, z in held.items()}
-            return held, replace(self, buffers=kept, length=self.length + t)
+            return self._slid(new, t)
         capacity, end = self.capacity, self.length + t
         assert capacity is not None
         if end > capacity:
@@ -81,19 +83,46 @@ class KVCache:
             written = self.written if fresh else [end]
             written[0] = end
             for name, z in new.items():
-                buffers[name][..., self.length : end, :] = z
-        held = {n: b[..., :end, :] for n, b in buffers.items()}
-        return held, replace(self, buffers=buffers, length=end, written=written)
+                buffers[name].narrow(-2, self.length, t).copy_(z)
+        held = {n: b.narrow(-2, 0, end) for n, b in buffers.items()}
+        return held, KVCache(buffers, end, None, written)
+
+    def _slid(self, new: Mapping[str, Tensor], t: int) -> tuple[dict[str, Tensor], "KVCache"]:
+        """`append` where only a window is kept: new tokens are written behind the old ones as long as there is room,
+        and only then what is kept moves to the front of new memory."""
+        assert self.window is not None
+        before, after, length = self.kept, min(self.length + t, self.window), self.length + t
+        free = not (torch.compiler.is_compiling() or active() or self._sealed())
+        free &= not (torch.is_grad_enabled() and any(z.requires_grad for z in (*new.values(), *self.buffers.values())))
+        if free and self.end + t <= self.room and self.written[0] == self.end:
+            held = {}
+            for name, z in new.items():
+                b = self.buffers[name]
+                held[name] = b.as_strided((*b.shape[:-2], before + t, b.shape[-1]), b.stride(), b.storage_offset())
+                held[name].narrow(-2, before, t).copy_(z)
+            self.written[0] = end = self.end + t
+            kept = {n: z.narrow(-2, before + t - after, after) for n, z in held.items()}
+            return held, KVCache(kept, length, self.window, self.written, self.room, end)
+        held = {n: torch.cat([self.buffers[n], z], -2) for n, z in new.items()}
+        first = before + t - after
+        if not free or t > 1:  # many at once are no steps; what was seen of them is not kept alive
+            kept = {n: z[..., first:, :].clone() for n, z in held.items()}
+            return held, KVCache(kept, length, self.window, [length])
+        room, kept = after + self.window // 2, {}
+        for name, z in held.items():
+            kept[name] = z.new_empty(*z.shape[:-2], room, z.shape[-1]).narrow(-2, 0, after)
+            kept[name].copy_(z.narrow(-2, first, after))
+        return held, KVCache(kept, length, self.window, [after], room, after)
 
     def fork(self) -> "KVCache":
         """A copy with buffers of its own."""
-        return replace(self, buffers={n: b.clone() for n, b in self.buffers.items()}, written=[self.length])
+        return self._moved({n: b.clone() for n, b in self.buffers.items()})
 
     def reorder(self, index: Int[Tensor, " B2"]) -> "KVCache":
         """The cache of batch rows `index` (beam search); its batch is as long as the index."""
         check_rows(self, index)
         buffers = {n: b.index_select(0, index) for n, b in self.buffers.items()}
-        return replace(self, buffers=buffers, written=[self.length])
+        return self._moved(buffers)
 
     def crop(self, length: int) -> "KVCache":
         """Forget all tokens after the first `length`."""
@@ -106,7 +135,11 @@ class KVCache:
                 f"KVCache: can't crop by {drop}: tokens before the last {self.window} are forgotten already; "
                 "fork() the cache before the tokens you may take back"
             )
-        return replace(self, buffers={n: b[..., :length, :].clone() for n, b in self.buffers.items()}, length=length)
+        return replace(self._moved({n: b[..., :length, :].clone() for n, b in self.buffers.items()}), length=length)
+
+    def _moved(self, buffers: Mapping[str, Tensor]) -> "KVCache":
+        """The same with buffers of its own."""
+        return replace(self, buffers=buffers, written=[self.length], room=0, end=0)
 
     def _sealed(self) -> bool:
         """Whether the buffers were made under torch.inference_mode, outside of which nobody may write to them."""

@@ -282,7 +282,7 @@ class Attention(nn.Module):
         if self.heads is not None:
             q, k, v = self.heads(q, k, v)
         if self.position is not None and self.position.changes("rotate"):
-            q, k = self.position.rotate(q, turn), self.position.rotate(k, where_keys)
+            q, k = self.position.turn(q, k, turn, where_keys)
         return q, k, v, x, source
 
     def _made(
@@ -302,7 +302,7 @@ class Attention(nn.Module):
         return z if self.gate is None else self.gate(z, x, at)
 
     def _split(self, z: Tensor, heads: int) -> Tensor:
-        return z.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return z.view(*z.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
     def _static(self, mask: Mask | None) -> Mask | None:
         static = self.receptive_field() if self.causal or self.mask is not None else None

@@ -1,10 +1,14 @@
 """What several position schemes need: phases in full precision, and distances."""
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from regard.stages import Rows
+from regard.tracing import readable
 
 
 def work_dtype(z: Tensor) -> torch.dtype:
@@ -17,8 +21,20 @@ def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, 
 
     float64 because an angle is position * w_a: at position 10^6 float32 is off by some 0.06 rad.
     """
+    if device.type == "cpu" and readable() and not _len_torch_dispatch_stack():
+        return _kept(width, base)
+    return _made(width, base, device)
+
+
+def _made(width: int, base: float, device: torch.device) -> Float[Tensor, " half"]:
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return base ** (-torch.arange(0, width, 2, device=device, dtype=dtype) / width)
+
+
+@lru_cache(maxsize=64)
+def _kept(width: int, base: float) -> Float[Tensor, " half"]:
+    with torch.inference_mode(False):
+        return _made(width, base, torch.device("cpu"))
 
 
 def angles(positions: Int[Tensor, "*b T"], w: Float[Tensor, " half"]) -> Float[Tensor, "*b T half"]:

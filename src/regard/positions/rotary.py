@@ -6,16 +6,19 @@ multiply queries and keys by some m, so scores by m^2. Where only the first chan
 is their number in all of this, and m is theirs alone. Images and video are turned by axial.py and mrope.py.
 """
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, divides, number, whole
 from regard.positions._shared import angles, frequencies, work_dtype
 from regard.stages import Position
+from regard.tracing import readable
 
 CARD = Card(
     "rotary",
@@ -49,6 +52,10 @@ w_a = base^(-2a/D),   a = 0 .. D/2 - 1""",
     tasks=("text", "retrieval", "copying", "selective_copying", "imputation"),
     defaults={"base": "paper", "interleaved": "code, transformers' Llama", "partial_rotary_factor": "paper"},
 )
+
+
+KEPT = 64
+"""Positions whose sines are worked out together."""
 
 
 class Scaling(Protocol):
@@ -97,6 +104,16 @@ def rotate(
     first, second = z[..., : 2 * half].to(work).unflatten(-1, (blocks, 2, -1)).unbind(-2)
     turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-2).flatten(-3).to(z.dtype)
     return turned if 2 * half == z.shape[-1] else torch.cat((turned, z[..., 2 * half :]), dim=-1)
+
+
+@lru_cache(maxsize=32)
+def turns(width: int, base: float, block: int) -> list[tuple[Float[Tensor, " D"], Float[Tensor, " D"]]]:
+    """(cos, cos) and (-sin, sin) of `KEPT` positions: the next tokens of all layers need the same ones."""
+    with torch.inference_mode(False), torch.no_grad():
+        at = torch.arange(block * KEPT, (block + 1) * KEPT, device="cpu")
+        angle = angles(at, frequencies(width, base, at.device))
+        cos, sin = (x.to(torch.float32) for x in (angle.cos(), angle.sin()))
+        return list(zip(torch.cat((cos, cos), 1).unbind(), torch.cat((-sin, sin), 1).unbind(), strict=True))
 
 
 def to_half_split(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
@@ -168,6 +185,21 @@ class Rotary(Position):
     def angles(self, positions: Int[Tensor, "*b T"], w: Float[Tensor, " half"]) -> Float[Tensor, "*b T half"]:
         """By how much each pair turns at each position."""
         return angles(positions, w)
+
+    def turn(self, q: Tensor, k: Tensor, at: Int[Tensor, "*b T"], keys: Int[Tensor, "*b S"]) -> tuple[Tensor, Tensor]:
+        if not (at is keys and at.shape == (1,) and self._turns_at_once(q, k, at)):
+            return super().turn(q, k, at, keys)
+        cos, sin = turns(self.head_dim, self.base, int(at) // KEPT)[int(at) % KEPT]
+        z = torch.cat((q, k), 1)  # heads are alike
+        z = torch.addcmul(z * cos, z.roll(self.head_dim // 2, -1), sin)
+        return z[:, : q.shape[1]], z[:, q.shape[1] :]
+
+    def _turns_at_once(self, q: Tensor, k: Tensor, at: Tensor) -> bool:
+        """Whether this is a step of decoding that kept sines serve."""
+        usual = self.scaling is None and not self.interleaved and type(self).rotate is Rotary.rotate
+        usual = usual and self.rotary_dim == self.head_dim
+        fits = q.dtype is k.dtype is torch.float32 and q.is_cpu and q.shape[3] == k.shape[3] == self.head_dim
+        return usual and fits and at.is_cpu and readable(q, k, at) and not _len_torch_dispatch_stack()
 
     def extra_repr(self) -> str:
         part = "" if self.rotary_dim == self.head_dim else f", rotary_dim={self.rotary_dim}"

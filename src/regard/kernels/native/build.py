@@ -29,11 +29,11 @@ from regard.kernels.native import cache, recipe
 FLAGS = (*recipe.FLAGS, "-march=native", "-shared")
 SYMBOLS = (
     *("regard_lanes", "regard_bf16", "regard_attention", "regard_attention_bf16", "regard_attention_backward"),
-    *("regard_entmax", "regard_entmax_backward", "regard_topk", "regard_paged"),
+    *("regard_entmax", "regard_entmax_backward", "regard_topk", "regard_paged", "regard_decode"),
 )
 """What a library must have before any of it is used."""
 SWITCH = "REGARD_NATIVE"
-"""Environment variable: 0 leaves the C++ kernels alone."""
+"""Environment variable: 0, at first use, leaves the C++ kernels alone."""
 LIMIT, WAIT, MOMENT = 60.0, 30.0, 10.0
 """Seconds that a build may take, that others wait for it, and that a word from a compiler or a first try may take. Two
 cores of a Xeon need 5 for the build."""
@@ -51,20 +51,27 @@ class Broken(Exception):
 @torch.compiler.assume_constant_result
 def why_not() -> list[str]:
     """Why there are no C++ kernels here, if so. Builds them at the first call, unless the wheel brought them."""
-    return [] if isinstance(found := _load(os.environ.get(SWITCH, "1")), ctypes.CDLL) else [found]
+    return [] if isinstance(found := _here(), ctypes.CDLL) else [found]
 
 
 def library() -> ctypes.CDLL:
     """The compiled kernels; RuntimeError where there are none."""
-    found = _load(os.environ.get(SWITCH, "1"))
+    found = _here()
     if isinstance(found, str):
         raise RuntimeError(f"native kernels: {found}")
     return found
 
 
 def readable(x: torch.Tensor) -> bool:
-    """Whether x is memory that C++ can read: no tensor subclass, nothing that torch.func or torch.compile traces."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and tracing.readable(x)
+    """Whether x is memory that C++ can read: no tensor subclass, nothing that torch.func or torch.compile traces,
+    no view whose sign is still to be turned."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and tracing.readable(x) and not x.is_neg()
+
+
+@lru_cache(maxsize=1)
+def _here() -> ctypes.CDLL | str:
+    """The switch is read once: a look into the environment takes as long as a small call."""
+    return _load(os.environ.get(SWITCH, "1"))
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,177 @@
+"""One query a head, or a few, against a long cache, in C++: keys and values are read once, as they lie.
+
+Grouped keys serve all their query heads at once, bf16 is widened in registers, and sums are in fp32. Nothing is copied,
+and nothing formed but what masks and biases ask for, over the keys that the mask's bounds leave. There is no backward.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
+
+from regard import tracing
+from regard.kernels.cost import Cost, asked, products
+from regard.kernels.native import build
+from regard.kernels.native.decode import NOTHING, NUMBERS, decode, launch, step
+from regard.kernels.problem import CAUSAL, Problem, beyond_softmax, honest, key_range, nothing
+from regard.masks import Mask
+from regard.masks.algebra import And
+from regard.masks.patterns import Diagonals
+from regard.stages import Position, Rows
+
+MOST = 16
+"""Queries. Kernels for more of them do their products in larger tiles."""
+TINY = 2**16
+"""Queries times keys times widths up to which nobody can make good what launching more than one kernel costs."""
+
+
+def why_not(p: Problem) -> list[str]:
+    """Few queries on a CPU, in fp32 or bf16: softmax with additive terms that need no q or k, and no gradients."""
+    reasons = []
+    T, D, V = p.q.shape[2], p.q.shape[3], p.v.shape[3]
+    if T > MOST:
+        reasons.append(f"{T} queries, more than {MOST}")
+    if p.q.dtype not in NUMBERS:
+        reasons.append(f"{p.q.dtype}: it is for fp32 and bf16")
+    if p.device_kind not in ("cpu", "meta"):
+        reasons.append(f"tensors on {p.device_kind}, not on the CPU")
+    if not (p.q.is_meta or (build.readable(p.q) and build.readable(p.k) and build.readable(p.v))):
+        reasons.append("it reads memory: no tensor subclasses, no torch.func, no torch.compile")
+    if p.dropout:
+        reasons.append("dropout")
+    if p.stages or p.bias is not None:
+        reasons += beyond_softmax(p)
+        if p.position_bias is not None and not p.position_bias.by_distance:
+            reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
+    if torch.is_grad_enabled() and _learns(p):
+        reasons.append("it has no backward, and gradients are wanted")
+    if reasons or (reasons := build.why_not()):
+        return reasons
+    width = step()
+    return [f"widths {D} and {V} are no multiples of {width}"] if D % width or V % width else []
+
+
+def cost(p: Problem) -> Cost:
+    """Keys and values of the reach are read once; masks are asked about every key."""
+    B, H, G, T, _ = p.shape
+    D, V, S = p.q.shape[3], p.v.shape[3], len(range(*key_range(p, slice(0, T)).indices(p.k.shape[2])))
+    formed, calls = 0.0, 3.0
+    if not _plain(p.mask, T):
+        formed, calls = p.mask.batch * p.mask.heads * asked(p.mask) * T * S, calls + 12  # type: ignore[union-attr]
+    if p.position_bias is not None or p.bias is not None:
+        formed, calls = formed + 24.0 * H * T * S, calls + 8
+    read = float(p.q.element_size() * B * (H * T + G * S) * (D + V))
+    return Cost(products(p, T * S), formed, calls, "C++ for few queries, which reads the cache once", read)
+
+
+def run(p: Problem) -> Tensor:
+    """(B, H, T, V), honest about NaN by itself: it sees scores and outputs pass by."""
+    if p.q.is_meta:
+        return nothing(p, *p.q.shape[:3], p.v.shape[3])
+    out, odd = _run(p)
+    return honest(p, lambda clean: _run(clean)[0]) if odd else out
+
+
+def quick(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None, position: Position | None = None
+) -> Tensor | None:
+    """What `attention` gives for plain calls that are small or have one query, in as few questions as will do: they
+    take longer than the work. None wherever an answer is not the usual one: then the long way tells, or refuses.
+
+    Args:
+        position: adds to the scores of one query by distance alone.
+    """
+    if is_compiling() or _get_tracing_state() is not None or tracing.active() or _len_torch_dispatch_stack():
+        return None
+    if not type(q) is type(k) is type(v) is Tensor or not (q.is_cpu and k.is_cpu and v.is_cpu):
+        return None
+    if (dtype := q.dtype) not in NUMBERS or dtype is not k.dtype or dtype is not v.dtype:
+        return None
+    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    try:
+        (B, H, T, D), K, (b, G, S, V) = q.shape, k.shape, v.shape
+        (_, _, _, a), (_, _, _, c), (_, _, _, d) = strides = q.stride(), k.stride(), v.stride()
+    except (RuntimeError, ValueError):  # nested, sparse, or of another rank
+        return None
+    if not (b == B and K == (B, G, S, D) and B and T and S and G and H and H % G == 0 and a == c == d == 1):
+        return None
+    if (T > 1 and (T > MOST or B * H * T * D * S > TINY)) or q.is_neg() or k.is_neg() or v.is_neg() or build.why_not():
+        return None
+    if D % (width := step()) or V % width or not (D and V):
+        return None
+    row = None if position is None else by_distance(position, q, S)
+    added = NOTHING if row is None else (row.data_ptr(), 0, row.stride(1) * (row.shape[1] > 1), 0)
+    scale = D**-0.5 if scale is None else scale
+    out, odd = launch(q, k, v, (B, H, T, D, G, S, V), strides, scale, causal and T > 1, added)
+    return None if odd else out
+
+
+def _run(p: Problem) -> tuple[Tensor, bool]:
+    T, S = p.q.shape[2], p.k.shape[2]
+    keys = key_range(p, slice(0, T))
+    k, v, bias = p.k, p.v, None
+    if keys != slice(0, S):
+        k, v = k[:, :, keys], v[:, :, keys]
+    if p.position_bias is not None and T == 1:
+        bias = by_distance(p.position_bias, p.q, k.shape[2])
+    elif p.position_bias is not None:
+        bias = _biases(p.position_bias, p.q, p.i, p.j[keys])
+    if p.bias is not None:
+        given = p.bias if p.bias.shape[3] == 1 else p.bias[..., keys]
+        bias = given.float() if bias is None else bias + given
+    mask = None if _plain(p.mask, T) else p.mask.at(p.i, p.j[keys])  # type: ignore[union-attr]
+    causal = T > 1 and p.mask is not None and p.mask == CAUSAL
+    return decode(p.q, k, v, p.scale, causal=causal, bias=bias, mask=mask)
+
+
+_ROWS: WeakKeyDictionary[Position, tuple[dict[str, Any], list[Tensor], Tensor]] = WeakKeyDictionary()
+
+
+def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 S"]:
+    """What the position adds to the scores of one query at the last of S keys.
+
+    Kept for twice as many keys and cut from there, as long as numbers and tensors of the position are what they were:
+    tensors are compared, since they can be written into behind everybody's back.
+    """
+    plain = {n: x for n, x in vars(position).items() if isinstance(x, int | float | str | torch.dtype)}
+    plain |= {"": (q.dtype, q.shape[1])}
+    tensors = [x for held in (position._parameters, position._buffers) for x in held.values() if x is not None]
+    before, were, row = _ROWS.get(position, ({}, [], q))
+    fits = row.shape[-1] >= S and before == plain and len(were) == len(tensors)
+    if not (fits and all(map(torch.equal, were, tensors))):
+        n = max(64, 2 * S)
+        row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu"))
+        if _told(position):
+            _ROWS[position] = plain, [x.detach().clone() for x in tensors], row
+    return row.narrow(-1, row.shape[-1] - S, S)
+
+
+def _told(position: Position) -> bool:
+    """Whether numbers and tensors of its own are all that it computes with."""
+    rest = {n: x for n, x in vars(position).items() if not n.startswith("_")}
+    return not position._modules and all(isinstance(x, int | float | str | torch.dtype) for x in rest.values())
+
+
+def _biases(position: Position, q: Tensor, i: Tensor, j: Tensor) -> Float[Tensor, "1 #H t s"]:
+    return position.bias(Rows(q=q, k=q, scores=q.new_empty(0), i=i, j=j)).float()
+
+
+def banded(mask: Mask | None) -> bool:
+    """Whether all that counts for a mask is how far behind a query the key is, from bound to bound."""
+    parts = mask.parts if isinstance(mask, And) else () if mask is None else (mask,)
+    return all(isinstance(part, Diagonals) and part.step == 1 for part in parts)
+
+
+def _plain(mask: Mask | None, T: int) -> bool:
+    """Whether it hides nothing of the keys within its reach but what causality hides."""
+    return mask is None or mask == CAUSAL or (T == 1 and banded(mask))
+
+
+def _learns(p: Problem) -> bool:
+    held = (q for stage in p.stages for q in stage.parameters())
+    return any(t is not None and t.requires_grad for t in (p.q, p.k, p.v, p.bias, *held))

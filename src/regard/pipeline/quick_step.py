@@ -1,0 +1,66 @@
+"""One token through a layer of plain parts: what `streaming.step` does, with its questions asked once.
+
+Around the projections and the kernel a step has some hundred small questions to ask, which take as long as both.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+
+from regard.kernels import execute, few
+from regard.pipeline.kv_cache import KVCache
+from regard.stages import Position
+
+if TYPE_CHECKING:
+    from regard.pipeline.layer import Attention
+
+
+_NOWHERE = torch.empty(0, dtype=torch.long, device="cpu")
+
+
+def step(layer: "Attention", x: Tensor, state: KVCache) -> tuple[Tensor, KVCache] | None:
+    """The next token of each sequence, and the state with it; None where the long way must be gone."""
+    if torch.compiler.is_compiling() or is_grad_enabled() or type(x) is not Tensor or type(state) is not KVCache:
+        return None
+    if not x.is_cpu or is_autocast_enabled("cpu") or x.layout is not torch.strided or x.is_nested:
+        return None
+    if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != layer.dim or x.dtype is not layer.q_proj.weight.dtype:
+        return None
+    if state.buffers.keys() != {"k", "v"} or not plain(layer):
+        return None
+    where = torch.tensor([state.length], device="cpu") if layer.position is not None else _NOWHERE
+    q, k, v, x, _ = layer._project(x, x, where, where, where)
+    held, state = state.append(k=k, v=v)
+    k, v = held["k"], held["v"]
+    reach = None if layer.mask is None else layer.receptive_field().reach
+    if reach is not None and reach < k.shape[2]:
+        k, v = k[:, :, -reach:], v[:, :, -reach:]
+    position = layer.position if layer.position is not None and layer.position.changes("bias") else None
+    out = few.quick(q, k, v, causal=True, scale=layer.scale, position=position)
+    if out is None:
+        first_key = state.length - held["k"].shape[2]
+        p = layer._problem(q, held["k"], held["v"], None, None, layer._static(None), first_key, positions=None)
+        out = execute(p, layer.kernel)
+    return layer._finish(out, x), state
+
+
+def plain(layer: "Attention") -> bool:
+    """Whether a step is projections, positions by distance or rotation, and softmax over all keys of its reach."""
+    position: Position | None = layer.position
+    return (
+        layer.causal
+        and layer.kernel == "auto"
+        and "streaming" in layer.supports
+        and not (layer.dropout and layer.training)
+        and layer.score is layer.score_mix is layer.weight_mix is layer.selector is None
+        and (layer.normalizer is None or layer.normalizer.is_softmax)
+        and (layer.mask is None or few.banded(layer.mask))
+        and (position is None or _plain_position(position))
+    )
+
+
+def _plain_position(position: Position) -> bool:
+    if not position.streams or position.needs or position.prepares() or position.changes("values"):
+        return False
+    return position.by_distance or not position.changes("bias")
