@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import regard
-from regard import tasks
+from regard import catalog, tasks
 from regard.bench import cells, source
 from regard.bench.closure import Closures
 from regard.bench.record import Cell
@@ -247,6 +247,8 @@ def test_no_code_runs_that_is_not_in_the_closure(mechanism: str, task: str) -> N
         tasks.make(task, {"heldout": 0.02 if task == "digits" else 2}),
     )
     budget = {"steps": 1, "batch": 2, "dim": 24, "depth": 1, "heads": 2, "lr": 1e-3, "match": "params", "device": "cpu"}
+
+    catalog.cards()  # what runs while files are read decides nothing
 
     def note(frame: Any, event: str, argument: object) -> None:
         if event == "call" and frame.f_code.co_name != "<module>":
