@@ -1,0 +1,117 @@
+"""Sink logits: each head has a learned logit in the softmax's denominator, to which no value belongs.
+
+With m the log-sum-exp of the scores that a query sees, its weights are softmax's times
+
+    exp(m) / (exp(m) + exp(b)) = sigmoid(m - b)
+
+so that any kernel which tells m serves, by one multiplication of its outputs. A query that sees nothing has m = -inf,
+and gives 0 as ever.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regard.cards import PLAIN, Card, Paper
+from regard.checks import checked, number
+from regard.kernels.sums import summed_to_one
+from regard.stages import Normalizer
+
+_STREAMING = "Efficient Streaming Language Models with Attention Sinks"
+
+CARD = Card(
+    "sink_softmax",
+    equation="""A_hts = exp(P_hts) / (exp(b_h) + sum_s' exp(P_hts')),   P = q k^T / sqrt(D),   b_h a parameter""",
+    papers=(
+        Paper("gpt-oss-120b & gpt-oss-20b Model Card", "OpenAI", 2025, "2508.10925", "recalled; transformers' code"),
+        Paper(_STREAMING, "Xiao, Tian, Chen, Han, Lewis", 2023, "2309.17453", "recalled: its learned sink is a token"),
+    ),
+    traits=PLAIN - {"normalised"},
+    claim="A head that should add nothing learns to, by its sink alone, where softmax's weights sum to 1: "
+    "tests/normalizers/test_sinks.py::test_a_head_learns_to_add_nothing.",
+    verified="third-party",
+    defaults={"std": "code, gpt-oss in transformers"},
+)
+ONE = Card(
+    "softmax_one",
+    gist="Softmax off by one: 1 more in the denominator, so that a head whose scores are all low adds little.",
+    equation="A_hts = exp(P_hts) / (1 + sum_s' exp(P_hts')),   P = q k^T / sqrt(D)",
+    papers=(
+        Paper(_STREAMING, "Xiao, Tian, Chen, Han, Lewis", 2023, "2309.17453", "recalled: its zero sink, SoftMax1"),
+    ),
+    traits=PLAIN - {"normalised"},
+    claim="Where no key fits, it puts out next to nothing: "
+    "tests/normalizers/test_sinks.py::test_where_no_key_fits_next_to_nothing_is_put_out.",
+    verified="third-party",
+)
+
+
+def sink_softmax(
+    scores: Float[Tensor, "B H t S"],
+    sinks: Float[Tensor, "#H"],
+    allowed: Bool[Tensor, "#B #H t S"] | None = None,
+) -> Float[Tensor, "B H t S"]:
+    """Softmax over the allowed keys and one more with logit `sinks`, whose weight is left out. In at least fp32."""
+    z = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -torch.inf)
+    sink = _logits(sinks, z).expand(*z.shape[:3], 1)
+    return summed_to_one(torch.cat([z, sink], -1).softmax(-1))[..., :-1].to(scores.dtype)
+
+
+def _logits(sinks: Float[Tensor, "#H"], like: Tensor) -> Float[Tensor, "#H 1 1"]:
+    """-inf, which is plain softmax, as the least finite number: beside a row that sees nothing it would give NaN."""
+    return sinks.to(like.dtype).clamp(min=torch.finfo(like.dtype).min)[:, None, None]
+
+
+class Sinks(Normalizer):
+    """Softmax with these logits in its denominator, one a head or one for all. A parameter stays whose it is.
+
+    Args:
+        sinks: b, (H,) or (1,).
+    """
+
+    def __init__(self, sinks: Float[Tensor, "#H"]) -> None:
+        super().__init__()
+        self.sinks = sinks
+
+    @checked()
+    def forward(
+        self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
+    ) -> Float[Tensor, "B H t S"]:
+        return sink_softmax(scores, self.sinks, allowed)
+
+    def share(self, lse: Float[Tensor, "B H t"]) -> Float[Tensor, "B H t"]:
+        return torch.sigmoid(lse - _logits(self.sinks, lse)[..., 0])
+
+
+@CARD.fills("normalizer")
+class SinkSoftmax(Sinks):
+    """Softmax with a learned sink logit for each head; `sinks` (H,) is the parameter.
+
+    Args:
+        std: of the normal distribution that logits start from.
+    """
+
+    def __init__(self, num_heads: int, *, std: float = 0.02) -> None:
+        number(type(self).__name__, least=0, std=std)
+        super().__init__(nn.Parameter(torch.empty(num_heads)))
+        self.std = std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.sinks, std=self.std)
+
+    def start_neutral(self) -> bool:
+        """Scores of about 0 leave a sink of -8 no more than e^-8 of a row's weight."""
+        nn.init.constant_(self.sinks, -8.0)
+        return True
+
+
+@ONE.fills("normalizer")
+class SoftmaxOne(Sinks):
+    """Softmax with a sink whose logit is 0. No parameters."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("sinks", torch.zeros(1), persistent=False)
