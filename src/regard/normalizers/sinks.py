@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard.cards import PLAIN, Card, Paper
 from regard.checks import checked, number
-from regard.kernels.sums import summed_to_one
+from regard.normalizers.softmax import softmax
 from regard.stages import Normalizer
 
 _STREAMING = "Efficient Streaming Language Models with Attention Sinks"
@@ -52,16 +52,20 @@ def sink_softmax(
     allowed: Bool[Tensor, "#B #H t S"] | None = None,
 ) -> Float[Tensor, "B H t S"]:
     """Softmax over the allowed keys and one more with logit `sinks`, whose weight is left out. In at least fp32."""
+    if scores.shape[-1] == 0:
+        return scores
     z = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf)
-    sink = _logits(sinks, z).expand(*z.shape[:3], 1)
-    return summed_to_one(torch.cat([z, sink], -1).softmax(-1))[..., :-1].to(scores.dtype)
+    empty = z.detach().amax(-1, keepdim=True) == -torch.inf  # exp(-inf - -inf) would be NaN
+    lse = z.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    return (softmax(z) * kept(lse, sinks)[..., None]).to(scores.dtype)
 
 
-def _logits(sinks: Float[Tensor, "#H"], like: Tensor) -> Float[Tensor, "#H 1 1"]:
-    """-inf, which is plain softmax, as the least finite number: beside a row that sees nothing it would give NaN."""
-    return sinks.to(like.dtype).clamp(min=torch.finfo(like.dtype).min)[:, None, None]
+def kept(lse: Float[Tensor, "B H t"], sinks: Float[Tensor, "#H"]) -> Float[Tensor, "B H t"]:
+    """What the sink leaves of a row's weight: sigmoid(lse - b)."""
+    # -inf, which is plain softmax, as the least finite number: beside a row that sees nothing it would give NaN.
+    return torch.sigmoid(lse - sinks.to(lse.dtype).clamp(min=torch.finfo(lse.dtype).min)[:, None])
 
 
 class Sinks(Normalizer):
@@ -82,7 +86,7 @@ class Sinks(Normalizer):
         return sink_softmax(scores, self.sinks, allowed)
 
     def share(self, lse: Float[Tensor, "B H t"]) -> Float[Tensor, "B H t"]:
-        return torch.sigmoid(lse - _logits(self.sinks, lse)[..., 0])
+        return kept(lse, self.sinks)
 
 
 @CARD.fills("normalizer")
