@@ -91,10 +91,11 @@ def test_piece_by_piece_is_all_at_once(cuts: list[int]) -> None:
 
 def test_steps_are_those_of_transformers() -> None:
     qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    update = getattr(qwen, "torch_causal_conv1d_update", None) or qwen.causal_conv1d_update  # renamed there once
     x, weight, bias = numbers(2, 6, 3), numbers(3, 4, seed=1), numbers(3, seed=2)
     held, state = torch.zeros(2, 3, 4, dtype=torch.float64), None
     for t in range(6):
-        want = qwen.torch_causal_conv1d_update(x[:, t : t + 1].mT, held, weight, bias, activation="silu").mT
+        want = update(x[:, t : t + 1].mT, held, weight, bias, activation="silu").mT
         out, state = short_conv(x[:, t : t + 1], weight, bias, state=state)
         torch.testing.assert_close(F.silu(out), want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state, held[..., 1:].mT, rtol=0, atol=0)

@@ -1,8 +1,10 @@
 """Soft-capped scores against their formula in Python floats and Gemma 2's attention in transformers."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from regard.kernels.native import build
 from regard.positions import Alibi
 from regard.scores.soft_cap import SoftCap, soft_cap
 
+VECTORS = Path(__file__).parents[1] / "vectors" / "sinks.npz"
 compiled = pytest.mark.skipif(bool(build.why_not()), reason="no compiler")
 
 
@@ -73,6 +76,19 @@ def test_is_gemma_2s_attention() -> None:
     w = torch.randn_like(got)
     for a, b in zip(*(torch.autograd.grad((z * w).sum(), (q, k, v)) for z in (got, want)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "chunked"])
+def test_gives_the_golden_numbers(kernel: str) -> None:
+    """Those of Gemma 2's function, kept, which rounds its weights through float32."""
+    z = {name: torch.from_numpy(array) for name, array in np.load(VECTORS).items()}
+    q, k = (z[f"c_{name}"].requires_grad_() for name in "qk")
+    cap = SoftCap(cap=float(z["c_cap"]))
+    slots = {"mask": z["c_allow"], "scale": float(z["c_scale"]), "score_mix": cap, "kernel": kernel}
+    out = regard.attention(q, k, z["c_v"], **slots)
+    torch.testing.assert_close(out, z["c_out"], rtol=1e-6, atol=1e-6)
+    for got, name in zip(torch.autograd.grad((out * z["c_w"]).sum(), (q, k)), "qk", strict=True):
+        torch.testing.assert_close(got, z[f"c_g{name}"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["chunked", pytest.param("native", marks=compiled)])

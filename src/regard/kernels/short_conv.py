@@ -19,7 +19,7 @@ from regard.checks import checked, refuse
 class Convolved(NamedTuple):
     out: Float[Tensor, "B *H T C"]
     state: Float[Tensor, "B *H past C"]
-    """The last K - 1 inputs, zeros where there were none: what the next tokens need of these."""
+    """The last K - 1 inputs, zeros where there were none or of documents before: what the next tokens need of these."""
 
 
 @checked()
@@ -61,7 +61,10 @@ def short_conv(
             same = document.narrow(1, j, T) == document.narrow(1, K - 1, T)
             part = part.masked_fill(~_along(same, x), 0)
         out = torch.addcmul(out, part, weight[..., None, :, j])
-    return Convolved(out, seen.narrow(-2, T, K - 1))
+    last = seen.narrow(-2, T, K - 1)
+    if document is not None:
+        last = last.masked_fill(~_along(document[:, T:] == document[:, -1:], x), 0)
+    return Convolved(out, last)
 
 
 def _along(told: Bool[Tensor, "#B T"], x: Tensor) -> Bool[Tensor, "#B *one T 1"]:

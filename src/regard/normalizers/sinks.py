@@ -113,9 +113,14 @@ class SinkSoftmax(Sinks):
 
 
 @ONE.fills("normalizer")
-class SoftmaxOne(Sinks):
+class SoftmaxOne(Normalizer):
     """Softmax with a sink whose logit is 0. No parameters."""
 
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.register_buffer("sinks", torch.zeros(1), persistent=False)
+    @checked()
+    def forward(
+        self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
+    ) -> Float[Tensor, "B H t S"]:
+        return sink_softmax(scores, scores.new_zeros(1), allowed)
+
+    def share(self, lse: Float[Tensor, "B H t"]) -> Float[Tensor, "B H t"]:
+        return torch.sigmoid(lse)
