@@ -922,8 +922,8 @@ def blocks(document, language):
 
 
 def test_the_contributing_example_is_a_mechanism(monkeypatch):
-    part, test = (block.replace('"soft_cap"', '"temporary_example"') for block in blocks("CONTRIBUTING.md", "python"))
-    module = types.ModuleType("regard.scores.soft_cap")
+    part, test = (block.replace('"clipped"', '"temporary_example"') for block in blocks("CONTRIBUTING.md", "python"))
+    module = types.ModuleType("regard.scores.clipped")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     catalog.cards()
     try:
@@ -934,12 +934,12 @@ def test_the_contributing_example_is_a_mechanism(monkeypatch):
         assert len(tests) == 3
         for run in tests:
             run()
-        layer = regard.create("temporary_example", dim=24, num_heads=6, causal=True, cap=2.0)
+        layer = regard.create("temporary_example", dim=24, num_heads=6, causal=True, clip=2.0)
         x = torch.randn(2, 12, 24)
         y, _ = layer.step(x, layer.init_state(2, 12))
         torch.testing.assert_close(y, layer(x))
         assert "temporary_example" in output("list")
-        assert "cap = 50.0" in output("show", "temporary_example")
+        assert "clip = 10.0" in output("show", "temporary_example")
     finally:
         _registry.pop("temporary_example", None)
 

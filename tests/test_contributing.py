@@ -17,29 +17,29 @@ FILES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The mechanism's file, imported as regard.scores.soft_cap, and gone again afterwards."""
+    """The mechanism's file, imported as regard.scores.clipped, and gone again afterwards."""
     mechanism, test, _ = FILES
-    (tmp_path / "soft_cap.py").write_text(mechanism)
-    (tmp_path / "test_soft_cap.py").write_text(test)
+    (tmp_path / "clipped.py").write_text(mechanism)
+    (tmp_path / "test_clipped.py").write_text(test)
     monkeypatch.setattr(regard.scores, "__path__", [*regard.scores.__path__, str(tmp_path)])
     yield tmp_path
-    cards._registry.pop("soft_cap", None)
-    sys.modules.pop("regard.scores.soft_cap", None)
-    vars(regard.scores).pop("soft_cap", None)
+    cards._registry.pop("clipped", None)
+    sys.modules.pop("regard.scores.clipped", None)
+    vars(regard.scores).pop("clipped", None)
 
 
 def test_the_example_is_a_mechanism(example: Path) -> None:
-    from regard.scores.soft_cap import SoftCap  # type: ignore[import-not-found]
+    from regard.scores.clipped import Clipped  # type: ignore[import-not-found]
 
-    card = regard.card("soft_cap")
-    assert (card.family, card.is_part, card.options) == ("scores", True, {"cap": 50.0})
-    assert card.gist == "Soft-capped scores: a smooth bound that no score exceeds."
-    assert "tanh" in SoftCap.__doc__
-    layer = regard.create("soft_cap+rotary", dim=24, num_heads=6, causal=True, cap=3.0)
-    assert layer.score_mix.cap == 3.0
+    card = regard.card("clipped")
+    assert (card.family, card.is_part, card.options) == ("scores", True, {"clip": 10.0})
+    assert card.gist == "Clipped logits: the tanh of each score, stretched, so that no head is too sure."
+    assert "tanh" in Clipped.__doc__
+    layer = regard.create("clipped+rotary", dim=24, num_heads=6, causal=True, clip=3.0)
+    assert layer.score_mix.clip == 3.0
     assert layer(torch.randn(2, 5, 24)).shape == (2, 5, 24)
-    with pytest.raises(ValueError, match="SoftCap: cap is out of range"):
-        regard.create("soft_cap", dim=24, num_heads=6, cap=-1)
+    with pytest.raises(ValueError, match="Clipped: clip is out of range"):
+        regard.create("clipped", dim=24, num_heads=6, clip=-1)
 
 
 @pytest.mark.slow

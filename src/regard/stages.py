@@ -164,6 +164,17 @@ class Normalizer(Stage):
     is_softmax = False
     """True where fused kernels may take its place."""
 
+    def share(self, lse: Float[Tensor, "B H t"]) -> Float[Tensor, "B H t"]:
+        """Where the weights are softmax's, scaled row by row: by how much, given the logarithm of the row's sum of
+        exponentials (-inf where nothing is seen). Kernels that tell this sum may then take this normaliser's place.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def scales_softmax(cls) -> bool:
+        """Whether this class overrides `share`."""
+        return cls.share is not Normalizer.share
+
     def forward(
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None
     ) -> Float[Tensor, "B H t S"]:
@@ -172,6 +183,9 @@ class Normalizer(Stage):
 
 class Mix(Stage):
     """Maps scores to scores (before the mask) or weights to weights (after normalising), across keys, rows or heads."""
+
+    cap: float | None = None
+    """c, where it maps every score z to c tanh(z / c) and does nothing else: some kernels do that themselves."""
 
     def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
         raise NotImplementedError
@@ -270,6 +284,11 @@ class Filled:
     def position_values(self) -> Position | None:
         """The position, if it adds to the outputs."""
         return self.position if self.position is not None and self.position.changes("values") else None
+
+    @property
+    def cap(self) -> float | None:
+        """The soft cap on the scores, if that is all that a mix does to them."""
+        return None if self.score_mix is None else self.score_mix.cap
 
     @property
     def stages(self) -> list[Stage]:

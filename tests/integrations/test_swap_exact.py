@@ -40,7 +40,7 @@ def test_the_comparison_can_tell_a_leak():
         assert off(outputs(model, {"input_ids": inputs["input_ids"]})[inputs["attention_mask"].bool()], expected) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gpt_oss", "bert", "t5"])
 def test_gradients_are_those_of_eager_attention(name):
     model, inputs = tiny(name), batch(name)
 

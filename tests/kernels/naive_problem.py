@@ -298,7 +298,7 @@ def normalised(d: Description, z: Tensor, allowed: Tensor, own: Parameters) -> T
             weights = exponentials(z.abs(), allowed)
             weights = z.sign() * weights / weights.sum(-1, keepdim=True)
         case "sinks":
-            sink = own["sink"][:, None, None]
+            sink = own["sinks"][:, None, None]
             top = torch.maximum(torch.where(allowed, z.detach(), -math.inf).amax(-1, keepdim=True), sink.detach())
             weights = torch.where(allowed, (torch.where(allowed, z, 0) - top).exp(), 0)
             weights = weights / (weights.sum(-1, keepdim=True) + (sink - top).exp())

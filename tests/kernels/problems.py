@@ -19,11 +19,12 @@ from regard.kernels import block_sparse, chunked, few, grouped, neighborhood, sd
 from regard.kernels.native import blocks as native_blocks
 from regard.kernels.problem import Problem
 from regard.masks import Mask
-from regard.normalizers import AdaptiveEntmax, Cog, Entmax, Softmax, Sparsemax, TopK
+from regard.normalizers import AdaptiveEntmax, Cog, Entmax, SinkSoftmax, Softmax, Sparsemax, TopK
 from regard.pipeline.function import problem as checked_problem
 from regard.positions import Alibi, CoPE, Kerple, KerplePower, Rotary, Shaw, rotary_linear, rotary_ntk, rotary_yarn
 from regard.scores.mta import HeadMix, KeyQueryConv, MixSequence
-from regard.stages import Mix, Normalizer, Position, Rows, Score, Stage
+from regard.scores.soft_cap import SoftCap
+from regard.stages import Position, Rows, Score, Stage
 from regard.training.temperature import HeadTemperature
 
 Tree = tuple[Any, ...]
@@ -179,27 +180,6 @@ class Gated(Score):
         return rows.scores * self.g.sigmoid()[:, None, None].to(rows.scores.dtype)
 
 
-class Capped(Mix):
-    """1.5 tanh(s / 1.5)."""
-
-    def forward(self, z: Tensor, rows: Rows) -> Tensor:
-        return 1.5 * (z / 1.5).tanh()
-
-
-class Sinks(Normalizer):
-    """Softmax with one more score for each head, whose weight is thrown away."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.sink = nn.Parameter(torch.zeros(heads))
-
-    def forward(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        sink = self.sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-
-
 STAGES: dict[str, dict[str, Callable[[Description], Stage]]] = {
     "position": {
         "alibi": lambda d: Alibi(d.H),
@@ -220,7 +200,7 @@ STAGES: dict[str, dict[str, Callable[[Description], Stage]]] = {
     },
     "score": {"bilinear": lambda d: Bilinear(d.D), "gated": lambda d: Gated(d.H)},
     "score_mix": {
-        "capped": lambda d: Capped(),
+        "capped": lambda d: SoftCap(cap=1.5),
         "temperature": lambda d: HeadTemperature(d.H, max_length=5),
         "head_mix": lambda d: HeadMix(d.H),
         "conv": lambda d: KeyQueryConv(d.H, query_size=3, key_size=3),
@@ -229,7 +209,7 @@ STAGES: dict[str, dict[str, Callable[[Description], Stage]]] = {
     },
     "normalizer": {
         "softmax": lambda d: Softmax(),
-        "sinks": lambda d: Sinks(d.H),
+        "sinks": lambda d: SinkSoftmax(d.H),
         "entmax15": lambda d: Entmax(alpha=1.5),
         "entmax12": lambda d: Entmax(alpha=1.2),
         "sparsemax": lambda d: Sparsemax(),

@@ -10,7 +10,9 @@ from masks.test_masks import RULES
 from regard import masks
 from regard.kernels.native import build, operator
 from regard.masks.flat import flatten, unflatten
+from regard.normalizers import Sinks
 from regard.positions import Alibi, Kerple
+from regard.scores import SoftCap
 
 NATIVE = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {'; '.join(build.why_not())}")
 IDS = torch.arange(150)[None] // 37
@@ -143,12 +145,35 @@ def test_a_tensor_bias() -> None:
 
 
 @NATIVE
-def test_nan_reaches_who_sees_it() -> None:
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("parts", ["cap", "sinks", "cap and sinks"])
+def test_a_cap_and_sinks(parts: str, masked: bool) -> None:
+    sinks = torch.tensor([0.0, 2.0, 4.0, 6.0], requires_grad=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        cap = SoftCap(cap=0.7) if "cap" in parts else None
+        normalizer = Sinks(sinks) if "sinks" in parts else None
+        mask = MASKS["padding"]() if masked else None
+        return regard.attention(q, k, v, mask=mask, score_mix=cap, normalizer=normalizer)
+
+    assert used(run, *tensors(), sinks) == {"regard.native_attention.default"}
+    q, k, v = tensors()
+    plain = regard.attention(q, k, v, mask=MASKS["padding"]() if masked else None)
+    assert (run(q, k, v, sinks) - plain).abs().max() > 0.05, "without them it differs"
+    if "sinks" in parts:
+        agree(run, q, k, v, sinks)
+    else:
+        agree(lambda q, k, v: run(q, k, v, sinks), q, k, v)
+
+
+@NATIVE
+@pytest.mark.parametrize("normalizer", [None, Sinks(torch.linspace(-1, 2, 4))])
+def test_nan_reaches_who_sees_it(normalizer: Sinks | None) -> None:
     q, k, v = (x.detach().clone() for x in tensors())
     k[0, 0, 3], v[1, 1, 100], q[1, 2, 7, 3] = torch.nan, torch.inf, torch.nan
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return regard.attention(q, k, v, mask=MASKS["window"]())
+        return regard.attention(q, k, v, mask=MASKS["window"](), normalizer=normalizer)
 
     agree(run, *(x.requires_grad_() for x in (q, k, v)))
     assert run(q, k, v).isnan().any(-1).sum() == 2 * 20 + 2 * 20 + 1
@@ -173,7 +198,7 @@ def test_torch_func_goes_through_torchs_own(transform: str) -> None:
 @NATIVE
 def test_no_second_derivative() -> None:
     q, k, v = tensors()
-    out, _ = operator.forward(q, k, v, None, None, *flatten(masks.causal()), 0.25)
+    out, _ = operator.forward(q, k, v, None, None, *flatten(masks.causal()), 0.25, None)
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         first.sum().backward()
@@ -181,5 +206,5 @@ def test_no_second_derivative() -> None:
 
 @NATIVE
 def test_torch_finds_no_fault_with_the_operator() -> None:
-    args = (*tensors(), None, None, *flatten(masks.causal() & masks.documents(IDS)), 0.25)
+    args = (*tensors(), None, None, *flatten(masks.causal() & masks.documents(IDS)), 0.25, 2.0)
     torch.library.opcheck(operator.forward, args, atol=1e-4, rtol=1e-4)

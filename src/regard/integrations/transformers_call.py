@@ -14,7 +14,8 @@ from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask
 from regard.masks import Mask, dense, packed, padding, predicate
 from regard.masks.patterns import Diagonals
-from regard.stages import Mix, Normalizer, Rows
+from regard.normalizers.sinks import Sinks
+from regard.scores.soft_cap import SoftCap
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +87,8 @@ def read(
         scale=D**-0.5 if scaling is None else float(scaling),
         mask=check_mask(mask, B, H, T, key.shape[2], query.device),
         bias=bias,
-        score_mix=None if softcap is None else SoftCap(softcap),
-        normalizer=None if sinks is None else SinkSoftmax(sinks),
+        score_mix=None if softcap is None else SoftCap(cap=softcap),
+        normalizer=None if sinks is None else Sinks(sinks),
         dropout=dropout,
         first_key=first,
     )
@@ -112,33 +113,6 @@ def maps(problem: Problem, kernel: str, key: Float[Tensor, "B G S D"]) -> Float[
     """`weights`, with a column for every key that the layer was given, of which a static cache has some to spare."""
     seen = weights(problem, kernel)
     return None if seen is None else torch.nn.functional.pad(seen, (0, key.shape[2] - seen.shape[3]))
-
-
-class SoftCap(Mix):
-    """c tanh(score / c): scores stay within the cap. Gemma 2 (https://arxiv.org/abs/2408.00118), section 2."""
-
-    def __init__(self, cap: float) -> None:
-        super().__init__()
-        self.cap = cap
-
-    def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
-        return torch.tanh(z / self.cap) * self.cap
-
-
-class SinkSoftmax(Normalizer):
-    """Softmax over the keys and one more that holds nothing, whose logit is learned for each head."""
-
-    def __init__(self, sinks: Float[Tensor, " H"]) -> None:
-        super().__init__()
-        self._sinks = [sinks]  # the model's parameter, not this part's
-
-    def forward(
-        self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None
-    ) -> Float[Tensor, "B H t S"]:
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -math.inf)
-        sink = self._sinks[0].to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from regard.cards import PLAIN, Card, Paper
 from regard.kernels import cost as costs
 from regard.kernels import sdpa
 from regard.kernels.online import KEYS, QUERIES, online
-from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range
+from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range, softmaxed, uncapped
 from regard.tracing import exporting
 
 CARD = Card(
@@ -82,10 +82,10 @@ def _tile(p: Problem) -> tuple[int, int]:
 
 
 def _tiles_alone(p: Problem) -> bool:
-    """Whether this is softmax with additive terms only, so that any tile can be computed by itself."""
+    """Whether any tile can be computed by itself: softmax, scaled by rows at most, of scores with terms and a cap."""
     bias = p.position_bias
     reads = bias is not None and (bias.sees == "rows" or bool(bias.needs) or bias.prepares())
-    only_adds = all(stage is bias for stage in p.stages) and p.position_values is None
+    only_adds = all(stage is bias for stage in softmaxed(uncapped(p)).stages) and p.position_values is None
     return only_adds and not reads and p.dropout == 0
 
 

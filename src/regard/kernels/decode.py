@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.cost import Cost, io, products
-from regard.kernels.problem import CAUSAL, Problem, all_finite, honest, softmax
+from regard.kernels.problem import CAUSAL, Problem, all_finite, honest, softmax, softmaxed
 from regard.kernels.sums import over_keys
 
 
@@ -21,7 +21,7 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"{p.q.shape[2]} queries, not one")
     if p.q.dtype not in (torch.float32, torch.float64):
         reasons.append(f"scores would be rounded to {p.q.dtype}")
-    if p.stages or p.bias is not None or p.dropout:
+    if softmaxed(p).stages or p.bias is not None or p.dropout:
         reasons.append("it does plain softmax attention: no bias, stages or dropout")
     return reasons
 
@@ -43,7 +43,7 @@ def _attend(p: Problem) -> tuple[Tensor, Tensor]:
     allowed = None
     if p.mask is not None and p.mask != CAUSAL:  # the one query is the last: it sees all keys
         allowed = p.mask.at(p.i, p.j)
-    weights = softmax(scores.view(B, H, 1, -1), allowed)
+    weights = (p.normalizer or softmax)(scores.view(B, H, 1, -1), allowed)
     out = over_keys(weights.reshape(scores.shape), p.v.flatten(0, 1))
     return scores, out.view(B, H, 1, p.v.shape[3])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regard.kernels import block_sparse
 from regard.kernels.cost import Cost, io, passed, products
-from regard.kernels.problem import Problem, beyond_softmax
+from regard.kernels.problem import Problem, beyond_softmax, uncapped
 from regard.kernels.sums import MANY, loses
 from regard.masks import BlockLayout, Mask
 from regard.masks.content import remembered
@@ -33,7 +33,7 @@ ACCELERATORS = ("cuda", "xpu")
 
 def why_not(p: Problem) -> list[str]:
     """It is softmax attention with masks and additive terms, and trains on accelerators only."""
-    reasons = beyond_softmax(p)
+    reasons = beyond_softmax(uncapped(p))
     if p.position_bias is not None and not p.position_bias.by_distance:
         reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
     if p.dropout:
@@ -152,9 +152,9 @@ def _ordered(blocks: Tensor, device: torch.device) -> tuple[Int[Tensor, "B H nq"
 
 
 def _score_mod(p: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Adds the position's bias and the tensor bias to a score."""
-    table, bias = None if p.position_bias is None else _table(p), p.bias
-    if table is None and bias is None:
+    """Adds the position's bias and the tensor bias to a score, and caps it."""
+    table, bias, cap = None if p.position_bias is None else _table(p), p.bias, p.cap
+    if table is None and bias is None and cap is None:
         return None
     first = _offset(p, p.q.shape[2] - 1)
 
@@ -164,7 +164,7 @@ def _score_mod(p: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor],
         if bias is not None:
             at = (n if size > 1 else 0 for n, size in zip((b, h, t, j), bias.shape, strict=True))
             score = score + bias[tuple(at)]
-        return score
+        return score if cap is None else cap * torch.tanh(score / cap)
 
     return score_mod
 

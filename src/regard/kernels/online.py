@@ -16,7 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.kernels.problem import Problem, attend, combine, dots, position_bias, rectangle
+from regard.kernels.problem import (
+    Problem,
+    attend,
+    combine,
+    dots,
+    log_sums,
+    position_bias,
+    rectangle,
+    scaled,
+    softmaxed,
+)
 from regard.masks.verdict import Tiles
 from regard.stages import Position
 
@@ -25,11 +35,11 @@ QUERIES, KEYS = 256, 1024
 
 
 def online(p: Problem, rows: int, keys: int) -> Float[Tensor, "B H T V"]:
-    """Attention with at most an additive bias, in tiles of `rows` x `keys`."""
+    """Attention in tiles of `rows` x `keys`, with at most an additive bias, a soft cap and a softmax scaled by rows."""
     bias = [] if p.bias is None else [p.bias]
     parameters = [] if p.position_bias is None else list(p.position_bias.parameters())
-    out, _ = _Online.apply(p, rows, keys, len(bias), p.q, p.k, p.v, *bias, *parameters)
-    return out
+    out, lse = _Online.apply(softmaxed(p), rows, keys, len(bias), p.q, p.k, p.v, *bias, *parameters)
+    return scaled(p, out, lse[..., 0])
 
 
 class _Online(torch.autograd.Function):
@@ -56,28 +66,35 @@ class _Online(torch.autograd.Function):
         ctx.problem, ctx.sizes, ctx.biases = p, (rows, keys), biases
         # Kept unrounded: what backward takes from dp would not cancel against it otherwise.
         ctx.save_for_backward(out, lse, *tensors)
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out.to(v.dtype), lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *others = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
         biases, parameters = others[: ctx.biases], others[ctx.biases :]
         p = replace(ctx.problem, q=q, k=k, v=v, bias=biases[0] if biases else None)
         if torch.is_grad_enabled():
-            return None, None, None, None, *_with_graph(p, grad, (q, k, v, *others), ctx.needs_input_grad[4:])
+            return None, None, None, None, *_with_graph(p, grad, dlse, (q, k, v, *others), ctx.needs_input_grad[4:])
         wide = lse.dtype
         dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
         extra = [torch.zeros_like(t, dtype=wide) for t in others]
         for at, tiles in tiling(p, *ctx.sizes):
             do = grad[:, :, at].to(wide)
             delta = (do * out[:, :, at]).sum(-1, keepdim=True)
+            if dlse is not None:
+                delta -= dlse[:, :, at]
             # A row that saw nothing has lse -inf; any finite stand-in gives weights e^(-inf) = 0.
             norm = torch.where(lse[:, :, at] == -math.inf, 0.0, lse[:, :, at])
             for part, full in tiles:
-                weights = (_scores(p, at, part, full) - norm).exp_()
+                scores = _scores(p, at, part, full)
+                # Masked ones are -inf, which 0 weight would make NaN.
+                slope = None if p.cap is None else 1 - (scores / p.cap).clamp_(min=-1).square_()
+                weights = scores.sub_(norm).exp_()
                 dv[:, :, part] += _per_key(weights, do, k.shape[1])
                 ds = weights.mul_(dots(do, v[:, :, part]).sub_(delta))
+                ds = ds if slope is None else ds.mul_(slope)
                 if p.bias is not None and ctx.needs_input_grad[7]:
                     _add_bias_grad(extra[0], ds, at, part)
                 if p.position_bias is not None:
@@ -89,11 +106,15 @@ class _Online(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
-def _with_graph(p: Problem, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def _with_graph(
+    p: Problem, grad: Tensor, dlse: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
-    out = attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))
+    outs, grads = [attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))], [grad]
+    if dlse is not None:
+        outs, grads = [*outs, log_sums(p)[..., None]], [*grads, dlse]
     wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-    got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(got) if need else None for need in needed]
 
 
@@ -118,12 +139,14 @@ def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple
 
 
 def _scores(p: Problem, at: slice, part: slice, full: bool) -> Float[Tensor, "B H t s"]:
-    """Scaled scores with bias, -inf where masked."""
+    """Scaled scores with bias and cap, -inf where masked."""
     scores = dots(p.q[:, :, at], p.k[:, :, part]).mul_(p.scale)
     if p.position_bias is not None:
         scores += position_bias(p, rectangle(p, at, part, scored=False), at, part)
     if p.bias is not None:
         scores += _slice(p.bias, at, part)
+    if p.cap is not None:
+        scores = scores.div_(p.cap).tanh_().mul_(p.cap)
     if not full and p.mask is not None:
         scores.masked_fill_(~p.mask.at(p.i[at], p.j[part]), -math.inf)
     return scores

@@ -105,6 +105,21 @@ def beyond_softmax(p: Problem) -> list[str]:
     return reasons
 
 
+def softmaxed(p: Problem) -> Problem:
+    """The same with softmax in place of a normaliser that only scales its rows; see `scaled`."""
+    return replace(p, normalizer=None) if p.normalizer is not None and p.normalizer.scales_softmax() else p
+
+
+def scaled(p: Problem, out: Float[Tensor, "B H T V"], lse: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T V"]:
+    """What comes of softmax's outputs and log-sum-exp under the problem's own normaliser."""
+    return out if p.normalizer is None else (out * p.normalizer.share(lse)[..., None]).to(out.dtype)
+
+
+def uncapped(p: Problem) -> Problem:
+    """The same without a soft cap, for kernels that see to it themselves."""
+    return p if p.cap is None else replace(p, score_mix=None)
+
+
 Keys = slice | Tensor
 
 CAUSAL, FULL = causal(), full()
@@ -186,6 +201,17 @@ def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     if p.position_values is not None:
         out = out + p.position_values.values(weights, told(p, part, "position", at, keys))
     return out[:, :, rows.start - first :].to(p.v.dtype)
+
+
+def log_sums(p: Problem) -> Float[Tensor, "B H T"]:
+    """log sum_j exp(score) of each row over what it sees, from the whole score matrix; -inf where that is nothing."""
+    rows, keys = slice(0, p.q.shape[2]), slice(0, p.k.shape[2])
+    part = rectangle(p, rows, keys)
+    scores = biased_scores(p, part, rows, keys)
+    if part.allowed is not None:
+        scores = scores.masked_fill(~part.allowed, -math.inf)
+    empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # exp(-inf - -inf) would be NaN
+    return scores.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
 
 
 def nothing(p: Problem, *shape: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from regard.kernels import block_sparse
 from regard.kernels._triton_walk import Walk, walk
 from regard.kernels.cost import Cost, io, products
-from regard.kernels.problem import Problem
+from regard.kernels.problem import Problem, scaled, softmaxed
 
 LARGEST = 64
 """Queries or keys a block."""
@@ -40,7 +40,7 @@ PROGRAMS = 2**31 - 1
 
 def why_not(p: Problem) -> list[str]:
     """It is softmax attention with a mask, on a GPU (or anywhere in Triton's interpreter)."""
-    reasons = [f"{type(stage).__name__}: only plain softmax" for stage in p.stages if not _softmax(stage)]
+    reasons = [f"{type(stage).__name__}: only plain softmax" for stage in softmaxed(p).stages if not _softmax(stage)]
     if p.bias is not None:
         reasons.append("bias: only masks")
     if p.dropout:
@@ -64,7 +64,7 @@ def why_not(p: Problem) -> list[str]:
 
 def run(p: Problem) -> Float[Tensor, "B H T V"]:
     """What `attention` gives for this problem."""
-    return attend(p)[0]
+    return scaled(p, *attend(softmaxed(p)))
 
 
 def cost(p: Problem) -> Cost:

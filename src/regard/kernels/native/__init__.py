@@ -20,7 +20,17 @@ from regard.kernels.cost import Cost, asked, io, products
 from regard.kernels.native import build, operator
 from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, made, walk, walk_of
 from regard.kernels.native.struct import call
-from regard.kernels.problem import Problem, attend, beyond_softmax, honest, nothing
+from regard.kernels.problem import (
+    Problem,
+    attend,
+    beyond_softmax,
+    honest,
+    log_sums,
+    nothing,
+    scaled,
+    softmaxed,
+    uncapped,
+)
 from regard.stages import Rows
 from regard.tracing import exporting
 
@@ -41,7 +51,7 @@ def why_not(p: Problem) -> list[str]:
         reasons += operator.why_not(p)
     if p.q.dtype == torch.float64:
         reasons.append("float64: it computes in fp32")
-    reasons += beyond_softmax(p)
+    reasons += beyond_softmax(softmaxed(uncapped(p)))
     if p.position_bias is not None and not p.position_bias.by_distance:
         reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
     if p.bias is not None and p.bias.requires_grad and torch.is_grad_enabled():
@@ -73,8 +83,10 @@ def run(p: Problem) -> Tensor:
     if torch.compiler.is_compiling():
         return operator.run(p, _table(p))
     odd: list[bool] = []
-    out, _ = _attend(p, None, odd)
-    return honest(p, lambda clean: with_lse(clean)[0]) if odd[0] else out
+    out, lse = _attend(softmaxed(p), None, odd)
+    if odd[0]:
+        return honest(p, lambda clean: scaled(clean, *with_lse(softmaxed(clean))))
+    return scaled(p, out, lse)
 
 
 def with_lse(p: Problem, walk: Walk | None = None) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
@@ -113,7 +125,7 @@ class _Native(torch.autograd.Function):
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         walk = other or walk_of(p.mask, q.shape[2], k.shape[2])
-        out, lse = outputs(p.scale, walk, odd, table, bias, q, k, v)
+        out, lse = outputs(p.scale, p.cap, walk, odd, table, bias, q, k, v)
         ctx.problem, ctx.walk, ctx.by_mask = p, walk, other is None
         ctx.save_for_backward(table, bias, q, k, v, out, lse)
         ctx.set_materialize_grads(False)
@@ -126,21 +138,15 @@ class _Native(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else grad
         if torch.is_grad_enabled():
             return None, None, None, *_with_graph(ctx, grad, dlse, table, bias, *given)
-        wants = ctx.needs_input_grad[3]
-        dtable, *found = gradients(ctx.problem.scale, ctx.walk, table, bias, *given, out, lse, grad, dlse, wants)
+        p, wants = ctx.problem, ctx.needs_input_grad[3]
+        dtable, *found = gradients(p.scale, p.cap, ctx.walk, table, bias, *given, out, lse, grad, dlse, wants)
         return None, None, None, dtable, None, *found
 
 
 def outputs(
-    scale: float,
-    walk: Walk,
-    odd: list[bool],
-    table: Tensor | None,
-    bias: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> tuple[Tensor, Tensor]:
+    scale: float, cap: float | None, walk: Walk, odd: list[bool], table: Tensor | None, bias: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the C++ makes of these numbers, in q's dtype, and the log-sum-exp."""
     tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
     work = torch.bfloat16 if tiles else torch.float32
@@ -150,14 +156,14 @@ def outputs(
     name = "regard_attention_bf16" if tiles else "regard_attention"
     flag = torch.zeros(1, dtype=torch.int32, device="cpu")
     bias = None if bias is None else bias.float()
-    call(name, scale, walk, table, bias, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
+    call(name, scale, cap, walk, table, bias, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
     odd.append(bool(flag))
     return out[..., : v.shape[3]].to(q.dtype), lse
 
 
 def gradients(
-    scale: float, walk: Walk, table: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    out: Tensor, lse: Tensor, grad: Tensor, dlse: Tensor | None, wants_table: bool,
+    scale: float, cap: float | None, walk: Walk, table: Tensor | None, bias: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, dlse: Tensor | None, wants_table: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """Those of the table, where it wants one, and of q, k and v."""
     given = (q, k, v)
@@ -173,7 +179,8 @@ def gradients(
     inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     dlse = None if dlse is None else dlse.contiguous()
     made: dict[str, Any] = {"grad": grad, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
-    call("regard_attention_backward", scale, walk, table, None if bias is None else bias.float(), **inputs, **made)
+    bias = None if bias is None else bias.float()
+    call("regard_attention_backward", scale, cap, walk, table, bias, **inputs, **made)
     if dtable is not None and table is not None:
         dtable = dtable.sum((0, 1)).sum_to_size(table.shape)
     dq, dk, dv = (
@@ -185,18 +192,20 @@ def gradients(
 
 def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
-    if not ctx.by_mask or dlse is not None:
-        raise RuntimeError("native kernel: no second derivative with blocks of one's own or through the log-sum-exp")
+    if not ctx.by_mask:
+        raise RuntimeError("native kernel: no second derivative with blocks of one's own")
     table, bias, q, k, v = tensors
     p = replace(ctx.problem, q=q, k=k, v=v, bias=bias, position=None)
     T, S = p.shape[3:]
     if table is not None:
         by_pair = table[:, p.j - p.i[:, None] + S - 1][None]
         p = replace(p, bias=by_pair if bias is None else by_pair + bias)
-    out = attend(p, slice(0, T), slice(0, S))
+    outs, grads = [attend(p, slice(0, T), slice(0, S))], [grad]
+    if dlse is not None:
+        outs, grads = [*outs, log_sums(p)], [*grads, dlse]
     needed = [x if need else None for x, need in zip(tensors, ctx.needs_input_grad[3:], strict=True)]
     wanted = [x for x in needed if x is not None]
-    got = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
     return [None if x is None else next(got) for x in needed]
 
 

@@ -83,9 +83,14 @@ void backward_block(const Attention& p, int64_t part, int64_t b, int64_t h, int6
         (void)biased(p, b, h, first + i, start, x, width, keys, tile ? tile + i * p.bk : nullptr);
         lse = lse == -INF ? 0.0f : lse;  // such a row has only -inf scores, so its weights are 0
         for (int64_t j = 0; j < width; j += W) {
-            vf y = exp(load(x + j) - lse);
+            vf score = load(x + j), y = exp(score - lse);
             store(x + j, y);
-            store(ds + j, y == 1.0f ? alone : y * (load(ds + j) - delta));
+            vf d = y == 1.0f ? alone : y * (load(ds + j) - delta);
+            if (p.cap) {
+                vf part = max(score * (1.0f / p.cap), splat(-1.0f));  // masked ones are -inf
+                d *= 1.0f - part * part;
+            }
+            store(ds + j, d);
         }
         if (p.dtable) {
             float* to = p.dtable + ((part * p.B + b) * p.H + h) * (p.T + p.S - 1) + start - first - i + p.T - 1;

@@ -33,7 +33,7 @@ extern "C" struct Attention {
     float* lse;      // (B, H, T)
     void* kt;        // scratch: keys in the order in which the products read them
     int32_t* odd;    // set to 1 where a query, a key or an output is NaN or infinite
-    float scale;
+    float scale, cap;  // scores become cap tanh(score / cap), if cap is not 0
     // Block layout; Bm and Hm are 1 or B and H. tile is -1 for full blocks, else an index into tiles (n, bq, bk).
     int64_t bq, bk, Bm, Hm;
     const int64_t *row_ptr, *cols;
@@ -82,7 +82,7 @@ Range seen(const uint8_t* tile, int64_t bk, int64_t rows, int64_t keys) {
     return {lo, hi};
 }
 
-// score = scale score + bias, -inf where masked; t is the query of the row, s of its first key, n a multiple of W.
+// score = scale score + bias, capped, -inf where masked; t is the query of the row, s of its first key, n a multiple of W.
 // Returns the greatest, lane by lane.
 inline vf biased(const Attention& p, int64_t b, int64_t h, int64_t t, int64_t s, float* x, int64_t n, int64_t keys,
                  const uint8_t* row) {
@@ -90,10 +90,12 @@ inline vf biased(const Attention& p, int64_t b, int64_t h, int64_t t, int64_t s,
     const float* bias = p.bias ? p.bias + b * p.bias_b + h * p.bias_h + t * p.bias_t + s * p.bias_s : nullptr;
     int64_t whole = keys / W * W;
     vf most = splat(-INF), scale = splat(p.scale);
+    float by = p.cap ? 1.0f / p.cap : 0.0f;
     for (int64_t j = 0; j < whole; j += W) {
         vf y = load(x + j) * scale;
         if (table) y += load(table + j);
         if (bias) y += p.bias_s ? load(bias + j) : splat(*bias);
+        if (p.cap) y = tanh(y * by) * p.cap;
         if (row) y = allowed(row + j) ? y : splat(-INF);
         store(x + j, y);
         most = max(most, y);
@@ -101,7 +103,8 @@ inline vf biased(const Attention& p, int64_t b, int64_t h, int64_t t, int64_t s,
     if (whole == n) return most;
     for (int64_t j = whole; j < n; j++) {
         bool in = j < keys && (!row || row[j]);
-        x[j] = in ? x[j] * p.scale + (table ? table[j] : 0.0f) + (bias ? bias[j * p.bias_s] : 0.0f) : -INF;
+        float y = in ? x[j] * p.scale + (table ? table[j] : 0.0f) + (bias ? bias[j * p.bias_s] : 0.0f) : -INF;
+        x[j] = in && p.cap ? std::tanh(y * by) * p.cap : y;
     }
     for (int64_t j = whole; j < n; j += W) most = max(most, load(x + j));
     return most;

@@ -75,6 +75,17 @@ static inline vf exp(vf x) {
     return y * power;
 }
 
+// To about 3 ulp: from e^(-2 |x|), and where that would lose digits by the first terms of the series.
+static inline vf tanh(vf x) {
+    vf size = x < 0.0f ? -x : x, t = exp(size * -2.0f), far = (1.0f - t) / (1.0f + t), square = x * x;
+    vf near = splat(62.0f / 2835.0f);
+    near = near * square - 17.0f / 315.0f;
+    near = near * square + 2.0f / 15.0f;
+    near = near * square - 1.0f / 3.0f;
+    near = near * square * x + x;
+    return size < 0.25f ? near : x < 0.0f ? -far : far;
+}
+
 // c (M x N vectors) = or += a (M x K, strides rs and cs) b (K rows of N vectors, ldb apart).
 template <int M, int N>
 static inline void tile(int64_t K, const float* a, int64_t rs, int64_t cs, const float* b, int64_t ldb, float* c,

@@ -24,7 +24,7 @@ class _Attention(ctypes.Structure):
         [(n, ctypes.c_int64) for n in ("B", "H", "G", "T", "S", "D", "V", "threads")]
         + [(n, _View) for n in ("q", "k", "v", "out")]
         + [(n, ctypes.c_void_p) for n in ("lse", "kt", "odd")]
-        + [("scale", ctypes.c_float)]
+        + [("scale", ctypes.c_float), ("cap", ctypes.c_float)]
         + [(n, ctypes.c_int64) for n in ("bq", "bk", "Bm", "Hm")]
         + [(n, ctypes.c_void_p) for n in ("row_ptr", "cols", "tile", "tiles", "table")]
         + [("table_h", ctypes.c_int64), ("bias", ctypes.c_void_p)]
@@ -38,6 +38,7 @@ class _Attention(ctypes.Structure):
 def call(
     name: str,
     scale: float,
+    cap: float | None,
     walk: Walk,
     table: Tensor | None,
     bias: Tensor | None,
@@ -62,7 +63,8 @@ def call(
     keys = -(-S // PANEL) * PANEL
     kt, vt = q.new_empty(B * G, keys, D), v.new_empty(B * G, keys, V)
     p = _Attention(B=B, H=H, G=G, T=T, S=S, D=D, V=V, threads=torch.get_num_threads())
-    p.q, p.k, p.v, p.out, p.lse, p.kt, p.scale = *map(_view, (q, k, v, out)), lse.data_ptr(), kt.data_ptr(), scale
+    p.q, p.k, p.v, p.out, p.lse, p.kt = *map(_view, (q, k, v, out)), lse.data_ptr(), kt.data_ptr()
+    p.scale, p.cap = scale, cap or 0.0
     (p.bq, p.bk), (p.Bm, p.Hm) = walk.block, walk.heads
     for field in ("row_ptr", "cols", "tile", "tiles", "col_ptr", "rows", "entry"):
         setattr(p, field, getattr(walk, field).data_ptr())

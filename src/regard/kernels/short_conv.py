@@ -1,0 +1,72 @@
+"""A short causal convolution along tokens, each channel by itself, whole or token by token.
+
+    y_t = bias + sum_{j < K} w_{K-1-j} x_{t-j},   zeros before the first token
+
+The last tap is the token's own, as in torch's Conv1d and in the released short convolutions before linear attention
+(Mamba, gated DeltaNet; K = 4) and after the heads' projections (Primer, https://arxiv.org/abs/2109.08668; K = 3).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.checks import checked, refuse
+
+
+class Convolved(NamedTuple):
+    out: Float[Tensor, "B *H T C"]
+    state: Float[Tensor, "B *H past C"]
+    """The last K - 1 inputs, zeros where there were none or of documents before: what the next tokens need of these."""
+
+
+@checked()
+def short_conv(
+    x: Float[Tensor, "B *H T C"],
+    weight: Float[Tensor, "*H C K"],
+    bias: Float[Tensor, "*H C"] | None = None,
+    *,
+    state: Float[Tensor, "B *H past C"] | None = None,
+    keep: Bool[Tensor, "B T"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
+) -> Convolved:
+    """The convolution, and the state from which it goes on. An activation is the caller's.
+
+    Args:
+        x: (B, T, C), or (B, H, T, C) by heads; `weight` is then (H, C, K).
+        state: what the call before gave; None = nothing came before.
+        keep: True at real tokens. The others count as zeros for all that come after, whatever they hold.
+        starts: True where a document starts, before which nothing is seen.
+
+    Raises:
+        ValueError: shapes that don't fit together, or no tap at all.
+    """
+    (T, C), K = x.shape[-2:], weight.shape[-1]
+    if K == 0:
+        refuse("short_conv", "weight", "has no taps", tuple(weight.shape), "at least one")
+    if state is not None and state.shape[-2] != K - 1:
+        refuse("short_conv", "state", "holds another number of tokens", state.shape[-2], f"{K - 1}, one less than taps")
+    if keep is not None:
+        x = x.masked_fill(~_along(keep, x), 0)
+    before = x.new_zeros(*x.shape[:-2], K - 1, C) if state is None else state.to(x.dtype)
+    seen = torch.cat([before, x], -2)
+    # What stands in the state belongs to the document that goes on, if any does.
+    document = None if starts is None else F.pad(starts.long().cumsum(1), (K - 1, 0))
+    out = seen.new_zeros(()) if bias is None else bias[..., None, :]
+    for j in range(K):  # from the farthest token; K passes are cheaper than a K times larger copy
+        part = seen.narrow(-2, j, T)
+        if document is not None and j < K - 1:
+            same = document.narrow(1, j, T) == document.narrow(1, K - 1, T)
+            part = part.masked_fill(~_along(same, x), 0)
+        out = torch.addcmul(out, part, weight[..., None, :, j])
+    last = seen.narrow(-2, T, K - 1)
+    if document is not None:
+        last = last.masked_fill(~_along(document[:, T:] == document[:, -1:], x), 0)
+    return Convolved(out, last)
+
+
+def _along(told: Bool[Tensor, "#B T"], x: Tensor) -> Bool[Tensor, "#B *one T 1"]:
+    """What is told of each token, beside all its heads and channels."""
+    return told[..., None] if x.dim() == 3 else told[:, None, :, None]
