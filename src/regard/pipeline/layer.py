@@ -90,6 +90,7 @@ class Attention(nn.Module):
         self.causal, self.scale, self.dropout, self.kernel = causal, scale, dropout, kernel
         context_dim = dim if context_dim is None else context_dim
         whole(type(self).__name__, context_dim=context_dim)
+        self.context_dim = context_dim
         make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, num_heads * D, **make)
         self.k_proj = nn.Linear(context_dim, G * D, **make)
@@ -186,7 +187,7 @@ class Attention(nn.Module):
             source = x
         else:
             self._needs("cross", "attends only to its own tokens; call it without context")
-            fits(self, "B S context_dim", {"context_dim": self.k_proj.in_features}, context=context)
+            fits(self, "B S context_dim", {"context_dim": self.context_dim}, context=context)
             source = context
         if mask is not None and not (isinstance(mask, Kept | Lengths) and "padding" in self.supports):
             self._needs("mask", "takes no mask")
