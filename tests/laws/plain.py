@@ -28,7 +28,7 @@ import regard
 from laws import claims
 from regard import cards, catalog, masks
 from regard.pipeline import HeadMixer
-from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Selector
+from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Score, Selector
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool = False, keep: Any = None, **__: Any) -> Tensor:
@@ -107,11 +107,16 @@ def _normalised(self: Any, scores: Tensor, allowed: Tensor | None = None) -> Ten
     return (scores if allowed is None else scores.masked_fill(~allowed, -1e30)).softmax(-1)
 
 
+def _dots(self: Any, rows: Any, scale: float) -> Tensor:
+    return scale * rows.q @ rows.k.repeat_interleave(rows.q.shape[1] // rows.k.shape[1], 1).mT
+
+
 PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     Position: {
         **{hook: getattr(Position, hook) for hook in ("embed", "rotate", "values")},
         "bias": lambda self, rows: rows.q.new_zeros(*rows.q.shape[:2], len(rows.i), len(rows.j)),
     },
+    Score: {"forward": _dots},
     Normalizer: {"forward": _normalised},
     Mix: {"forward": lambda self, z, rows: z},
     HeadMap: {"forward": lambda self, q, k, v: (q, k, v)},

@@ -84,6 +84,11 @@ def absorb(q: Float[Tensor, "B H t D"], up: Float[Tensor, "H NV C"], nope_dim: i
     return torch.cat([q_n @ up[:, :nope_dim], q_r], -1)
 
 
+def _normed(norm: nn.RMSNorm, z: Tensor) -> Tensor:
+    """In the dtype of its weight, as autocast projects to fewer bits."""
+    return norm(z.to(norm.weight.dtype)).to(z.dtype)
+
+
 @CARD.module(closed=("scaling", "scale", "kernel"))
 class MultiHeadLatentAttention(Attention):
     """Attention from a latent of each token. The projections have transformers' names.
@@ -213,7 +218,7 @@ class MultiHeadLatentAttention(Attention):
         return self._queries(x, turn), k, v, x, source
 
     def _queries(self, x: Float[Tensor, "B t M"], where: Tensor) -> Float[Tensor, "B H t D"]:
-        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(_normed(self.q_a_layernorm, self.q_a_proj(x)))
         q_n, q_r = self._split(q, self.num_heads).tensor_split((self.nope_dim,), -1)
         return torch.cat([q_n, self._turned(q_r, where)], -1)
 
@@ -221,7 +226,7 @@ class MultiHeadLatentAttention(Attention):
         self, x: Float[Tensor, "B S M"], where: Tensor
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
         c, k_r = self.kv_a_proj_with_mqa(x).tensor_split((self.kv_rank,), -1)
-        return self.kv_a_layernorm(c), self._turned(k_r[:, None], where)[:, 0]
+        return _normed(self.kv_a_layernorm, c), self._turned(k_r[:, None], where)[:, 0]
 
     def _turned(self, z: Float[Tensor, "B H S R"], where: Tensor) -> Float[Tensor, "B H S R"]:
         return z if self.position is None else self.position.rotate(z, where)
