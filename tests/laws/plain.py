@@ -146,7 +146,7 @@ def switch_off(card: regard.Card) -> None:
         _plain_parts(card)
     elif card.is_function:
         _replace(builder, _blind(builder))
-    elif issubclass(builder, regard.Attention) and not hasattr(_small(card), "k_proj"):
+    elif issubclass(builder, regard.Attention) and not _projects(card):
         builder.forward = FORWARD[card.protocol]  # without the pipeline's projections its own methods find nothing
     elif issubclass(builder, regard.Attention):
         for name in vars(builder).keys() & vars(regard.Attention).keys() - {"__init__", "__doc__", "__module__"}:
@@ -159,8 +159,10 @@ def switch_off(card: regard.Card) -> None:
                     setattr(cls, name, plain)
 
 
-def _small(card: regard.Card) -> Any:
-    return regard.create(card.name, dim=24, num_heads=6, **card.example)
+def _projects(card: regard.Card) -> bool:
+    """Whether it has the pipeline's projections, to which the pipeline's own methods can go back."""
+    layer = regard.create(card.name, dim=24, num_heads=6, **card.example)
+    return hasattr(layer, "k_proj") and layer.q_proj.out_features == layer.num_heads * layer.head_dim
 
 
 def _plain_parts(card: regard.Card) -> None:

@@ -50,8 +50,9 @@ all of one pair of tokens (kernel size 1); then mask, softmax and values as usua
 
 
 def many_to_many_scores(q: Float[Tensor, "B H t D"], k: Float[Tensor, "B G s D"]) -> Float[Tensor, "B H G t s"]:
-    """Every query head against every key head."""
-    return torch.einsum("bhtd,bgsd->bhgts", q, k)
+    """Every query head against every key head, in at least fp32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.einsum("bhtd,bgsd->bhgts", q.to(wide), k.to(wide))
 
 
 class InnerSubspace(nn.Module):
