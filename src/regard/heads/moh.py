@@ -12,7 +12,7 @@ from regard.stages import Gate, GateSite
 
 CARD = Card(
     "moh",
-    equation="""y = sum_h g_h(x) O_h W_oh,   [a1, a2] = softmax(x W_k);   the first hs heads are shared, E = H - hs aren't
+    equation="""y = sum_h g_h(x) O_h W_oh,   [a1, a2] = softmax(x W_k);   hs heads are shared, E = H - hs routed
 code:   g_h = 2 a1 hs softmax(x W_s)_h for shared,   2 a2 K softmax(x W_r)_h / sum of the K greatest for these, 0 else
 paper:  g_h = a1 softmax(x W_s)_h for shared,   a2 softmax(x W_r)_h for the K greatest, 0 else
 loss = sum_e P_e f_e,   P_e the mean of softmax(x W_r)_e, f_e how often e is picked;   times E in the code form""",
