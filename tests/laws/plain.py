@@ -28,7 +28,7 @@ import regard
 from laws import claims
 from regard import cards, catalog, masks
 from regard.pipeline import HeadMixer
-from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Selector
+from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Score, Selector
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool = False, keep: Any = None, **__: Any) -> Tensor:
@@ -107,11 +107,16 @@ def _normalised(self: Any, scores: Tensor, allowed: Tensor | None = None) -> Ten
     return (scores if allowed is None else scores.masked_fill(~allowed, -1e30)).softmax(-1)
 
 
+def _dots(self: Any, rows: Any, scale: float) -> Tensor:
+    return scale * rows.q @ rows.k.repeat_interleave(rows.q.shape[1] // rows.k.shape[1], 1).mT
+
+
 PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     Position: {
         **{hook: getattr(Position, hook) for hook in ("embed", "rotate", "values")},
         "bias": lambda self, rows: rows.q.new_zeros(*rows.q.shape[:2], len(rows.i), len(rows.j)),
     },
+    Score: {"forward": _dots},
     Normalizer: {"forward": _normalised},
     Mix: {"forward": lambda self, z, rows: z},
     HeadMap: {"forward": lambda self, q, k, v: (q, k, v)},
@@ -141,6 +146,8 @@ def switch_off(card: regard.Card) -> None:
         _plain_parts(card)
     elif card.is_function:
         _replace(builder, _blind(builder))
+    elif issubclass(builder, regard.Attention) and not _projects(card):
+        builder.forward = FORWARD[card.protocol]  # without the pipeline's projections its own methods find nothing
     elif issubclass(builder, regard.Attention):
         for name in vars(builder).keys() & vars(regard.Attention).keys() - {"__init__", "__doc__", "__module__"}:
             setattr(builder, name, getattr(regard.Attention, name))
@@ -150,6 +157,12 @@ def switch_off(card: regard.Card) -> None:
             for cls in builder.__mro__:  # a test may be about the class that it refines
                 if cls.__module__.startswith(f"regard.{card.family}.") and name in vars(cls):
                     setattr(cls, name, plain)
+
+
+def _projects(card: regard.Card) -> bool:
+    """Whether it has the pipeline's projections, to which the pipeline's own methods can go back."""
+    layer = regard.create(card.name, dim=24, num_heads=6, **card.example)
+    return hasattr(layer, "k_proj") and layer.q_proj.out_features == layer.num_heads * layer.head_dim
 
 
 def _plain_parts(card: regard.Card) -> None:

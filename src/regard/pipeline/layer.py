@@ -93,6 +93,7 @@ class Attention(nn.Module):
         self.causal, self.scale, self.dropout, self.kernel = causal, scale, dropout, kernel
         context_dim = dim if context_dim is None else context_dim
         whole(type(self).__name__, context_dim=context_dim)
+        self.context_dim = context_dim
         make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, num_heads * D, **make)
         self.k_proj = nn.Linear(context_dim, G * D, **make)
@@ -205,7 +206,7 @@ class Attention(nn.Module):
             source = x
         else:
             self._needs("cross", "attends only to its own tokens; call it without context")
-            fits(self, "B S context_dim", {"context_dim": self.k_proj.in_features}, context=context)
+            fits(self, "B S context_dim", {"context_dim": self.context_dim}, context=context)
             source = context
         packed, others = unpacked(mask)
         if packed is not None:
