@@ -124,7 +124,11 @@ BAD = {
     "negative scale": ({"scale": -1.0}, ValueError, r"scale is out of range \(got -1.0\)"),
     "NaN scale": ({"scale": float("nan")}, ValueError, r"scale is out of range \(got nan\)"),
     "dropout": ({"dropout": 2.0}, ValueError, r"dropout is out of range \(got 2.0\)"),
-    "kernel": ({"kernel": "flsh"}, ValueError, r"kernel is unknown \(got 'flsh'\); expected one of 'auto', 'sdpa'"),
+    "kernel": (
+        {"kernel": "flsh"},
+        ValueError,
+        r"kernel is unknown \(got 'flsh'\); expected one of 'auto', 'paged', 'sdpa'",
+    ),
     "stage in the wrong slot": (
         {"position": Entmax()},
         TypeError,

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard import normalizers, scores
 from regard.integrations.transformers_masks import LazyMask
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_bias, check_inputs, check_mask
 from regard.masks import Mask, dense, packed, padding, predicate
 from regard.masks.patterns import Diagonals
-from regard.normalizers.sinks import Sinks
-from regard.scores.soft_cap import SoftCap
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +86,8 @@ def read(
         scale=D**-0.5 if scaling is None else float(scaling),
         mask=check_mask(mask, B, H, T, key.shape[2], query.device),
         bias=bias,
-        score_mix=None if softcap is None else SoftCap(cap=softcap),
-        normalizer=None if sinks is None else Sinks(sinks),
+        score_mix=None if softcap is None else scores.SoftCap(cap=softcap),
+        normalizer=None if sinks is None else normalizers.Sinks(sinks),
         dropout=dropout,
         first_key=first,
     )

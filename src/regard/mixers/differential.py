@@ -1,4 +1,4 @@
-"""Differential attention: one softmax less a learned share of another, so that what both attend to cancels out.
+"""Differential attention: one softmax less a learned share of another, so that noise cancels.
 
 Maps of a pair read the same values, two value heads side by side. Both are plain attention, whose outputs are
 subtracted, so any kernel runs them and a stream keeps ordinary keys and values.

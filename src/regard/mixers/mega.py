@@ -201,8 +201,7 @@ class Mega(nn.Module):
     ) -> tuple[Float[Tensor, "B t M"], MegaState]:
         """The next t tokens. `mask`: True = a real one, of these t; hidden ones are seen by nobody, now or later."""
         if not isinstance(state, MegaState):
-            wanted = "the MegaState of init_state"
-            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
+            refuse(self, "state", "is none", type(state).__name__, "the MegaState of init_state", error=TypeError)
         if x.shape[0] != len(state.k):
             refuse(self, "x", "has another batch than the state", x.shape[0], f"{len(state.k)} sequences")
         held, t = state.k.shape[1], x.shape[1]
@@ -220,9 +219,7 @@ class Mega(nn.Module):
             first = t if self.chunk is None else min(t, self.chunk - held)
             old = torch.cat([state.k.to(k.dtype), k[:, :first]], 1), torch.cat([state.v.to(v.dtype), v[:, :first]], 1)
             out = self.attention.whole(q[:, :first], *old, seen[:, : held + first] if hides else None)
-            rest = self.attention(
-                q[:, first:], k[:, first:], v[:, first:], mask[:, first:] if mask is not None else None
-            )
+            rest = self.attention(*(z[:, first:] for z in (q, k, v)), None if mask is None else mask[:, first:])
             return torch.cat([out, rest], 1)
 
         y, k, v = self._gated(x, normed, average, attend)

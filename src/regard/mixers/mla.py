@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads come from one small latent a token, which alone is kept.
+"""Multi-head latent attention: keys and values of all heads come from one small latent a token.
 
 Rotation can't be folded into a projection, so each head's keys have N features of the latent, which aren't turned, and
 R that are, the same for all heads. A stream holds the latent and those R numbers. Its queries are brought to the

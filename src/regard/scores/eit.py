@@ -1,4 +1,4 @@
-"""EIT: every query head meets every key head, and the maps that come of it interact before the softmax."""
+"""EIT: every query head meets every key head, and their maps interact before the softmax."""
 
 import math
 
