@@ -127,7 +127,7 @@ BAD = {
     "kernel": (
         {"kernel": "flsh"},
         ValueError,
-        r"kernel is unknown \(got 'flsh'\); expected one of 'auto', 'paged', 'sdpa'",
+        r"kernel is unknown \(got 'flsh'\); expected one of 'auto', 'paged'",
     ),
     "stage in the wrong slot": (
         {"position": Entmax()},
