@@ -922,7 +922,9 @@ def blocks(document, language):
 
 
 def test_the_contributing_example_is_a_mechanism(monkeypatch):
-    part, test = (block.replace('"clipped"', '"temporary_example"') for block in blocks("CONTRIBUTING.md", "python"))
+    part, test, *_ = (
+        block.replace('"clipped"', '"temporary_example"') for block in blocks("CONTRIBUTING.md", "python")
+    )
     module = types.ModuleType("regard.scores.clipped")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     catalog.cards()

@@ -30,6 +30,7 @@ from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
+from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
 from regard.stages import HeadMap
@@ -45,10 +46,12 @@ B, H, N, D = 2, 4, 8, 16
 
 THROUGH_EXECUTE = {
     "cache/el_attention.py",
+    "cache/paged_attention.py",
     "inspect/effective.py",
     "integrations/timm_attend.py",
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
+    "mixers/mla.py",
     "pipeline/function.py",
     "pipeline/layer.py",
     "pipeline/streaming.py",
@@ -144,6 +147,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
+    "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),
     "attend_to_some": lambda q, k, v: attend_to_some(q, k, v, torch.arange(3)),
@@ -164,7 +168,8 @@ OTHERWISE = {
     ),
 }
 """Those of nodes, or of one query."""
-INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able"}
+INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
+INNER |= {"finite"}
 """What stands behind those, or is no way to a kernel."""
 
 

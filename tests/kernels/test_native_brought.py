@@ -48,6 +48,7 @@ def installed(monkeypatch, folder: Path) -> None:
     monkeypatch.setattr(recipe, "READY", folder)
     monkeypatch.setattr(build, "brought", build.brought.__wrapped__)
     monkeypatch.setattr(build, "_load", build._load.__wrapped__)
+    monkeypatch.setattr(build, "_here", build._here.__wrapped__)
 
 
 ASKED = {

@@ -78,11 +78,12 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
                     "triton": "float64",
                     "flex": "float64",
                     "few": "float64",
+                    "paged": "pages of a pool",
                 }
                 says(error, f"kernel {kernel!r} can't run this", words[kernel])
                 continue
             close(got, formula(q, k, v, allowed, given))
             ran.append((case, given is not None))
-    never = dict.fromkeys(("few", "neighborhood", "decode", "native", "grouped", "triton"), False)
+    never = dict.fromkeys(("few", "paged", "neighborhood", "decode", "native", "grouped", "triton"), False)
     able = (never | {"block_sparse": case != "none", "window": case == "window"}).get(kernel, True)
     assert len(ran) == able * (1 if kernel == "window" else 2)

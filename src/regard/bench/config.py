@@ -32,7 +32,7 @@ class CompareConfig:
     """A name of `regard.tasks`, with options in brackets: 'mqar(pairs=(4, 8))'."""
     mechanisms: Sequence[str] | None = None
     """Names, with options in brackets: 'window(window=64)'; also 'gated+rotary', own 'module:callable', and 'all';
-    'linear*3+softmax' repeats three linear layers and one of softmax down the model, of '--depth' 4, 8, ...
+    'linear*3+softmax' repeats three linear layers and one of softmax down the model, for a depth of 4, 8, ...
 
     None, here and below: what the task has by default."""
     text: Sequence[str | Path] = ()

@@ -159,6 +159,7 @@ class QKNorm(HeadMap):
         heads = {name: n for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)) if n is not None}
         whole(self, **heads)
         self.head_dim, self.norm, self.weights, self.value_norm, self.eps = head_dim, norm, weights, value_norm, eps
+        self.num_heads, self.num_kv_heads, self.bias = num_heads, num_kv_heads, bias
         for name, n in (("q", num_heads), ("k", num_kv_heads)):
             shape = (head_dim,) if weights == "shared" or n is None else (n, head_dim)
             setattr(self, f"{name}_weight", nn.Parameter(torch.empty(shape)))

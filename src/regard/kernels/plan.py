@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from regard.checks import choice, refuse
@@ -178,7 +179,7 @@ def _auto(p: Problem) -> ModuleType:
 def _unseen(p: Problem) -> ModuleType:
     """What `choose` would take of torch's own operations, without its words and predictions: those would tie a graph to
     one length, and ask masks for their tiles, which takes data."""
-    if native.operator.worth(p) and not native.why_not(p):
+    if torch.compiler.is_compiling() and native.operator.worth(p) and not native.why_not(p):
         return native
     if not sdpa.why_not(p):
         return sdpa

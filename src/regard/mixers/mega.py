@@ -201,7 +201,8 @@ class Mega(nn.Module):
     ) -> tuple[Float[Tensor, "B t M"], MegaState]:
         """The next t tokens. `mask`: True = a real one, of these t; hidden ones are seen by nobody, now or later."""
         if not isinstance(state, MegaState):
-            refuse(self, "state", "is none", type(state).__name__, "the MegaState of init_state", error=TypeError)
+            got = type(state).__name__
+            refuse(self, "state", "has the wrong type", got, "the MegaState of init_state", error=TypeError)
         if x.shape[0] != len(state.k):
             refuse(self, "x", "has another batch than the state", x.shape[0], f"{len(state.k)} sequences")
         held, t = state.k.shape[1], x.shape[1]

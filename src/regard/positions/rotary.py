@@ -156,6 +156,7 @@ class Rotary(Position):
         whole(self, head_dim=head_dim)
         number(self, above=0, most=1, partial_rotary_factor=partial_rotary_factor)
         rotary_dim = int(head_dim * partial_rotary_factor)
+        self.partial_rotary_factor = partial_rotary_factor
         divides(self, pair=2, **{"head_dim" if rotary_dim == head_dim else "rotary_dim": rotary_dim})
         whole(self, 2, rotary_dim=rotary_dim)
         number(self, above=1, base=base)
