@@ -67,8 +67,8 @@ class Form:
     def reads_only_scores(self) -> bool:
         """Whether queries and keys count by their products alone."""
         position = self.parts.get("position")
-        mixes = self.parts.keys() & {"score_mix", "weight_mix"}
-        return not mixes and (position is None or not (position.changes("bias") or position.changes("values")))
+        others = self.parts.keys() & {"score", "score_mix", "weight_mix"}
+        return not others and (position is None or not (position.changes("bias") or position.changes("values")))
 
     def qkv(
         self,
