@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import regard
 from regard import index
+from regard.bench.auxiliary import auxiliary_losses
 from regard.laws.subject import of, perturb, tokens
 from regard.models.mixer import Part, Spec, parse
 
@@ -72,7 +73,12 @@ def outputs(module: Any, given: Mapping[str, Any], spare: Mapping[str, Any]) -> 
     torch.manual_seed(1)
     trained = [projection(flat(module(**given))) for _ in range(2 if list(module.buffers()) else 1)]
     if auxiliary := regard.card(module.name).auxiliary:
-        trained.append(float(getattr(module, auxiliary)(**given, **spare)) * module.auxiliary_weight)
+        if hasattr(module, auxiliary):
+            trained.append(float(getattr(module, auxiliary)(**given, **spare)) * module.auxiliary_weight)
+        else:  # a part's own, which only its calls within the layer tell
+            with auxiliary_losses(module) as losses:
+                module(**given, **spare)
+                trained.append(float(sum(losses())))
     return {"eval": numbers(projection(plain), moments(plain)[1]), "train": numbers(sum(trained))[0]}
 
 

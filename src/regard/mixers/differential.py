@@ -32,7 +32,7 @@ y = concat_p((1 - lambda_init) rms_norm(o_p) w) W_o""",
             "abstract; the authors' code (multihead_diffattn.py); transformers' DiffLlama",
         ),
     ),
-    supports={"causal", "bidirectional", "cross", "padding", "mask", "gqa", "streaming", "compile"},
+    supports={"causal", "bidirectional", "cross", "padding", "packed", "mask", "gqa", "streaming", "compile"},
     traits={"shift_invariant"},
     cost=Cost("3*B*H*T*S*D", "2*S*G*D"),
     claim="What both maps of a pair attend to cancels out, so that a needle stands out among many distractors: "
@@ -44,6 +44,10 @@ y = concat_p((1 - lambda_init) rms_norm(o_p) w) W_o""",
         "No dropout: neither says what it would drop, and transformers refuses it.",
     ),
     verified="third-party",
+    exceptions={
+        "L13 grouped_keys_are_repeated": "neighbouring value heads make a pair, so that of heads repeated side by side "
+        "each would be paired with itself; with pairing='split' it holds"
+    },
     tries={"layer_index": 3, "lambda_init": 0.5},
     defaults={
         "layer_index": "ours, the first layer's",
@@ -96,6 +100,8 @@ class DifferentialAttention(Attention):
         eps: of the norm, under the root.
         lambda_std: spread of the four vectors that lambda is made of, at the start.
     """
+
+    reads_as_kept = False
 
     def __init__(
         self,
@@ -150,7 +156,8 @@ class DifferentialAttention(Attention):
 
     def _finish(self, out: Float[Tensor, "B H T W"], x: Tensor) -> Tensor:
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        mixed = nn.functional.rms_norm(difference(wide, self.share(), self.pairing), wide.shape[-1:], None, self.eps)
+        mixed = difference(wide, self.share(), self.pairing)
+        mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + self.eps)
         if self.norm_weight is not None:
             mixed = mixed * self.norm_weight
         return super()._finish(((1 - self.lambda_init) * mixed).to(out.dtype), x)

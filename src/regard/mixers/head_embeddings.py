@@ -31,7 +31,7 @@ y = concat_h(softmax(q_h k_h^T / sqrt(D)) v_h) W_o""",
             "abstract, whose counts of parameters fit; the authors' repository holds no code",
         ),
     ),
-    supports={"causal", "bidirectional", "cross", "padding", "mask", "streaming", "dropout", "compile"},
+    supports={"causal", "bidirectional", "cross", "padding", "packed", "mask", "streaming", "dropout", "compile"},
     traits={"position_free", "shift_invariant"},
     cost=Cost("2*B*H*T*S*D", "2*S*D"),
     claim="Projections have 3 M D numbers and embeddings 3 M, and without embeddings all heads are one: "
@@ -69,6 +69,8 @@ class MultiHeadEmbedding(Attention):
         form: whether embeddings are added to queries, keys and values, or scale them.
         std: spread of the embeddings at the start; at 0 all heads would be one.
     """
+
+    reads_as_kept = False
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ while streaming:   q_h k_h^T = [q_n U_h^T | q_r] [c | k_r]^T,   A v_h = (A c) W_
         ),
         Paper("DeepSeek-V3 Technical Report", "DeepSeek-AI", 2024, "2412.19437", "the authors' inference code"),
     ),
-    supports={"causal", "bidirectional", "cross", "padding", "mask", "streaming", "dropout", "compile"},
+    supports={"causal", "bidirectional", "cross", "padding", "packed", "mask", "streaming", "dropout", "compile"},
     traits={"normalised", "nonnegative", "shift_invariant"},
     cost=Cost(
         "B*H*T*S*(nope_dim + rope_dim + value_dim) + B*S*(M*(kv_rank + rope_dim) + kv_rank*H*(nope_dim + value_dim))",
@@ -157,7 +157,7 @@ class MultiHeadLatentAttention(Attention):
         self.kv_b_proj = nn.Linear(kv_rank, num_heads * (nope_dim + value_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * value_dim, dim, bias=bias)
 
-    def init_state(
+    def init_state(  # type: ignore[override]
         self,
         batch_size: int,
         capacity: int,
@@ -174,7 +174,7 @@ class MultiHeadLatentAttention(Attention):
         widths = {"c": self.kv_rank, "k_r": self.rope_dim}
         return KVCache({name: torch.zeros(batch_size, capacity, width, **at) for name, width in widths.items()})
 
-    def step(
+    def step(  # type: ignore[override]
         self,
         x: Float[Tensor, "B t M"],
         state: KVCache,

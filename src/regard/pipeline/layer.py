@@ -61,6 +61,8 @@ class Attention(nn.Module):
 
     supports: frozenset[str] = FEATURES
     lacks: Mapping[str, str] = {}
+    reads_as_kept: bool = True
+    """False where `_problem` makes other keys or values of those kept, which no kernel may then read where they lie."""
     mask: Mask | None
     heads: HeadMap | None
     position: Position | None

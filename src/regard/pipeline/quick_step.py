@@ -50,6 +50,7 @@ def plain(layer: "Attention") -> bool:
     position: Position | None = layer.position
     return (
         layer.causal
+        and layer.reads_as_kept
         and layer.kernel == "auto"
         and "streaming" in layer.supports
         and not (layer.dropout and layer.training)

@@ -126,7 +126,8 @@ def ahead(
     if autocasts(x.device):  # the cache keeps the dtype it was made with
         new = {name: z.to(state.buffers[name].dtype) for name, z in new.items() if name in state.buffers}
     S, pages = state.kept + t, None
-    if isinstance(state, PagedKVCache) and t == 1 and new.keys() == {"k", "v"} and layer.selector is None:
+    in_place = layer.reads_as_kept and layer.selector is None
+    if isinstance(state, PagedKVCache) and t == 1 and new.keys() == {"k", "v"} and in_place:
         state = state.write(**new)
         pages = state.pages(S)
         held = dict(zip("kv", pages.stand_ins(), strict=True))
