@@ -17,7 +17,7 @@ from regard.kernels.problem import log_sums
 from regard.normalizers import SinkSoftmax, SoftmaxOne, sink_softmax
 from regard.pipeline.function import problem
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "sinks.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "sinks_and_cap.npz"
 compiled = pytest.mark.skipif(bool(build.why_not()), reason="no compiler")
 BAND = masks.causal() & masks.window(3)
 
@@ -98,7 +98,7 @@ def test_gives_the_golden_numbers(kernel: str) -> None:
     part = SinkSoftmax(4).double()
     part.sinks = nn.Parameter(z["s_sinks"])
     q, k = (z[f"s_{name}"].requires_grad_() for name in "qk")
-    out = regard.attention(q, k, z["s_v"], mask=z["s_allow"], normalizer=part, kernel=kernel)
+    out = regard.attention(q, k, z["s_v"], mask=z["s_allow"][None, None], normalizer=part, kernel=kernel)
     torch.testing.assert_close(out, z["s_out"], rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad((out * z["s_w"]).sum(), (q, k, part.sinks))
     for got, name in zip(grads, ("q", "k", "sinks"), strict=True):

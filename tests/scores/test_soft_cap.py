@@ -15,7 +15,7 @@ from regard.kernels.native import build
 from regard.positions import Alibi
 from regard.scores.soft_cap import SoftCap, soft_cap
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "sinks.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "sinks_and_cap.npz"
 compiled = pytest.mark.skipif(bool(build.why_not()), reason="no compiler")
 
 
@@ -84,7 +84,7 @@ def test_gives_the_golden_numbers(kernel: str) -> None:
     z = {name: torch.from_numpy(array) for name, array in np.load(VECTORS).items()}
     q, k = (z[f"c_{name}"].requires_grad_() for name in "qk")
     cap = SoftCap(cap=float(z["c_cap"]))
-    slots = {"mask": z["c_allow"], "scale": float(z["c_scale"]), "score_mix": cap, "kernel": kernel}
+    slots = {"mask": z["c_allow"][None, None], "scale": float(z["c_scale"]), "score_mix": cap, "kernel": kernel}
     out = regard.attention(q, k, z["c_v"], **slots)
     torch.testing.assert_close(out, z["c_out"], rtol=1e-6, atol=1e-6)
     for got, name in zip(torch.autograd.grad((out * z["c_w"]).sum(), (q, k)), "qk", strict=True):
