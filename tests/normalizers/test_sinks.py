@@ -17,7 +17,7 @@ from regard.kernels.problem import log_sums
 from regard.normalizers import SinkSoftmax, SoftmaxOne, sink_softmax
 from regard.pipeline.function import problem
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "S-sinks.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "sinks_and_cap.npz"
 compiled = pytest.mark.skipif(bool(build.why_not()), reason="no compiler")
 BAND = masks.causal() & masks.window(3)
 

@@ -15,7 +15,7 @@ from regard.kernels.native import build
 from regard.positions import Alibi
 from regard.scores.soft_cap import SoftCap, soft_cap
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "S-sinks.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "sinks_and_cap.npz"
 compiled = pytest.mark.skipif(bool(build.why_not()), reason="no compiler")
 
 

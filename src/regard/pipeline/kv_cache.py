@@ -108,7 +108,7 @@ class KVCache:
         if not free or t > 1:  # many at once are no steps; what was seen of them is not kept alive
             kept = {n: z[..., first:, :].clone() for n, z in held.items()}
             return held, KVCache(kept, length, self.window, [length])
-        room, kept = after + min(self.window // 2, max(64, after)), {}
+        room, kept = after + min(self.window // 2, after), {}
         for name, z in held.items():
             kept[name] = z.new_empty(*z.shape[:-2], room, z.shape[-1]).narrow(-2, 0, after)
             kept[name].copy_(z.narrow(-2, first, after))
