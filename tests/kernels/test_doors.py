@@ -47,6 +47,7 @@ B, H, N, D = 2, 4, 8, 16
 THROUGH_EXECUTE = {
     "cache/el_attention.py",
     "cache/paged_attention.py",
+    "doctor.py",
     "inspect/effective.py",
     "integrations/timm_attend.py",
     "integrations/torch_mha.py",
@@ -54,6 +55,7 @@ THROUGH_EXECUTE = {
     "mixers/mla.py",
     "pipeline/function.py",
     "pipeline/layer.py",
+    "pipeline/quick_step.py",
     "pipeline/streaming.py",
 }
 """Who hands a problem to `regard.kernels.execute`, which looks at it."""
