@@ -514,7 +514,7 @@ def test_doctor_tells_what_is_missing(monkeypatch, tmp_path):
         raise RuntimeError("no kernel image\nfor this device")
 
     monkeypatch.setattr(KERNELS["chunked"], "run", broken)
-    monkeypatch.setattr(KERNELS["block_sparse"], "run", lambda problem: torch.zeros(1, 2, 160, 16))
+    monkeypatch.setattr(KERNELS["block_sparse"], "run", lambda problem: torch.zeros_like(problem.q))
     monkeypatch.setattr(doctor, "_installed", lambda package: package != "plotly")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", lambda dir: (tmp_path / "none" / "x").touch())

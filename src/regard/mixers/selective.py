@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import number, tokens, whole
+from regard.checks import number, refuse, tokens, whole
+from regard.kernels.check import check_inputs
 from regard.kernels.problem import chunk_rows, combine, dots, softmax
 from regard.linear._shared import RecurrentMixer, widened
 from regard.masks import Mask
@@ -157,6 +158,9 @@ def selective_attention(
         selects: whose selections count; default those of real tokens.
         rows: queries worked on at a time.
     """
+    check_inputs(q, k, v)
+    if k.shape[2] != q.shape[2]:
+        refuse("selective_attention", "k", "has another length than q", k.shape[2], f"{q.shape[2]} tokens")
     q, k, v = widened(q, k, v)
     B, H, T, D = q.shape
     keep = q.new_ones(B, T, dtype=torch.bool) if keep is None else keep
