@@ -194,8 +194,9 @@ def test_the_page() -> None:
     assert "### About a" in text
     assert "`python -m benchmarks.a` on a CPU, torch 2.\nShapes: T = 16." in text
     assert "| attention | 0.5 x | 0.4 - 0.6 | 25% | <= 0.4 x | not met |" in text
-    assert "| causal window 512, T = 16k, fp32, forward | <= 0.1 x SDPA causal | 0.5 x | not met |" in text
-    assert "| block-sparse at density d | <= 1.25 d + 0.03 of dense SDPA |  | not measured |" in text
+    window, sparse = goals.GOALS["window"], goals.GOALS["block sparse"]
+    assert f"| {window.work} | {window.words} | 0.5 x | not met |" in text
+    assert f"| {sparse.work} | {sparse.words} |  | not measured |" in text
     assert text.index("## Goals") < text.index("## GPU") < text.index("## CPU") < text.index("### About a")
     assert "## GPU\n\nNot measured.\n" in text
     with_gpu = page.rendered([record("a"), record("gpu", Figure("of flash", 1.5))])

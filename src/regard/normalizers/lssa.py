@@ -17,7 +17,7 @@ from regard.stages import Normalizer, Rows, Score, Stage
 
 CARD = Card(
     "lssar",
-    gist="Softplus attention re-weighted: what is above a row's average is raised to a power, and the rest goes.",
+    gist="Softplus attention re-weighted: what is above a row's mean is raised to a power; the rest goes.",
     equation="""c[t,s] = q_t . k_s / (|q_t| |k_s|),   n_t = how many keys t may attend to
 a[t,s] = softplus(ln D ln n_t c[t,s]),      A = a / (sum_s a + eps)              (LSSA)
 r[t,s] = max(n_t A[t,s] - o_t, 0)^p,        A' = r / (sum_s r + eps)             (LSSAR)
