@@ -17,7 +17,7 @@ from regard.kernels import KERNELS
 from regard.laws.agreement import naive_precision, near, run
 from regard.laws.form import Form
 from regard.shapes import HeadShape
-from regard.stages import Position
+from regard.stages import Position, Stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ class Subject:
             return None
         for part in parts.values():
             if isinstance(part, nn.Module):
-                if "tokens" in getattr(part, "needs", ()):
+                if "tokens" in getattr(part, "needs", ()) or (isinstance(part, Stage) and part.prepares()):
                     return None
                 part.double().eval()
                 perturb(part)

@@ -67,7 +67,7 @@ def init_state(
     if halo:
         buffers["q"] = torch.zeros(batch_size, layer.num_heads, n, D, **at)
         buffers[WHERE] = torch.zeros(batch_size, n, 1, dtype=torch.long, device=at["device"])
-    none = torch.zeros(batch_size, 0, layer.dim, **at)
+    none = torch.zeros(batch_size, 0, layer.dim, device=at["device"], dtype=weight.dtype)  # whatever the cache's is
     here = torch.zeros(0, dtype=torch.long, device=none.device)
     for name, stage in layer._preparing().items():
         made = stage.prepare(Tokens(none, none, here, layer.q_proj, layer.k_proj, layer.v_proj))
