@@ -60,8 +60,8 @@ def cost(p: Problem) -> Cost:
     B, H, G, T, _ = p.shape
     D, V, S = p.q.shape[3], p.v.shape[3], len(range(*key_range(p, slice(0, T)).indices(p.k.shape[2])))
     formed, calls = 0.0, 3.0
-    if not _plain(p.mask, T):
-        formed, calls = p.mask.batch * p.mask.heads * asked(p.mask) * T * S, calls + 12  # type: ignore[union-attr]
+    if p.mask is not None and not _plain(p.mask, T):
+        formed, calls = p.mask.batch * p.mask.heads * asked(p.mask) * T * S, calls + 12
     if p.position_bias is not None or p.bias is not None:
         formed, calls = formed + 24.0 * H * T * S, calls + 8
     read = float(p.q.element_size() * B * (H * T + G * S) * (D + V))
@@ -138,7 +138,7 @@ def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 
     Kept for twice as many keys and cut from there, as long as numbers and tensors of the position are what they were:
     tensors are compared, since they can be written into behind everybody's back.
     """
-    plain = {n: x for n, x in vars(position).items() if isinstance(x, int | float | str | torch.dtype)}
+    plain: dict[str, Any] = {n: x for n, x in vars(position).items() if isinstance(x, int | float | str | torch.dtype)}
     plain |= {"": (q.dtype, q.shape[1])}
     tensors = [x for held in (position._parameters, position._buffers) for x in held.values() if x is not None]
     before, were, row = _ROWS.get(position, ({}, [], q))

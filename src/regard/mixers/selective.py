@@ -111,9 +111,10 @@ def by_rows(T: int, rows: int, run: Callable[..., tuple[Tensor, ...]], *carried:
     for start in range(0, T, rows):
         at = slice(start, min(start + rows, T))
         if torch.is_grad_enabled() and not transformed(*carried):
-            out, *carried = checkpoint(run, at, *carried, use_reentrant=False, preserve_rng_state=False)
+            out, *after = checkpoint(run, at, *carried, use_reentrant=False, preserve_rng_state=False)
         else:
-            out, *carried = run(at, *carried)
+            out, *after = run(at, *carried)
+        carried = tuple(after)
         outs.append(out)
     return torch.cat(outs, -2), *carried
 

@@ -10,6 +10,7 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled
 
 from regard.kernels import execute, few
 from regard.pipeline.kv_cache import KVCache
+from regard.pipeline.paged_cache import State
 from regard.stages import Position
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _NOWHERE = torch.empty(0, dtype=torch.long, device="cpu")
 
 
-def step(layer: "Attention", x: Tensor, state: KVCache) -> tuple[Tensor, KVCache] | None:
+def step(layer: "Attention", x: Tensor, state: State) -> tuple[Tensor, KVCache] | None:
     """The next token of each sequence, and the state with it; None where the long way must be gone."""
     if torch.compiler.is_compiling() or is_grad_enabled() or type(x) is not Tensor or type(state) is not KVCache:
         return None

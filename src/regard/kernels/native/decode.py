@@ -30,7 +30,8 @@ def decode(
     Tensors on the CPU that fit, with widths of whole steps (`step`) and no gradients: nothing is checked here.
     """
     (_, _, T, _), S = q.shape, k.shape[2]
-    added, hidden = NOTHING, NOTHING
+    added: tuple[int, ...] = NOTHING
+    hidden: tuple[int, ...] = NOTHING
     if bias is not None:
         bias, added = _by_keys(bias, T, S)
     if mask is not None:
