@@ -46,7 +46,9 @@ y = concat_p((1 - lambda_init) rms_norm(o_p) w) W_o""",
     verified="third-party",
     exceptions={
         "L13 grouped_keys_are_repeated": "neighbouring value heads make a pair, so that of heads repeated side by side "
-        "each would be paired with itself; with pairing='split' it holds"
+        "each would be paired with itself; with pairing='split' it holds",
+        "L32 compiled": "the norm of the output makes the terms of lambda's gradient cancel, so that another order of "
+        "the same sums moves it by some 2e-6 in float32",
     },
     tries={"layer_index": 3, "lambda_init": 0.5},
     defaults={
@@ -102,6 +104,11 @@ class DifferentialAttention(Attention):
     """
 
     reads_as_kept = False
+
+    lambda_q1: nn.Parameter
+    lambda_k1: nn.Parameter
+    lambda_q2: nn.Parameter
+    lambda_k2: nn.Parameter
 
     def __init__(
         self,
