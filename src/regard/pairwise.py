@@ -106,8 +106,6 @@ def as_mask(given: Any, batch: int | None = None, heads: int | None = None) -> A
     """The same, or a mask where it is a plain function of four arguments; for so many batch rows and heads."""
     if given is None or isinstance(given, Mask | Tensor) or not rules.takes(given, 4):
         return given
-    return predicate(
-        given,
-        batch=batch if reads_index(given, 0) else None,
-        heads=heads if reads_index(given, 1) else None,
-    )
+    # Only where a rule asks for sizes: int() would fix one that torch.export leaves open.
+    sizes = [int(n) if n is not None and reads_index(given, axis) else None for axis, n in enumerate((batch, heads))]
+    return predicate(given, batch=sizes[0], heads=sizes[1])

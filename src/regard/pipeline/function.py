@@ -179,7 +179,7 @@ def problem(
     check_inputs(q, k, v)
     B, H, T, D = q.shape
     if mask is not None:
-        mask = as_mask(mask, int(B), int(H))
+        mask = as_mask(mask, B, H)
     stages = as_parts(stages) if stages else stages
     filled: dict[str, Any] = {}
     if stages or dropout or scale is not None or selector is not None:  # else there is nothing to look at
