@@ -12,9 +12,9 @@ from typing import Any
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("rooms", "checks", "spec", "terminal", "files"),
-    ("shapes", "weights", "cards", "kinds", "cost", "tracing"),
+    ("shapes", "weights", "cards", "kinds", "cost", "tracing", "rules"),
     ("masks",),
-    ("stages",),
+    ("stages", "pairwise"),
     ("kernels",),
     ("scores", "positions", "normalizers", "heads"),
     ("pipeline",),

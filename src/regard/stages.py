@@ -82,8 +82,9 @@ class Rows:
 class Stage(nn.Module):
     """One step of the pipeline between scores and outputs. The class attributes tell kernels how it may be cut up."""
 
-    sees: Literal["tile", "rows"] = "tile"
-    """`tile`: any rectangle of the score matrix can be computed alone. `rows`: needs every key of its rows at once."""
+    sees: Literal["pair", "tile", "rows"] = "tile"
+    """`tile`: any rectangle of the score matrix can be computed alone. `rows`: needs every key of its rows at once.
+    `pair`: one entry can, told where it is; of a mix, that it reads no other head either, and that -inf masks."""
     halo: int = 0
     """How many earlier query rows it must see to compute a row (a convolution over queries; else 0)."""
     needs: frozenset[str] = frozenset()
@@ -186,6 +187,14 @@ class Mix(Stage):
 
     cap: float | None = None
     """c, where it maps every score z to c tanh(z / c) and does nothing else: some kernels do that themselves."""
+
+    def pair(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Of a mix that `sees` a "pair": the same of one entry, told which it is."""
+        raise NotImplementedError
+
+    def reads(self, z: Float[Tensor, "B H t s"], rows: Rows) -> list[Tensor] | None:
+        """The tensors that take gradients from it besides the scores. None where they can't be told."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
         raise NotImplementedError
@@ -302,6 +311,16 @@ class Filled:
         """(slot, mix) of all that map scores to scores or weights to weights."""
         found = ((name, getattr(self, name)) for name in IN_KERNELS if SLOTS[name].site in ("scores", "weights"))
         return [(name, mix) for name, mix in found if mix is not None]
+
+    @property
+    def across(self) -> bool:
+        """Whether a mix reads other heads or rows than the one it gives, as far as anybody knows."""
+        return any(mix.sees != "pair" for _, mix in self.mixes)
+
+    @property
+    def pair_mix(self) -> Mix | None:
+        """What is done to scores, if it looks at one pair at a time."""
+        return self.score_mix if self.score_mix is not None and self.score_mix.sees == "pair" else None
 
     @property
     def halo(self) -> int:

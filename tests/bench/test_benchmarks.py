@@ -32,6 +32,7 @@ TINY: dict[str, dict[str, Any]] = {
     "plain": {"shape": (1, 2, 64, 16), "calls": 2},
     "prefix_tree": {"cases": ((2, 128, 64),)},
     "recompiles": {"lengths": (128, 200)},
+    "score_mod": {"length": 128, "heads": 2},
     "window": {"length": 512, "window": 64, "heads": 2},
 }
 ABSENT = ("natten", "local_attention", "performer_pytorch", "x_transformers", "nystrom_attention")

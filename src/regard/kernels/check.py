@@ -25,11 +25,17 @@ _ELSEWHERE = {
         ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
         'sequences end to end are layout="thd", cu_seqlens=(cu_seqlens_q, cu_seqlens_k); no longest length is needed',
     ),
+    "score_mod": "a function of (score, b, h, q_idx, kv_idx) is score_mix= here",
+    "block_mask": "that is mask=regard.masks.from_block_mask(block_mask)",
     "enable_gqa": "fewer key heads than query heads need no flag",
     **dict.fromkeys(_OF_THE_LAYER, "this one is a slot of the layer regard.Attention"),
 }
 """What torch and the layer call by names that `attention` does not have -> what to write."""
-_OTHERWISE = {"is_causal": "did you mean 'causal'?", "dropout_p": "did you mean 'dropout'?"}
+_OTHERWISE = {
+    "is_causal": "did you mean 'causal'?",
+    "dropout_p": "did you mean 'dropout'?",
+    "score_mod": _ELSEWHERE["score_mod"],
+}
 """What torch calls by names that the layer does not have."""
 
 

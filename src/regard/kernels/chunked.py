@@ -5,8 +5,17 @@ from torch import Tensor
 from regard.cards import PLAIN, Card, Paper
 from regard.kernels import cost as costs
 from regard.kernels import sdpa
-from regard.kernels.online import KEYS, QUERIES, online
-from regard.kernels.problem import Problem, attend, by_rows, chunk_rows, key_range, softmaxed, uncapped
+from regard.kernels.online import KEYS, QUERIES, online, reads
+from regard.kernels.problem import (
+    Problem,
+    attend,
+    by_rows,
+    chunk_rows,
+    key_range,
+    softmaxed,
+    uncapped,
+    without_pairs,
+)
 from regard.tracing import exporting
 
 CARD = Card(
@@ -51,8 +60,8 @@ def run(p: Problem) -> Tensor:
         return attend(p, slice(0, T), slice(0, S)) if sdpa.why_not(p) else sdpa.run(p)
     if T == 0 or S == 0:
         return attend(p, slice(0, T), slice(0, S))
-    if _tiles_alone(p) and p.readable:
-        return online(p, *_tile(p))
+    if _tiles_alone(p) and p.readable and (read := reads(p)) is not None:
+        return online(p, *_tile(p), read)
     return by_rows(p, lambda rows: attend(p, rows, key_range(p, rows)), TILE_BYTES // (4 * B * H * S))
 
 
@@ -82,10 +91,12 @@ def _tile(p: Problem) -> tuple[int, int]:
 
 
 def _tiles_alone(p: Problem) -> bool:
-    """Whether any tile can be computed by itself: softmax, scaled by rows at most, of scores with terms and a cap."""
+    """Whether any tile can be computed by itself: softmax, scaled by rows at most, of scores with terms, a cap, and
+    what is done to single pairs."""
     bias = p.position_bias
     reads = bias is not None and (bias.sees == "rows" or bool(bias.needs) or bias.prepares())
-    only_adds = all(stage is bias for stage in softmaxed(uncapped(p)).stages) and p.position_values is None
+    plain = softmaxed(uncapped(without_pairs(p)))
+    only_adds = all(stage is bias for stage in plain.stages) and p.position_values is None
     return only_adds and not reads and p.dropout == 0
 
 

@@ -1,8 +1,9 @@
-"""torch's FlexAttention, its blocks taken from our layouts and its `mask_mod` from the mask's own predicate.
+"""torch's FlexAttention, its blocks taken from our layouts, its `mask_mod` from the mask's own predicate.
 
-Positions that add a function of distance are looked up in a table with one entry a distance; a tensor bias is looked
-up in itself. On GPUs torch.compile makes one kernel for each structure of mask and bias. On the CPU the formula is
-followed without compiling, which forms all scores: that is for checking what is handed to torch, not for speed.
+A mix that looks at one pair at a time is its `score_mod`. Positions that add a function of distance are looked up in a
+table with one entry a distance; a tensor bias is looked up in itself. On GPUs torch.compile makes one kernel for each
+structure of mask and bias. On the CPU the formula is followed without compiling, which forms all scores: that is for
+checking what is handed to torch, not for speed.
 
 Dong, Feng, Guessous, Liang, He 2024, https://arxiv.org/abs/2412.05496 (not read: torch's own
 documentation was followed). Never run on a GPU yet.
@@ -16,12 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.kernels import block_sparse
+from regard.kernels import block_sparse, online
 from regard.kernels.cost import Cost, io, passed, products
-from regard.kernels.problem import Problem, beyond_softmax, uncapped
+from regard.kernels.problem import Problem, beyond_softmax, uncapped, without_pairs
 from regard.kernels.sums import MANY, loses
 from regard.masks import BlockLayout, Mask
 from regard.masks.content import remembered
+from regard.masks.torch_blocks import of_layout
 from regard.stages import Rows
 
 BLOCK = 128
@@ -32,8 +34,9 @@ ACCELERATORS = ("cuda", "xpu")
 
 
 def why_not(p: Problem) -> list[str]:
-    """It is softmax attention with masks and additive terms, and trains on accelerators only."""
-    reasons = beyond_softmax(uncapped(p))
+    """It is softmax attention with masks, additive terms, caps and mixes of single pairs, and trains on accelerators
+    only."""
+    reasons = beyond_softmax(uncapped(without_pairs(p)))
     if p.position_bias is not None and not p.position_bias.by_distance:
         reasons.append(f"the bias of position {type(p.position).__name__} is no function of distance alone")
     if p.dropout:
@@ -59,6 +62,10 @@ def _where(p: Problem) -> list[str]:
 def _trains(p: Problem) -> bool:
     given = [p.q, p.k, p.v, *([] if p.bias is None else [p.bias])]
     given += [] if p.position_bias is None else p.position_bias.parameters()
+    if p.pair_mix is not None and torch.is_grad_enabled():
+        read = online.reads(p)
+        if read is None or read:
+            return True
     return torch.is_grad_enabled() and any(z.requires_grad for z in given)
 
 
@@ -102,24 +109,9 @@ def _compiled() -> Callable[..., Tensor]:
 
 def _block_mask(p: Problem) -> Any:
     """torch's BlockMask of our layout."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     if p.mask is None:
         return None
-    T, S = p.q.shape[2], p.k.shape[2]
-    layout = _layout(p.mask, T, S)
-    full = layout.to_dense_full()
-    count, columns = _ordered(layout.to_dense_blocks() & ~full, p.q.device)
-    full_count, full_columns = _ordered(full, p.q.device)
-    return BlockMask.from_kv_blocks(
-        count,
-        columns,
-        full_count,
-        full_columns,
-        BLOCK_SIZE=layout.block,
-        mask_mod=_mask_mod(p),
-        seq_lengths=(T, S),
-    )
+    return of_layout(_layout(p.mask, p.q.shape[2], p.k.shape[2]), _mask_mod(p), p.q.device)
 
 
 def _mask_mod(p: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -142,21 +134,18 @@ def _layout(mask: Mask, T: int, S: int) -> BlockLayout:
     return mask.layout(T, S, block=BLOCK)
 
 
-def _ordered(blocks: Tensor, device: torch.device) -> tuple[Int[Tensor, "B H nq"], Int[Tensor, "B H nq nk"]]:
-    """How many blocks each row has, and their columns, ascending, before those it has not."""
-    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32).to(device), columns.int().to(device)
-
-
 # --- biases -------------------------------------------------------------------------------------------------------
 
 
 def _score_mod(p: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Adds the position's bias and the tensor bias to a score, and caps it."""
-    table, bias, cap = None if p.position_bias is None else _table(p), p.bias, p.cap
-    if table is None and bias is None and cap is None:
+    """Adds the position's bias and the tensor bias to a score, and caps it or asks the mix of pairs, which counts from
+    the first key."""
+    table, bias, cap, mix = None if p.position_bias is None else _table(p), p.bias, p.cap, p.pair_mix
+    if table is None and bias is None and cap is None and mix is None:
         return None
     first = _offset(p, p.q.shape[2] - 1)
+    key = _offset(p, p.first_key)
+    query = _offset(p, p.first_key + p.k.shape[2] - p.q.shape[2])
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
         if table is not None:
@@ -164,7 +153,9 @@ def _score_mod(p: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor],
         if bias is not None:
             at = (n if size > 1 else 0 for n, size in zip((b, h, t, j), bias.shape, strict=True))
             score = score + bias[tuple(at)]
-        return score if cap is None else cap * torch.tanh(score / cap)
+        if cap is not None:
+            return cap * torch.tanh(score / cap)
+        return score if mix is None else mix.pair(score, b, h, t + query, j + key)
 
     return score_mod
 

@@ -9,6 +9,7 @@ Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B.2. No tile outlive
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,23 +29,42 @@ from regard.kernels.problem import (
     softmaxed,
 )
 from regard.masks.verdict import Tiles
-from regard.stages import Position
+from regard.rules import Watch
+from regard.stages import Mix, Position, Rows
 
 QUERIES, KEYS = 256, 1024
 """Tile sizes: large enough for the matrix products to run at full speed, small enough to stay near the cache."""
 
 
-def online(p: Problem, rows: int, keys: int) -> Float[Tensor, "B H T V"]:
-    """Attention in tiles of `rows` x `keys`, with at most an additive bias, a soft cap and a softmax scaled by rows."""
+def reads(p: Problem) -> list[Tensor] | None:
+    """The tensors with gradients that the mix of pairs reads, its own and those it closes over. None where not all can
+    be told, so that only autograd itself would find them."""
+    if p.pair_mix is None or not torch.is_grad_enabled():
+        return []
+    rows = rectangle(replace(p, mask=None), slice(0, 2), slice(0, 2), scored=False)
+    wide = torch.promote_types(p.q.dtype, torch.float32)
+    return p.pair_mix.reads(p.q.new_zeros(*p.q.shape[:2], len(rows.i), len(rows.j), dtype=wide), rows)
+
+
+def online(p: Problem, rows: int, keys: int, read: Sequence[Tensor] = ()) -> Float[Tensor, "B H T V"]:
+    """Attention in tiles of `rows` x `keys`, with at most an additive bias, a soft cap or what is done to single pairs,
+    and a softmax scaled by rows.
+
+    Args:
+        read: as `reads` tells.
+    """
     bias = [] if p.bias is None else [p.bias]
     parameters = [] if p.position_bias is None else list(p.position_bias.parameters())
-    out, lse = _Online.apply(softmaxed(p), rows, keys, len(bias), p.q, p.k, p.v, *bias, *parameters)
+    rest = (len(bias), read)
+    out, lse = _Online.apply(softmaxed(p), rows, keys, rest, p.q, p.k, p.v, *bias, *parameters, *read)
     return scaled(p, out, lse[..., 0])
 
 
 class _Online(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, p: Problem, rows: int, keys: int, biases: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, p: Problem, rows: int, keys: int, rest: tuple[int, Sequence[Tensor]], *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         q, _, v = tensors[:3]
         wide = torch.promote_types(q.dtype, torch.float32)
         out = v.new_empty(*q.shape[:3], v.shape[3], dtype=wide)
@@ -54,7 +74,7 @@ class _Online(torch.autograd.Function):
             top, total = q.new_full(shape, -math.inf, dtype=wide), q.new_zeros(shape, dtype=wide)
             mixed = q.new_zeros(*shape[:3], v.shape[3], dtype=wide)
             for part, full in tiles:
-                scores = _scores(p, at, part, full)
+                scores = _masked(p, _scores(p, at, part), at, part, full)
                 new = torch.maximum(top, scores.amax(-1, keepdim=True))
                 base = torch.where(new == -math.inf, 0.0, new)
                 weights, keep = (scores - base).exp_(), (top - base).exp_()
@@ -63,7 +83,7 @@ class _Online(torch.autograd.Function):
                 top = new
             lse[:, :, at] = top + total.log()
             out[:, :, at] = torch.where(total > 0, mixed / total, 0.0)
-        ctx.problem, ctx.sizes, ctx.biases = p, (rows, keys), biases
+        ctx.problem, ctx.sizes, (ctx.biases, ctx.read) = p, (rows, keys), rest
         # Kept unrounded: what backward takes from dp would not cancel against it otherwise.
         ctx.save_for_backward(out, lse, *tensors)
         ctx.set_materialize_grads(False)
@@ -73,10 +93,13 @@ class _Online(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *others = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad
-        biases, parameters = others[: ctx.biases], others[ctx.biases :]
+        behind = len(others) - len(ctx.read)
+        biases, parameters = others[: ctx.biases], others[ctx.biases : behind]
         p = replace(ctx.problem, q=q, k=k, v=v, bias=biases[0] if biases else None)
         if torch.is_grad_enabled():
-            return None, None, None, None, *_with_graph(p, grad, dlse, (q, k, v, *others), ctx.needs_input_grad[4:])
+            needed = ctx.needs_input_grad[4:]
+            return None, None, None, None, *_with_graph(p, grad, dlse, (q, k, v, *others), needed, ctx.read)
+        mixed = None if p.pair_mix is None else _Mixed(p.pair_mix, ctx.read)
         wide = lse.dtype
         dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
         extra = [torch.zeros_like(t, dtype=wide) for t in others]
@@ -88,17 +111,22 @@ class _Online(torch.autograd.Function):
             # A row that saw nothing has lse -inf; any finite stand-in gives weights e^(-inf) = 0.
             norm = torch.where(lse[:, :, at] == -math.inf, 0.0, lse[:, :, at])
             for part, full in tiles:
-                scores = _scores(p, at, part, full)
+                scores = _masked(p, _scores(p, at, part, mixed), at, part, full)
                 # Masked ones are -inf, which 0 weight would make NaN.
                 slope = None if p.cap is None else 1 - (scores / p.cap).clamp_(min=-1).square_()
-                weights = scores.sub_(norm).exp_()
+                weights = (scores - norm).exp_()
                 dv[:, :, part] += _per_key(weights, do, k.shape[1])
                 ds = weights.mul_(dots(do, v[:, :, part]).sub_(delta))
                 ds = ds if slope is None else ds.mul_(slope)
+                if mixed is not None:
+                    ds = mixed.backward(ds, extra[behind:])
+                    if not full and p.mask is not None:  # where a function's slope may be NaN
+                        ds.masked_fill_(~p.mask.at(p.i[at], p.j[part]), 0.0)
                 if p.bias is not None and ctx.needs_input_grad[7]:
                     _add_bias_grad(extra[0], ds, at, part)
                 if p.position_bias is not None:
-                    _add_position_grads(p.position_bias, p, ds, at, part, dq, dk, extra[len(biases) :], parameters)
+                    own = extra[ctx.biases : behind]
+                    _add_position_grads(p.position_bias, p, ds, at, part, dq, dk, own, parameters)
                 ds = ds.mul_(p.scale)
                 dq[:, :, at] += combine(ds, k[:, :, part])
                 dk[:, :, part] += _per_key(ds, q[:, :, at], k.shape[1])
@@ -107,12 +135,20 @@ class _Online(torch.autograd.Function):
 
 
 def _with_graph(
-    p: Problem, grad: Tensor, dlse: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool]
+    p: Problem,
+    grad: Tensor,
+    dlse: Tensor | None,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    read: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: that takes the whole score matrix."""
-    outs, grads = [attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))], [grad]
-    if dlse is not None:
-        outs, grads = [*outs, log_sums(p)[..., None]], [*grads, dlse]
+    own = [t.view_as(t) for t in read]  # stand-ins, as in `_Mixed`
+    tensors = [*tensors[: len(tensors) - len(read)], *own]
+    with Watch(swap={id(t): stand_in for t, stand_in in zip(read, own, strict=True)}) if read else nullcontext():
+        outs, grads = [attend(p, slice(0, p.q.shape[2]), slice(0, p.k.shape[2]))], [grad]
+        if dlse is not None:
+            outs, grads = [*outs, log_sums(p)[..., None]], [*grads, dlse]
     wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
     got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(got) if need else None for need in needed]
@@ -138,8 +174,36 @@ def tiling(p: Problem, rows: int, keys: int) -> Iterator[tuple[slice, list[tuple
         yield at, [(part, bool(f)) for part, m, f in zip(parts, may, full, strict=True) if m]
 
 
-def _scores(p: Problem, at: slice, part: slice, full: bool) -> Float[Tensor, "B H t s"]:
-    """Scaled scores with bias and cap, -inf where masked."""
+class _Mixed:
+    """The mix of pairs in a backward pass: its graph over one tile, and what flows back through that.
+
+    What it reads is put in by stand-ins, so that gradients stop there: of what was read, some may have been made of the
+    rest.
+    """
+
+    def __init__(self, mix: Mix, read: Sequence[Tensor]) -> None:
+        self.mix, self.read = mix, [t.detach().requires_grad_() for t in read]
+        self.swap = {id(t): own for t, own in zip(read, self.read, strict=True)}
+
+    def forward(self, scores: Tensor, rows: Rows) -> Tensor:
+        with torch.enable_grad(), Watch(swap=self.swap):
+            self.given = scores.detach().requires_grad_()
+            self.made = self.mix(self.given, rows)
+        return self.made.detach()
+
+    def backward(self, ds: Tensor, totals: Sequence[Tensor]) -> Tensor:
+        """The gradient of the scores before; those of what was read are added to `totals`."""
+        if not self.made.requires_grad:
+            return torch.zeros_like(ds)
+        first, *rest = torch.autograd.grad(self.made, [self.given, *self.read], ds, allow_unused=True)
+        for total, got in zip(totals, rest, strict=True):
+            if got is not None:
+                total += got
+        return torch.zeros_like(ds) if first is None else first
+
+
+def _scores(p: Problem, at: slice, part: slice, mixed: _Mixed | None = None) -> Float[Tensor, "B H t s"]:
+    """Scaled scores with bias, cap and what is done to single pairs; `mixed` keeps the graph of that."""
     scores = dots(p.q[:, :, at], p.k[:, :, part]).mul_(p.scale)
     if p.position_bias is not None:
         scores += position_bias(p, rectangle(p, at, part, scored=False), at, part)
@@ -147,9 +211,19 @@ def _scores(p: Problem, at: slice, part: slice, full: bool) -> Float[Tensor, "B 
         scores += _slice(p.bias, at, part)
     if p.cap is not None:
         scores = scores.div_(p.cap).tanh_().mul_(p.cap)
-    if not full and p.mask is not None:
-        scores.masked_fill_(~p.mask.at(p.i[at], p.j[part]), -math.inf)
+    if p.pair_mix is not None:
+        rows = rectangle(replace(p, mask=None), at, part, scored=False)
+        return p.pair_mix(scores, rows) if mixed is None else mixed.forward(scores, rows)
     return scores
+
+
+def _masked(p: Problem, scores: Tensor, at: slice, part: slice, full: bool) -> Tensor:
+    """-inf where masked."""
+    if full or p.mask is None:
+        return scores
+    masked = ~p.mask.at(p.i[at], p.j[part])
+    # What a function gave may be its own tensor, repeated.
+    return scores.masked_fill_(masked, -math.inf) if p.pair_mix is None else scores.masked_fill(masked, -math.inf)
 
 
 def _slice(bias: Tensor, at: slice, part: slice) -> Tensor:

@@ -67,6 +67,8 @@ class Problem(Filled):
         """Whether torch.func or forward-mode AD works on any of its tensors, those of its stages among them."""
         if not active():
             return False
+        if self.pair_mix is not None:  # its function may read any tensor
+            return True
         held = [p for stage in self.stages if isinstance(stage, nn.Module) for p in stage.parameters()]
         return transformed(
             *(t for t in (self.q, self.k, self.v, self.bias, self.x, self.context, *held) if t is not None)
@@ -90,6 +92,11 @@ class Problem(Filled):
     def j(self) -> Tensor:
         """Key positions."""
         return torch.arange(self.first_key, self.first_key + self.k.shape[2], device=self.q.device)
+
+
+def without_pairs(p: Problem) -> Problem:
+    """The same without what is done to one pair at a time, for kernels that see to it themselves."""
+    return p if p.pair_mix is None else replace(p, score_mix=None)
 
 
 def beyond_softmax(p: Problem) -> list[str]:
@@ -177,6 +184,15 @@ def biased_scores(p: Problem, rows: Rows, at: slice, keys: Keys) -> Float[Tensor
     return mixed(p, "scores", scores, rows, at, keys)
 
 
+def scored(p: Problem, rows: Rows, at: slice, keys: Keys) -> tuple[Float[Tensor, "B H t s"], Tensor | None]:
+    """The same, and which of them may be attended to: not those either to which a mix of pairs gives -inf."""
+    scores = biased_scores(p, rows, at, keys)
+    if p.pair_mix is None:
+        return scores, rows.allowed
+    gone = scores.detach() == -math.inf
+    return scores.masked_fill(gone, 0.0), ~gone if rows.allowed is None else rows.allowed & ~gone
+
+
 def mixed(p: Problem, site: str, z: Tensor, rows: Rows, at: slice, keys: Keys) -> Float[Tensor, "B H t s"]:
     """Scores or weights after the mixes at that site, in the order of the slots."""
     for slot, mix in p.mixes:
@@ -192,8 +208,8 @@ def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     first = max(0, rows.start - p.halo)
     at = slice(first, rows.stop)
     part = rectangle(p, at, keys)
-    scores = biased_scores(p, part, at, keys)
-    weights = (p.normalizer or softmax)(scores, part.allowed)
+    scores, allowed = scored(p, part, at, keys)
+    weights = (p.normalizer or softmax)(scores, allowed)
     weights = mixed(p, "weights", weights, part, at, keys)
     if p.dropout:
         weights = torch.nn.functional.dropout(weights, p.dropout)
@@ -299,7 +315,7 @@ def cleaned(p: Problem) -> tuple[Problem, Bool[Tensor, "B H T"]]:
     clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
     if p.x is not None and p.context is not None:
         clean = replace(clean, x=_zero(p.x, bad_q.any(1)), context=_zero(p.context, bad_k.any(1)))
-    if p.mixes:  # heads (and a mix's earlier rows) read each other
+    if p.across:  # heads (and a mix's earlier rows) read each other
         bad_q, bad_k = (
             bad_q.any(1, keepdim=True).expand_as(bad_q),
             bad_k.any(1, keepdim=True).expand_as(bad_k),

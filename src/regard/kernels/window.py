@@ -113,6 +113,8 @@ def _masks(p: Problem, n: int, C: int, L: int, first: int) -> list[tuple[slice, 
         t = r * C + torch.arange(C, device=device)[:, None]
         j = r * C + first + torch.arange(L, device=device)
         b = torch.arange(p.mask.batch, device=device)[:, None, None, None]
-        allowed = p.mask(b, zero, t + S - T, j) & (t < T) & (j >= 0) & (j < S)
+        # Outside, rules are asked about a pair at the rim instead: they may have tables of this very length.
+        i_, j_ = (t + S - T, j) if shared else (t.clamp(max=T - 1) + S - T, j.clamp(0, S - 1))
+        allowed = p.mask(b, zero, i_, j_) & (t < T) & (j >= 0) & (j < S)
         found.append((span, allowed.expand(p.mask.batch, -1, -1, -1)))
     return found

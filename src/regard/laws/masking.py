@@ -178,7 +178,7 @@ def nan_reaches_what_sees_it_on_every_kernel(s: Subject) -> None:
 
 def nan_reaches(s: Subject, kernels: tuple[str | None, ...]) -> None:
     f: Any = s.form()
-    across = bool(f.parts.keys() & {"score_mix", "weight_mix"})
+    across = any(f.parts[slot].sees != "pair" for slot in f.parts.keys() & {"score_mix", "weight_mix"})
     H, G, T, S = s.heads, f.shape.num_kv_heads, 5, 7
     mask = masks.padding(lengths=torch.tensor([S] + [4] * (s.batch - 1))) if asks(s, "mask", "attn_mask") else None
     cases = {"q": (0, 2, 3), "k": (0, 2, 5), "v": (1, 4, 6)}  # v's is hidden by the padding

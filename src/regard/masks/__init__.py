@@ -1,6 +1,7 @@
 """Masks: which keys a query may attend to, as values that combine with `&`, `|` and `~`."""
 
 from regard.masks.algebra import Mask
+from regard.masks.flex import from_block_mask, from_mask_mod
 from regard.masks.grids import neighborhood
 from regard.masks.layout import BlockLayout
 from regard.masks.patterns import (
@@ -27,6 +28,8 @@ __all__ = [
     "dense",
     "dilated",
     "documents",
+    "from_block_mask",
+    "from_mask_mod",
     "full",
     "global_tokens",
     "neighborhood",

@@ -10,12 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from regard.masks import layout, picture
+from regard.masks import layout, picture, torch_blocks
 from regard.masks.checks import lengths
 from regard.masks.verdict import Tiles, Verdict
 
@@ -24,6 +25,9 @@ Index = Int[Tensor, "..."]
 
 class Mask(ABC):
     """Which keys a query may attend to. Immutable; a subclass need only say `__call__`."""
+
+    asks: ClassVar[bool] = False
+    """True where it asks a function, which may read tensors: equal masks need not stay so."""
 
     @abstractmethod
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
@@ -108,6 +112,21 @@ class Mask(ABC):
             return self(b, h, q_idx + (S - T), kv_idx)
 
         return mask_mod
+
+    def block_mask(
+        self,
+        T: int,
+        S: int | None = None,
+        *,
+        block: int | tuple[int, int] = 128,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """torch's BlockMask, for torch.nn.attention.flex_attention with T queries and S keys.
+
+        Its blocks are those of `layout`, found without forming T x S; a mask that is the same for all batch rows (or
+        heads) has one, which torch repeats. `masks.from_block_mask` is the way back.
+        """
+        return torch_blocks.block_mask(self, *lengths("block_mask", T, S), block, device)
 
     def picture(self, T: int = 32, S: int | None = None, *, b: int = 0, h: int = 0) -> str:
         """Queries down, keys across, for the terminal; long sequences are pooled to shades."""
@@ -251,7 +270,9 @@ def _refuse(sign: str, other: object) -> Mask:
 
 
 def by_value(mask: Mask) -> bool:
-    """Whether equal masks compare equal, so that a cache may know them; not so for those that hold tensors."""
+    """Whether equal masks compare equal, so that a cache may know them; not so for those that hold or read tensors."""
     if isinstance(mask, Joined):
         return all(map(by_value, mask.parts))
-    return by_value(mask.part) if isinstance(mask, Not) else type(mask).__eq__ is not object.__eq__
+    if isinstance(mask, Not):
+        return by_value(mask.part)
+    return type(mask).__eq__ is not object.__eq__ and not mask.asks

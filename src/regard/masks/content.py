@@ -1,7 +1,8 @@
 """What was made of a mask, kept for as long as the mask's numbers are what they were.
 
 Masks of numbers alone are equal where their numbers are. One that holds tensors is known by where their memory is and
-by torch's count of the writes to it; the memory is watched, so that what is freed and used again is another mask.
+by torch's count of the writes to it; the memory is watched, so that what is freed and used again is another mask. A
+rule in code is known by its function, and by the tensors that this reads.
 """
 
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from regard.masks.algebra import Mask, by_value
 from regard.masks.flat import flatten
 from regard.masks.stamp import stamp
+from regard.masks.tensors import Predicate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,16 +64,27 @@ def remembered(size: int) -> Callable[[Callable[Concatenate[Mask, P], R]], Remem
 
 def known_by(mask: Mask, rest: tuple[Any, ...]) -> tuple[Hashable, list[Tensor]]:
     """What tells this mask from any other, and its tensors; None where that can't be told."""
-    flat = None if torch.compiler.is_compiling() else _flat(mask)
-    stamps = [] if flat is None else [stamp(t) for t in flat[2]]
-    if flat is None or None in stamps:
+    if torch.compiler.is_compiling():
         return None, []
-    return (flat[0], *flat[1], *stamps, *rest), flat[2]
+    flat, asked = _flat(mask)
+    if flat is None:
+        return None, []
+    word, numbers, held = flat
+    for rule in asked:  # anew each time: a function may find another tensor under the same name
+        read = rule.reads()
+        if read is None:
+            return None, []
+        held = held + read
+    stamps = [stamp(t) for t in held]
+    if None in stamps:
+        return None, []
+    return (word, *numbers, *(rule.function for rule in asked), *stamps, *rest), held
 
 
-def _flat(mask: Mask) -> tuple[str, list[int], list[Tensor]] | None:
-    """`flatten`, once a mask: its fields never change, only what stands in their memory."""
+def _flat(mask: Mask) -> tuple[tuple[str, list[int], list[Tensor]] | None, list[Predicate]]:
+    """`flatten`, once a mask: its fields never change, only what stands in their memory; and the rules in it."""
     kept = vars(mask)
     if "_flat" not in kept:
-        object.__setattr__(mask, "_flat", flatten(mask))
+        asked: list[Predicate] = []
+        object.__setattr__(mask, "_flat", (flatten(mask, asked), asked))
     return kept["_flat"]

@@ -6,7 +6,7 @@ masks of every size.
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,11 +25,15 @@ KINDS: dict[str, type] = {
 CONSTANTS: dict[str, Any] = {"None": None, "True": True, "False": False, "inf": math.inf}
 
 
-def flatten(mask: Mask) -> tuple[str, list[int], list[Tensor]] | None:
-    """The word, numbers and tensors; None for a rule in code, as anybody's own mask is."""
+def flatten(mask: Mask, rules: list[tensors.Predicate] | None = None) -> tuple[str, list[int], list[Tensor]] | None:
+    """The word, numbers and tensors; None for a rule in code, as anybody's own mask is.
+
+    Args:
+        rules: takes the rules of `predicate`; there is no way back from such a word.
+    """
     numbers: list[int] = []
     held: list[Tensor] = []
-    word = _word(mask, numbers, held)
+    word = _word(mask, numbers, held, rules)
     return None if word is None else (word, numbers, held)
 
 
@@ -38,8 +42,14 @@ def unflatten(word: str, numbers: Sequence[int], held: Sequence[Tensor]) -> Mask
     return _value(iter(word.split()), iter(numbers), iter(held))
 
 
-def _word(value: Any, numbers: list[int], held: list[Tensor]) -> str | None:
+def _word(
+    value: Any, numbers: list[int], held: list[Tensor], rules: list[tensors.Predicate] | None = None
+) -> str | None:
     """The words of one field's value, space between them; None where it can't be said."""
+    if rules is not None and isinstance(value, tensors.Predicate) and isinstance(value.function, Hashable):
+        rules.append(value)
+        numbers.extend((*value.sizes, value.shift))
+        return "rule"
     if isinstance(value, Tensor):
         held.append(value)
         return "tensor"
@@ -58,7 +68,7 @@ def _word(value: Any, numbers: list[int], held: list[Tensor]) -> str | None:
     else:
         return None
     for part in parts:
-        said = _word(part, numbers, held)
+        said = _word(part, numbers, held, rules)
         if said is None:
             return None
         name = f"{name} {said}"

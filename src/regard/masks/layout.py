@@ -168,7 +168,8 @@ def inspect(mask: "Mask", where: Int[Tensor, "n 4"], T: int, S: int, block: tupl
     for some in where.split(max(1, BUDGET // (bq * bk))):
         b, h, r, c = some[:, :, None, None].unbind(1)
         t, j = r * bq + torch.arange(bq, device="cpu")[:, None], c * bk + torch.arange(bk, device="cpu")
-        allowed = mask(b, h, t + S - T, j) & (t < T) & (j < S)
+        # Beyond a ragged end, rules are asked about the last entry again: they may have tables of this very length.
+        allowed = mask(b, h, t.clamp(max=T - 1) + S - T, j.clamp(max=S - 1)) & (t < T) & (j < S)
         counts.append(allowed.broadcast_to(len(some), bq, bk).sum((1, 2)))
     return torch.cat(counts)
 

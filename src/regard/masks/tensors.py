@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from regard import rules
 from regard.checks import refuse
 from regard.masks import checks
 from regard.masks.algebra import And, Index, Joined, Mask
@@ -330,10 +331,13 @@ def per_head(masks: Sequence[Mask]) -> Mask:
 
 @dataclass(frozen=True, repr=False)
 class Predicate(Mask):
-    """Any function of (b, h, i, j)."""
+    """Any function of (b, h, i - shift, j)."""
+
+    asks = True
 
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     sizes: tuple[int, int] = (1, 1)
+    shift: int = 0
 
     @property
     def batch(self) -> int:
@@ -344,7 +348,12 @@ class Predicate(Mask):
         return self.sizes[1]
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
-        return self.function(b, h, i, j)
+        return rules.entries("predicate", self.function, b, h, i - self.shift if self.shift else i, j)
+
+    def reads(self) -> list[Tensor] | None:
+        """The tensors that the function reads of its own; None where they can't be told."""
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device="cpu")
+        return rules.reads(self, zero, zero, zero + self.shift, zero)
 
     def __repr__(self) -> str:
         return f"predicate({getattr(self.function, '__name__', repr(self.function))})"
@@ -355,26 +364,32 @@ def predicate(
 ) -> Mask:
     """Your own rule: `function(b, h, i, j) -> bool tensor` on index tensors. Layouts look into every tile.
 
-    A rule that reads b (or h) says for how many batch rows (or heads) it is made; others serve any number. It is known
-    by its function: one that closes over tensors must find in them what it found at first (build a new function for
-    other numbers).
+    A rule that reads b (or h) says for how many batch rows (or heads) it is made; others serve any number. It may read
+    tensors of its own, and what is written into them counts; for other numbers build a new function. Index tensors
+    come as what broadcasts; a function that then answers otherwise than for one entry is asked entry by entry.
     """
     if not callable(function):
         raise TypeError(f"predicate: function must be callable (got {type(function).__name__})")
     sizes = []
     for axis, (index, name, size) in enumerate((("b", "batch", batch), ("h", "heads", heads))):
-        if size is None and _reads(function, axis):
+        if size is None and reads_index(function, axis):
             raise ValueError(f"predicate: {name} is missing (got a function that reads {index}); expected its size")
         sizes.append(1 if size is None else checks.integer(f"predicate: {name}", size))
     return Predicate(function, (sizes[0], sizes[1]))
 
 
-def _reads(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], axis: int) -> bool:
-    """Whether the function's answer has that one of its indices in its shape. False where it can't be asked."""
+def reads_index(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], axis: int) -> bool:
+    """Whether the function's answer has that one of its indices in its shape; where it has no such shape, whether the
+    function looks at the index at all."""
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.long)
-    index = [zero.expand(2, 1, 1, 1).movedim(0, n) if n == axis else zero for n in range(4)]
-    try:
-        answer = function(*index)
-        return isinstance(answer, Tensor) and answer.dim() == 4 and answer.shape[axis] == 2
-    except Exception:  # it may have no position 0, or a device of its own; a kernel that asks in earnest will say so
-        return False
+    index = [zero.expand(2, 1, 1, 1).movedim(0, n) if n == axis else zero.clone() for n in range(4)]
+    with rules.Watch(tuple(index)) as watch:
+        try:
+            answer = function(*index)
+        except (
+            Exception
+        ):  # it may have no position 0, or a device of its own; a kernel that asks in earnest will say so
+            answer = None
+    if isinstance(answer, Tensor) and answer.dim() == 4:
+        return answer.shape[axis] == 2
+    return not (isinstance(answer, Tensor) and answer.dim() == 0) and id(index[axis]) in watch.touched

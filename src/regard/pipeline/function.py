@@ -22,6 +22,7 @@ from regard.kernels.problem import CAUSAL
 from regard.masks import Mask, full
 from regard.masks.checks import cumulative
 from regard.masks.varlen import Varlen
+from regard.pairwise import as_mask, as_parts
 from regard.stages import InnerSlots, Mix, Normalizer, Selector
 
 P = ParamSpec("P")
@@ -55,7 +56,8 @@ def attention(
     mask is aligned bottom-right. A query that may attend to nothing gives 0 (and zero gradients).
 
     Args:
-        mask: True = may attend. A `regard.masks.Mask` keeps its structure, so sparse kernels can use it.
+        mask: True = may attend. A `regard.masks.Mask` keeps its structure, so sparse kernels can use it. A function
+            of (b, h, q_idx, kv_idx), as FlexAttention's mask_mod, is `masks.predicate` of it.
         bias: added to the scaled scores; -inf masks.
         scale: multiplies q . k before any bias; default 1 / sqrt(D).
         dropout: probability with which weights are dropped; applied whenever > 0, as torch does.
@@ -68,7 +70,8 @@ def attention(
             bottom-right in each.
         position: rotates q and k, and adds to scores and values, as its hooks say. (`embed` is for tokens, not here.)
         score: takes the place of the dot product.
-        score_mix, normalizer, weight_mix: stages before, at and after the softmax.
+        score_mix, normalizer, weight_mix: stages before, at and after the softmax. A function of (score, b, h, q_idx,
+            kv_idx), as FlexAttention's score_mod, is a score_mix. Positions count from the first key.
         selector: looks at q and k (after rotation) and says which pairs to keep of those the mask allows.
 
     Raises:
@@ -174,6 +177,10 @@ def problem(
 ) -> Problem:
     """The arguments of `attention`, checked, as what kernels work on."""
     check_inputs(q, k, v)
+    B, H, T, D = q.shape
+    if mask is not None:
+        mask = as_mask(mask, B, H)
+    stages = as_parts(stages) if stages else stages
     filled: dict[str, Any] = {}
     if stages or dropout or scale is not None or selector is not None:  # else there is nothing to look at
         check_options(scale, dropout, selector=selector, **stages)
@@ -185,7 +192,6 @@ def problem(
             )
     if "normalizer" in filled:
         filled["normalizer"] = unless_softmax(filled["normalizer"])
-    B, H, T, D = q.shape
     p = Problem(
         q=q,
         k=k,

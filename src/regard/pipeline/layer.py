@@ -16,6 +16,7 @@ from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_mask, check_options
 from regard.masks import Mask, causal, full
 from regard.masks.tensors import Kept, Lengths, unpacked
+from regard.pairwise import as_mask, as_parts
 from regard.pipeline import streaming
 from regard.pipeline.function import selected, spelled_out, unless_softmax
 from regard.pipeline.page_pool import PagePool
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         device, dtype: of the parameters, those of the parts included.
         mask: a static pattern, combined with the one given to `forward`.
         heads, position, score, score_mix, normalizer, weight_mix, selector, gate: the stages; see `regard.stages`.
+            Functions as FlexAttention takes them will do at `mask` and `score_mix`, as in `attention`.
 
     Shapes: x (B, T, M), context (B, S, context_dim) -> (B, T, M).
     """
@@ -89,6 +91,7 @@ class Attention(nn.Module):
         super().__init__()
         shape = head_shape(dim, num_heads, num_kv_heads, head_dim)
         flag("Attention", causal=causal, bias=bias)
+        slots = as_parts({**slots, "mask": as_mask(slots.get("mask"), heads=num_heads)})  # type: ignore[assignment]
         check_options(scale, dropout, who="Attention", **slots)
         G, D = shape.num_kv_heads, shape.head_dim
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
@@ -224,7 +227,7 @@ class Attention(nn.Module):
         B, T, S = x.shape[0], x.shape[1], source.shape[1]
         if source.shape[0] != B:
             refuse(self, "context", "has another batch than x", source.shape[0], f"{B} sequences")
-        call_mask = check_mask(mask, B, self.num_heads, T, S, x.device)
+        call_mask = check_mask(as_mask(mask, B, self.num_heads), B, self.num_heads, T, S, x.device)
         if call_mask is not None and call_mask == causal() and self.causal:
             call_mask = None
         allowed = self._static(call_mask)
