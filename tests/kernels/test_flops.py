@@ -154,7 +154,7 @@ PARTS = [n for n in regard.mechanisms() if regard.card(n).is_part and regard.car
 def test_each_mechanism_costs_what_its_eager_kernel_does(
     name: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Less the pairs that its mask forbids: 2 (D + V) for each of them."""
+    """Less the pairs that its mask forbids: 2 (D + V) for each, 2 V where its own scores replace dot products."""
     card = regard.card(name)
     options = {**card.example, **({"max_positions": length} if "max_positions" in card.options else {})}
     problems: list[Problem] = []
@@ -168,7 +168,8 @@ def test_each_mechanism_costs_what_its_eager_kernel_does(
         layer.kernel = "eager"
         full = plainly(lambda layer=layer, x=x: layer(x))
         p = problems[-1]
-        spared = 2 * (p.q.shape[3] + p.v.shape[3]) * hidden(p)
+        dots = p.score is None or any("scores" in stage.needs for stage in p.stages)
+        spared = 2 * (dots * p.q.shape[3] + p.v.shape[3]) * hidden(p)
         assert found == (full[0] - spared, full[1] - 2 * spared)
         assert causal <= bool(spared)
 
