@@ -362,3 +362,10 @@ TestHistories = Histories.TestCase
 TestHistories.settings = settings(
     max_examples=80, stateful_step_count=20, deadline=None, derandomize=True, database=None
 )
+
+
+@pytest.mark.parametrize("name", ["mla", "el_attention", "chunk_attention"])
+def test_no_plan_of_a_step_of_ones_own(name: str) -> None:
+    layer = regard.create(name, dim=32, num_heads=4, causal=True)
+    with pytest.raises(ValueError, match="this layer steps in its own way"):
+        layer.plan(torch.zeros(1, 1, 32), state=layer.init_state(1, 8))

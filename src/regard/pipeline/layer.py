@@ -161,6 +161,9 @@ class Attention(nn.Module):
             device: "cpu" or "cuda", where tensors on meta are taken to be; no such device need be there.
         """
         if state is not None:
+            if type(self).step is not Attention.step:
+                why = "can't be planned for: this layer steps in its own way"
+                refuse(self, "state", why, type(state).__name__, "None")
             if not (context is None and (mask is None or isinstance(mask, Mask))):
                 refuse(self, "context, mask", "are not what step takes", "given", "a Mask of regard.masks, no context")
             return choose(streaming.ahead(self, x, state.fork(), mask)[0], self.kernel, device)
