@@ -1,5 +1,6 @@
 """What holds for every test: one thread, fixed seeds, no TF32, poisoned memory, the count of exceptions."""
 
+import gc
 import os
 import signal
 from collections import defaultdict
@@ -15,6 +16,14 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on the CPU; read when triton is first imported
+
+
+@pytest.fixture(autouse=True, scope="module")
+def swept():
+    """What stands when a file's tests begin is not looked through again by each garbage collection: of the millions of
+    objects that the collected tests, torch and its compiler keep, every pass over all takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def dotted(path: Path) -> str:
 NAMES = {dotted(path) for path in FILES}
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path, *, everywhere: bool = False) -> Iterator[str]:
     """The modules of regard that this one imports when it is itself imported (or ever, also inside functions)."""
 
@@ -40,7 +46,7 @@ def imported(path: Path, *, everywhere: bool = False) -> Iterator[str]:
             if isinstance(node, ast.If | ast.Try) and not everywhere:
                 yield from walk([*node.body, *node.orelse])
 
-    for node in walk(ast.parse(path.read_text()).body):
+    for node in walk(tree(path).body):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("regard"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "regard":
