@@ -1,6 +1,6 @@
 """Softmax attention in C++ for CPUs: block layouts, biases by distance or by tensor, forward and backward.
 
-fp32 on the vector units; bf16 by the processor's own products of bf16 where it has them (tile registers of AMX, pairs of
+fp32 on the vector units; bf16 by the CPU's own products of bf16 where it has them (tile registers of AMX, pairs of
 AVX-512); else, as fp16 and every backward, computed in fp32 from numbers that are widened block by block. The block
 layout is the mask's own; inside a block that is only partly allowed the mask is read from a small bool tile, and masks
 that depend on i - j alone share a tile among all blocks on a diagonal. A position whose bias depends on i - j alone is
