@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
 from kernels.test_kernels import MASKS
@@ -125,6 +126,37 @@ def test_tensor_bias(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("case", ["none", "window", "documents", "blocks by head"])
 def test_half(case: str, dtype: torch.dtype) -> None:
     agrees(tensors(2, 4, 2, 300, 300, 64, 40, dtype), LONG[case])
+
+
+@pytest.mark.parametrize("way", ["widened", "pairs"])
+def test_bf16_where_a_processor_has_less(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """As on processors without tile registers, and without any products of bf16."""
+    if not (has := build.library().regard_bf16()):
+        pytest.skip("this processor has less itself")
+    monkeypatch.setattr(build.library(), "regard_bf16", lambda: min(has, ["widened", "pairs"].index(way)))
+    for case in ("none", "window", "documents", "small blocks", "padding"):
+        agrees(tensors(2, 4, 2, 300, 300, 64, 40, torch.bfloat16), LONG[case])
+    agrees(tensors(1, 2, 1, 17, 300, 300, 24, torch.bfloat16), masks.causal(), Alibi(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_is_read_where_it_lies(dtype: torch.dtype) -> None:
+    """Views of one tensor: no part of it is copied, forward or backward, in fp32."""
+    x = torch.randn(1, 640, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = (x[:, :, n].transpose(1, 2).requires_grad_() for n in range(3))
+    agrees([q, k, v], masks.causal() & masks.window(30))
+    seen: list[torch.dtype] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "_to_copy" in str(func) and out.numel() >= q.numel():
+                seen.append(out.dtype)
+            return out
+
+    with Watched():
+        native.run(problem([q.detach(), k.detach(), v.detach()], mask=masks.causal()))
+    assert seen == []
 
 
 def test_positions_by_distance() -> None:

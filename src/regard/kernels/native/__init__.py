@@ -1,10 +1,10 @@
 """Softmax attention in C++ for CPUs: block layouts, biases by distance or by tensor, forward and backward.
 
-fp32 on the vector units; bf16 on the tile registers of AMX where the CPU has them, else, as fp16 and every backward,
-computed in fp32. The block layout is the mask's own; inside a block that is only partly allowed
-the mask is read from a small bool tile, and masks that depend on i - j alone share a tile among all blocks on a
-diagonal. A position whose bias depends on i - j alone is read from a table with one entry a distance, never from a
-T x S tensor.
+fp32 on the vector units; bf16 by the CPU's own products of bf16 where it has them (tile registers of AMX, pairs of
+AVX-512); else, as fp16 and every backward, computed in fp32 from numbers that are widened block by block. The block
+layout is the mask's own; inside a block that is only partly allowed the mask is read from a small bool tile, and masks
+that depend on i - j alone share a tile among all blocks on a diagonal. A position whose bias depends on i - j alone is
+read from a table with one entry a distance, never from a T x S tensor.
 """
 
 from dataclasses import replace
@@ -148,15 +148,16 @@ def outputs(
     q: Tensor, k: Tensor, v: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the C++ makes of these numbers, in q's dtype, and the log-sum-exp."""
-    tiles = q.dtype == torch.bfloat16 and build.library().regard_bf16()
-    work = torch.bfloat16 if tiles else torch.float32
-    x, y, z = (_vectors(t.to(work), 32 if tiles else build.library().regard_lanes()) for t in (q, k, v))
+    lib = build.library()
+    has = lib.regard_bf16() if q.dtype == torch.bfloat16 else 0
+    x, y, z = (_vectors(_known(t), 32 if has else lib.regard_lanes()) for t in (q, k, v))
     out = z.new_empty(*x.shape[:3], z.shape[3])
     lse = torch.empty(x.shape[:3], dtype=torch.float32, device="cpu")
-    name = "regard_attention_bf16" if tiles else "regard_attention"
+    name = "regard_attention_bf16" if has else "regard_attention"
     flag = torch.zeros(1, dtype=torch.int32, device="cpu")
     bias = None if bias is None else bias.float()
-    call(name, scale, cap, walk, table, bias, q=x, k=y, v=z, out=out, lse=lse, odd=flag)
+    made: dict[str, Any] = {"out": out, "lse": lse, "odd": flag, "packed": bool(has), "amx": has == 2}
+    call(name, scale, cap, walk, table, bias, q=x, k=y, v=z, **made)
     odd.append(bool(flag))
     return out[..., : v.shape[3]].to(q.dtype), lse
 
@@ -168,14 +169,14 @@ def gradients(
     """Those of the table, where it wants one, and of q, k and v."""
     given = (q, k, v)
     lanes = build.library().regard_lanes()
-    q, k, v, out, grad = (_vectors(t.float(), lanes) for t in (*given, out, grad))
+    q, k, v, out, grad = (_vectors(_known(t), lanes) for t in (*given, out, grad.to(q.dtype)))
     tasks = q.shape[0] * k.shape[1]
     parts = max(1, min(-(-2 * torch.get_num_threads() // tasks), -(-k.shape[2] // walk.block[1])))
-    dq = q.new_zeros(parts, *q.shape)
-    dk, dv = (torch.empty(t.shape, device="cpu") for t in (k, v))
+    dq = torch.zeros(parts, *q.shape, dtype=torch.float32, device="cpu")  # sums of several parts
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (k, v))
     dtable = None
     if table is not None and wants_table:
-        dtable = q.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
+        dtable = dq.new_zeros(parts, q.shape[0], q.shape[1], q.shape[2] + k.shape[2] - 1)
     inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     dlse = None if dlse is None else dlse.contiguous()
     made: dict[str, Any] = {"grad": grad, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv, "dtable": dtable, "parts": parts}
@@ -207,6 +208,12 @@ def _with_graph(ctx: Any, grad: Tensor, dlse: Tensor | None, *tensors: Tensor | 
     wanted = [x for x in needed if x is not None]
     got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
     return [None if x is None else next(got) for x in needed]
+
+
+def _known(x: Tensor) -> Tensor:
+    """x in a dtype that the C++ reads: fp32, bf16, and on most processors fp16."""
+    known = (torch.float32, torch.bfloat16, torch.float16)[: 3 if build.library().regard_fp16() else 2]
+    return x if x.dtype in known else x.float()
 
 
 def _vectors(x: Tensor, lanes: int) -> Tensor:

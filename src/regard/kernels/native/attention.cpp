@@ -3,16 +3,59 @@
 #include "attention.h"
 
 namespace {
+// Numbers come as `kind` says; all is computed in fp32, and what is narrower is widened block by block.
+inline void* at(const View& x, int64_t kind, int64_t b, int64_t h, int64_t t) {
+    return kind == FP32 ? (void*)x.at(b, h, t) : x.at<bf16>(b, h, t);
+}
+
+template <class Number>
+void copied(const Number* from, float* to, int64_t n) {
+    for (int64_t j = 0; j < n; j += W) store(to + j, load(from + j));
+}
+template <class Number>
+void scaled(const float* from, float by, Number* to, int64_t n) {
+    for (int64_t j = 0; j < n; j += W) store(to + j, load(from + j) * by);
+}
+#ifndef FP16
+void copied(const fp16*, float*, int64_t) {}
+void scaled(const float*, float, fp16*, int64_t) {}
+#endif
+
+// n numbers, a multiple of W, in fp32: where they lie, or in `to`.
+inline const float* widened(int64_t kind, const void* from, float* to, int64_t n) {
+    if (kind == FP32) return (const float*)from;
+    kind == BF16 ? copied((const bf16*)from, to, n) : copied((const fp16*)from, to, n);
+    return to;
+}
+
+// Rows of a width, in fp32, and how far they lie apart.
+struct Rows { const float* at; int64_t apart; };
+Rows widened(int64_t kind, const View& from, int64_t b, int64_t h, int64_t t, float* to, int64_t rows, int64_t width) {
+    if (kind == FP32) return {from.at(b, h, t), from.t};
+    for (int64_t i = 0; i < rows; i++) widened(kind, at(from, kind, b, h, t + i), to + i * width, width);
+    return {to, width};
+}
+
+// to = by * from in its own kind.
+inline void written(int64_t kind, const float* from, float by, void* to, int64_t n) {
+    if (kind == FP32) return scaled(from, by, (float*)to, n);
+    kind == BF16 ? scaled(from, by, (bf16*)to, n) : scaled(from, by, (fp16*)to, n);
+}
+
+inline float* room(int64_t n) { return new (std::align_val_t(64)) float[n]; }
+inline void done(float* x) { operator delete[](x, std::align_val_t(64)); }
+
 // to[panel][d][j] = from[panel * NR + j][d]; keys beyond S are 0.
-void transposed(const View& from, float* to, int64_t B, int64_t G, int64_t S, int64_t D, int32_t* odd) {
+void transposed(int64_t kind, const View& from, float* to, int64_t B, int64_t G, int64_t S, int64_t D, int32_t* odd) {
     int64_t n = cut(S, NR);
+    std::vector<float> row(D);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * G * n; i++) {
         int64_t p = i % n;
         float* out = to + i * D * NR;
         for (int64_t j = 0; j < NR; j++) {
             int64_t s = p * NR + j;
-            const float* in = from.at(i / n / G, i / n % G, s < S ? s : 0);
+            const float* in = widened(kind, at(from, kind, i / n / G, i / n % G, s < S ? s : 0), row.data(), D);
             if (odd && !finite(in, D)) *odd = 1;
             for (int64_t d = 0; d < D; d++) out[d * NR + j] = s < S ? in[d] : 0.0f;
         }
@@ -23,57 +66,72 @@ struct Fp32 {
     static constexpr int64_t STRIP = 2 * MR, GRAIN = NR;
     static constexpr bool ROUGH = false;
     const Attention* p;
-    float *o, *q, *v;
+    float *o, *wide, *tall;
+    Rows q, v;
     const float* kt;
-    View out;
+    int64_t b, h, start;
 
-    explicit Fp32(const Attention& p) : o(new (std::align_val_t(64)) float[p.bq * p.V]) {}
-    ~Fp32() { operator delete[](o, std::align_val_t(64)); }
-    void at(const Attention& given, int64_t b, int64_t h, int64_t first, int64_t count) {
-        int64_t g = h / (given.H / given.G);
-        p = &given;
-        q = p->q.at(b, h, first), v = p->v.at(b, g, 0), out = {p->out.at(b, h, 0), 0, 0, p->out.t};
+    explicit Fp32(const Attention& p) : o(room(p.bq * p.V)), wide(room(p.bq * p.D)), tall(room(p.bk * p.V)) {}
+    ~Fp32() { done(o), done(wide), done(tall); }
+    void at(const Attention& given, int64_t batch, int64_t head, int64_t first, int64_t count) {
+        p = &given, b = batch, h = head;
+        int64_t g = h / (p->H / p->G);
+        q = widened(p->kind, p->q, b, h, first, wide, count, p->D);
         kt = (const float*)p->kt + (b * p->G + g) * cut(p->S, NR) * NR * p->D;
         for (int64_t i = 0; i < count; i++)
-            if (!finite(q + i * p->q.t, p->D)) *p->odd = 1;
+            if (!finite(q.at + i * q.apart, p->D)) *p->odd = 1;
+    }
+    void keys(int64_t s, int64_t count) {
+        start = s, v = widened(p->kind, p->v, b, h / (p->H / p->G), s, tall, count, p->V);
     }
     void scores(int64_t m, int64_t rows, int64_t s, int64_t width, float* x) {
-        product(rows, width, p->D, q + m * p->q.t, p->q.t, 1, kt + s * p->D, NR, NR * p->D, x, MOST, false);
+        product(rows, width, p->D, q.at + m * q.apart, q.apart, 1, kt + s * p->D, NR, NR * p->D, x, MOST, false);
     }
+    void weigh(float* x, int64_t, int64_t j, vf y) { store(x + j, y); }
     void values(int64_t m, int64_t rows, int64_t s, int64_t used, const float* x) {
-        product(rows, p->V, used, x, MOST, 1, v + s * p->v.t, p->v.t, NR, o + m * p->V, p->V, true);
+        product(rows, p->V, used, x, MOST, 1, v.at + (s - start) * v.apart, v.apart, NR, o + m * p->V, p->V, true);
     }
     void write(int64_t t, const float* from, float by) {
-        for (int64_t d = 0; d < p->V; d += W) store(out.at(0, 0, t) + d, load(from + d) * by);
+        written(p->kind, from, by, ::at(p->out, p->kind, b, h, t), p->V);
     }
 };
 }  // namespace
+
+extern "C" int regard_fp16() {
+#ifdef FP16
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 extern "C" int regard_lanes() { return W; }
 
 extern "C" void regard_attention(const Attention* p) {
 #pragma omp parallel num_threads(p->threads)
     {
-        transposed(p->k, (float*)p->kt, p->B, p->G, p->S, p->D, p->odd);
+        transposed(p->kind, p->k, (float*)p->kt, p->B, p->G, p->S, p->D, p->odd);
         Fp32 unit(*p);
         forward(*p, unit);
     }
 }
 
 namespace {
-struct Scratch { float *weights, *ds; };
+struct Scratch { float *weights, *ds, *q, *grad, *k; };
 
 // One key block against one query block of one head: adds to dk, dv (bk x D, bk x V), dq and dtable.
-void backward_block(const Attention& p, int64_t part, int64_t b, int64_t h, int64_t r, int64_t c, int64_t e, float* dk,
-                    float* dv, const Scratch& z) {
+void backward_block(const Attention& p, int64_t part, int64_t b, int64_t h, int64_t r, int64_t c, int64_t e,
+                    const Rows& k, float* dk, float* dv, const Scratch& z) {
     int64_t g = h / (p.H / p.G), first = r * p.bq, rows = std::min(p.bq, p.T - first), start = c * p.bk;
     int64_t keys = std::min(p.bk, p.S - start), width = cut(keys, NR) * NR, ld = p.bk;
     int64_t from = (b * p.G + g) * cut(p.S, NR) * NR + start;
     const uint8_t* tile = p.tile[e] < 0 ? nullptr : p.tiles + p.tile[e] * p.bq * p.bk;
-    float *q = p.q.at(b, h, first), *grad = p.grad.at(b, h, first), *dq = p.dq.at(b, h, first) + part * p.B * p.dq.b;
-    product(rows, width, p.D, q, p.q.t, 1, (const float*)p.kt + from * p.D, NR, p.D * NR, z.weights,
+    Rows q = widened(p.kind, p.q, b, h, first, z.q, rows, p.D);
+    Rows grad = widened(p.kind, p.grad, b, h, first, z.grad, rows, p.V);
+    float* dq = p.dq.at(b, h, first) + part * p.B * p.dq.b;
+    product(rows, width, p.D, q.at, q.apart, 1, (const float*)p.kt + from * p.D, NR, p.D * NR, z.weights,
             ld, false);
-    product(rows, width, p.V, grad, p.grad.t, 1, (const float*)p.vt + from * p.V, NR, p.V * NR, z.ds,
+    product(rows, width, p.V, grad.at, grad.apart, 1, (const float*)p.vt + from * p.V, NR, p.V * NR, z.ds,
             ld, false);
     for (int64_t i = 0; i < rows; i++) {
         int64_t row = (b * p.H + h) * p.T + first + i;
@@ -98,9 +156,9 @@ void backward_block(const Attention& p, int64_t part, int64_t b, int64_t h, int6
         }
         for (int64_t j = 0; j < width; j += W) store(ds + j, load(ds + j) * p.scale);
     }
-    product(keys, p.V, rows, z.weights, 1, ld, grad, p.grad.t, NR, dv, p.V, true);
-    product(keys, p.D, rows, z.ds, 1, ld, q, p.q.t, NR, dk, p.D, true);
-    product(rows, p.D, keys, z.ds, ld, 1, p.k.at(b, g, start), p.k.t, NR, dq, p.dq.t, true);
+    product(keys, p.V, rows, z.weights, 1, ld, grad.at, grad.apart, NR, dv, p.V, true);
+    product(keys, p.D, rows, z.ds, 1, ld, q.at, q.apart, NR, dk, p.D, true);
+    product(rows, p.D, keys, z.ds, ld, 1, k.at, k.apart, NR, dq, p.dq.t, true);
 }
 }  // namespace
 
@@ -109,19 +167,19 @@ extern "C" void regard_attention_backward(const Attention* given) {
     int64_t nk = cut(p.S, p.bk), group = p.H / p.G;
 #pragma omp parallel num_threads(p.threads)
     {
-        transposed(p.k, (float*)p.kt, p.B, p.G, p.S, p.D, nullptr);
-        transposed(p.v, (float*)p.vt, p.B, p.G, p.S, p.V, nullptr);
+        transposed(p.kind, p.k, (float*)p.kt, p.B, p.G, p.S, p.D, nullptr);
+        transposed(p.kind, p.v, (float*)p.vt, p.B, p.G, p.S, p.V, nullptr);
+        std::vector<float> left(p.V), right(p.V);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < p.B * p.H * p.T; i++) {
             int64_t b = i / p.T / p.H, h = i / p.T % p.H, t = i % p.T;
-            const float *x = p.grad.at(b, h, t), *y = p.out.at(b, h, t);
+            const float* x = widened(p.kind, at(p.grad, p.kind, b, h, t), left.data(), p.V);
+            const float* y = widened(p.kind, at(p.out, p.kind, b, h, t), right.data(), p.V);
             vf s = {};
             for (int64_t d = 0; d < p.V; d += W) s += load(x + d) * load(y + d);
             p.delta[i] = sum(s) - (p.dlse ? p.dlse[i] : 0.0f);
         }
-        auto room = [](int64_t n) { return new (std::align_val_t(64)) float[n]; };
-        auto done = [](float* x) { operator delete[](x, std::align_val_t(64)); };
-        Scratch z = {room(p.bq * p.bk), room(p.bq * p.bk)};
+        Scratch z = {room(p.bq * p.bk), room(p.bq * p.bk), room(p.bq * p.D), room(p.bq * p.V), room(p.bk * p.D)};
         float *dk = room(p.bk * p.D), *dv = room(p.bk * p.V);
         // Only one task adds to a part of dq; a part's key blocks lie apart, so that causal parts weigh alike.
 #pragma omp for schedule(dynamic, 1)
@@ -130,17 +188,19 @@ extern "C" void regard_attention_backward(const Attention* given) {
             for (int64_t c = part; c < nk; c += p.parts) {
                 std::fill(dk, dk + p.bk * p.D, 0.0f);
                 std::fill(dv, dv + p.bk * p.V, 0.0f);
+                int64_t start = c * p.bk, keys = std::min(p.bk, p.S - start);
+                Rows k = widened(p.kind, p.k, b, g, start, z.k, keys, p.D);
                 for (int64_t h = g * group; h < (g + 1) * group; h++) {
                     int64_t line = (b % p.Bm * p.Hm + h % p.Hm) * nk + c;
                     for (int64_t e = p.col_ptr[line]; e < p.col_ptr[line + 1]; e++)
-                        backward_block(p, part, b, h, p.rows[e], c, p.entry[e], dk, dv, z);
+                        backward_block(p, part, b, h, p.rows[e], c, p.entry[e], k, dk, dv, z);
                 }
-                for (int64_t s = 0; s < std::min(p.bk, p.S - c * p.bk); s++) {
-                    std::copy(dk + s * p.D, dk + (s + 1) * p.D, p.dk.at(b, g, c * p.bk + s));
-                    std::copy(dv + s * p.V, dv + (s + 1) * p.V, p.dv.at(b, g, c * p.bk + s));
+                for (int64_t s = 0; s < keys; s++) {
+                    written(p.kind, dk + s * p.D, 1.0f, at(p.dk, p.kind, b, g, start + s), p.D);
+                    written(p.kind, dv + s * p.V, 1.0f, at(p.dv, p.kind, b, g, start + s), p.V);
                 }
             }
         }
-        done(z.weights), done(z.ds), done(dk), done(dv);
+        for (float* x : {z.weights, z.ds, z.q, z.grad, z.k, dk, dv}) done(x);
     }
 }

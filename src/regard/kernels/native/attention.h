@@ -53,7 +53,10 @@ extern "C" struct Attention {
     float* dtable;             // (parts, B, H, T + S - 1) or null
     const int64_t *col_ptr, *rows, *entry;  // the layout by columns: query blocks of each key block, and where stored
     int64_t parts;
+    int64_t kind;  // of the numbers in q, k, v, out, grad, dk, dv: FP32, BF16 or HALF; all else is fp32
+    int64_t amx;  // 1 where products of bf16 may run on tile registers
 };
+enum { FP32, BF16, HALF };
 
 namespace {
 inline int64_t cut(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -110,7 +113,8 @@ inline vf biased(const Attention& p, int64_t b, int64_t h, int64_t t, int64_t s,
     return most;
 }
 
-// A Unit multiplies: STRIP queries at most at once, on keys in multiples of GRAIN.
+// A Unit multiplies: STRIP queries at most at once, on keys in multiples of GRAIN. It is told of each block of keys, and
+// keeps the weights of a strip.
 template <class Unit>
 void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& unit) {
     constexpr int64_t STRIP = Unit::STRIP, GRAIN = Unit::GRAIN;
@@ -121,6 +125,7 @@ void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& un
     std::fill(total, total + count, 0.0f);
     std::fill(o, o + count * p.V, 0.0f);
     unit.at(p, b, h, first, count);
+    const bool bare = !p.table && !p.bias && !p.cap && p.scale > 0;
     int64_t line = (b % p.Bm * p.Hm + h % p.Hm) * cut(p.T, p.bq) + r;
     // Of very many keys, every few blocks' sums move to doubles (V values and the weights' total a row): a float to which
     // a million equal weights are added one after another is off by 3e-4.
@@ -138,6 +143,7 @@ void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& un
         if ((e - p.row_ptr[line]) % 4 == 0) put_by();
         int64_t start = p.cols[e] * p.bk, keys = std::min(p.bk, p.S - start);
         const uint8_t* tile = p.tile[e] < 0 ? nullptr : p.tiles + p.tile[e] * p.bq * p.bk;
+        unit.keys(start, keys);
         for (int64_t m = 0; m < count; m += STRIP) {
             int64_t rows = std::min(STRIP, count - m);
             Range range = tile ? seen(tile + m * p.bk, p.bk, rows, keys) : Range{0, keys};
@@ -147,16 +153,23 @@ void forward_block(const Attention& p, int64_t b, int64_t h, int64_t r, Unit& un
             for (int64_t i = 0; i < rows; i++) {
                 float* x = scores + i * MOST;
                 const uint8_t* row = tile ? tile + (m + i) * p.bk + lo : nullptr;
-                vf best = biased(p, b, h, first + m + i, start + lo, x, width, used, row);
-                float was = top[m + i], now = std::max(was, most(best));
+                // Where nothing is added and all is seen, the scale goes into the exponent: scores are not written again.
+                bool plain = bare && !row && used == width;
+                float scale = plain ? p.scale : 1.0f, was = top[m + i];
+                vf best = splat(-INF);
+                if (plain)
+                    for (int64_t j = 0; j < width; j += W) best = max(best, load(x + j));
+                else
+                    best = biased(p, b, h, first + m + i, start + lo, x, width, used, row);
+                float now = std::max(was, most(best) * scale);
                 if (now == -INF) {
-                    std::fill(x, x + width, 0.0f);
+                    for (int64_t j = 0; j < width; j += W) unit.weigh(x, i, j, vf{});
                     continue;
                 }
                 vf mass = {};
                 for (int64_t j = 0; j < width; j += W) {
-                    vf y = exp<Unit::ROUGH>(load(x + j) - now);
-                    store(x + j, y);
+                    vf y = exp<Unit::ROUGH>(load(x + j) * scale - now);
+                    unit.weigh(x, i, j, y);
                     mass += y;
                 }
                 if (now != was) {

@@ -28,7 +28,14 @@ from regard.kernels.native import cache, recipe
 
 FLAGS = (*recipe.FLAGS, "-march=native", "-shared")
 SYMBOLS = (
-    *("regard_lanes", "regard_bf16", "regard_attention", "regard_attention_bf16", "regard_attention_backward"),
+    *(
+        "regard_lanes",
+        "regard_fp16",
+        "regard_bf16",
+        "regard_attention",
+        "regard_attention_bf16",
+        "regard_attention_backward",
+    ),
     *("regard_entmax", "regard_entmax_backward", "regard_topk", "regard_paged", "regard_decode"),
 )
 """What a library must have before any of it is used."""

@@ -35,10 +35,10 @@ class Variant(NamedTuple):
 
 _V3 = frozenset(["sse4_2", "popcnt", "cx16", "movbe", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm"])
 _V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
-_AMX = _V4 | frozenset(["avx512_bf16", "amx_tile", "amx_bf16"])
+_BF16 = _V4 | frozenset(["avx512_bf16"])
 VARIANTS = {
     "x86_64": (
-        Variant("x86_64_v4_amx", ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), _AMX),
+        Variant("x86_64_v4_bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), _BF16),
         Variant("x86_64_v4", ("-march=x86-64-v4",), _V4),
         Variant("x86_64_v3", ("-march=x86-64-v3",), _V3),
     ),

@@ -3,8 +3,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -19,10 +21,42 @@ constexpr int NR = NV * W;  // columns of one panel
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef float vfu __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 static inline vf load(const float* p) { return *(const vfu*)p; }
 static inline void store(float* p, vf x) { *(vfu*)p = x; }
+// Numbers of 16 bits, as they lie in memory.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+static inline vh halves(const void* p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(halves(p), vi) << 16); }
+static inline void store(bf16* p, vf x) {  // to nearest, ties to even; NaN stays one
+    vi y = (vi)x;
+    y = (x == x ? y + 0x7fff + ((y >> 16) & 1) : (y | 0x400000)) >> 16;
+    vh z = __builtin_convertvector(y, vh);
+    memcpy(p, &z, sizeof z);
+}
+#if defined(__AVX512F__)
+#define FP16 1
+static inline vf load(const fp16* p) { return (vf)_mm512_cvtph_ps((__m256i)halves(p)); }
+static inline void store(fp16* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
+#elif defined(__F16C__)
+#define FP16 1
+static inline vf load(const fp16* p) { return (vf)_mm256_cvtph_ps((__m128i)halves(p)); }
+static inline void store(fp16* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#define FP16 1
+static inline vf load(const fp16* p) { return (vf)vcvt_f32_f16((float16x4_t)halves(p)); }
+static inline void store(fp16* p, vf x) {
+    float16x4_t y = vcvt_f16_f32((float32x4_t)x);
+    memcpy(p, &y, sizeof y);
+}
+#endif
 static inline vf splat(float x) { return x - vf{}; }  // x + 0 would keep an addition, for the sake of -0
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vi allowed(const uint8_t* p) {
@@ -56,6 +90,15 @@ static inline vf exp(vf x) {
     vf t = c * 1.44269504f + magic;
     vf power = (vf)((vi)t << 23);
     t -= magic;
+#if defined(__AVX512DQ__)
+    if constexpr (ROUGH) {  // the instruction that multiplies by 2^floor(t) takes any t: nothing is clamped
+        __m512 t = (__m512)(x * 1.44269504f), r = _mm512_reduce_ps(t, 1);
+        vf y = (vf)r * 0.07802452f + 0.22606724f;
+        y = y * (vf)r + 0.69583347f;
+        y = y * (vf)r + 0.99992523f;
+        return (vf)_mm512_scalef_ps((__m512)y, t);
+    }
+#endif
     if constexpr (ROUGH) {
         vf r = c - t * 0.69314718f;
         vf y = r * 0.16662797f + 0.50394487f;

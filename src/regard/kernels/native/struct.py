@@ -8,6 +8,8 @@ from torch import Tensor
 from regard.kernels.native import build
 from regard.kernels.native.blocks import PANEL, Walk
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 class _View(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("b", ctypes.c_int64), ("h", ctypes.c_int64), ("t", ctypes.c_int64)]
@@ -31,7 +33,7 @@ class _Attention(ctypes.Structure):
         + [(n, ctypes.c_int64) for n in ("bias_b", "bias_h", "bias_t", "bias_s")]
         + [(n, _View) for n in ("grad", "dq", "dk", "dv")]
         + [(n, ctypes.c_void_p) for n in ("vt", "delta", "dlse", "dtable", "col_ptr", "rows", "entry")]
-        + [("parts", ctypes.c_int64)]
+        + [(n, ctypes.c_int64) for n in ("parts", "kind", "amx")]
     )
 
 
@@ -56,12 +58,17 @@ def call(
     dlse: Tensor | None = None,
     dtable: Tensor | None = None,
     parts: int = 1,
+    packed: bool = False,
+    amx: bool = False,
 ) -> None:
-    """Run the C++ function of that name; what it writes must have its memory already."""
+    """Run the C++ function of that name; what it writes must have its memory already.
+
+    packed: keys and values are laid out in their own dtype, not in fp32.
+    """
     lib = build.library()
     (B, H, T, D), (G, S), V = q.shape, k.shape[1:3], v.shape[3]
     keys = -(-S // PANEL) * PANEL
-    kt, vt = q.new_empty(B * G, keys, D), v.new_empty(B * G, keys, V)
+    kt, vt = (torch.empty(B * G, keys, n, dtype=q.dtype if packed else torch.float32, device="cpu") for n in (D, V))
     p = _Attention(B=B, H=H, G=G, T=T, S=S, D=D, V=V, threads=torch.get_num_threads())
     p.q, p.k, p.v, p.out, p.lse, p.kt = *map(_view, (q, k, v, out)), lse.data_ptr(), kt.data_ptr()
     p.scale, p.cap = scale, cap or 0.0
@@ -75,7 +82,7 @@ def call(
             bias = bias.contiguous()
         strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
         p.bias, p.bias_b, p.bias_h, p.bias_t, p.bias_s = bias.data_ptr(), *strides
-    p.vt = vt.data_ptr()
+    p.vt, p.kind, p.amx = vt.data_ptr(), KINDS[q.dtype], amx
     p.odd = None if odd is None else odd.data_ptr()
     if grad is not None:
         delta = torch.empty_like(lse)
