@@ -49,7 +49,7 @@ loss = sum_h P_h f_h,   P_h the mean of p_h over tokens, f_h how often h is pick
         "here leaves padding out.",
         "Shared heads may be any number; the authors' inference code needs as many as others.",
     ),
-    verified="equation",
+    verified="reconstructed",
     auxiliary="balance_loss",
     defaults={
         "shared_heads": "paper, MoH-LLaMA3-8B",
