@@ -97,6 +97,8 @@ def test_the_loss_is_the_definition(form: str) -> None:
     got = part.balance_loss(z, x, "output")
     close(got, want)
     close(*(torch.autograd.grad(loss, part.router.weight)[0] for loss in (got, want)))
+    one = x[:1, :1]
+    close(part.balance_loss(one, one, "output"), rule(one, part.router.weight, 3))
     assert part.balance_loss(z, x, "query") == 0
     assert filled(7, 3, shared_heads=3, active=0).balance_loss(z, x, "output") == 0
 

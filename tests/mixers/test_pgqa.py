@@ -109,6 +109,17 @@ def test_fixed_noise_is_even_and_goes_by_its_place_alone() -> None:
         assert (((a - 0.5) * (b - 0.5)).mean() * 12).abs() < 0.05, "and so are neighbours"
 
 
+def test_moments_are_of_real_tokens_and_unbiased() -> None:
+    z = normal(1, 2, 3, 5, 4)
+    keep = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
+    for kept in (None, keep):
+        mean, var = moments(z, kept)
+        for b, row in enumerate(z):
+            real = (row if kept is None else row[:, kept[b]]).flatten(1)
+            close(mean[b].flatten(), real.mean(1))
+            close(var[b].flatten(), real.var(1))
+
+
 def test_one_number_everywhere_loses_it_and_has_gradients() -> None:
     y = torch.full((1, 2, 3, 2), 5.0, dtype=torch.float64, requires_grad=True)
     out = perturbed(y, torch.rand(1, 2, 3, 2, dtype=torch.float64))
