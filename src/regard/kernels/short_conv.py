@@ -31,6 +31,7 @@ def short_conv(
     state: Float[Tensor, "B *H past C"] | None = None,
     keep: Bool[Tensor, "B T"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
+    sees: Bool[Tensor, "#B T past"] | None = None,
 ) -> Convolved:
     """The convolution, and the state from which it goes on. An activation is the caller's.
 
@@ -39,6 +40,7 @@ def short_conv(
         state: what the call before gave; None = nothing came before.
         keep: True at real tokens. The others count as zeros for all that come after, whatever they hold.
         starts: True where a document starts, before which nothing is seen.
+        sees: True at [..., j - 1] where the token reads the one j before it; another says nothing about the state.
 
     Raises:
         ValueError: shapes that don't fit together, or no tap at all.
@@ -52,6 +54,8 @@ def short_conv(
         x = x.masked_fill(~_along(keep, x), 0)
     before = x.new_zeros(*x.shape[:-2], K - 1, C) if state is None else state.to(x.dtype)
     seen = torch.cat([before, x], -2)
+    if sees is not None and sees.shape[-1] != K - 1:
+        refuse("short_conv", "sees", "is about another number of tokens", sees.shape[-1], f"{K - 1}, one less than taps")
     # What stands in the state belongs to the document that goes on, if any does.
     document = None if starts is None else F.pad(starts.long().cumsum(1), (K - 1, 0))
     out = seen.new_zeros(()) if bias is None else bias[..., None, :]
@@ -60,6 +64,8 @@ def short_conv(
         if document is not None and j < K - 1:
             same = document.narrow(1, j, T) == document.narrow(1, K - 1, T)
             part = part.masked_fill(~_along(same, x), 0)
+        if sees is not None and j < K - 1:
+            part = part.masked_fill(~_along(sees[..., K - 2 - j], x), 0)
         out = torch.addcmul(out, part, weight[..., None, :, j])
     last = seen.narrow(-2, T, K - 1)
     if document is not None:
