@@ -29,8 +29,7 @@ CARD = Card(
             "Yang, Kautz, Hatamizadeh",
             2024,
             "2412.06464",
-            "not its own text, but the layer of transformers' Qwen3-Next: "
-            'kernel_size=4, activation="silu"',
+            'not its own text, but the layer of transformers\' Qwen3-Next: kernel_size=4, activation="silu"',
         ),
     ),
     supports=FEATURES - {"bidirectional", "cross"},
@@ -45,8 +44,8 @@ CARD = Card(
     differs=(
         "A call's mask also says which tokens a token reads: padding and other documents count as zeros, where the "
         "paper has neither.",
-        "The released code generates without the tokens before, as if each were the first; here a stream keeps tokens "
-        "and gives what the whole pass gives.",
+        "The released code keeps keys and values alone while it generates; here a stream keeps the tokens, too, and "
+        "gives what the whole pass gives.",
         "Bias and activation are of the convolutions before linear attention (Mamba, gated DeltaNet).",
     ),
     defaults={

@@ -55,7 +55,9 @@ def short_conv(
     before = x.new_zeros(*x.shape[:-2], K - 1, C) if state is None else state.to(x.dtype)
     seen = torch.cat([before, x], -2)
     if sees is not None and sees.shape[-1] != K - 1:
-        refuse("short_conv", "sees", "is about another number of tokens", sees.shape[-1], f"{K - 1}, one less than taps")
+        refuse(
+            "short_conv", "sees", "is about another number of tokens", sees.shape[-1], f"{K - 1}, one less than taps"
+        )
     # What stands in the state belongs to the document that goes on, if any does.
     document = None if starts is None else F.pad(starts.long().cumsum(1), (K - 1, 0))
     out = seen.new_zeros(()) if bias is None else bias[..., None, :]

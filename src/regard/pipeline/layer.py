@@ -356,9 +356,7 @@ class Attention(nn.Module):
         """How many tokens before each its heads part reads."""
         return 0 if self.heads is None else self.heads.reach
 
-    def _sees(
-        self, mask: Mask | None, first: int, T: int, device: torch.device
-    ) -> Bool[Tensor, "#B T reach"] | None:
+    def _sees(self, mask: Mask | None, first: int, T: int, device: torch.device) -> Bool[Tensor, "#B T reach"] | None:
         """Which of the tokens just before each of T the mask of a call lets it see, in any head."""
         if mask is None:
             return None

@@ -109,7 +109,7 @@ def ahead(
     where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
     if layer._reach():
-        near = Near(layer._sees(mask, where_from, t, x.device), _before(state, layer._reach(), B))
+        near = Near(layer._sees(mask, where_from, t, x.device), _before(state, layer._reach(), x))
         q, k, v, x, _ = layer._projected(x, x, where, where, where, near)
     else:
         q, k, v, x, _ = layer._project(x, x, where, where, where)
@@ -118,7 +118,7 @@ def ahead(
     if where.dim() == 3:  # only the position knows what to do with coordinates
         where, positions = torch.arange(where_from, where_from + t, device=x.device), None
     new = {"k": k, "v": v}
-    if "x" in state.buffers:
+    if "x" in state.buffers or layer._reach():
         new["x"] = x
     if "q" in state.buffers:
         new["q"] = q
@@ -171,16 +171,15 @@ def _of_unequal_lengths(
     return kept if mask is None else mask & kept, positions
 
 
-def _before(state: State, n: int, B: int) -> Tensor | None:
-    """The last n tokens seen, or as many as there are."""
-    if state.batch_size != B:
-        refuse("step", "x", "and the state must match in their batch", B, f"{state.batch_size} sequences")
-    if not (n := min(n, state.kept)):
+def _before(state: State, n: int, x: Tensor) -> Tensor | None:
+    """The last n tokens seen, or as many as there are; None also where the state doesn't fit, which appending says."""
+    n, held = min(n, state.kept), state.buffers.get("x")
+    if not n or held is None or state.batch_size != len(x) or held.shape[-1] != x.shape[-1]:
         return None
     if isinstance(state, PagedKVCache):
         return state.read("x", n)
     end = state.length if state.window is None else state.kept
-    return state.buffers["x"][:, end - n : end]
+    return held[:, end - n : end]
 
 
 def _last(state: State) -> dict[str, Tensor]:
