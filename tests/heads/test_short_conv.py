@@ -317,7 +317,7 @@ def test_another_layers_state_is_refused() -> None:
     layer, plain, x = made(), made("softmax"), normal(1, B, 2, M)
     _, state = plain.step(x, plain.init_state(B, T))
     with pytest.raises(ValueError, match=r"holds \['k', 'v'\], got \['k', 'v', 'x'\]"):
-        layer.step(x, state)
+        layer.step(x[:, :1], state)
     _, state = layer.step(x, layer.init_state(B, T))
     with pytest.raises(ValueError, match="must match"):
         layer.step(x[:1], state)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from regard.checks import checked, refuse
 
+WHO = "short convolution"
+
 
 class Convolved(NamedTuple):
     out: Float[Tensor, "B *H T C"]
@@ -47,17 +49,15 @@ def short_conv(
     """
     (T, C), K = x.shape[-2:], weight.shape[-1]
     if K == 0:
-        refuse("short_conv", "weight", "has no taps", tuple(weight.shape), "at least one")
+        refuse(WHO, "weight", "has no taps", tuple(weight.shape), "at least one")
     if state is not None and state.shape[-2] != K - 1:
-        refuse("short_conv", "state", "holds another number of tokens", state.shape[-2], f"{K - 1}, one less than taps")
+        refuse(WHO, "state", "holds another number of tokens", state.shape[-2], f"{K - 1}, one less than taps")
     if keep is not None:
         x = x.masked_fill(~_along(keep, x), 0)
     before = x.new_zeros(*x.shape[:-2], K - 1, C) if state is None else state.to(x.dtype)
     seen = torch.cat([before, x], -2)
     if sees is not None and sees.shape[-1] != K - 1:
-        refuse(
-            "short_conv", "sees", "is about another number of tokens", sees.shape[-1], f"{K - 1}, one less than taps"
-        )
+        refuse(WHO, "sees", "is about another number of tokens", sees.shape[-1], f"{K - 1}, one less than taps")
     # What stands in the state belongs to the document that goes on, if any does.
     document = None if starts is None else F.pad(starts.long().cumsum(1), (K - 1, 0))
     out = seen.new_zeros(()) if bias is None else bias[..., None, :]

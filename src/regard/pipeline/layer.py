@@ -364,7 +364,7 @@ class Attention(nn.Module):
         j = i - torch.arange(1, 1 + self._reach(), device=device)
         b = torch.arange(mask.batch, device=device)[:, None, None, None]
         h = torch.arange(mask.heads, device=device)[:, None, None]
-        allowed = mask.to(device)(b, h, i, j.clamp(min=0)) & (j >= 0)
+        allowed = mask.to(device)(b, h, i, j.clamp(min=0))  # before the first are zeros
         return allowed.expand(mask.batch, mask.heads, *j.shape).any(1)
 
     def _crosses_borders(self) -> bool:
