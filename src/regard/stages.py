@@ -76,6 +76,15 @@ class Rows:
     """Where these queries stand in their own sequences, where the layer was told; None = at `i`."""
 
 
+class Near(NamedTuple):
+    """What a heads part that reads earlier tokens is told."""
+
+    sees: Bool[Tensor, "#B T reach"] | None = None
+    """True at [..., j - 1] where a token may read the one j before it; None = all."""
+    before: Float[Tensor, "B n M"] | None = None
+    """The last tokens before these, with their absolute positions in them."""
+
+
 # --- stages -------------------------------------------------------------------------------------------------
 
 
@@ -214,10 +223,29 @@ class Selector(nn.Module):
 class HeadMap(nn.Module):
     """Changes queries, keys and values after the projections and before rotation."""
 
+    reach: int = 0
+    """How many tokens before each it reads. If any, the layer is causal, is told by `along` which of them count, and
+    keeps its tokens in the cache."""
+
     def forward(
         self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S V"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
+
+    def along(
+        self,
+        q: Float[Tensor, "B H n D"],
+        k: Float[Tensor, "B G n D"],
+        v: Float[Tensor, "B G n V"],
+        before: int = 0,
+        sees: Bool[Tensor, "#B T reach"] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a map with a `reach` makes of the tokens behind the first `before`, which it only reads.
+
+        Args:
+            sees: True at [..., j - 1] where a token may read the one j before it. None: all that there are.
+        """
+        return self(q[:, :, before:], k[:, :, before:], v[:, :, before:])
 
     start_neutral = Stage.start_neutral
 

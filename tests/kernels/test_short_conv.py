@@ -44,6 +44,22 @@ def test_is_the_formula(K: int) -> None:
     assert torch.equal(short_conv(hidden, weight, bias, keep=keep, starts=starts).out, got)
 
 
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_each_token_reads_what_it_sees(K: int) -> None:
+    x, weight = numbers(2, 9, 3), numbers(3, K, seed=1)
+    sees = numbers(2, 9, K - 1, seed=2) > 0
+    want = torch.zeros_like(x)
+    for b in range(2):
+        for t in range(9):
+            for j in range(min(K, t + 1)):
+                if j == 0 or sees[b, t, j - 1]:
+                    want[b, t] += weight[:, K - 1 - j] * x[b, t - j]
+    torch.testing.assert_close(short_conv(x, weight, sees=sees).out, want, rtol=1e-12, atol=1e-12)
+    heads = x[:, None].expand(-1, 2, -1, -1)
+    got = short_conv(heads, weight.expand(2, -1, -1), sees=sees).out
+    torch.testing.assert_close(got, want[:, None].expand(-1, 2, -1, -1), rtol=1e-12, atol=1e-12)
+
+
 def test_a_document_is_as_if_alone() -> None:
     x, weight = numbers(1, 7, 2), numbers(2, 4, seed=1)
     starts = torch.zeros(1, 7, dtype=torch.bool)
@@ -107,6 +123,7 @@ def test_steps_are_those_of_transformers() -> None:
         ({"weight": torch.zeros(3, 0)}, "has no taps"),
         ({"weight": torch.zeros(2, 3, 4)}, "short_conv"),
         ({"state": torch.zeros(1, 2, 3)}, "holds another number of tokens"),
+        ({"sees": torch.ones(1, 5, 2, dtype=torch.bool)}, "is about another number of tokens"),
         ({"keep": torch.ones(1, 4, dtype=torch.bool)}, "short_conv"),
     ],
 )

@@ -119,7 +119,7 @@ PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     Score: {"forward": _dots},
     Normalizer: {"forward": _normalised},
     Mix: {"forward": lambda self, z, rows: z},
-    HeadMap: {"forward": lambda self, q, k, v: (q, k, v)},
+    HeadMap: {"forward": lambda self, q, k, v: (q, k, v), "along": HeadMap.along},
     Gate: {"forward": lambda self, z, x, at: z},
     Selector: {"forward": lambda self, q, k, mask: masks.full() if mask is None else mask},
 }

@@ -193,6 +193,8 @@ def why_not(slots: Mapping[str, Any], about: About, supports: frozenset[str]) ->
         reasons.append("it adds positions to tokens before they are projected, and the model has done that in its way")
     if about.rotary and ("heads" in slots or (position is not None and position.changes("rotate"))):
         reasons.append("it works on queries and keys before rotation, and the model has rotated them already")
+    if "heads" in slots and slots["heads"].reach:
+        reasons.append("it reads queries, keys and values of the tokens before, which a model's cache doesn't hold")
     if any("tokens" in stage.needs or stage.prepares() for stage in stages):
         reasons.append("it reads the tokens behind the keys, which a layer with a cache no longer has")
     if gate is not None and gate.site != "output":

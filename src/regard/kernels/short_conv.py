@@ -15,6 +15,8 @@ from torch import Tensor
 
 from regard.checks import checked, refuse
 
+WHO = "short convolution"
+
 
 class Convolved(NamedTuple):
     out: Float[Tensor, "B *H T C"]
@@ -31,6 +33,7 @@ def short_conv(
     state: Float[Tensor, "B *H past C"] | None = None,
     keep: Bool[Tensor, "B T"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
+    sees: Bool[Tensor, "#B T past"] | None = None,
 ) -> Convolved:
     """The convolution, and the state from which it goes on. An activation is the caller's.
 
@@ -39,19 +42,22 @@ def short_conv(
         state: what the call before gave; None = nothing came before.
         keep: True at real tokens. The others count as zeros for all that come after, whatever they hold.
         starts: True where a document starts, before which nothing is seen.
+        sees: True at [..., j - 1] where the token reads the one j before it; another says nothing about the state.
 
     Raises:
         ValueError: shapes that don't fit together, or no tap at all.
     """
     (T, C), K = x.shape[-2:], weight.shape[-1]
     if K == 0:
-        refuse("short_conv", "weight", "has no taps", tuple(weight.shape), "at least one")
+        refuse(WHO, "weight", "has no taps", tuple(weight.shape), "at least one")
     if state is not None and state.shape[-2] != K - 1:
-        refuse("short_conv", "state", "holds another number of tokens", state.shape[-2], f"{K - 1}, one less than taps")
+        refuse(WHO, "state", "holds another number of tokens", state.shape[-2], f"{K - 1}, one less than taps")
     if keep is not None:
         x = x.masked_fill(~_along(keep, x), 0)
     before = x.new_zeros(*x.shape[:-2], K - 1, C) if state is None else state.to(x.dtype)
     seen = torch.cat([before, x], -2)
+    if sees is not None and sees.shape[-1] != K - 1:
+        refuse(WHO, "sees", "is about another number of tokens", sees.shape[-1], f"{K - 1}, one less than taps")
     # What stands in the state belongs to the document that goes on, if any does.
     document = None if starts is None else F.pad(starts.long().cumsum(1), (K - 1, 0))
     out = seen.new_zeros(()) if bias is None else bias[..., None, :]
@@ -60,6 +66,8 @@ def short_conv(
         if document is not None and j < K - 1:
             same = document.narrow(1, j, T) == document.narrow(1, K - 1, T)
             part = part.masked_fill(~_along(same, x), 0)
+        if sees is not None and j < K - 1:
+            part = part.masked_fill(~_along(sees[..., K - 2 - j], x), 0)
         out = torch.addcmul(out, part, weight[..., None, :, j])
     last = seen.narrow(-2, T, K - 1)
     if document is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from regard.stages import (
     HeadMap,
     Made,
     Mix,
+    Near,
     Position,
     Selector,
     Slots,
@@ -109,13 +111,19 @@ class Attention(nn.Module):
             if isinstance(part, nn.Module) and (device is not None or dtype is not None):
                 part.to(device=device, dtype=dtype)
             setattr(self, name, part)
+        if self._reach() and not causal:
+            what = f"is off, and {type(self.heads).__name__} reads the tokens before each"
+            refuse("Attention", "causal", what, False, "a layer built with causal=True")
 
     def extra_repr(self) -> str:
         sizes = f"{self.dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
         return f"{sizes}, causal={self.causal}" + ("" if self.mask is None else f", mask={self.mask!r}")
 
     def receptive_field(self) -> Mask:
-        """Which key positions may reach which query positions through this layer."""
+        """Which key positions may reach which query positions through this layer.
+
+        A key stands for the `reach` tokens before it, too, where `heads` reads earlier tokens (`HeadMap.reach`).
+        """
         static = causal() if self.causal else None
         if self.mask is not None:
             static = self.mask if static is None else static & self.mask
@@ -132,7 +140,8 @@ class Attention(nn.Module):
         """Attend from x to context (default: to x itself).
 
         Args:
-            mask: True = may attend; combined with the layer's own. Pad keys with `regard.masks.padding(keep)`.
+            mask: True = may attend; combined with the layer's own. Pad keys with `regard.masks.padding(keep)`. Where
+                `heads` reads earlier tokens, each reads those that this mask lets it see.
             positions: where the tokens of x stand, for absolute and rotary schemes and whatever else counts queries
                 (left-padded batches); (T,) or (B, T), default 0, 1, 2, ..., anew in each document of `masks.packed`. A
                 position part with several `axes` also takes (B or 1, T, axes), as `regard.positions.grid` gives; the
@@ -214,6 +223,9 @@ class Attention(nn.Module):
             source = x
         else:
             self._needs("cross", "attends only to its own tokens; call it without context")
+            if self._reach():
+                what = f"is not taken: {type(self.heads).__name__} reads tokens in their order"
+                refuse(self, "context", what, type(context).__name__, "none")
             fits(self, "B S context_dim", {"context_dim": self.context_dim}, context=context)
             source = context
         packed, others = unpacked(mask)
@@ -240,7 +252,12 @@ class Attention(nn.Module):
         turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
         x, bad = quarantine(x)
         source, bad_source = (x, bad) if context is None else quarantine(source)
-        q, k, v, x, source = self._project(x, source, where, where_keys, turn)
+        if self._reach():
+            sees = self._sees(call_mask, 0, T, x.device)
+            q, k, v, x, source = self._projected(x, source, where, where_keys, turn, Near(sees))
+            bad = bad_source = _spread(bad, sees, self._reach())
+        else:
+            q, k, v, x, source = self._project(x, source, where, where_keys, turn)
         if where.dim() == 3:  # only the position knows what to do with coordinates
             where, positions = torch.arange(T, device=x.device), None
         made = self._made(x, source, where)
@@ -281,15 +298,25 @@ class Attention(nn.Module):
         self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, rotated, and the tokens behind them."""
+        return self._projected(x, source, where, where_keys, turn, Near())
+
+    def _projected(
+        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor, near: Near
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`_project`, where a heads part may read earlier tokens."""
         if self.position is not None and self.position.changes("embed"):
             alone = source is x
             x = self.position.embed(x, where)
             source = x if alone else self.position.embed(source, where_keys)
-        q = self._split(self.q_proj(x), self.num_heads)
-        k, v = (self._split(proj(source), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
-        q, k, v = self._gated(q, x, "query"), self._gated(k, source, "key"), self._gated(v, source, "value")
+        asking, asked, before = x, source, 0
+        if near.before is not None:
+            before = near.before.shape[1]
+            asking = asked = torch.cat([near.before.to(x.dtype), x], 1)
+        q = self._split(self.q_proj(asking), self.num_heads)
+        k, v = (self._split(proj(asked), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
+        q, k, v = self._gated(q, asking, "query"), self._gated(k, asked, "key"), self._gated(v, asked, "value")
         if self.heads is not None:
-            q, k, v = self.heads(q, k, v)
+            q, k, v = self.heads.along(q, k, v, before, near.sees) if self.heads.reach else self.heads(q, k, v)
         if self.position is not None and self.position.changes("rotate"):
             q, k = self.position.turn(q, k, turn, where_keys)
         return q, k, v, x, source
@@ -325,6 +352,21 @@ class Attention(nn.Module):
     def _halo(self) -> int:
         return sum(stage.halo for stage in self._stages().values() if isinstance(stage, Mix))
 
+    def _reach(self) -> int:
+        """How many tokens before each its heads part reads."""
+        return 0 if self.heads is None else self.heads.reach
+
+    def _sees(self, mask: Mask | None, first: int, T: int, device: torch.device) -> Bool[Tensor, "#B T reach"] | None:
+        """Which of the tokens just before each of T the mask of a call lets it see, in any head."""
+        if mask is None:
+            return None
+        i = torch.arange(first, first + T, device=device)[:, None]
+        j = i - torch.arange(1, 1 + self._reach(), device=device)
+        b = torch.arange(mask.batch, device=device)[:, None, None, None]
+        h = torch.arange(mask.heads, device=device)[:, None, None]
+        allowed = mask.to(device)(b, h, i, j.clamp(min=0))  # before the first are zeros
+        return allowed.expand(mask.batch, mask.heads, *j.shape).any(1)
+
     def _crosses_borders(self) -> bool:
         """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens."""
         return self.selector is not None or self._halo() > 0
@@ -351,6 +393,19 @@ class Attention(nn.Module):
     def _needs(self, feature: str, what: str) -> None:
         if feature not in self.supports:
             raise ValueError(f"{called(self)}: this mechanism {what} (no {feature!r} on its card)")
+
+
+def _spread(
+    bad: Bool[Tensor, "B T"] | None, sees: Bool[Tensor, "#B T reach"] | None, reach: int
+) -> Bool[Tensor, "B T"] | None:
+    """Tokens that are bad, or read one that is."""
+    if bad is None:
+        return None
+    hit = bad
+    for j in range(1, 1 + reach):
+        read = F.pad(bad, (j, 0))[:, : bad.shape[1]]
+        hit = hit | (read if sees is None else read & sees[..., j - 1])
+    return hit
 
 
 spelled_out(Attention.__init__, Slots)

@@ -54,6 +54,7 @@ def plain(layer: "Attention") -> bool:
         and layer.reads_as_kept
         and layer.kernel == "auto"
         and "streaming" in layer.supports
+        and (layer.heads is None or not layer.heads.reach)
         and not (layer.dropout and layer.training)
         and layer.score is layer.score_mix is layer.weight_mix is layer.selector is None
         and (layer.normalizer is None or layer.normalizer.is_softmax)

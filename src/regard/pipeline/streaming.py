@@ -15,7 +15,7 @@ from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.page_pool import PagePool
 from regard.pipeline.paged_cache import PagedKVCache, State
 from regard.pipeline.tokens import quarantine
-from regard.stages import Made, Tokens
+from regard.stages import Made, Near, Tokens
 from regard.tracing import autocasts
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def init_state(
         refuse("init_state", "pool", "has the wrong type", type(pool).__name__, "a PagePool", error=TypeError)
     G, D, halo = layer.num_kv_heads, layer.head_dim, layer._halo()
     reach = layer.receptive_field().reach if layer.selector is None else None
-    window = None if reach is None else max(1, reach - 1 + halo)
+    window = None if reach is None else max(1, reach - 1 + halo, layer._reach())
     n = capacity if window is None and pool is None else 0
     weight = layer.k_proj.weight
     at: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
     buffers = {name: torch.zeros(batch_size, G, n, D, **at) for name in "kv"}
-    if layer._reads_tokens():
+    if layer._reads_tokens() or layer._reach():
         buffers["x"] = torch.zeros(batch_size, n, layer.dim, **at)
     if halo:
         buffers["q"] = torch.zeros(batch_size, layer.num_heads, n, D, **at)
@@ -108,13 +108,17 @@ def ahead(
         mask, positions = _of_unequal_lengths(layer, state, x, mask, positions)
     where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
-    q, k, v, x, _ = layer._project(x, x, where, where, where)
+    if layer._reach():
+        near = Near(layer._sees(mask, where_from, t, x.device), _before(state, layer._reach(), x))
+        q, k, v, x, _ = layer._projected(x, x, where, where, where, near)
+    else:
+        q, k, v, x, _ = layer._project(x, x, where, where, where)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
     seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
     if where.dim() == 3:  # only the position knows what to do with coordinates
         where, positions = torch.arange(where_from, where_from + t, device=x.device), None
     new = {"k": k, "v": v}
-    if "x" in state.buffers:
+    if "x" in state.buffers or layer._reach():
         new["x"] = x
     if "q" in state.buffers:
         new["q"] = q
@@ -165,6 +169,17 @@ def _of_unequal_lengths(
     if positions is None:
         positions = torch.arange(state.length, state.length + t, device=x.device) - pads
     return kept if mask is None else mask & kept, positions
+
+
+def _before(state: State, n: int, x: Tensor) -> Tensor | None:
+    """The last n tokens seen, or as many as there are; None also where the state doesn't fit, which appending says."""
+    n, held = min(n, state.kept), state.buffers.get("x")
+    if not n or held is None or state.batch_size != len(x) or held.shape[-1] != x.shape[-1]:
+        return None
+    if isinstance(state, PagedKVCache):
+        return state.read("x", n)
+    end = state.length if state.window is None else state.kept
+    return held[:, end - n : end]
 
 
 def _last(state: State) -> dict[str, Tensor]:
