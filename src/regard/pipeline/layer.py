@@ -4,6 +4,7 @@ x - project - position - score - bias - score mix - mask - normalise - weight mi
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -30,6 +31,7 @@ from regard.stages import (
     GateSite,
     HeadMap,
     Made,
+    Memory,
     Mix,
     Position,
     Selector,
@@ -55,8 +57,8 @@ class Attention(nn.Module):
         kernel: as in `attention`.
         device, dtype: of the parameters, those of the parts included.
         mask: a static pattern, combined with the one given to `forward`.
-        heads, position, score, score_mix, normalizer, weight_mix, selector, gate: the stages; see `regard.stages`.
-            Functions as FlexAttention takes them will do at `mask` and `score_mix`, as in `attention`.
+        heads, position, score, score_mix, normalizer, memory, weight_mix, selector, gate: the stages; see
+            `regard.stages`. Functions as FlexAttention takes them will do at `mask` and `score_mix`, as in `attention`.
 
     Shapes: x (B, T, M), context (B, S, context_dim) -> (B, T, M).
     """
@@ -69,6 +71,7 @@ class Attention(nn.Module):
     heads: HeadMap | None
     position: Position | None
     selector: Selector | None
+    memory: Memory | None
     gate: Gate | None
 
     def __init__(
@@ -240,11 +243,13 @@ class Attention(nn.Module):
         turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
         x, bad = quarantine(x)
         source, bad_source = (x, bad) if context is None else quarantine(source)
-        q, k, v, x, source = self._project(x, source, where, where_keys, turn)
+        q, k, v, x, source, unturned = self._projected(x, source, where, where_keys, turn)
         if where.dim() == 3:  # only the position knows what to do with coordinates
             where, positions = torch.arange(T, device=x.device), None
         made = self._made(x, source, where)
         p = self._problem(q, k, v, x, source, allowed, made=made, positions=positions)
+        if unturned is not None:
+            p = replace(p, unturned=unturned)
         return p, x, allowed, (bad, bad_source)
 
     def _problem(
@@ -281,6 +286,24 @@ class Attention(nn.Module):
         self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, rotated, and the tokens behind them."""
+        q, k, v, x, source = self._placeless(x, source, where, where_keys)
+        if self.position is not None and self.position.changes("rotate"):
+            q, k = self.position.turn(q, k, turn, where_keys)
+        return q, k, v, x, source
+
+    def _projected(
+        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The same, and the queries before rotation where a memory needs them."""
+        if self.memory is None or self.position is None or not self.position.changes("rotate"):
+            return *self._project(x, source, where, where_keys, turn), None
+        q, k, v, x, source = self._placeless(x, source, where, where_keys)
+        return *self.position.turn(q, k, turn, where_keys), v, x, source, q
+
+    def _placeless(
+        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, and the tokens behind them."""
         if self.position is not None and self.position.changes("embed"):
             alone = source is x
             x = self.position.embed(x, where)
@@ -290,8 +313,6 @@ class Attention(nn.Module):
         q, k, v = self._gated(q, x, "query"), self._gated(k, source, "key"), self._gated(v, source, "value")
         if self.heads is not None:
             q, k, v = self.heads(q, k, v)
-        if self.position is not None and self.position.changes("rotate"):
-            q, k = self.position.turn(q, k, turn, where_keys)
         return q, k, v, x, source
 
     def _made(

@@ -108,7 +108,7 @@ def ahead(
         mask, positions = _of_unequal_lengths(layer, state, x, mask, positions)
     where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
-    q, k, v, x, _ = layer._project(x, x, where, where, where)
+    q, k, v, x, _, unturned = layer._projected(x, x, where, where, where)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
     seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
     if where.dim() == 3:  # only the position knows what to do with coordinates
@@ -146,6 +146,8 @@ def ahead(
     past = held.get("x")
     behind = None if past is None else past[:, -q.shape[2] :]
     p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made, positions)
+    if unturned is not None:
+        p = replace(p, unturned=unturned)
     return (p if pages is None else replace(p, pages=pages)), x, halo, state
 
 
