@@ -1,4 +1,4 @@
-"""Persistent memory: keys and values that are parameters, which every query sees besides the sequence's.
+"""Persistent memory: learned keys and values that every query sees besides the sequence's.
 
 A softmax over two sets of keys is the softmax over each, weighted by its sum of exponentials. So the sequence is
 attended to as ever, by any kernel that tells the logarithm l of that sum, and the memory apart:
