@@ -359,3 +359,26 @@ def test_parts_stand_in_the_layer() -> None:
     made = regard.Attention(8, 2, memory=MemoryKV(2, 4, num_memories=3), heads=QKNorm(4), position=Alibi(2))
     assert {"memory.keys", "memory.values"} <= dict(made.named_parameters()).keys()
     assert made(torch.randn(1, 5, 8)).shape == (1, 5, 8)
+
+
+def test_in_trained_models() -> None:
+    """Where the model doesn't rotate, it is swapped in; where it does, queries come rotated, and it is refused."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_head=2, n_layer=2)).eval()
+    ids = torch.arange(10)[None]
+    before = gpt(ids).logits
+    with regard.swap(gpt, "memory_kv(num_memories=2)"):
+        got = gpt(ids).logits
+        assert (got - before).abs().max() > 1e-3
+        kept = gpt(ids[:, :6], use_cache=True)
+        more = gpt(ids[:, 6:], past_key_values=kept.past_key_values).logits
+        torch.testing.assert_close(more, got[:, 6:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gpt(ids).logits, before)
+    small = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_attention_heads=2)).eval()
+    with (
+        pytest.raises(ValueError, match="its memory is read by queries before rotation"),
+        regard.swap(llama, "memory_kv"),
+    ):
+        pass
