@@ -11,7 +11,7 @@ from regard import masks
 from regard.mixers.registers import Registers
 from regard.pipeline.page_pool import PagePool
 
-CAUSAL = ["softmax", "rotary", "memory_kv+rotary", "linear", "mla", "window(window=4)"]
+CAUSAL = ["softmax", "rotary", "memory_kv+rotary", "linear", "mla(absorb=True)", "window(window=4)"]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -39,7 +39,7 @@ def test_are_tokens_before_the_sequence(spec: str, causal: bool) -> None:
 def test_steps_are_the_full_pass(spec: str) -> None:
     layer, x = made(spec), normal(1, 2, 9, 16)
     want = layer(x)
-    pools = [None] if spec in ("linear", "mla") else [None, PagePool(64, page_size=2)]
+    pools = [None] if spec.startswith(("linear", "mla(")) else [None, PagePool(64, page_size=2)]
     for pool in pools:
         with torch.no_grad():
             state = layer.init_state(2, 9, **({} if pool is None else {"pool": pool}))

@@ -115,7 +115,7 @@ def test_learns() -> None:
     [
         ("linear", "can't read another's keys and values"),
         ("linear*1+softmax*1", "makes no keys and values that others could read"),
-        ("mla", "can't read another's keys and values"),
+        ("mla(absorb=True)", "can't read another's keys and values"),
         ("window(window=4)*1+softmax*1", "layer 1 sees further than what it reads is kept"),
         ("softmax(num_kv_heads=1)*1+softmax*1", "layer 1 reads other heads than there are"),
     ],

@@ -181,7 +181,7 @@ def test_refuses_what_it_cannot() -> None:
         with pytest.raises(ValueError, match="SharedKV: slots read tokens behind keys, or earlier queries"):
             SharedKV(16, 4, score_mix=part)
     with pytest.raises(ValueError, match=r"can't read another's keys and values .got MultiHeadLatent"):
-        SharedKV.of(regard.create("mla", dim=16, num_heads=4))
+        SharedKV.of(regard.create("mla(absorb=True)", dim=16, num_heads=4))
     with pytest.raises(ValueError, match="makes no keys and values that others could read"):
         with_kv(regard.create("linear", dim=16, num_heads=4), normal(0, 1, 3, 16).float())
     first, second, _ = pair("rotary")
