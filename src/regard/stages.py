@@ -191,6 +191,16 @@ class Normalizer(Stage):
         raise NotImplementedError
 
 
+class Memory(Stage):
+    """Keys and values that every query sees besides the sequence's. They stand nowhere: they aren't rotated, no bias is
+    added to their scores, and no mask hides them."""
+
+    sees = "rows"
+
+    def forward(self) -> tuple[Float[Tensor, "G N D"], Float[Tensor, "G N V"]]:
+        raise NotImplementedError
+
+
 class Mix(Stage):
     """Maps scores to scores (before the mask) or weights to weights (after normalising), across keys, rows or heads."""
 
@@ -285,6 +295,7 @@ class Slots(TypedDict, total=False):
     score: Annotated[Score | None, "score"]
     score_mix: Annotated[Mix | None, "scores"]
     normalizer: Annotated[Normalizer | None, "normalise"]
+    memory: Annotated[Memory | None, "normalise"]
     weight_mix: Annotated[Mix | None, "weights"]
     selector: Annotated[Selector | None, "select"]
     gate: Annotated[Gate | None, "gate"]
@@ -297,6 +308,7 @@ class InnerSlots(TypedDict, total=False):
     score: Score | None
     score_mix: Mix | None
     normalizer: Normalizer | None
+    memory: Memory | None
     weight_mix: Mix | None
     selector: Selector | None
 
@@ -310,6 +322,7 @@ class Filled:
     score: Score | None = None
     score_mix: Mix | None = None
     normalizer: Normalizer | None = None
+    memory: Memory | None = None
     weight_mix: Mix | None = None
 
     @property

@@ -28,7 +28,7 @@ import regard
 from laws import claims
 from regard import cards, catalog, masks
 from regard.pipeline import HeadMixer
-from regard.stages import Gate, HeadMap, Mix, Normalizer, Position, Score, Selector
+from regard.stages import Gate, HeadMap, Memory, Mix, Normalizer, Position, Score, Selector
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool = False, keep: Any = None, **__: Any) -> Tensor:
@@ -118,6 +118,7 @@ PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     },
     Score: {"forward": _dots},
     Normalizer: {"forward": _normalised},
+    Memory: {"forward": lambda self: (self.keys[:, :0], self.values[:, :0])},
     Mix: {"forward": lambda self, z, rows: z},
     HeadMap: {"forward": lambda self, q, k, v: (q, k, v), "along": HeadMap.along},
     Gate: {"forward": lambda self, z, x, at: z},

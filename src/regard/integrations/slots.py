@@ -16,12 +16,13 @@ from regard.checks import refuse
 from regard.index import unknown
 from regard.integrations.transformers_call import Call
 from regard.kernels import Problem
+from regard.kernels.check import check_beside_memory
 from regard.masks import Mask
 from regard.masks.algebra import Index
 from regard.pipeline.function import unless_softmax
 from regard.shapes import HeadShape
 from regard.spec import parse
-from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Mix, Position, Selector, slot_of
+from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Memory, Mix, Position, Selector, slot_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Parts(nn.Module):
     selector: Selector | None
     score_mix: Mix | None
     weight_mix: Mix | None
+    memory: Memory | None
     gate: Gate | None
 
     def __init__(self, slots: Mapping[str, Any]) -> None:
@@ -73,6 +75,7 @@ class Parts(nn.Module):
         _, _, _, T, S = p.shape
         q, k, v = (p.q, p.k, p.v) if self.heads is None else self.heads(p.q, p.k, p.v)
         if self.position is not None and self.position.changes("rotate"):
+            p = p if self.memory is None else replace(p, unturned=q)
             q, k = self.position.rotate(q, p.i), self.position.rotate(k, p.j)
         filled = {name: part for name, part in self.filled().items() if name in IN_KERNELS}
         if unless_softmax(filled.get("normalizer")) is None:
@@ -94,7 +97,7 @@ class Parts(nn.Module):
     @property
     def placeless(self) -> bool:
         """Whether nothing in it asks where queries and keys stand."""
-        return self.filled().keys() <= {"heads", "normalizer", "gate"}
+        return self.filled().keys() <= {"heads", "normalizer", "memory", "gate"}
 
     def dense_now(self, call: Call) -> bool:
         """Whether the selector leaves this call alone: one that judges blocks of queries together can't judge one."""
@@ -195,6 +198,10 @@ def why_not(slots: Mapping[str, Any], about: About, supports: frozenset[str]) ->
         reasons.append("it works on queries and keys before rotation, and the model has rotated them already")
     if "heads" in slots and slots["heads"].reach:
         reasons.append("it reads queries, keys and values of the tokens before, which a model's cache doesn't hold")
+    if slots.get("memory") is not None:
+        check_beside_memory("swap", slots)
+        if about.rotary:
+            reasons.append("its memory is read by queries before rotation, and the model has rotated them already")
     if any("tokens" in stage.needs or stage.prepares() for stage in stages):
         reasons.append("it reads the tokens behind the keys, which a layer with a cache no longer has")
     if gate is not None and gate.site != "output":

@@ -2,6 +2,7 @@
 is expected."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from regard.checks import foreign, meant, number, refuse, usual
 from regard.kernels.problem import Problem
 from regard.masks import Mask, dense
-from regard.stages import SLOTS
+from regard.stages import IN_KERNELS, SLOTS, Mix, Normalizer
 from regard.tracing import readable
 
 WHO = "attention"
@@ -45,6 +46,8 @@ def check_problem(p: Problem) -> None:
     Kernels read memory by these shapes, and torch's fused one looks at none of them.
     """
     check_inputs(p.q, p.k, p.v)
+    if p.memory is not None:
+        _check_memory(p)
     if p.mask is None and p.bias is None:
         return
     B, H, _, T, S = p.shape
@@ -202,6 +205,34 @@ def lowest_masked(p: Problem) -> Problem:
     return replace(p, bias=bias.masked_fill(masked, 0.0), mask=allowed if p.mask is None else p.mask & allowed)
 
 
+def _check_memory(p: Problem) -> None:
+    assert p.memory is not None
+    check_beside_memory(WHO, {slot: getattr(p, slot) for slot in IN_KERNELS})
+    made, (_, _, G, _, _) = p.memory(), p.shape
+    wanted = f"keys (G, N, D) = ({G}, N, {p.q.shape[3]}) and values ({G}, N, {p.v.shape[3]})"
+    sizes = [tuple(z.shape) for z in made]
+    n = sizes[0][1:2]
+    if sizes != [(G, *n, p.q.shape[3]), (G, *n, p.v.shape[3])]:
+        refuse(WHO, "memory", "does not fit q, k and v", " and ".join(map(str, sizes)), wanted)
+    if any(z.device != p.q.device for z in made):
+        refuse(WHO, "memory", "is on another device than q", made[0].device, str(p.q.device))
+
+
+def check_beside_memory(who: str, stages: Mapping[str, object]) -> None:
+    """Refuse what a memory can't be merged with: there must be one softmax, of dot products, behind all outputs."""
+    wanted = "softmax of dot products, or a normalizer that scales its rows, with terms, masks, a soft cap or what is "
+    wanted += "done to single pairs"
+    for slot, stage in stages.items():
+        fits = stage is None or slot not in ("score", "score_mix", "normalizer", "weight_mix")
+        if isinstance(stage, Normalizer):
+            fits = stage.is_softmax or stage.scales_softmax()
+        if isinstance(stage, Mix):
+            fits = slot == "score_mix" and (stage.cap is not None or stage.sees == "pair")
+        if not fits:
+            why = "does not go with a memory, which is merged by its sum of exponentials"
+            refuse(who, slot, why, type(stage).__name__, wanted)
+
+
 def _by_name(slot: str, given: object) -> str:
     return f"; names are for regard.create({given!r}, ...)" if isinstance(given, str) and slot != "mask" else ""
 
@@ -227,3 +258,5 @@ def check_options(scale: float | None, dropout: float, *, who: str = "attention"
                 f"a {kind.__name__} of regard.{'masks' if kind is Mask else 'stages'}" + _by_name(name, stage),
                 error=TypeError,
             )
+    if stages.get("memory") is not None:
+        check_beside_memory(who, stages)

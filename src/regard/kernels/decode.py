@@ -21,7 +21,7 @@ def why_not(p: Problem) -> list[str]:
         reasons.append(f"{p.q.shape[2]} queries, not one")
     if p.q.dtype not in (torch.float32, torch.float64):
         reasons.append(f"scores would be rounded to {p.q.dtype}")
-    if softmaxed(p).stages or p.bias is not None or p.dropout:
+    if softmaxed(p).stages or p.memory is not None or p.bias is not None or p.dropout:
         reasons.append("it does plain softmax attention: no bias, stages or dropout")
     return reasons
 

@@ -202,7 +202,7 @@ def _eager(p: Problem) -> tuple[int, int, bool]:
         def fake(t: Tensor) -> Tensor:
             return mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
 
-        given = {name: getattr(p, name) for name in ("q", "k", "v", "bias", "x", "context", "made")}
+        given = {name: getattr(p, name) for name in ("q", "k", "v", "unturned", "bias", "x", "context", "made")}
         return _run(replace(p, **tree_map_only(Tensor, fake, given)))
 
 

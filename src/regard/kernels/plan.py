@@ -141,7 +141,9 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
     empty = p.q.numel() == 0 or p.k.numel() == 0
     module = _named(p, kernel) if kernel != "auto" else sdpa if empty else _auto(p)
     if empty:
-        module = sdpa  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
+        module = (
+            sdpa if p.memory is None else eager
+        )  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
     with as_it_is(p.q.device):
         return counted(p, partial(_run, module=module)) if counting(p) else _run(p, module)
 

@@ -42,6 +42,8 @@ class Problem(Filled):
     """Position of the first key handed in: > 0 when a cache has dropped older ones."""
     on: str | None = None
     """The kind of device to plan for with tensors that are on none, those on meta."""
+    unturned: Float[Tensor, "B H T D"] | None = None
+    """The queries before rotation, for a memory; None where they are as `q`."""
     pages: Pages | None = None
     """Where keys and values lie in a pool; `k` and `v` then have their shapes, and hold nothing."""
 
@@ -109,17 +111,46 @@ def beyond_softmax(p: Problem) -> list[str]:
     reasons += [f"{name} {type(mix).__name__} reads the score matrix" for name, mix in p.mixes]
     if p.position_values is not None:
         reasons.append(f"position {type(p.position).__name__} adds to the values")
+    if p.memory is not None:
+        reasons.append(f"memory {type(p.memory).__name__} is merged by log-sum-exps, which it does not tell")
     return reasons
 
 
 def softmaxed(p: Problem) -> Problem:
-    """The same with softmax in place of a normaliser that only scales its rows; see `scaled`."""
+    """The same with softmax in place of a normaliser that only scales its rows, and no memory; see `scaled`."""
+    p = p if p.memory is None else replace(p, memory=None)
     return replace(p, normalizer=None) if p.normalizer is not None and p.normalizer.scales_softmax() else p
 
 
 def scaled(p: Problem, out: Float[Tensor, "B H T V"], lse: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T V"]:
-    """What comes of softmax's outputs and log-sum-exp under the problem's own normaliser."""
+    """What comes of softmax's outputs and log-sum-exp under the problem's own normaliser and memory."""
+    if p.memory is not None:
+        keep, remembered = beside_memory(p, lse, slice(0, p.q.shape[2]))
+        return (out * keep[..., None] + remembered).to(out.dtype)
     return out if p.normalizer is None else (out * p.normalizer.share(lse)[..., None]).to(out.dtype)
+
+
+def beside_memory(
+    p: Problem, lse: Float[Tensor, "B H t"], at: slice
+) -> tuple[Float[Tensor, "B H t"], Float[Tensor, "B H t V"]]:
+    """How much a memory leaves of softmax's weights in rows `at`, whose log-sum-exp is given, and what it adds to their
+    outputs: softmax over all keys is that over each of two sets, weighted by its sum of exponentials."""
+    assert p.memory is not None
+    q = (p.q if p.unturned is None else p.unturned)[:, :, at]
+    k, v = (z[None].expand(q.shape[0], -1, -1, -1) for z in p.memory())
+    scores = dots(q, k) * p.scale
+    if p.cap is not None:
+        scores = p.cap * (scores / p.cap).tanh()
+    least = torch.finfo(scores.dtype).min  # of a memory without keys; beside a row that sees nothing -inf would be NaN
+    weights, own = scores.softmax(-1), scores.logsumexp(-1).clamp(min=least)
+    if p.dropout:
+        weights = torch.nn.functional.dropout(weights, p.dropout)
+    lse = lse.to(own.dtype)
+    keep, taken = torch.sigmoid(lse - own), torch.sigmoid(own - lse)
+    if p.normalizer is not None:
+        share = p.normalizer.share(torch.logaddexp(lse, own))
+        keep, taken = keep * share, taken * share
+    return keep, combine(weights * taken[..., None], v)
 
 
 def uncapped(p: Problem) -> Problem:
@@ -204,28 +235,45 @@ def mixed(p: Problem, site: str, z: Tensor, rows: Rows, at: slice, keys: Keys) -
 def attend(p: Problem, rows: slice, keys: Keys) -> Float[Tensor, "B H t V"]:
     """Outputs of query rows `rows`, given that they may attend to no key outside `keys`. The whole pipeline."""
     if p.k[:, :, keys].shape[2] == 0:  # as everywhere where there is no key: zeros, whatever stages make of nothing
-        return nothing(p, *p.q[:, :, rows].shape[:3], p.v.shape[3])
+        none = nothing(p, *p.q[:, :, rows].shape[:3], p.v.shape[3])
+        unseen = none.new_full(none.shape[:3], -math.inf)
+        return none if p.memory is None else (none + beside_memory(p, unseen, rows)[1]).to(none.dtype)
     first = max(0, rows.start - p.halo)
     at = slice(first, rows.stop)
     part = rectangle(p, at, keys)
     scores, allowed = scored(p, part, at, keys)
-    weights = (p.normalizer or softmax)(scores, allowed)
+    weights, remembered = normalised(p, scores, allowed, at)
     weights = mixed(p, "weights", weights, part, at, keys)
     if p.dropout:
         weights = torch.nn.functional.dropout(weights, p.dropout)
     out = combine(weights, p.v[:, :, keys])
     if p.position_values is not None:
         out = out + p.position_values.values(weights, told(p, part, "position", at, keys))
+    if remembered is not None:
+        out = out + remembered
     return out[:, :, rows.start - first :].to(p.v.dtype)
+
+
+def normalised(
+    p: Problem, scores: Float[Tensor, "B H t s"], allowed: Tensor | None, at: slice
+) -> tuple[Float[Tensor, "B H t s"], Float[Tensor, "B H t V"] | None]:
+    """Weights of the keys of rows `at`, and what a memory adds to their outputs."""
+    if p.memory is None:
+        return (p.normalizer or softmax)(scores, allowed), None
+    keep, remembered = beside_memory(p, _log_sum(scores, allowed), at)
+    return softmax(scores, allowed) * keep[..., None], remembered
 
 
 def log_sums(p: Problem) -> Float[Tensor, "B H T"]:
     """log sum_j exp(score) of each row over what it sees, from the whole score matrix; -inf where that is nothing."""
     rows, keys = slice(0, p.q.shape[2]), slice(0, p.k.shape[2])
     part = rectangle(p, rows, keys)
-    scores = biased_scores(p, part, rows, keys)
-    if part.allowed is not None:
-        scores = scores.masked_fill(~part.allowed, -math.inf)
+    return _log_sum(biased_scores(p, part, rows, keys), part.allowed)
+
+
+def _log_sum(scores: Float[Tensor, "B H t s"], allowed: Tensor | None) -> Float[Tensor, "B H t"]:
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
     empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # exp(-inf - -inf) would be NaN
     return scores.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
 
@@ -315,13 +363,15 @@ def cleaned(p: Problem) -> tuple[Problem, Bool[Tensor, "B H T"]]:
     clean = replace(p, q=_zero(p.q, bad_q), k=_zero(p.k, bad_k), v=_zero(p.v, bad_k))
     if p.x is not None and p.context is not None:
         clean = replace(clean, x=_zero(p.x, bad_q.any(1)), context=_zero(p.context, bad_k.any(1)))
+    if p.unturned is not None:
+        clean = replace(clean, unturned=_zero(p.unturned, bad_q))
     if p.across:  # heads (and a mix's earlier rows) read each other
         bad_q, bad_k = (
             bad_q.any(1, keepdim=True).expand_as(bad_q),
             bad_k.any(1, keepdim=True).expand_as(bad_k),
         )
     hit = sees(p.mask, p.i, p.j, bad_q, bad_k.repeat_interleave(p.q.shape[1] // p.k.shape[1], 1))
-    return clean, hit
+    return clean, hit if p.memory is None else hit | bad_q  # everybody sees a memory
 
 
 def sees(mask: Mask | None, i: Tensor, j: Tensor, bad_q: Tensor, bad_k: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Form:
     def reads_only_scores(self) -> bool:
         """Whether queries and keys count by their products alone."""
         position = self.parts.get("position")
-        others = self.parts.keys() & {"score", "score_mix", "weight_mix"}
+        others = self.parts.keys() & {"score", "score_mix", "memory", "weight_mix"}
         return not others and (position is None or not (position.changes("bias") or position.changes("values")))
 
     def qkv(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regard.checks import divides, number, refuse, whole
 from regard.models.mixer import layers, parse_stack
+from regard.pipeline.shared_kv import KeyValues, SharedKV, check_shared, step_with_kv, with_kv
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LMConfig:
     vocab: int = 256
     length: int = 256
     """Tokens per training sequence; the model itself takes any length that its mechanism takes."""
+    share_kv: int = 1
+    """Of every so many layers the first makes keys and values for all; see `regard.models.layers`."""
 
     def __post_init__(self) -> None:
         sizes = {name: value for name, value in vars(self).items() if name != "mechanism"}
@@ -54,12 +57,23 @@ class Block(nn.Module):
     def mlp(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
-    def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        return self.mlp(x + self.mixer(self.mixer_norm(x)))
+    def forward(self, x: Float[Tensor, "B T M"], kv: KeyValues | None = None) -> Float[Tensor, "B T M"]:
+        """`kv` is an earlier block's, for a mixer that reads those."""
+        z = self.mixer_norm(x)
+        return self.mlp(x + (self.mixer(z) if kv is None else self.mixer(z, kv)))
+
+    def with_kv(self, x: Float[Tensor, "B T M"]) -> tuple[Float[Tensor, "B T M"], KeyValues]:
+        """`forward`, and the mixer's keys and values for later blocks."""
+        y, kv = with_kv(self.mixer, self.mixer_norm(x))
+        return self.mlp(x + y), kv
 
     def step(self, x: Float[Tensor, "B t M"], state: object) -> tuple[Float[Tensor, "B t M"], object]:
         y, state = self.mixer.step(self.mixer_norm(x), state)
         return self.mlp(x + y), state
+
+    def step_with_kv(self, x: Float[Tensor, "B t M"], state: Any) -> tuple[Float[Tensor, "B t M"], object, KeyValues]:
+        y, state, kv = step_with_kv(self.mixer, self.mixer_norm(x), state)
+        return self.mlp(x + y), state, kv
 
 
 def scale_blocks(blocks: Sequence[Block]) -> None:
@@ -71,12 +85,16 @@ def scale_blocks(blocks: Sequence[Block]) -> None:
 
 
 class LanguageModel(nn.Module):
-    """Predicts the next token. `mixers` holds one causal token mixer for each block."""
+    """Predicts the next token. `mixers` holds one causal token mixer for each block.
+
+    A `regard.pipeline.SharedKV` among them reads the keys and values of the nearest layer below that makes its own.
+    """
 
     blocks: Sequence[Block]
 
     def __init__(self, mixers: Sequence[nn.Module], *, dim: int, mlp_dim: int, vocab: int = 256):
         super().__init__()
+        self.shared = check_shared(mixers)
         self.embedding = nn.Embedding(vocab, dim)
         self.blocks = nn.ModuleList(Block(mixer, dim, mlp_dim) for mixer in mixers)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim)
@@ -92,20 +110,31 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
+        x, kv = self.embedding(ids), None
+        for n, block in enumerate(self.blocks):
+            if n in self.shared:
+                x, kv = block.with_kv(x)
+            else:
+                x = block(x, kv) if isinstance(block.mixer, SharedKV) else block(x)
         return self.logits(x)
 
     def init_state(self, batch_size: int, capacity: int) -> list[object]:
-        """Empty states for `step`, one a block. Raises what the mixer raises where it cannot stream."""
-        return [block.mixer.init_state(batch_size, capacity) for block in self.blocks]
+        """Empty states for `step`, one a block; None for those that read another's keys and values. Raises what the
+        mixer raises where it cannot stream."""
+        reads = [isinstance(block.mixer, SharedKV) for block in self.blocks]
+        pairs = zip(self.blocks, reads, strict=True)
+        return [None if alone else block.mixer.init_state(batch_size, capacity) for block, alone in pairs]
 
     def step(self, ids: Int[Tensor, "B t"], states: list[object]) -> tuple[Float[Tensor, "B t V"], list[object]]:
         """Logits for new tokens, given the states that earlier ones left."""
-        x, after = self.embedding(ids), []
-        for block, state in zip(self.blocks, states, strict=True):
-            x, state = block.step(x, state)
+        x, after, kv = self.embedding(ids), [], None
+        for n, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            if n in self.shared:
+                x, state, kv = block.step_with_kv(x, state)
+            elif isinstance(block.mixer, SharedKV):
+                x = block(x, kv)
+            else:
+                x, state = block.step(x, state)
             after.append(state)
         return self.logits(x), after
 
@@ -183,5 +212,6 @@ def _draw(
 def language_model(config: LMConfig) -> LanguageModel:
     """The model that `config` describes, freshly initialised from torch's generator."""
     mechanism = parse_stack(config.mechanism)
-    mixers = layers(mechanism, dim=config.dim, num_heads=config.num_heads, depth=config.depth, causal=True)
+    sizes = {"dim": config.dim, "num_heads": config.num_heads, "depth": config.depth, "share_kv": config.share_kv}
+    mixers = layers(mechanism, causal=True, **sizes)
     return LanguageModel(mixers, dim=config.dim, mlp_dim=config.mlp_dim, vocab=config.vocab)

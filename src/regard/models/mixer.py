@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from regard.checks import flag
+from regard.checks import flag, whole
 from regard.spec import Mechanism, Part, Spec, Stack, parse, parse_stack, split
 
 if TYPE_CHECKING:  # so that names are read without torch
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def layers(
-    mechanism: str | Mechanism, *, dim: int, num_heads: int, depth: int, causal: bool = False
+    mechanism: str | Mechanism, *, dim: int, num_heads: int, depth: int, causal: bool = False, share_kv: int = 1
 ) -> "list[nn.Module]":
     """The mixers of a model's layers: `layers("linear*3+softmax", dim=512, num_heads=8, depth=8, causal=True)`.
 
@@ -42,12 +42,25 @@ def layers(
     in RecurrentGemma. Parameters that a paper has once for all layers are each layer's own: `regard.share(*layers)`
     ties them.
 
+    Args:
+        share_kv: of every so many layers the first makes keys and values, and the others, `regard.pipeline.SharedKV`,
+            read those, as in Cross-Layer Attention; 1: each has its own. `LanguageModel` hands them on.
+
     Raises:
-        ValueError: what `parse_stack` and `regard.create` refuse, and a depth below the layers of the pattern.
+        ValueError: what `parse_stack` and `regard.create` refuse, a depth below the layers of the pattern, and layers
+            that can't share.
     """
     flag("layers", causal=causal)
+    whole("layers", share_kv=share_kv)
     mechanism = parse_stack(mechanism) if isinstance(mechanism, str) else mechanism
-    return [build(spec, dim, num_heads, causal=causal) for spec in mechanism.layers(depth)]
+    made = [build(spec, dim, num_heads, causal=causal) for spec in mechanism.layers(depth)]
+    if share_kv == 1:
+        return made
+    from regard.pipeline.shared_kv import SharedKV, check_shared
+
+    made = [SharedKV.of(layer) if n % share_kv else layer for n, layer in enumerate(made)]
+    check_shared(made)
+    return made
 
 
 def build(spec: Spec, dim: int, num_heads: int, *, causal: bool = True) -> "nn.Module":

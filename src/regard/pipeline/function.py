@@ -72,6 +72,7 @@ def attention(
         score: takes the place of the dot product.
         score_mix, normalizer, weight_mix: stages before, at and after the softmax. A function of (score, b, h, q_idx,
             kv_idx), as FlexAttention's score_mod, is a score_mix. Positions count from the first key.
+        memory: keys and values that every query sees besides these, `regard.heads.Memories(keys, values)`.
         selector: looks at q and k (after rotation) and says which pairs to keep of those the mask allows.
 
     Raises:
@@ -205,7 +206,8 @@ def problem(
     if bias is not None:
         p = check_bias(p)
     if p.position is not None and p.position.changes("rotate"):
-        p = replace(p, q=p.position.rotate(q, p.i), k=p.position.rotate(k, p.j))
+        unturned = None if p.memory is None else q
+        p = replace(p, q=p.position.rotate(q, p.i), k=p.position.rotate(k, p.j), unturned=unturned)
     return p if selector is None else replace(p, mask=selected(selector, p.q, p.k, p.mask))
 
 

@@ -4,6 +4,7 @@ x - project - position - score - bias - score mix - mask - normalise - weight mi
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -31,6 +32,7 @@ from regard.stages import (
     GateSite,
     HeadMap,
     Made,
+    Memory,
     Mix,
     Near,
     Position,
@@ -57,8 +59,8 @@ class Attention(nn.Module):
         kernel: as in `attention`.
         device, dtype: of the parameters, those of the parts included.
         mask: a static pattern, combined with the one given to `forward`.
-        heads, position, score, score_mix, normalizer, weight_mix, selector, gate: the stages; see `regard.stages`.
-            Functions as FlexAttention takes them will do at `mask` and `score_mix`, as in `attention`.
+        heads, position, score, score_mix, normalizer, memory, weight_mix, selector, gate: the stages; see
+            `regard.stages`. Functions as FlexAttention takes them will do at `mask` and `score_mix`, as in `attention`.
 
     Shapes: x (B, T, M), context (B, S, context_dim) -> (B, T, M).
     """
@@ -71,6 +73,7 @@ class Attention(nn.Module):
     heads: HeadMap | None
     position: Position | None
     selector: Selector | None
+    memory: Memory | None
     gate: Gate | None
 
     def __init__(
@@ -252,16 +255,16 @@ class Attention(nn.Module):
         turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
         x, bad = quarantine(x)
         source, bad_source = (x, bad) if context is None else quarantine(source)
+        near = Near(self._sees(call_mask, 0, T, x.device)) if self._reach() else Near()
+        q, k, v, x, source, unturned = self._projected(x, source, where, where_keys, turn, near)
         if self._reach():
-            sees = self._sees(call_mask, 0, T, x.device)
-            q, k, v, x, source = self._projected(x, source, where, where_keys, turn, Near(sees))
-            bad = bad_source = _spread(bad, sees, self._reach())
-        else:
-            q, k, v, x, source = self._project(x, source, where, where_keys, turn)
+            bad = bad_source = _spread(bad, near.sees, self._reach())
         if where.dim() == 3:  # only the position knows what to do with coordinates
             where, positions = torch.arange(T, device=x.device), None
         made = self._made(x, source, where)
         p = self._problem(q, k, v, x, source, allowed, made=made, positions=positions)
+        if unturned is not None:
+            p = replace(p, unturned=unturned)
         return p, x, allowed, (bad, bad_source)
 
     def _problem(
@@ -298,12 +301,30 @@ class Attention(nn.Module):
         self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, rotated, and the tokens behind them."""
-        return self._projected(x, source, where, where_keys, turn, Near())
+        q, k, v, x, source = self._placeless(x, source, where, where_keys, Near())
+        if self.position is not None and self.position.changes("rotate"):
+            q, k = self.position.turn(q, k, turn, where_keys)
+        return q, k, v, x, source
 
     def _projected(
         self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, turn: Tensor, near: Near
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The same where a heads part may read earlier tokens, and the queries before rotation where a memory needs
+        them."""
+        rotates = self.position is not None and self.position.changes("rotate")
+        keeps = self.memory is not None and rotates
+        if not (keeps or self._reach()):
+            return *self._project(x, source, where, where_keys, turn), None
+        q, k, v, x, source = self._placeless(x, source, where, where_keys, near)
+        unturned = q if keeps else None
+        if self.position is not None and rotates:
+            q, k = self.position.turn(q, k, turn, where_keys)
+        return q, k, v, x, source, unturned
+
+    def _placeless(
+        self, x: Tensor, source: Tensor, where: Tensor, where_keys: Tensor, near: Near
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`_project`, where a heads part may read earlier tokens."""
+        """Queries, keys and values before rotation, and the tokens behind them."""
         if self.position is not None and self.position.changes("embed"):
             alone = source is x
             x = self.position.embed(x, where)
@@ -317,8 +338,6 @@ class Attention(nn.Module):
         q, k, v = self._gated(q, asking, "query"), self._gated(k, asked, "key"), self._gated(v, asked, "value")
         if self.heads is not None:
             q, k, v = self.heads.along(q, k, v, before, near.sees) if self.heads.reach else self.heads(q, k, v)
-        if self.position is not None and self.position.changes("rotate"):
-            q, k = self.position.turn(q, k, turn, where_keys)
         return q, k, v, x, source
 
     def _made(

@@ -56,7 +56,7 @@ def plain(layer: "Attention") -> bool:
         and "streaming" in layer.supports
         and (layer.heads is None or not layer.heads.reach)
         and not (layer.dropout and layer.training)
-        and layer.score is layer.score_mix is layer.weight_mix is layer.selector is None
+        and layer.score is layer.score_mix is layer.weight_mix is layer.selector is layer.memory is None
         and (layer.normalizer is None or layer.normalizer.is_softmax)
         and (layer.mask is None or few.banded(layer.mask))
         and (position is None or _plain_position(position))

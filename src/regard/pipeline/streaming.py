@@ -108,11 +108,10 @@ def ahead(
         mask, positions = _of_unequal_lengths(layer, state, x, mask, positions)
     where = layer._positions(positions, B, t, x.device, where_from)
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
+    near = Near()
     if layer._reach():
         near = Near(layer._sees(mask, where_from, t, x.device), _before(state, layer._reach(), x))
-        q, k, v, x, _ = layer._projected(x, x, where, where, where, near)
-    else:
-        q, k, v, x, _ = layer._project(x, x, where, where, where)
+    q, k, v, x, _, unturned = layer._projected(x, x, where, where, where, near)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
     seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
     if where.dim() == 3:  # only the position knows what to do with coordinates
@@ -150,6 +149,8 @@ def ahead(
     past = held.get("x")
     behind = None if past is None else past[:, -q.shape[2] :]
     p = layer._problem(q, held["k"], held["v"], behind, past, layer._static(mask), first_key, made, positions)
+    if unturned is not None:
+        p = replace(p, unturned=unturned)
     return (p if pages is None else replace(p, pages=pages)), x, halo, state
 
 

@@ -11,7 +11,7 @@ from regard.inspect.capture.recorder import Recorder
 from regard.inspect.effective import measured_weights, projected, undisturbed
 from regard.inspect.layers import LayerTrace, Measured
 from regard.kernels import Problem
-from regard.kernels.problem import all_finite, biased_scores, cleaned, mixed, rectangle, scored, softmax
+from regard.kernels.problem import all_finite, biased_scores, cleaned, mixed, normalised, rectangle, scored
 from regard.masks import dense
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.layer import Attention
@@ -81,7 +81,7 @@ class Stages:
 
     def _weights(self, p: Problem, at: slice) -> Tensor:
         part = rectangle(p, at, _all(p))
-        weights = (p.normalizer or softmax)(*scored(p, part, at, _all(p)))
+        weights, _ = normalised(p, *scored(p, part, at, _all(p)), at)
         return mixed(p, "weights", weights, part, at, _all(p))
 
     def _by_runs(
