@@ -127,7 +127,7 @@ class SigmoidGate(Gate):
         return apply_gate(z, logits, combine=self.combine, activation=self.activation)
 
 
-@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention")
+@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
 def _beside_the_queries(theirs: Any) -> Loaded:
     """One projection has the rows of each head's query, then of its gate."""
     H, D, M = theirs.config.num_attention_heads, theirs.head_dim, theirs.config.hidden_size

@@ -101,15 +101,28 @@ def grouped_query(num_heads: int, num_kv_heads: int) -> int:
     *("LlamaAttention", "MistralAttention", "MixtralAttention", "MinistralAttention", "GemmaAttention"),
     *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "GraniteAttention"),
     *("ArceeAttention", "Starcoder2Attention", "OlmoAttention", "SeedOssAttention", "JambaAttention"),
-    *("CohereAttention", "HeliumAttention", "Ernie4_5Attention", "Gemma3Attention"),
+    *("CohereAttention", "Cohere2Attention", "HeliumAttention", "Ernie4_5Attention", "Ernie4_5_MoeAttention"),
+    *("Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention", "Gemma4TextAttention", "VaultGemmaAttention"),
+    *("GptOssAttention", "Olmo2Attention", "Olmo3Attention", "OlmoeAttention", "FlexOlmoAttention"),
+    *("ChameleonAttention", "StableLmAttention", "GlmAttention", "Glm4Attention", "Glm4MoeAttention"),
+    *("Glm4vTextAttention", "Glm4vMoeTextAttention", "MiniMaxM2Attention", "NemotronAttention", "SmolLM3Attention"),
+    *("Exaone4Attention", "ExaoneMoeAttention", "Dots1Attention", "CwmAttention", "GraniteMoeAttention"),
+    *("Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention", "Qwen3VLMoeTextAttention"),
+    *("Ernie4_5_VLMoeTextAttention", "EuroBertAttention", "DINOv3ViTAttention"),
     *("BartAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention", "WhisperAttention"),
     *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "OPTAttention"),
     *("ViTAttention", "DeiTAttention", "Dinov2Attention", "ViTMAEAttention"),
 )
 def _separate(theirs: Any) -> Loaded:
-    only(setting(theirs, "config"), {"clip_qkv": None, "attn_logit_softcapping": None})
+    only(setting(theirs, "config"), {"clip_qkv": None})
     moves = same(theirs, {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"})
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "out_proj"})])
+
+
+@CARD.loads("transformers", "PhiAttention")
+def _phi(theirs: Any) -> Loaded:
+    names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "dense"}
+    return _loaded(theirs, same(theirs, names))
 
 
 @CARD.loads("transformers", "CLIPAttention")
@@ -119,7 +132,7 @@ def _clip(theirs: Any) -> Loaded:
     return _loaded(theirs, moves, causal=type(theirs.config).__name__ == "CLIPTextConfig")
 
 
-@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention")
+@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
 def _without_queries(theirs: Any) -> Loaded:
     """The gate, whose rows stand between those of the queries, brings both."""
     return _loaded(theirs, same(theirs, {"k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"}))
@@ -148,7 +161,7 @@ def _grouped(theirs: Any) -> Loaded:
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "o_proj"})])
 
 
-@CARD.loads("transformers", "GPTNeoXAttention", "BloomAttention")
+@CARD.loads("transformers", "GPTNeoXAttention", "BloomAttention", "PersimmonAttention")
 def _woven(theirs: Any) -> Loaded:
     moves = woven(theirs, _QKV, "query_key_value", setting(theirs, "num_heads", "num_attention_heads"))
     keywords = {"causal": True}  # Bloom's does not say so
