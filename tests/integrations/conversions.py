@@ -36,7 +36,7 @@ class Case:
 
 
 class Wide(TorchFunctionMode):
-    """float64 wherever float32 is asked for: what theirs computes of angles, norms and softmax, without its rounding."""
+    """float64 wherever float32 is asked for: angles, norms and softmax without the rounding that theirs has there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def wide(given: Any) -> Any:
@@ -99,6 +99,10 @@ SETTINGS = {
 TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
 WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
 """Heads of which the pairs can be dealt to three axes in more than one way."""
+LATENT = {
+    "num_key_value_heads": H, "q_lora_rank": 5, "kv_lora_rank": 8, "v_head_dim": 5, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": D,
+}  # fmt: skip
 EAGER = {"attn_implementation": "eager"}
 
 
@@ -124,7 +128,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Exaone4Attention": TYPES,
     "ExaoneMoeAttention": TYPES,
     "CwmAttention": TYPES,
-    "Dots1Attention": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
+    "Dots1Attention": TYPES,
     "Qwen3Attention": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
     "MistralAttention": {"sliding_window": 3},
     "Phi3Attention": {"sliding_window": 4, **rope(2 / 3)},
@@ -178,7 +182,8 @@ def cls(name: str) -> type[nn.Module]:
                "Neighborhood": "dinat", "ConvBert": "convbert", "SeedOss": "seed_oss", "Qwen2Moe": "qwen2_moe",
                "Qwen3Moe": "qwen3_moe", "Qwen3Next": "qwen3_next", "ConditionalDetr": "conditional_detr",
                "DeformableDetr": "deformable_detr", "GroundingDino": "grounding_dino", "RTDetrV2": "rt_detr_v2",
-               "RTDetr": "rt_detr", "MMGroundingDino": "mm_grounding_dino", "GptOss": "gpt_oss", "FlexOlmo": "flex_olmo",
+               "RTDetr": "rt_detr", "MMGroundingDino": "mm_grounding_dino", "GptOss": "gpt_oss",
+               "FlexOlmo": "flex_olmo",
                "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2", "ExaoneMoe": "exaone_moe", "Qwen2VL": "qwen2_vl",
                "Qwen3VLText": "qwen3_vl", "Qwen3VLMoeText": "qwen3_vl_moe", "Glm4vText": "glm4v",
                "Glm4vMoeText": "glm4v_moe", "Ernie4_5_VLMoeText": "ernie4_5_vl_moe", "Gemma3nText": "gemma3n",
@@ -199,13 +204,21 @@ def config_of(kind: type[nn.Module], **more: Any) -> Any:
     )
 
 
-def module_of(name: str, **more: Any) -> nn.Module:
+def module_of(name: str, *, layer: int = 0, **more: Any) -> nn.Module:
     kind = cls(name)
     arguments = inspect.signature(kind).parameters
     config = config_of(kind, **more)
     if "embed_dim" in arguments:
         return kind(M, H, config=config, is_causal=name not in BOTH_WAYS)
-    return kind(config, layer_idx=0) if "layer_idx" in arguments else kind(config)
+    return kind(config, layer_idx=layer) if "layer_idx" in arguments else kind(config)
+
+
+def window_of(theirs: nn.Module) -> int:
+    """As the config has it for this layer; T where there is none."""
+    own = OWN.get(type(theirs).__name__, {})
+    kinds = own.get("layer_types", [])
+    whole = kinds and kinds[theirs.layer_idx] == "full_attention"
+    return T if whole else own.get("sliding_window", T)
 
 
 def rotated(theirs: nn.Module, x: Tensor, at: Tensor | None = None) -> dict[str, Any]:
@@ -235,7 +248,7 @@ def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     name = type(theirs).__name__
     x, real = normal(2, 2, T, M), keep()
     ages = torch.arange(T)[:, None] - torch.arange(T)
-    seen = ages.abs() < OWN.get(name, {}).get("sliding_window", T)
+    seen = ages.abs() < window_of(theirs)
     if name not in BOTH_WAYS:
         seen &= ages >= 0
     allowed = seen & real[:, None, None]
@@ -243,7 +256,8 @@ def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     given: dict[str, Any] = {"attention_mask": added(allowed), **rotated(theirs, x, at)}
     if "shared_kv_states" in inspect.signature(theirs.forward).parameters:
         given["shared_kv_states"] = {}
-    return ours(x, mask=masks.padding(real), positions=at), theirs(x, **given)[0]
+    seeing = allowed.any(-1)[:, 0] if hasattr(theirs, "attn_logit_softcapping") else slice(None)  # else theirs is NaN
+    return ours(x, mask=masks.padding(real), positions=at)[seeing], theirs(x, **given)[0][seeing]
 
 
 def picture(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -251,7 +265,7 @@ def picture(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
     x = normal(2, 2, 8, 16)
-    turned = DINOv3ViTRopePositionEmbedding(theirs.config)(torch.zeros(1, 3, 8, 12, dtype=torch.float64))
+    turned = DINOv3ViTRopePositionEmbedding(theirs.config).eval()(torch.zeros(1, 3, 8, 12, dtype=torch.float64))
     return ours(x, positions=centres(2, 3, prefix=2)), theirs(x, position_embeddings=turned)[0]
 
 
@@ -362,8 +376,7 @@ def of_transformers(name: str) -> Case:
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4}
         return Case(filled(module_of(name, **sizes)), picture, fp32=True)
     if name.startswith("Deepseek"):
-        ranks = {"q_lora_rank": 5, "kv_lora_rank": 7, "v_head_dim": 5, "qk_nope_head_dim": 4, "qk_rope_head_dim": D}
-        return Case(filled(module_of(name, num_key_value_heads=H, **ranks)), tokens, fp32=True)
+        return Case(filled(module_of(name, **LATENT)), tokens, fp32=True)
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)

@@ -115,6 +115,7 @@ def grouped_query(num_heads: int, num_kv_heads: int) -> int:
 )
 def _separate(theirs: Any) -> Loaded:
     only(setting(theirs, "config"), {"clip_qkv": None})
+    only(theirs, {"is_kv_shared_layer": False, "use_alternative_attention": False})  # Gemma 3n and 4
     moves = same(theirs, {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"})
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "out_proj"})])
 

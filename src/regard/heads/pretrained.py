@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from regard.checks import refuse
 from regard.heads.qk_norm import CARD, LAYER, QKNorm
-from regard.weights import Loaded, Move, only, reshaped, same, setting
+from regard.weights import Loaded, Move, reshaped, same, setting
 
 _BOTH = {"heads.q_weight": "q_norm.weight", "heads.k_weight": "k_norm.weight"}
 
@@ -27,7 +27,6 @@ def _each_head(theirs: Any) -> Loaded | None:
 
 @CARD.loads("transformers", "Gemma3nTextAttention", "Gemma4TextAttention")
 def _values_too(theirs: Any) -> Loaded:
-    only(theirs, {"is_kv_shared_layer": False, "use_alternative_attention": False})
     return Loaded(lambda: QKNorm(theirs.head_dim, value_norm=True, eps=_eps(theirs.q_norm)), same(theirs, _BOTH))
 
 
@@ -90,7 +89,9 @@ def _modules_of_heads(theirs: Any) -> Loaded | None:
         return [torch.stack(rows)]
 
     moves = [
-        Move((f"heads.{n}_weight",), tuple(f"{n}_layernorm.norms.{h}.weight" for h in range(heads)), stack, torch.unbind)
+        Move(
+            (f"heads.{n}_weight",), tuple(f"{n}_layernorm.norms.{h}.weight" for h in range(heads)), stack, torch.unbind
+        )
         for n, heads in (("q", H), ("k", G))
     ]
     return Loaded(lambda: QKNorm(theirs.head_dim, H, G, **options), moves)

@@ -160,4 +160,10 @@ def scaling_of(theirs: Any, said: dict[str, Any]) -> Scaling | None:
     if kind == "longrope" and said.get("attention_factor") is None:
         stretch = said.get("factor") or longest / trained
         return LongRoPE(stretch, trained, tuple(said["short_factor"]), tuple(said["long_factor"]))
-    refuse(theirs, "rope_type", "is unknown", repr(kind), "default, linear, proportional, dynamic, llama3, yarn or longrope")
+    refuse(
+        theirs,
+        "rope_type",
+        "is unknown",
+        repr(kind),
+        "default, linear, proportional, dynamic, llama3, yarn or longrope",
+    )
