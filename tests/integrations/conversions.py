@@ -8,7 +8,9 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +124,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": False,
     },
     "GptOssAttention": {**TYPES, **EAGER, **rope()},
+    "AfmoeAttention": TYPES,
     "Olmo3Attention": TYPES,
     "Cohere2Attention": {**TYPES, **rope()},
     "SmolLM3Attention": {**TYPES, "use_sliding_window": True, "no_rope_layers": [1, 0]},
@@ -163,6 +166,8 @@ CONFIGS = {
     "Qwen3_5MoeAttention": "Qwen3_5MoeTextConfig",
     "CLIPAttention": "CLIPTextConfig",
     "SiglipAttention": "SiglipVisionConfig",
+    "Siglip2Attention": "Siglip2VisionConfig",
+    "Emu3Attention": "Emu3TextConfig",
 }
 
 
@@ -170,29 +175,33 @@ BOTH_WAYS = {
     *("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
     *("CamembertSelfAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention"),
     *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "ViTAttention", "DeiTAttention", "Dinov2Attention"),
-    *("ViTMAEAttention", "EuroBertAttention"),
+    *("ViTMAEAttention", "EuroBertAttention", "BertGenerationSelfAttention", "Data2VecTextSelfAttention"),
+    *("ErnieSelfAttention", "RobertaPreLayerNormSelfAttention", "RoCBertSelfAttention", "XLMRobertaXLSelfAttention"),
+    *("XmodSelfAttention", "ChineseCLIPTextSelfAttention", "ClapTextSelfAttention", "LayoutLMSelfAttention"),
+    *("MarkupLMSelfAttention", "SplinterSelfAttention", "ASTAttention", "Dinov2WithRegistersAttention"),
+    *("IJepaAttention", "ViTMSNAttention", "VivitAttention"),
+    *("Siglip2Attention", "Data2VecAudioAttention", "SEWAttention", "UniSpeechAttention"),
+    *("UniSpeechSatAttention", "BlenderbotAttention", "BlenderbotSmallAttention", "PLBartAttention"),
 }
 """Those that are built here as their encoders build them."""
 
 
+@lru_cache
+def modules() -> dict[str, str]:
+    """The module of transformers that defines each class of attention: folders are named in no one way."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    found: dict[str, str] = {}
+    for file in sorted(Path(spec.origin).parent.glob("models/*/modeling_*.py")):
+        for name in re.findall(r"^class (\w+Attention)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+            found.setdefault(name, f"transformers.models.{file.parent.name}.{file.stem}")
+    return found
+
+
 def cls(name: str) -> type[nn.Module]:
     """The class of transformers, wherever it stands."""
-    special = {"M2M100": "m2m_100", "CLIP": "clip", "OPT": "opt", "ViTMAE": "vit_mae", "ViT": "vit", "DeiT": "deit",
-               "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "MBart": "mbart", "XLMRoberta": "xlm_roberta", "Olmo": "olmo",
-               "Neighborhood": "dinat", "ConvBert": "convbert", "SeedOss": "seed_oss", "Qwen2Moe": "qwen2_moe",
-               "Qwen3Moe": "qwen3_moe", "Qwen3Next": "qwen3_next", "ConditionalDetr": "conditional_detr",
-               "DeformableDetr": "deformable_detr", "GroundingDino": "grounding_dino", "RTDetrV2": "rt_detr_v2",
-               "RTDetr": "rt_detr", "MMGroundingDino": "mm_grounding_dino", "GptOss": "gpt_oss",
-               "FlexOlmo": "flex_olmo",
-               "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2", "ExaoneMoe": "exaone_moe", "Qwen2VL": "qwen2_vl",
-               "Qwen3VLText": "qwen3_vl", "Qwen3VLMoeText": "qwen3_vl_moe", "Glm4vText": "glm4v",
-               "Glm4vMoeText": "glm4v_moe", "Ernie4_5_VLMoeText": "ernie4_5_vl_moe", "Gemma3nText": "gemma3n",
-               "Gemma4Text": "gemma4", "DeepseekV2": "deepseek_v2", "DeepseekV3": "deepseek_v3",
-               "DINOv3ViT": "dinov3_vit", "Qwen3_5Moe": "qwen3_5_moe"}  # fmt: skip
-    ending = r"(Decoder|Vision)?(Self|Cross|MultiscaleDeformable|Window|Channel)?Attention$"
-    stem = re.sub(ending, "", name)
-    folder = special.get(stem, stem.lower())
-    return getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+    return getattr(importlib.import_module(modules()[name]), name)
 
 
 def config_of(kind: type[nn.Module], **more: Any) -> Any:
@@ -284,6 +293,14 @@ def bloom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x, mask=masks.padding(real)), theirs(x, torch.zeros_like(x), alibi, added(allowed))[0]
 
 
+def mpt(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    file = inspect.getmodule(type(theirs))
+    x, real = normal(2, 2, T, M), keep()
+    hidden = ~(torch.ones(T, T).tril().bool() & real[:, None, None])
+    alibi = file.build_mpt_alibi_tensor(H, T).double()
+    return ours(x, mask=masks.padding(real)), theirs(x, alibi, attention_mask=hidden)[0]
+
+
 def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(2, 2, 20, M)
     return ours(x), theirs(x)[0]
@@ -361,6 +378,10 @@ def of_transformers(name: str) -> Case:
 
         config = ConditionalDetrConfig(d_model=M, decoder_attention_heads=H, attn_implementation="sdpa")
         return Case(filled(cls(name)(config, M, H)), conditional)
+    if name == "MptAttention":
+        from transformers import MptConfig
+
+        return Case(filled(cls(name)(MptConfig(d_model=M, n_heads=H), 0)), mpt, fp32=True)
     if name.startswith("Florence2Vision"):
         from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 
@@ -375,7 +396,7 @@ def of_transformers(name: str) -> Case:
     if name == "DINOv3ViTAttention":
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4}
         return Case(filled(module_of(name, **sizes)), picture, fp32=True)
-    if name.startswith("Deepseek"):
+    if name in ("DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention"):
         return Case(filled(module_of(name, **LATENT)), tokens, fp32=True)
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}

@@ -244,7 +244,9 @@ def agree(theirs: nn.Module) -> None:
 
 
 def rotary_of(kind: str) -> bool:
-    return kind not in ("Cohere2Attention", "Exaone4Attention", "ExaoneMoeAttention", "SmolLM3Attention")
+    """Whether all layers turn."""
+    some = ("AfmoeAttention", "Cohere2Attention", "Exaone4Attention", "ExaoneMoeAttention", "SmolLM3Attention")
+    return kind not in some
 
 
 @pytest.mark.parametrize("name", [name for name, own in conversions.OWN.items() if "layer_types" in own])

@@ -108,10 +108,14 @@ def grouped_query(num_heads: int, num_kv_heads: int) -> int:
     *("Glm4vTextAttention", "Glm4vMoeTextAttention", "MiniMaxM2Attention", "NemotronAttention", "SmolLM3Attention"),
     *("Exaone4Attention", "ExaoneMoeAttention", "Dots1Attention", "CwmAttention", "GraniteMoeAttention"),
     *("Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention", "Qwen3VLMoeTextAttention"),
-    *("Ernie4_5_VLMoeTextAttention", "EuroBertAttention", "DINOv3ViTAttention"),
+    *("Ernie4_5_VLMoeTextAttention", "EuroBertAttention", "DINOv3ViTAttention", "AfmoeAttention", "ApertusAttention"),
+    *("GraniteMoeSharedAttention", "Emu3Attention", "CsmAttention"),
     *("BartAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention", "WhisperAttention"),
     *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "OPTAttention"),
-    *("ViTAttention", "DeiTAttention", "Dinov2Attention", "ViTMAEAttention"),
+    *("Data2VecAudioAttention", "SEWAttention", "UniSpeechAttention", "UniSpeechSatAttention", "Siglip2Attention"),
+    *("BioGptAttention", "BlenderbotAttention", "BlenderbotSmallAttention", "PLBartAttention"),
+    *("ViTAttention", "DeiTAttention", "Dinov2Attention", "Dinov2WithRegistersAttention", "ViTMAEAttention"),
+    *("ViTMSNAttention", "VivitAttention", "IJepaAttention", "ASTAttention"),
 )
 def _separate(theirs: Any) -> Loaded:
     only(setting(theirs, "config"), {"clip_qkv": None})
@@ -142,7 +146,11 @@ def _without_queries(theirs: Any) -> Loaded:
 @CARD.loads(
     "transformers",
     *("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
-    *("CamembertSelfAttention", "BertCrossAttention", "RobertaCrossAttention"),
+    *("CamembertSelfAttention", "BertGenerationSelfAttention", "Data2VecTextSelfAttention", "ErnieSelfAttention"),
+    *("RobertaPreLayerNormSelfAttention", "RoCBertSelfAttention", "XLMRobertaXLSelfAttention", "XmodSelfAttention"),
+    *("ChineseCLIPTextSelfAttention", "ClapTextSelfAttention", "LayoutLMSelfAttention", "MarkupLMSelfAttention"),
+    *("SplinterSelfAttention", "BertCrossAttention", "RobertaCrossAttention", "XLMRobertaCrossAttention"),
+    *("CamembertCrossAttention", "ErnieCrossAttention"),
 )
 def _unmerged(theirs: Any) -> Loaded:
     return _loaded(theirs, same(theirs, {"q_proj": "query", "k_proj": "key", "v_proj": "value"}))
@@ -167,6 +175,13 @@ def _woven(theirs: Any) -> Loaded:
     moves = woven(theirs, _QKV, "query_key_value", setting(theirs, "num_heads", "num_attention_heads"))
     keywords = {"causal": True}  # Bloom's does not say so
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "dense"})], **keywords)
+
+
+@CARD.loads("transformers", "MptAttention")
+def _mpt(theirs: Any) -> Loaded:
+    only(theirs, {"clip_qkv": None})
+    moves = [*stacked(theirs, _QKV, "Wqkv"), *same(theirs, {"o_proj": "out_proj"})]
+    return _loaded(theirs, moves, causal=True, scale=theirs.softmax_scale, dropout=theirs.attn_dropout_p)
 
 
 @CARD.loads("timm.layers", "Attention")

@@ -16,7 +16,7 @@ _BOTH = {"heads.q_weight": "q_norm.weight", "heads.k_weight": "k_norm.weight"}
 @CARD.loads(
     "transformers",
     *("Qwen3Attention", "Qwen3MoeAttention", "Qwen3VLTextAttention", "Qwen3VLMoeTextAttention", "Dots1Attention"),
-    *("Exaone4Attention", "ExaoneMoeAttention", "Glm4MoeAttention"),
+    *("Exaone4Attention", "ExaoneMoeAttention", "Glm4MoeAttention", "AfmoeAttention", "ApertusAttention"),
 )
 def _each_head(theirs: Any) -> Loaded | None:
     """The same weights in all heads."""

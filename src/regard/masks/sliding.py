@@ -84,7 +84,7 @@ def dilated_window(*, window: int = 128, dilation: int = 2) -> Mask:
     *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "Dots1Attention"),
     *("Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention", "Gemma4TextAttention", "VaultGemmaAttention"),
     *("GptOssAttention", "Olmo3Attention", "Cohere2Attention", "SmolLM3Attention", "CwmAttention"),
-    *("Exaone4Attention", "ExaoneMoeAttention", "Qwen2VLAttention", "Qwen2_5_VLAttention"),
+    *("Exaone4Attention", "ExaoneMoeAttention", "Qwen2VLAttention", "Qwen2_5_VLAttention", "AfmoeAttention"),
 )
 def _transformers(theirs: Any) -> Loaded | None:
     """The layer's own, or that of all layers, where the config does not say which have one."""

@@ -16,7 +16,7 @@ _LATENT = (
 )
 
 
-@MLA.loads("transformers", "DeepseekV2Attention", "DeepseekV3Attention")
+@MLA.loads("transformers", "DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention")
 def _deepseek(theirs: Any) -> Loaded:
     """V2 turns neighbours and does not say so."""
     config, said = theirs.config, said_of(theirs)

@@ -18,7 +18,8 @@ _HALVES = (
     *("ArceeAttention", "Starcoder2Attention", "OlmoAttention", "SeedOssAttention", "Gemma2Attention"),
     *("Gemma3Attention", "Gemma3nTextAttention", "Gemma4TextAttention", "VaultGemmaAttention", "GptOssAttention"),
     *("Olmo2Attention", "Olmo3Attention", "OlmoeAttention", "FlexOlmoAttention", "ChameleonAttention"),
-    *("Dots1Attention", "CwmAttention", "EuroBertAttention", "GraniteMoeAttention"),
+    *("Dots1Attention", "CwmAttention", "EuroBertAttention", "GraniteMoeAttention", "GraniteMoeSharedAttention"),
+    *("ApertusAttention", "Emu3Attention", "CsmAttention"),
 )
 _NEIGHBOURS = ("CohereAttention", "HeliumAttention", "Ernie4_5Attention", "Ernie4_5_MoeAttention")
 _SOME_HALVES = (
@@ -60,6 +61,11 @@ def _unless_told(theirs: Any) -> Loaded | None:
 def _unless_whole(theirs: Any) -> Loaded | None:
     """Where some layers have windows, the others turn nothing."""
     return _halves(theirs) if theirs.sliding_window is None or theirs.is_sliding else None
+
+
+@CARD.loads("transformers", "AfmoeAttention")
+def _where_local(theirs: Any) -> Loaded | None:
+    return _halves(theirs) if theirs.is_local_attention else None
 
 
 @CARD.loads("transformers", "Cohere2Attention")
