@@ -293,6 +293,15 @@ def bloom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x, mask=masks.padding(real)), theirs(x, torch.zeros_like(x), alibi, added(allowed))[0]
 
 
+def pictures(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Two of 2 x 3 and 2 x 2 patches, which are packed."""
+    file = inspect.getmodule(type(theirs))
+    embedding = next(kind for name, kind in vars(file).items() if name.endswith("VisionRotaryEmbedding"))
+    x, at, borders = normal(2, 10, 16), torch.cat([grid(2, 3), grid(2, 2)], 1), torch.tensor([0, 6, 10])
+    want = theirs(x, borders, position_embeddings=embedding(theirs.config)(x, at[0]))
+    return ours(x[None], positions=at, mask=masks.packed(borders))[0], want
+
+
 def mpt(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     file = inspect.getmodule(type(theirs))
     x, real = normal(2, 2, T, M), keep()
@@ -393,6 +402,13 @@ def of_transformers(name: str) -> Case:
         kind = cls(name)
         config = importlib.import_module("transformers").DinatConfig()
         return Case(filled(kind(config, M, H, 3, 2)), dinat)
+    if name.endswith("VisionAttention"):
+        kind = cls(name)
+        stem = "Qwen2VLVision" if name == "VisionAttention" else name.removesuffix("Attention")
+        where = importlib.import_module(kind.__module__.replace("modeling_", "configuration_"))
+        width = {"embed_dim" if name == "VisionAttention" else "hidden_size": 16}
+        config = getattr(where, f"{stem}Config")(**width, num_heads=2, attn_implementation="sdpa")
+        return Case(filled(kind(config)), pictures, fp32=True)
     if name == "DINOv3ViTAttention":
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4}
         return Case(filled(module_of(name, **sizes)), picture, fp32=True)

@@ -177,6 +177,15 @@ def _woven(theirs: Any) -> Loaded:
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "dense"})], **keywords)
 
 
+@CARD.loads(
+    "transformers",
+    *("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention"),
+    *("Qwen3_5VisionAttention", "Qwen3_5MoeVisionAttention"),
+)
+def _qwen_vision(theirs: Any) -> Loaded:
+    return _loaded(theirs, [*stacked(theirs, _QKV, "qkv"), *same(theirs, {"o_proj": "proj"})])
+
+
 @CARD.loads("transformers", "MptAttention")
 def _mpt(theirs: Any) -> Loaded:
     only(theirs, {"clip_qkv": None})

@@ -28,6 +28,11 @@ _SOME_HALVES = (
 )
 _SOME_NEIGHBOURS = ("GlmAttention", "Glm4Attention")
 _CHUNKS = ("Qwen2VLAttention", "Qwen2_5_VLAttention")
+_PATCHES = (
+    *("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention"),
+    *("Qwen3_5VisionAttention", "Qwen3_5MoeVisionAttention"),
+)
+"""The first is Qwen2-VL's."""
 _INTERLEAVED = ("Qwen3VLTextAttention", "Qwen3VLMoeTextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
 
 
@@ -102,6 +107,13 @@ def _ernie(theirs: Any) -> Loaded:
 def _dinov3(theirs: Any) -> Loaded:
     """Positions are those of `centres`, whatever the picture's size."""
     D, base = theirs.head_dim, theirs.config.rope_theta
+    return Loaded(lambda: AxialRotary(D, base=float(base)))
+
+
+@AXIAL.loads("transformers", *_PATCHES)
+def _patches(theirs: Any) -> Loaded:
+    """Positions are (y, x) of patches; pictures and frames are packed documents."""
+    D, base = theirs.head_dim, said_of(theirs)["rope_theta"]
     return Loaded(lambda: AxialRotary(D, base=float(base)))
 
 
