@@ -120,8 +120,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Gemma3Attention": TYPES,
     "Gemma3nTextAttention": {**TYPES, "num_kv_shared_layers": 0},
     "Gemma4TextAttention": {
-        "layer_types": ["full_attention", "full_attention"], "global_head_dim": D, "num_kv_shared_layers": 0,
-        "attention_k_eq_v": False,
+        **TYPES, "global_head_dim": D, "num_kv_shared_layers": 0, "attention_k_eq_v": False,
     },
     "GptOssAttention": {**TYPES, **EAGER, **rope()},
     "AfmoeAttention": TYPES,

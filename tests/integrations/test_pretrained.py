@@ -259,7 +259,7 @@ def test_layers_of_one_model_may_differ(name: str) -> None:
         ours = regard.convert_layer(theirs)
         windows.append(ours.mask)
         assert (ours.position is not None) == (kind == "sliding_attention" or rotary_of(name))
-    assert windows == [regard.masks.window(3) if name != "Gemma4TextAttention" else None, None]
+    assert windows == [regard.masks.window(3), None]
 
 
 @pytest.mark.parametrize(("layer", "window", "base"), [(0, 3, 1e4), (1, None, 1e6)])
@@ -273,7 +273,7 @@ def test_rotations_differ_by_layer(layer: int, window: int | None, base: float) 
 def test_gemma_4_leaves_slow_pairs_where_they_are() -> None:
     said = {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 2 / 3}
     kinds = {"full_attention": said, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    theirs = filled(module_of("Gemma4TextAttention", rope_parameters=kinds))
+    theirs = filled(module_of("Gemma4TextAttention", layer=1, rope_parameters=kinds))
     agree(theirs)
     assert regard.convert_layer(theirs).position.scaling.kept == 2 / 3
 
@@ -370,7 +370,7 @@ PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1 / 
         ("OlmoeAttention", {"clip_qkv": 4.0}, r"clip_qkv has no counterpart here \(got 4.0\)"),
         ("LlamaAttention", {"rope_parameters": PART}, r"partial_rotary_factor has no counterpart here"),
         ("DiffLlamaAttention", rope(rope_type="linear", factor=2.0), r"rope_type has no counterpart here"),
-        ("Gemma4TextAttention", {"attention_k_eq_v": True}, r"use_alternative_attention has no counterpart here"),
+        ("Gemma4TextAttention", {"attention_k_eq_v": True, "layer": 1}, r"use_alternative_attention has no counterpart here"),
         (
             "Gemma3nTextAttention",
             {"num_kv_shared_layers": 1, "layer": 1, "layer_types": ["full_attention"] * 2},
