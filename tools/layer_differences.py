@@ -4,9 +4,11 @@
 
 Each layer is tiny and random (tests/integrations/like_transformers.py), its tokens normal and its positions not from 0.
 transformers computes angles, norms and softmax in float32 whatever the dtype, so float64 shows the rounding of those.
+Progress goes to stderr.
 """
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,12 +36,17 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| model | class of transformers | position | heads | largest output | difference, fp64 | difference, fp32 |")
     print("|---|---|---|---|---:|---:|---:|")
-    for name, like in LIKES.items():
+    start = time.perf_counter()
+    for n, (name, like) in enumerate(LIKES.items(), 1):
         layer = build(name)[0]
         (wide, size), (single, _) = difference(name, torch.float64), difference(name, torch.float32)
         parts = f"{part(layer.position)} | {part(layer.heads)}"
-        print(f"| {name} | `{like.names[1]}` | {parts} | {size:.2g} | {wide:.1e} | {single:.1e} |")
+        print(f"| {name} | `{like.names[1]}` | {parts} | {size:.2g} | {wide:.1e} | {single:.1e} |", flush=True)
+        print(f"{n} of {len(LIKES)}, {time.perf_counter() - start:.0f} s: {name}", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
     main()

@@ -8,14 +8,18 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import regard
 from regard import masks
+from regard.positions import centres, grid
 from vision.naive_neighborhood import naive_neighborhood
 
 M, H, G, D, T, S = 24, 4, 2, 6, 7, 9
@@ -31,6 +35,33 @@ class Case:
     """Whether theirs computes something (angles, a softmax, a norm) in float32 whatever its dtype."""
     exact: bool = True
     """Whether the weights can be had back."""
+
+
+class Wide(TorchFunctionMode):
+    """float64 wherever float32 is asked for: angles, norms and softmax without the rounding that theirs has there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(given: Any) -> Any:
+            return torch.float64 if given is torch.float32 else given
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(wide, args), **{name: wide(given) for name, given in (kwargs or {}).items()})
+
+
+def difference(made: Case, *, wide: bool) -> float:
+    """The largest of the outputs, relative to 1 + the largest output.
+
+    Args:
+        wide: whether theirs computes all in float64, where it has parts in float32.
+    """
+    with torch.no_grad():
+        ours, theirs = made.outputs(regard.convert_layer(made.theirs), made.theirs)
+        if wide:
+            with Wide():
+                theirs = made.outputs(regard.convert_layer(made.theirs), made.theirs)[1]
+    assert ours.shape == theirs.shape
+    assert theirs.abs().max() > 0.01
+    return float((ours - theirs).abs().max() / (1 + theirs.abs().max()))
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -67,22 +98,75 @@ SETTINGS = {
     "num_hidden_layers": 2, "vocab_size": 16, "max_position_embeddings": 64, "attn_implementation": "sdpa",
     "embedding_size": M, "attention_bias": True, "qkv_bias": True, "pad_token_id": 0,
 }  # fmt: skip
-WHOLE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+"""Heads of which the pairs can be dealt to three axes in more than one way."""
+LATENT = {
+    "num_key_value_heads": H, "q_lora_rank": 5, "kv_lora_rank": 8, "v_head_dim": 5, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": D,
+}  # fmt: skip
+EAGER = {"attn_implementation": "eager"}
+
+
+def rope(share: float | None = None, **more: Any) -> dict[str, Any]:
+    """Settings of rotation, of the first channels alone if there is a share."""
+    part = {} if share is None else {"partial_rotary_factor": share}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, **part, **more}}
+
+
 OWN: dict[str, dict[str, Any]] = {
-    "Gemma3Attention": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
+    "Gemma2Attention": {**TYPES, **EAGER, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 5},
+    "VaultGemmaAttention": {**TYPES, **EAGER, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 5},
+    "Gemma3Attention": TYPES,
+    "Gemma3nTextAttention": {**TYPES, "num_kv_shared_layers": 0},
+    "Gemma4TextAttention": {
+        **TYPES, "global_head_dim": D, "num_kv_shared_layers": 0, "attention_k_eq_v": False,
+    },
+    "GptOssAttention": {**TYPES, **EAGER, **rope()},
+    "AfmoeAttention": TYPES,
+    "Olmo3Attention": TYPES,
+    "Cohere2Attention": {**TYPES, **rope()},
+    "SmolLM3Attention": {**TYPES, "use_sliding_window": True, "no_rope_layers": [1, 0]},
+    "Exaone4Attention": TYPES,
+    "ExaoneMoeAttention": TYPES,
+    "CwmAttention": TYPES,
+    "Dots1Attention": TYPES,
     "Qwen3Attention": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
     "MistralAttention": {"sliding_window": 3},
-    "Phi3Attention": {"sliding_window": 4},
-    "Qwen3NextAttention": {"rope_parameters": WHOLE},
-    "Qwen3_5Attention": {"rope_parameters": WHOLE},
-    "GPTNeoXAttention": {"rope_parameters": WHOLE},
+    "Phi3Attention": {"sliding_window": 4, **rope(2 / 3)},
+    "Qwen3NextAttention": rope(1 / 3),
+    "Qwen3_5Attention": {**WIDE, **rope(2 / 3, mrope_section=[2, 1, 1])},
+    "Qwen3_5MoeAttention": {**WIDE, **rope(2 / 3, mrope_section=[2, 1, 1])},
+    "GPTNeoXAttention": rope(1 / 3),
+    "PhiAttention": {"qk_layernorm": True, **rope(2 / 3)},
+    "StableLmAttention": {"qk_layernorm": True, "use_qkv_bias": True, **rope(2 / 3)},
+    "PersimmonAttention": {"qk_layernorm": True, **rope(2 / 3)},
+    "GlmAttention": rope(2 / 3),
+    "Glm4Attention": rope(2 / 3),
+    "Glm4MoeAttention": {"use_qk_norm": True, **rope(2 / 3)},
+    "MiniMaxM2Attention": rope(2 / 3),
+    "NemotronAttention": rope(2 / 3),
+    "CohereAttention": {"use_qk_norm": True},
     "GraniteAttention": {"attention_multiplier": 0.3},
-}
+    "GraniteMoeAttention": {"attention_multiplier": 0.3},
+    "Qwen2VLAttention": {**WIDE, **rope(mrope_section=[1, 2, 3])},
+    "Qwen2_5_VLAttention": {**WIDE, **rope(mrope_section=[1, 2, 3])},
+    "Qwen3VLTextAttention": {**WIDE, **rope(mrope_section=[3, 2, 1])},
+    "Qwen3VLMoeTextAttention": {**WIDE, **rope(mrope_section=[3, 2, 1])},
+    "Ernie4_5_VLMoeTextAttention": {**WIDE, "use_bias": True, **rope(mrope_section=[2, 2, 2])},
+    "Glm4vTextAttention": {**WIDE, **rope(2 / 3, mrope_section=[1, 1, 2])},
+    "Glm4vMoeTextAttention": {**WIDE, **rope(2 / 3, mrope_section=[1, 1, 2])},
+}  # fmt: skip
 CONFIGS = {
     "Gemma3Attention": "Gemma3TextConfig",
+    "Qwen2VLAttention": "Qwen2VLTextConfig",
+    "Qwen2_5_VLAttention": "Qwen2_5_VLTextConfig",
     "Qwen3_5Attention": "Qwen3_5TextConfig",
+    "Qwen3_5MoeAttention": "Qwen3_5MoeTextConfig",
     "CLIPAttention": "CLIPTextConfig",
     "SiglipAttention": "SiglipVisionConfig",
+    "Siglip2Attention": "Siglip2VisionConfig",
+    "Emu3Attention": "Emu3TextConfig",
 }
 
 
@@ -90,23 +174,33 @@ BOTH_WAYS = {
     *("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
     *("CamembertSelfAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention"),
     *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "ViTAttention", "DeiTAttention", "Dinov2Attention"),
-    "ViTMAEAttention",
+    *("ViTMAEAttention", "EuroBertAttention", "BertGenerationSelfAttention", "Data2VecTextSelfAttention"),
+    *("ErnieSelfAttention", "RobertaPreLayerNormSelfAttention", "RoCBertSelfAttention", "XLMRobertaXLSelfAttention"),
+    *("XmodSelfAttention", "ChineseCLIPTextSelfAttention", "ClapTextSelfAttention", "LayoutLMSelfAttention"),
+    *("MarkupLMSelfAttention", "SplinterSelfAttention", "ASTAttention", "Dinov2WithRegistersAttention"),
+    *("IJepaAttention", "ViTMSNAttention", "VivitAttention"),
+    *("Siglip2Attention", "Data2VecAudioAttention", "SEWAttention", "UniSpeechAttention"),
+    *("UniSpeechSatAttention", "BlenderbotAttention", "BlenderbotSmallAttention", "PLBartAttention"),
 }
 """Those that are built here as their encoders build them."""
 
 
+@lru_cache
+def modules() -> dict[str, str]:
+    """The module of transformers that defines each class of attention: folders are named in no one way."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    found: dict[str, str] = {}
+    for file in sorted(Path(spec.origin).parent.glob("models/*/modeling_*.py")):
+        for name in re.findall(r"^class (\w+Attention)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+            found.setdefault(name, f"transformers.models.{file.parent.name}.{file.stem}")
+    return found
+
+
 def cls(name: str) -> type[nn.Module]:
     """The class of transformers, wherever it stands."""
-    special = {"M2M100": "m2m_100", "CLIP": "clip", "OPT": "opt", "ViTMAE": "vit_mae", "ViT": "vit", "DeiT": "deit",
-               "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "MBart": "mbart", "XLMRoberta": "xlm_roberta", "Olmo": "olmo",
-               "Neighborhood": "dinat", "ConvBert": "convbert", "SeedOss": "seed_oss", "Qwen2Moe": "qwen2_moe",
-               "Qwen3Moe": "qwen3_moe", "Qwen3Next": "qwen3_next", "ConditionalDetr": "conditional_detr",
-               "DeformableDetr": "deformable_detr", "GroundingDino": "grounding_dino", "RTDetrV2": "rt_detr_v2",
-               "RTDetr": "rt_detr", "MMGroundingDino": "mm_grounding_dino"}  # fmt: skip
-    ending = r"(Decoder|Vision)?(Self|Cross|MultiscaleDeformable|Window|Channel)?Attention$"
-    stem = re.sub(ending, "", name)
-    folder = special.get(stem, stem.lower())
-    return getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+    return getattr(importlib.import_module(modules()[name]), name)
 
 
 def config_of(kind: type[nn.Module], **more: Any) -> Any:
@@ -118,25 +212,43 @@ def config_of(kind: type[nn.Module], **more: Any) -> Any:
     )
 
 
-def module_of(name: str, **more: Any) -> nn.Module:
+def module_of(name: str, *, layer: int = 0, **more: Any) -> nn.Module:
     kind = cls(name)
     arguments = inspect.signature(kind).parameters
     config = config_of(kind, **more)
     if "embed_dim" in arguments:
         return kind(M, H, config=config, is_causal=name not in BOTH_WAYS)
-    return kind(config, layer_idx=0) if "layer_idx" in arguments else kind(config)
+    return kind(config, layer_idx=layer) if "layer_idx" in arguments else kind(config)
 
 
-def rotated(theirs: nn.Module, x: Tensor) -> dict[str, Any]:
+def window_of(theirs: nn.Module) -> int:
+    """As the config has it for this layer; T where there is none."""
+    own = OWN.get(type(theirs).__name__, {})
+    kinds = own.get("layer_types", [])
+    whole = kinds and kinds[theirs.layer_idx] == "full_attention"
+    return T if whole else own.get("sliding_window", T)
+
+
+def rotated(theirs: nn.Module, x: Tensor, at: Tensor | None = None) -> dict[str, Any]:
     """What a model with rotary positions hands to its layers."""
     if "position_embeddings" not in inspect.signature(theirs.forward).parameters:
         return {}
     file = inspect.getmodule(type(theirs))
     stem = type(theirs).__name__.removesuffix("Attention")
-    names = (f"{stem}RotaryEmbedding", f"{stem}TextRotaryEmbedding")
+    names = (f"{stem}RotaryEmbedding", f"{stem}TextRotaryEmbedding", f"{stem.removesuffix('Text')}RotaryEmbedding")
     embedding = next(getattr(file, name) for name in names if hasattr(file, name))(theirs.config)
-    kind = [theirs.layer_type] if "layer_type" in inspect.signature(embedding.forward).parameters else []
-    return {"position_embeddings": embedding(x, torch.arange(x.shape[1]).expand(len(x), -1), *kind)}
+    kind = {}
+    if "layer_type" in inspect.signature(embedding.forward).parameters:
+        kind = {"layer_type": theirs.config.layer_types[theirs.layer_idx]}
+    at = torch.arange(x.shape[1]).expand(len(x), -1) if at is None else at.movedim(-1, 0)
+    return {"position_embeddings": embedding(x, at, **kind)}
+
+
+def places() -> Tensor:
+    """(1, T, 3): text, a picture of 2 x 2, and text one beyond its largest coordinate."""
+    text = torch.arange(5)[:, None].expand(5, 3)
+    picture = 2 + grid(1, 2, 2)[0]
+    return torch.cat([text[:2], picture, text[4:]])[None]
 
 
 def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -144,12 +256,25 @@ def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     name = type(theirs).__name__
     x, real = normal(2, 2, T, M), keep()
     ages = torch.arange(T)[:, None] - torch.arange(T)
-    seen = ages.abs() < OWN.get(name, {}).get("sliding_window", T)
+    seen = ages.abs() < window_of(theirs)
     if name not in BOTH_WAYS:
         seen &= ages >= 0
     allowed = seen & real[:, None, None]
-    given: dict[str, Any] = {"attention_mask": added(allowed), **rotated(theirs, x)}
-    return ours(x, mask=masks.padding(real)), theirs(x, **given)[0]
+    at = places().expand(2, -1, -1) if "mrope_section" in OWN.get(name, {}).get("rope_parameters", {}) else None
+    given: dict[str, Any] = {"attention_mask": added(allowed), **rotated(theirs, x, at)}
+    if "shared_kv_states" in inspect.signature(theirs.forward).parameters:
+        given["shared_kv_states"] = {}
+    seeing = allowed.any(-1)[:, 0] if hasattr(theirs, "attn_logit_softcapping") else slice(None)  # else theirs is NaN
+    return ours(x, mask=masks.padding(real), positions=at)[seeing], theirs(x, **given)[0][seeing]
+
+
+def picture(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Two tokens of no place, then 2 x 3 patches."""
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
+
+    x = normal(2, 2, 8, 16)
+    turned = DINOv3ViTRopePositionEmbedding(theirs.config).eval()(torch.zeros(1, 3, 8, 12, dtype=torch.float64))
+    return ours(x, positions=centres(2, 3, prefix=2)), theirs(x, position_embeddings=turned)[0]
 
 
 def across(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -165,6 +290,23 @@ def bloom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     allowed = torch.ones(T, T).tril().bool() & real[:, None, None]
     alibi = file.build_alibi_tensor(torch.ones(2, T), H, torch.float64)
     return ours(x, mask=masks.padding(real)), theirs(x, torch.zeros_like(x), alibi, added(allowed))[0]
+
+
+def pictures(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Two of 2 x 3 and 2 x 2 patches, which are packed."""
+    file = inspect.getmodule(type(theirs))
+    embedding = next(kind for name, kind in vars(file).items() if name.endswith("VisionRotaryEmbedding"))
+    x, at, borders = normal(2, 10, 16), torch.cat([grid(2, 3), grid(2, 2)], 1), torch.tensor([0, 6, 10])
+    want = theirs(x, borders, position_embeddings=embedding(theirs.config)(x, at[0]))
+    return ours(x[None], positions=at, mask=masks.packed(borders))[0], want
+
+
+def mpt(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    file = inspect.getmodule(type(theirs))
+    x, real = normal(2, 2, T, M), keep()
+    hidden = ~(torch.ones(T, T).tril().bool() & real[:, None, None])
+    alibi = file.build_mpt_alibi_tensor(H, T).double()
+    return ours(x, mask=masks.padding(real)), theirs(x, alibi, attention_mask=hidden)[0]
 
 
 def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -244,6 +386,10 @@ def of_transformers(name: str) -> Case:
 
         config = ConditionalDetrConfig(d_model=M, decoder_attention_heads=H, attn_implementation="sdpa")
         return Case(filled(cls(name)(config, M, H)), conditional)
+    if name == "MptAttention":
+        from transformers import MptConfig
+
+        return Case(filled(cls(name)(MptConfig(d_model=M, n_heads=H), 0)), mpt, fp32=True)
     if name.startswith("Florence2Vision"):
         from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 
@@ -255,6 +401,18 @@ def of_transformers(name: str) -> Case:
         kind = cls(name)
         config = importlib.import_module("transformers").DinatConfig()
         return Case(filled(kind(config, M, H, 3, 2)), dinat)
+    if name.endswith("VisionAttention"):
+        kind = cls(name)
+        stem = "Qwen2VLVision" if name == "VisionAttention" else name.removesuffix("Attention")
+        where = importlib.import_module(kind.__module__.replace("modeling_", "configuration_"))
+        width = {"embed_dim" if name == "VisionAttention" else "hidden_size": 16}
+        config = getattr(where, f"{stem}Config")(**width, num_heads=2, attn_implementation="sdpa")
+        return Case(filled(kind(config)), pictures, fp32=True)
+    if name == "DINOv3ViTAttention":
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4}
+        return Case(filled(module_of(name, **sizes)), picture, fp32=True)
+    if name in ("DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention"):
+        return Case(filled(module_of(name, **LATENT)), tokens, fp32=True)
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)
@@ -263,7 +421,7 @@ def of_transformers(name: str) -> Case:
     theirs = filled(module_of(name))
     if name == "BloomAttention":
         return Case(theirs, bloom, fp32=True)
-    exact = name not in ("Gemma3Attention", "Qwen3NextAttention", "Qwen3_5Attention")
+    exact = name not in ("Gemma3Attention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
     rotary = "position_embeddings" in inspect.signature(theirs.forward).parameters
     return Case(theirs, across if "Cross" in name else tokens, fp32=rotary or not exact, exact=exact)
 

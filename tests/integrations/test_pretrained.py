@@ -11,7 +11,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import regard
-from integrations.conversions import D, H, M, T, case, cls, config_of, filled, module_of, names, normal, tokens
+from integrations import conversions
+from integrations.conversions import (
+    Case,
+    D,
+    H,
+    M,
+    T,
+    case,
+    cls,
+    config_of,
+    difference,
+    filled,
+    module_of,
+    names,
+    normal,
+    rope,
+    tokens,
+)
 from regard.integrations import files
 from regard.laws.agreement import close
 from vision.shared import vectors
@@ -21,16 +38,14 @@ pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("name", names())
 def test_computes_the_same_and_gives_the_weights_back(name: str) -> None:
-    """Outputs, and every bit of every weight."""
+    """Outputs, to float64's last digits where theirs has no parts in float32 or is made to do without them, and every
+    bit of every weight."""
     made = case(name)
     before = copy.deepcopy(made.theirs.state_dict())
     ours = regard.convert_layer(made.theirs)
     assert not ours.training
-    got, want = made.outputs(ours, made.theirs)
-    assert got.shape == want.shape
-    bound = (1e-6 if made.fp32 else 1e-10) * (1 + want.abs().max())
-    assert (got - want).abs().max() <= bound
-    assert want.abs().max() > 0.01
+    assert difference(made, wide=False) <= (1e-6 if made.fp32 else 1e-10)
+    assert difference(made, wide=True) <= 1e-10
     if not made.exact:
         with pytest.raises(ValueError, match=r"layer_state: q_norm.weight was rounded on the way here"):
             regard.layer_state(ours, made.theirs)
@@ -169,13 +184,139 @@ def test_scaled_rotations(scaling: dict) -> None:
     assert (tokens(plain, theirs)[0] - want).abs().max() > 1e-4
 
 
+STRETCHED = {
+    "Phi3Attention": {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+    "GlmAttention": {"rope_type": "yarn", "factor": 4.0},
+    "GPTNeoXAttention": {"rope_type": "linear", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_stretched_rotations_of_some_channels(name: str) -> None:
+    """Phi-4-mini's, and others: pairs and factors are those of the channels that turn."""
+    said = {"rope_theta": 500.0, "partial_rotary_factor": 2 / 3, **STRETCHED[name]}
+    lengths = {"max_position_embeddings": 128}
+    if said["rope_type"] != "linear":
+        said["original_max_position_embeddings"] = 16
+        lengths |= {"original_max_position_embeddings": 16} if name == "Phi3Attention" else {}
+    theirs = filled(module_of(name, rope_parameters=said, **lengths))
+    agree(theirs)
+    position = regard.convert_layer(theirs).position
+    assert position.rotary_dim == 4
+    assert position.scaling is not None
+
+
+def test_gpt_oss_rounds_no_ends() -> None:
+    said = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    said |= {"truncate": False, "original_max_position_embeddings": 64}
+    theirs = filled(module_of("GptOssAttention", rope_parameters=said, max_position_embeddings=2048))
+    agree(theirs)
+    assert not regard.convert_layer(theirs).position.scaling.truncate
+
+
+@pytest.mark.parametrize("name", ["DeepseekV2Attention", "DeepseekV3Attention"])
+@pytest.mark.parametrize("more", [{"q_lora_rank": None}, {"attention_bias": False}, {"rope_interleave": False}, "yarn"])
+def test_deepseeks_settings(name: str, more: dict | str) -> None:
+    """V2 has no `rope_interleave`: neighbours turn."""
+    if more == "yarn":
+        said = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 16}
+        more = {"rope_parameters": {**said, "mscale": 0.7, "mscale_all_dim": 1.0}, "max_position_embeddings": 640}
+    if name == "DeepseekV2Attention":
+        more.pop("rope_interleave", None)
+    theirs = filled(module_of(name, **(conversions.LATENT | more)))
+    agree(theirs)
+    state = regard.layer_state(regard.convert_layer(theirs), theirs)
+    assert all(torch.equal(t, state[key]) for key, t in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_lambda_starts_where_the_layer_stands(layer: int) -> None:
+    theirs = filled(module_of("DiffLlamaAttention", layer=layer, num_hidden_layers=4))
+    agree(theirs)
+    assert regard.convert_layer(theirs).lambda_init == theirs.lambda_init
+
+
+def agree(theirs: nn.Module) -> None:
+    """All in float64 to its last digits, and as it is to float32's."""
+    made = Case(theirs, tokens)
+    assert difference(made, wide=False) <= 1e-6
+    assert difference(made, wide=True) <= 1e-10
+
+
+def rotary_of(kind: str) -> bool:
+    """Whether all layers turn."""
+    some = ("AfmoeAttention", "Cohere2Attention", "Exaone4Attention", "ExaoneMoeAttention", "SmolLM3Attention")
+    return kind not in some
+
+
+@pytest.mark.parametrize("name", [name for name, own in conversions.OWN.items() if "layer_types" in own])
+def test_layers_of_one_model_may_differ(name: str) -> None:
+    """Windows in some layers, and no rotation in others."""
+    windows = []
+    for layer, kind in enumerate(conversions.OWN[name]["layer_types"]):
+        theirs = filled(module_of(name, layer=layer))
+        agree(theirs)
+        ours = regard.convert_layer(theirs)
+        windows.append(ours.mask)
+        assert (ours.position is not None) == (kind == "sliding_attention" or rotary_of(name))
+    assert windows == [regard.masks.window(3), None]
+
+
 @pytest.mark.parametrize(("layer", "window", "base"), [(0, 3, 1e4), (1, None, 1e6)])
-def test_layers_of_one_model_may_differ(layer: int, window: int | None, base: float) -> None:
-    """Gemma 3 has windows and another rotation in some of its layers."""
-    kind = cls("Gemma3Attention")
-    ours = regard.convert_layer(kind(config_of(kind), layer_idx=layer))
+def test_rotations_differ_by_layer(layer: int, window: int | None, base: float) -> None:
+    """Gemma 3's, as its config has it where nothing is said."""
+    ours = regard.convert_layer(module_of("Gemma3Attention", layer=layer))
     assert ours.mask == (None if window is None else regard.masks.window(window))
     assert ours.position.base == base
+
+
+def test_gemma_4_leaves_slow_pairs_where_they_are() -> None:
+    said = {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 2 / 3}
+    kinds = {"full_attention": said, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    theirs = filled(module_of("Gemma4TextAttention", layer=1, rope_parameters=kinds))
+    agree(theirs)
+    assert regard.convert_layer(theirs).position.scaling.kept == 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "slot"),
+    [
+        ("Gemma2Attention", {"attn_logit_softcapping": None}, "score_mix"),
+        ("CohereAttention", {"use_qk_norm": False}, "heads"),
+        ("Glm4MoeAttention", {"use_qk_norm": False}, "heads"),
+        ("PhiAttention", {"qk_layernorm": False}, "heads"),
+        ("PersimmonAttention", {"qk_layernorm": False}, "heads"),
+        ("StableLmAttention", {"qk_layernorm": False}, "heads"),
+    ],
+)
+def test_parts_that_are_switched_off(name: str, more: dict, slot: str) -> None:
+    theirs = filled(module_of(name, **more))
+    assert getattr(regard.convert_layer(theirs), slot) is None
+    agree(theirs)
+    assert getattr(regard.convert_layer(module_of(name)), slot) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("Gemma2Attention", lambda ours: setattr(ours, "score_mix", None)),
+        ("GptOssAttention", lambda ours: setattr(ours, "normalizer", None)),
+        ("Qwen2VLAttention", lambda ours: setattr(ours.position, "axis", (0, 1, 2, 0, 1, 2))),
+        ("Qwen3VLTextAttention", lambda ours: setattr(ours.position, "axis", (0, 0, 0, 1, 1, 2))),
+        ("PhiAttention", lambda ours: setattr(ours.position, "rotary_dim", D)),
+        ("Olmo2Attention", lambda ours: setattr(ours.heads, "weights", "per_head")),
+        ("Gemma4TextAttention", lambda ours: setattr(ours.heads, "value_norm", False)),
+        ("DiffLlamaAttention", lambda ours: setattr(ours, "pairing", "adjacent")),
+        ("Qwen3NextAttention", lambda ours: setattr(ours, "gate", None)),
+    ],
+)
+def test_each_part_counts(name: str, change) -> None:
+    """Else the comparisons above would not see it."""
+    made = case(f"transformers {name}")
+    ours = regard.convert_layer(made.theirs)
+    change(ours)
+    got, want = made.outputs(ours, made.theirs)
+    assert (got - want).abs().max() > 1e-3 * want.abs().max()
 
 
 def test_a_swapped_in_layer_gives_the_models_logits() -> None:
@@ -226,7 +367,15 @@ PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1 / 
     ("name", "more", "words"),
     [
         ("OlmoAttention", {"clip_qkv": 4.0}, r"clip_qkv has no counterpart here \(got 4.0\)"),
-        ("GPTNeoXAttention", {"rope_parameters": PART}, r"partial_rotary_factor has no counterpart here"),
+        ("OlmoeAttention", {"clip_qkv": 4.0}, r"clip_qkv has no counterpart here \(got 4.0\)"),
+        ("LlamaAttention", {"rope_parameters": PART}, r"partial_rotary_factor has no counterpart here"),
+        ("DiffLlamaAttention", rope(rope_type="linear", factor=2.0), r"rope_type has no counterpart here"),
+        ("Gemma4TextAttention", {"attention_k_eq_v": True, "layer": 1}, r"use_alternative_attention has no"),
+        (
+            "Gemma3nTextAttention",
+            {"num_kv_shared_layers": 1, "layer": 1, "layer_types": ["full_attention"] * 2},
+            r"is_kv_shared_layer has no counterpart",
+        ),
     ],
 )  # fmt: skip
 def test_settings_without_a_counterpart(name: str, more: dict, words: str) -> None:
@@ -259,6 +408,20 @@ def test_a_layer_of_another_kind_has_no_such_names() -> None:
         regard.layer_state(regard.Attention(M, H, bias=True), like)
 
 
+def test_the_table_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python tools/conversions.py`, of two classes."""
+    from tools import conversions as table
+
+    few = ["torch.nn MultiheadAttention", "transformers Gemma3Attention"]
+    monkeypatch.setattr(table.conversions, "names", lambda: few)
+    table.main()
+    head, line, first, second = capsys.readouterr().out.splitlines()
+    assert head.count("|") == line.count("|") == first.count("|") == second.count("|") == 7
+    assert first.startswith("| torch.nn | `MultiheadAttention` | softmax | bit by bit | ")
+    assert second.startswith("| transformers | `Gemma3Attention` | ")
+    assert "| no | " in second
+
+
 # --- folders -------------------------------------------------------------------------------------------------
 
 MODELS = {
@@ -268,6 +431,10 @@ MODELS = {
     "GPT2LMHeadModel": ("GPT2Attention", "transformer.h.1.attn"),
     "NystromformerModel": ("NystromformerSelfAttention", "encoder.layer.1.attention.self"),
     "ViTModel": ("ViTAttention", "layers.1.attention"),
+    "DiffLlamaModel": ("DiffLlamaAttention", "layers.1.self_attn"),
+    "Gemma2Model": ("Gemma2Attention", "layers.1.self_attn"),
+    "StableLmModel": ("StableLmAttention", "layers.1.self_attn"),
+    "Olmo2Model": ("Olmo2Attention", "layers.1.self_attn"),
 }
 
 

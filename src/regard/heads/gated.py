@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, divides, refuse
 from regard.stages import Gate, GateSite
-from regard.weights import Loaded, woven
+from regard.weights import Loaded, same, woven
 
 CARD = Card(
     "gated",
@@ -127,10 +127,16 @@ class SigmoidGate(Gate):
         return apply_gate(z, logits, combine=self.combine, activation=self.activation)
 
 
-@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention")
+@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
 def _beside_the_queries(theirs: Any) -> Loaded:
     """One projection has the rows of each head's query, then of its gate."""
     H, D, M = theirs.config.num_attention_heads, theirs.head_dim, theirs.config.hidden_size
     biased = theirs.q_proj.bias is not None
     moves = woven(theirs, ("q_proj", "gate.proj"), "q_proj", H)
     return Loaded(lambda: SigmoidGate(M, H, head_dim=D, bias=biased), moves)
+
+
+@CARD.loads("transformers", "AfmoeAttention")
+def _apart(theirs: Any) -> Loaded:
+    H, D, M = theirs.config.num_attention_heads, theirs.head_dim, theirs.config.hidden_size
+    return Loaded(lambda: SigmoidGate(M, H, head_dim=D), same(theirs, {"gate.proj": "gate_proj"}))

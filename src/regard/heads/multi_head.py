@@ -101,15 +101,33 @@ def grouped_query(num_heads: int, num_kv_heads: int) -> int:
     *("LlamaAttention", "MistralAttention", "MixtralAttention", "MinistralAttention", "GemmaAttention"),
     *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "GraniteAttention"),
     *("ArceeAttention", "Starcoder2Attention", "OlmoAttention", "SeedOssAttention", "JambaAttention"),
-    *("CohereAttention", "HeliumAttention", "Ernie4_5Attention", "Gemma3Attention"),
+    *("CohereAttention", "Cohere2Attention", "HeliumAttention", "Ernie4_5Attention", "Ernie4_5_MoeAttention"),
+    *("Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention", "Gemma4TextAttention", "VaultGemmaAttention"),
+    *("GptOssAttention", "Olmo2Attention", "Olmo3Attention", "OlmoeAttention", "FlexOlmoAttention"),
+    *("ChameleonAttention", "StableLmAttention", "GlmAttention", "Glm4Attention", "Glm4MoeAttention"),
+    *("Glm4vTextAttention", "Glm4vMoeTextAttention", "MiniMaxM2Attention", "NemotronAttention", "SmolLM3Attention"),
+    *("Exaone4Attention", "ExaoneMoeAttention", "Dots1Attention", "CwmAttention", "GraniteMoeAttention"),
+    *("Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention", "Qwen3VLMoeTextAttention"),
+    *("Ernie4_5_VLMoeTextAttention", "EuroBertAttention", "DINOv3ViTAttention", "AfmoeAttention", "ApertusAttention"),
+    *("GraniteMoeSharedAttention", "Emu3Attention", "CsmAttention"),
     *("BartAttention", "MBartAttention", "PegasusAttention", "MarianAttention", "M2M100Attention", "WhisperAttention"),
     *("Wav2Vec2Attention", "HubertAttention", "SiglipAttention", "OPTAttention"),
-    *("ViTAttention", "DeiTAttention", "Dinov2Attention", "ViTMAEAttention"),
+    *("Data2VecAudioAttention", "SEWAttention", "UniSpeechAttention", "UniSpeechSatAttention", "Siglip2Attention"),
+    *("BioGptAttention", "BlenderbotAttention", "BlenderbotSmallAttention", "PLBartAttention"),
+    *("ViTAttention", "DeiTAttention", "Dinov2Attention", "Dinov2WithRegistersAttention", "ViTMAEAttention"),
+    *("ViTMSNAttention", "VivitAttention", "IJepaAttention", "ASTAttention"),
 )
 def _separate(theirs: Any) -> Loaded:
-    only(setting(theirs, "config"), {"clip_qkv": None, "attn_logit_softcapping": None})
+    only(setting(theirs, "config"), {"clip_qkv": None})
+    only(theirs, {"is_kv_shared_layer": False, "use_alternative_attention": False})  # Gemma 3n and 4
     moves = same(theirs, {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"})
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "out_proj"})])
+
+
+@CARD.loads("transformers", "PhiAttention")
+def _phi(theirs: Any) -> Loaded:
+    names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "dense"}
+    return _loaded(theirs, same(theirs, names))
 
 
 @CARD.loads("transformers", "CLIPAttention")
@@ -119,7 +137,7 @@ def _clip(theirs: Any) -> Loaded:
     return _loaded(theirs, moves, causal=type(theirs.config).__name__ == "CLIPTextConfig")
 
 
-@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention")
+@CARD.loads("transformers", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
 def _without_queries(theirs: Any) -> Loaded:
     """The gate, whose rows stand between those of the queries, brings both."""
     return _loaded(theirs, same(theirs, {"k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"}))
@@ -128,7 +146,11 @@ def _without_queries(theirs: Any) -> Loaded:
 @CARD.loads(
     "transformers",
     *("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
-    *("CamembertSelfAttention", "BertCrossAttention", "RobertaCrossAttention"),
+    *("CamembertSelfAttention", "BertGenerationSelfAttention", "Data2VecTextSelfAttention", "ErnieSelfAttention"),
+    *("RobertaPreLayerNormSelfAttention", "RoCBertSelfAttention", "XLMRobertaXLSelfAttention", "XmodSelfAttention"),
+    *("ChineseCLIPTextSelfAttention", "ClapTextSelfAttention", "LayoutLMSelfAttention", "MarkupLMSelfAttention"),
+    *("SplinterSelfAttention", "BertCrossAttention", "RobertaCrossAttention", "XLMRobertaCrossAttention"),
+    *("CamembertCrossAttention", "ErnieCrossAttention"),
 )
 def _unmerged(theirs: Any) -> Loaded:
     return _loaded(theirs, same(theirs, {"q_proj": "query", "k_proj": "key", "v_proj": "value"}))
@@ -148,11 +170,27 @@ def _grouped(theirs: Any) -> Loaded:
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "o_proj"})])
 
 
-@CARD.loads("transformers", "GPTNeoXAttention", "BloomAttention")
+@CARD.loads("transformers", "GPTNeoXAttention", "BloomAttention", "PersimmonAttention")
 def _woven(theirs: Any) -> Loaded:
     moves = woven(theirs, _QKV, "query_key_value", setting(theirs, "num_heads", "num_attention_heads"))
     keywords = {"causal": True}  # Bloom's does not say so
     return _loaded(theirs, [*moves, *same(theirs, {"o_proj": "dense"})], **keywords)
+
+
+@CARD.loads(
+    "transformers",
+    *("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention"),
+    *("Qwen3_5VisionAttention", "Qwen3_5MoeVisionAttention"),
+)
+def _qwen_vision(theirs: Any) -> Loaded:
+    return _loaded(theirs, [*stacked(theirs, _QKV, "qkv"), *same(theirs, {"o_proj": "proj"})])
+
+
+@CARD.loads("transformers", "MptAttention")
+def _mpt(theirs: Any) -> Loaded:
+    only(theirs, {"clip_qkv": None})
+    moves = [*stacked(theirs, _QKV, "Wqkv"), *same(theirs, {"o_proj": "out_proj"})]
+    return _loaded(theirs, moves, causal=True, scale=theirs.softmax_scale, dropout=theirs.attn_dropout_p)
 
 
 @CARD.loads("timm.layers", "Attention")

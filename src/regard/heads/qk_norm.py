@@ -1,6 +1,6 @@
 """Query-key normalisation: queries and keys get a fixed length, so that logits cannot run away."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from regard.cards import PLAIN, Card, Paper
 from regard.checks import checked, choice, flag, number, refuse, whole
 from regard.stages import HeadMap
-from regard.weights import Loaded, Move, same
 
 CARD = Card(
     "qk_norm",
@@ -181,27 +180,3 @@ class QKNorm(HeadMap):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, norm={self.norm!r}, weights={self.weights!r}, value_norm={self.value_norm}"
-
-
-@CARD.loads("transformers", "Qwen3Attention", "Qwen3MoeAttention")
-def _qwen3(theirs: Any) -> Loaded:
-    eps = theirs.q_norm.variance_epsilon
-    moves = same(theirs, {"heads.q_weight": "q_norm.weight", "heads.k_weight": "k_norm.weight"})
-    return Loaded(lambda: QKNorm(theirs.head_dim, eps=eps), moves)
-
-
-@CARD.loads("transformers", "Gemma3Attention", "Qwen3NextAttention", "Qwen3_5Attention")
-def _around_one(theirs: Any) -> Loaded:
-    """Their weights are differences from 1, which adding it rounds: there is no way back."""
-    moves = [Move((f"heads.{n}_weight",), (f"{n}_norm.weight",), lambda w: [1 + w], None) for n in "qk"]
-    return Loaded(lambda: QKNorm(theirs.head_dim, eps=theirs.q_norm.eps), moves)
-
-
-@CARD.loads("timm.layers", "Attention")
-def _timm(theirs: Any) -> Loaded | None:
-    if isinstance(theirs.q_norm, nn.Identity):
-        return None
-    if type(theirs.q_norm).__name__ not in ("RmsNorm", "RMSNorm"):
-        refuse(theirs, "q_norm", "is another norm", type(theirs.q_norm).__name__, "timm's RmsNorm")
-    moves = same(theirs, {"heads.q_weight": "q_norm.weight", "heads.k_weight": "k_norm.weight"})
-    return Loaded(lambda: QKNorm(theirs.head_dim, eps=theirs.q_norm.eps), moves)

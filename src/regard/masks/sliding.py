@@ -81,9 +81,13 @@ def dilated_window(*, window: int = 128, dilation: int = 2) -> Mask:
 @WINDOW.loads(
     "transformers",
     *("MistralAttention", "MixtralAttention", "MinistralAttention", "Phi3Attention", "Starcoder2Attention"),
-    *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "Gemma3Attention"),
+    *("Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention", "Qwen3MoeAttention", "Dots1Attention"),
+    *("Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention", "Gemma4TextAttention", "VaultGemmaAttention"),
+    *("GptOssAttention", "Olmo3Attention", "Cohere2Attention", "SmolLM3Attention", "CwmAttention"),
+    *("Exaone4Attention", "ExaoneMoeAttention", "Qwen2VLAttention", "Qwen2_5_VLAttention", "AfmoeAttention"),
 )
 def _transformers(theirs: Any) -> Loaded | None:
     """The layer's own, or that of all layers, where the config does not say which have one."""
     size = theirs.sliding_window if hasattr(theirs, "sliding_window") else theirs.config.sliding_window
-    return Loaded(lambda: sliding_window(window=size)) if size else None  # (lambda: sliding_window(window=size))
+    size = size if getattr(theirs, "is_sliding", True) else None
+    return Loaded(lambda: sliding_window(window=size)) if size else None

@@ -8,6 +8,8 @@ so that any kernel which tells m serves, by one multiplication of its outputs. A
 and gives 0 as ever.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from regard.cards import PLAIN, Card, Paper
 from regard.checks import checked, number
 from regard.normalizers.softmax import softmax
 from regard.stages import Normalizer
+from regard.weights import Loaded, same
 
 _STREAMING = "Efficient Streaming Language Models with Attention Sinks"
 
@@ -124,3 +127,8 @@ class SoftmaxOne(Normalizer):
 
     def share(self, lse: Float[Tensor, "B H t"]) -> Float[Tensor, "B H t"]:
         return torch.sigmoid(lse)
+
+
+@CARD.loads("transformers", "GptOssAttention")
+def _gpt_oss(theirs: Any) -> Loaded:
+    return Loaded(lambda: SinkSoftmax(len(theirs.sinks)), same(theirs, {"normalizer.sinks": "sinks"}))

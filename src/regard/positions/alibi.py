@@ -78,3 +78,9 @@ class Alibi(Position):
 def _bloom(theirs: Any) -> Loaded:
     """Bloom adds +m j, which is the same under causal softmax."""
     return Loaded(lambda: Alibi(theirs.num_heads))
+
+
+@CARD.loads("transformers", "MptAttention")
+def _mpt(theirs: Any) -> Loaded:
+    """The layer is handed -m (i - j), or a line that is the same under causal softmax."""
+    return Loaded(lambda: Alibi(theirs.n_heads))

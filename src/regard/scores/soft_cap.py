@@ -1,5 +1,7 @@
 """Soft-capped scores: a smooth bound, c tanh(score / c), that no score exceeds."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from regard.cards import Card, Cost, Paper
 from regard.checks import number
 from regard.stages import Mix, Rows
+from regard.weights import Loaded
 
 CARD = Card(
     "soft_cap",
@@ -55,3 +58,9 @@ class SoftCap(Mix):
 
     def extra_repr(self) -> str:
         return f"cap={self.cap}"
+
+
+@CARD.loads("transformers", "Gemma2Attention", "VaultGemmaAttention")
+def _gemma(theirs: Any) -> Loaded | None:
+    cap = theirs.attn_logit_softcapping
+    return Loaded(lambda: SoftCap(cap=cap)) if cap is not None else None
