@@ -15,7 +15,7 @@ from regard.linear._shared import RecurrentMixer, hide, widened
 from regard.masks import Mask, causal, padding
 from regard.mixers.sliced import PAPER, start
 from regard.pipeline.function import attention
-from regard.tracing import autocasts
+from regard.tracing import autocasts, exporting
 
 CARD = Card(
     "super",
@@ -154,7 +154,11 @@ class SuperAttention(RecurrentMixer):
             refuse(
                 self, "x", "is longer than the alignment matrix", S, f"at most max_length = {self.max_length} tokens"
             )
-        matrix = self.alignment[..., past:S, :S].to(k.dtype)
+        if exporting():  # whether a slice is the whole would tie the graph to other lengths
+            at = torch.arange(S, device=k.device)
+            matrix = self.alignment[..., at[past:, None], at].to(k.dtype)
+        else:
+            matrix = self.alignment[..., past:S, :S].to(k.dtype)
         bias = None if self.alignment_bias is None else self.alignment_bias[..., past:S].to(k.dtype)
         v = aligned(k, matrix, bias, keep, triangular=self.causal)
         if state is not None:

@@ -205,7 +205,8 @@ def problem(
     if bias is not None:
         p = check_bias(p)
     if p.position is not None and p.position.changes("rotate"):
-        p = replace(p, q=p.position.rotate(q, p.i), k=p.position.rotate(k, p.j))
+        q, k = p.position.turn(q, k, p.i, p.j)
+        p = replace(p, q=q, k=k)
     return p if selector is None else replace(p, mask=selected(selector, p.q, p.k, p.mask))
 
 
