@@ -292,3 +292,23 @@ def test_refuses_what_it_cannot_use() -> None:
         DualAttention(M, H, retriever=PositionalSymbols(7))
     with pytest.raises(TypeError, match="state"):
         layer(causal=True).step(normal(0, 1, 1, M), None)
+
+
+@torch.no_grad()
+def test_a_mask_may_tell_heads_apart() -> None:
+    made, x = layer(num_relational_heads=1), normal(1, 2, 5, M)
+    allowed = torch.rand(2, H, 5, 5, generator=torch.Generator().manual_seed(3)) < 0.6
+    halves = (made.sensory(x, mask=allowed[:, :3]), made.relational(x, mask=allowed[:, 3:]))
+    close(made(x, mask=allowed), torch.cat(halves, -1), "each half with its own")
+
+
+def test_what_overflows_behind_the_mask_stays_there() -> None:
+    made = layer(num_relational_heads=4).float()
+    x = normal(1, 1, 4, M).float()
+    x[0, 2] = 1e25  # with itself its relations are inf
+    keep = torch.tensor([[True, True, False, True]])
+    x.requires_grad_()
+    out = made(x, mask=masks.padding(keep))[:, keep[0]]
+    assert torch.isfinite(out).all()
+    out.sum().backward()
+    assert torch.isfinite(x.grad[:, keep[0]]).all()
