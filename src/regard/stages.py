@@ -142,7 +142,7 @@ class Position(Stage):
         at: Int[Tensor, "*b T"],
         keys: Int[Tensor, "*b S"],
     ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G S D"]]:
-        """`rotate` of both; for schemes that can share work between them."""
+        """`rotate` of both; for schemes that can share work between them, or do more to queries."""
         return self.rotate(q, at), self.rotate(k, keys)
 
     def bias(self, rows: Rows) -> Float[Tensor, "#B #H t s"]:

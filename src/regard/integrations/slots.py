@@ -76,7 +76,7 @@ class Parts(nn.Module):
         q, k, v = (p.q, p.k, p.v) if self.heads is None else self.heads(p.q, p.k, p.v)
         if self.position is not None and self.position.changes("rotate"):
             p = p if self.memory is None else replace(p, unturned=q)
-            q, k = self.position.rotate(q, p.i), self.position.rotate(k, p.j)
+            q, k = self.position.turn(q, k, p.i, p.j)
         filled = {name: part for name, part in self.filled().items() if name in IN_KERNELS}
         if unless_softmax(filled.get("normalizer")) is None:
             filled.pop("normalizer", None)

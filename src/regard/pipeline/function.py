@@ -207,7 +207,8 @@ def problem(
         p = check_bias(p)
     if p.position is not None and p.position.changes("rotate"):
         unturned = None if p.memory is None else q
-        p = replace(p, q=p.position.rotate(q, p.i), k=p.position.rotate(k, p.j), unturned=unturned)
+        q, k = p.position.turn(q, k, p.i, p.j)
+        p = replace(p, q=q, k=k, unturned=unturned)
     return p if selector is None else replace(p, mask=selected(selector, p.q, p.k, p.mask))
 
 

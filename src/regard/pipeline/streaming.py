@@ -59,7 +59,7 @@ def init_state(
     reach = layer.receptive_field().reach if layer.selector is None else None
     window = None if reach is None else max(1, reach - 1 + halo, layer._reach())
     n = capacity if window is None and pool is None else 0
-    weight = layer.k_proj.weight
+    weight = layer.q_proj.weight
     at: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
     buffers = {name: torch.zeros(batch_size, G, n, D, **at) for name in "kv"}
     if layer._reads_tokens() or layer._reach():
