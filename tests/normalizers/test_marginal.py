@@ -234,7 +234,10 @@ def test_a_layer_gives_the_expectation_over_all_sets(structure: Name, causal: bo
     keep = torch.ones(5, 5).tril().bool().expand(2, 4, 5, 5) if causal else None
     if structure != "chain":
         theirs = KINDS[NAMED[structure]][1]
-        compare(got, naive.expected_value(theta, theirs, v2, keep), (q, k, v))
+        want = naive.expected_value(theta, theirs, v2, keep)
+        if structure == "exactly_k" and causal:  # the first query sees one key, which counts in full
+            want = torch.cat([v2[:, :, :1], want[:, :, 1:]], 2)
+        compare(got, want, (q, k, v))
         return
     learned = part.transition
     assert learned is not None

@@ -15,8 +15,11 @@ from torch import Tensor
 from regard.checks import refuse, whole
 from regard.normalizers.softmax import softmax
 
-LOW = -1e30
-"""In place of -inf: nothing is added to it often enough to matter, and its gradients are 0, not NaN."""
+
+def low(z: Tensor) -> float:
+    """In place of -inf: nothing is added to it often enough to matter, and its gradients are 0, not NaN."""
+    return max(-1e30, torch.finfo(z.dtype).min / 64)
+
 
 Join = Callable[[Tensor, Tensor], Tensor]
 
@@ -114,7 +117,7 @@ def _convolved(a: Float[Tensor, "*b n"], b: Float[Tensor, "*b n"]) -> Float[Tens
     n = a.shape[-1]
     power = torch.arange(n, device=a.device)
     rest = power - power[:, None]
-    shifted = b[..., rest.clamp(min=0)].masked_fill(rest < 0, LOW)
+    shifted = b[..., rest.clamp(min=0)].masked_fill(rest < 0, low(b))
     return (a[..., :, None] + shifted).logsumexp(-2)
 
 
@@ -133,9 +136,9 @@ class ExactlyK(Structure):
         whole("ExactlyK", k=self.k)
 
     def _around(self, theta: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        leaf = torch.stack([torch.zeros_like(theta), _hidden(theta, keep, LOW)], -1)
-        leaf = torch.nn.functional.pad(leaf, (0, self.k - 1), value=LOW)
-        unit = torch.full_like(leaf[..., :1, :], LOW)
+        leaf = torch.stack([torch.zeros_like(theta), _hidden(theta, keep, low(theta))], -1)
+        leaf = torch.nn.functional.pad(leaf, (0, self.k - 1), value=low(leaf))
+        unit = torch.full_like(leaf[..., :1, :], low(leaf))
         unit[..., 0] = 0.0
         return around(leaf.movedim(-2, 0), _convolved, unit[..., 0, :])
 
@@ -143,7 +146,7 @@ class ExactlyK(Structure):
         before, behind, every = self._around(theta, keep)
         others = (before[..., : self.k] + behind[..., : self.k].flip(-1)).logsumexp(-1).movedim(0, -1)
         shown = keep & (keep.sum(-1, keepdim=True) >= self.k)
-        odds = (theta + others - every[..., self.k, None]).masked_fill(~shown, LOW)
+        odds = (theta + others - every[..., self.k, None]).masked_fill(~shown, low(theta))
         return odds.exp()
 
     def log_partition(self, theta: Tensor, keep: Tensor) -> Tensor:
@@ -162,11 +165,11 @@ def _level(a: Float[Tensor, "*b n n"], b: Float[Tensor, "*b n n"]) -> Float[Tens
 def _links(theta: Tensor, transition: Tensor, initial: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """A matrix for each place, along the first axis, from the state before it to its own, and the one of no place. One
     more state, the last, is that before the first place."""
-    step = torch.nn.functional.pad(transition, (0, 1, 0, 1), value=LOW)
+    step = torch.nn.functional.pad(transition, (0, 1, 0, 1), value=low(theta))
     start = theta.new_zeros(theta.shape[-1]) if initial is None else initial
-    step = torch.cat([step[:-1], torch.nn.functional.pad(start, (0, 1), value=LOW)[None]])
+    step = torch.cat([step[:-1], torch.nn.functional.pad(start, (0, 1), value=low(theta))[None]])
     links = step + torch.nn.functional.pad(theta, (0, 1))[..., None, :]
-    unit = torch.full_like(step, LOW)
+    unit = torch.full_like(step, low(theta))
     unit.diagonal().zero_()
     return (links if keep is None else torch.where(keep[..., None, None], links, unit)).movedim(-3, 0), unit
 

@@ -46,6 +46,7 @@ y_t = E[sum_s phi_ts v_s] = sum_s A_ts v_s""",
     differs=(
         "Which structures the paper itself lists is not known here: those built are softmax's and its usual kin.",
         "A hidden key is not in the chain: its neighbours meet, so that padding and later keys change nothing.",
+        "Where a query sees fewer than k keys, which no set fits, each counts in full in a layer; functions give 0.",
         "Trees couple queries, so they are the function `tree_marginals` and no normaliser.",
         "The hyper-prior of the later paper is not built; the most likely set is the limit of great scores.",
     ),
@@ -208,7 +209,7 @@ class Marginal(Normalizer):
     Args:
         structure: which edges a query may have: none or one, exactly one (softmax), any, exactly `count`, or any with a
             chain of keys, whose four log potentials are learned.
-        count: k, for "exactly_k". Queries that see fewer keys get 0.
+        count: k, for "exactly_k"; all keys where a query sees fewer.
         stay: for "chain", where the log potentials of one key's state like the last one's start; the others start at 0.
         log_odds: added to the scores: of an edge, without any score.
     """
@@ -242,7 +243,12 @@ class Marginal(Normalizer):
         self, scores: Float[Tensor, "B H t S"], allowed: Bool[Tensor, "#B #H t S"] | None = None
     ) -> Float[Tensor, "B H t S"]:
         keep = None if allowed is None else allowed.expand(scores.shape)
-        return edge_marginals(scores + self.log_odds, self.known(), keep)
+        weights = edge_marginals(scores + self.log_odds, self.known(), keep)
+        if self.structure != "exactly_k":
+            return weights
+        shown = scores != -math.inf if keep is None else keep & (scores != -math.inf)
+        few = shown.sum(-1, keepdim=True) < self.count
+        return torch.where(few, shown.to(weights.dtype), weights)
 
     def extra_repr(self) -> str:
         return f"{self.structure!r}, count={self.count}, log_odds={self.log_odds}"
