@@ -56,6 +56,7 @@ THROUGH_EXECUTE = {
     "pipeline/function.py",
     "pipeline/layer.py",
     "pipeline/quick_step.py",
+    "pipeline/shared_kv.py",
     "pipeline/streaming.py",
 }
 """Who hands a problem to `regard.kernels.execute`, which looks at it."""
