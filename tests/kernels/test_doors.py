@@ -26,6 +26,7 @@ from regard.linear.agent import agent_attention
 from regard.linear.conserved_flow import causal_flow_attention, flow_attention
 from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
+from regard.linear.hrr import hrr_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
@@ -53,6 +54,7 @@ THROUGH_EXECUTE = {
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
     "mixers/mla.py",
+    "mixers/sliced.py",
     "pipeline/function.py",
     "pipeline/layer.py",
     "pipeline/quick_step.py",
@@ -149,6 +151,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
+    "hrr_attention": hrr_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
