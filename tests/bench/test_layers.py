@@ -224,6 +224,7 @@ def only_builds(job, **rest):
     return {"result": {}}
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_compared_resumed_and_generates(config):
     pytest.importorskip("plotly")
     mixed = replace(config, mechanisms=("softmax", HYBRID, "stubs:Good*1+softmax"), checkpoint=True)

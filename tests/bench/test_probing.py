@@ -169,6 +169,7 @@ def test_a_peek_is_refused_before_training_and_a_late_one_after_it(config):
     assert any(line.startswith("refused: stubs:Peeks seed 0: L4: ") for line in closing_lines(asked, outcome, ""))
 
 
+@pytest.mark.slow
 def test_the_report_shows_it_refused_and_does_not_rank_it(config):
     pytest.importorskip("plotly")
     out = io.StringIO()

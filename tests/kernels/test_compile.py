@@ -75,7 +75,10 @@ def few_graphs(case: str, *, train: bool) -> None:
     assert graphs.frame_count <= 3
 
 
-@pytest.mark.parametrize("case", list(LAYERS))
+NOW = ("causal", "rotary", "all at once")
+
+
+@pytest.mark.parametrize("case", [c if c in NOW else pytest.param(c, marks=pytest.mark.slow) for c in LAYERS])
 def test_new_lengths(case: str) -> None:
     few_graphs(case, train=False)
 

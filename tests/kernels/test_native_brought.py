@@ -64,8 +64,15 @@ ASKED = {
 
 
 @here
-@pytest.mark.parametrize("variant", SUITS, ids=lambda variant: variant.name)
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize(
+    ("variant", "asked"),
+    [
+        pytest.param(variant, asked, marks=[] if n == 0 or asked == "documents" else pytest.mark.slow)
+        for n, variant in enumerate(SUITS)
+        for asked in ASKED
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_the_numbers_are_as_good_as_those_of_a_library_compiled_here(asked, variant, made, monkeypatch):
     """Against float64, by the tests of those. To the bit they need not agree: what fuses a product and a sum into one
     rounding is the compiler's choice, and it chooses otherwise for one processor than for a class of them."""

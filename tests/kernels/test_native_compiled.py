@@ -145,7 +145,7 @@ def test_a_tensor_bias() -> None:
 
 
 @NATIVE
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parts", ["cap", "sinks", "cap and sinks"])
 def test_a_cap_and_sinks(parts: str, masked: bool) -> None:
     sinks = torch.tensor([0.0, 2.0, 4.0, 6.0], requires_grad=True)
@@ -181,7 +181,7 @@ def test_nan_reaches_who_sees_it(normalizer: Sinks | None) -> None:
 
 @NATIVE
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", pytest.param("jvp", marks=pytest.mark.slow)])
 def test_torch_func_goes_through_torchs_own(transform: str) -> None:
     def run(q: Tensor) -> Tensor:
         return regard.attention(q, q, q, mask=MASKS["window"]())
