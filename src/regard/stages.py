@@ -170,7 +170,7 @@ class Score(Stage):
 class Normalizer(Stage):
     """Turns scores into weights, row by row. Masked entries and fully masked rows get weight exactly 0."""
 
-    sees = "rows"
+    sees: Literal["pair", "tile", "rows"] = "rows"
     is_softmax = False
     """True where fused kernels may take its place."""
 

@@ -62,7 +62,7 @@ def _layer_norm(theirs: Any) -> Loaded | None:
         return None
     kinds = ("weight", "bias")
     names = {f"heads.{n}_{kind}": f"{n}_layernorm.{kind}" for n in "qk" for kind in kinds}
-    options = {"norm": "layer", "bias": True, "eps": theirs.q_layernorm.eps}
+    options: dict[str, Any] = {"norm": "layer", "bias": True, "eps": theirs.q_layernorm.eps}
     return Loaded(lambda: QKNorm(theirs.head_dim, **options), same(theirs, names))
 
 
@@ -72,7 +72,7 @@ def _weights_of_heads(theirs: Any) -> Loaded | None:
         return None
     H, G = _heads(theirs)
     bias = hasattr(theirs.q_norm, "bias")
-    options = {"norm": "layer", "weights": "per_head", "bias": bias, "eps": _eps(theirs.q_norm)}
+    options: dict[str, Any] = {"norm": "layer", "weights": "per_head", "bias": bias, "eps": _eps(theirs.q_norm)}
     names = {**_BOTH, "heads.q_bias": "q_norm.bias", "heads.k_bias": "k_norm.bias"}
     return Loaded(lambda: QKNorm(theirs.head_dim, H, G, **options), same(theirs, names))
 

@@ -3,7 +3,7 @@
 Like `kdgqa`, from which it has no causal form; but what decides is how keys differ from a memory that training keeps.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -112,7 +112,7 @@ class DynamicKeyDrivenAttention(KeyDrivenAttention):
         bias: bool = False,
         context_dim: int | None = None,
     ) -> None:
-        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "context_dim": context_dim}
+        sizes: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "context_dim": context_dim}
         super().__init__(dim, num_heads, dropout=dropout, bias=bias, **sizes)
         choice(self, get_args(Kind), kind=kind)
         choice(self, get_args(Evaluation), evaluation=evaluation)

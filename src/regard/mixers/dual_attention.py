@@ -229,8 +229,13 @@ class DualAttention(nn.Module):
         if not isinstance(state, DualState):
             given = type(state).__name__
             refuse(self, "state", "has the wrong type", given, "the DualState of init_state", error=TypeError)
-        outs, after = [], []
+        outs: list[Tensor] = []
+        after: list[Any] = []
         for half, past in zip((self.sensory, self.relational), state, strict=True):
-            out, past = (None, None) if half is None else half.step(x, past, mask=mask, positions=positions)
-            outs, after = outs if out is None else [*outs, out], [*after, past]
+            if half is None or past is None:
+                after.append(None)
+                continue
+            out, now = half.step(x, past, mask=mask, positions=positions)
+            outs.append(out)
+            after.append(now)
         return F.dropout(torch.cat(outs, -1), self.dropout, self.training), DualState(*after)

@@ -6,7 +6,7 @@ Later tokens count as well, so there is no causal form: whatever order one atten
 by a jump, on what comes after it. Nothing of this passes gradients.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -152,7 +152,7 @@ class KeyDrivenAttention(HeadMixer):
         bias: bool = False,
         context_dim: int | None = None,
     ) -> None:
-        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "context_dim": context_dim}
+        sizes: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "context_dim": context_dim}
         super().__init__(dim, num_heads, bias=bias, **sizes)
         choice(self, get_args(Counted), counted=counted)
         number(self, least=0, most=1, dropout=dropout)

@@ -10,7 +10,7 @@ https://arxiv.org/abs/2405.12981 (abstract): of every n layers the first makes k
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Never
+from typing import Any, Never, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -88,9 +88,12 @@ def step_with_kv(
 
 def check_makes(layer: nn.Module) -> None:
     """Refuse a layer whose keys and values are not those of `regard.Attention`."""
-    kind = type(layer)
-    if not (isinstance(layer, Attention) and kind.forward is Attention.forward and kind.step is Attention.step):
-        refuse("with_kv", "layer", "makes no keys and values that others could read", kind.__name__, "regard.Attention")
+    if isinstance(layer, Attention):
+        kind = type(layer)
+        if kind.forward is Attention.forward and kind.step is Attention.step:
+            return
+    got = type(layer).__name__
+    refuse("with_kv", "layer", "makes no keys and values that others could read", got, "regard.Attention")
 
 
 def check_shared(layers: Sequence[nn.Module]) -> frozenset[int]:
@@ -105,8 +108,8 @@ def check_shared(layers: Sequence[nn.Module]) -> frozenset[int]:
             refuse(
                 "layers", f"layer {n}", "reads keys and values of a layer below", "none there", "one that makes them"
             )
-        below = layers[makes]
-        check_makes(below)
+        check_makes(layers[makes])
+        below = cast(Attention, layers[makes])
         sizes = [(z.num_kv_heads, z.head_dim) for z in (below, layer)]
         if sizes[0] != sizes[1]:
             got = f"{sizes[1]} and {sizes[0]} of layer {makes}"
