@@ -14,8 +14,8 @@ from regard.stages import HeadMap
 
 CARD = Card(
     "short_conv",
-    equation="z_t <- act(b + sum_{j < K} w_j * z_{t - j})   for z in q, k, v, with w in R^D for each head and j; "
-    "zeros before the first token; before rotation",
+    equation="z_t <- act(b + sum_{j < K} w_j * z_{t - j})   for z in q, k, v;\n"
+    "w in R^D for each head and j; zeros before the first token; before rotation",
     papers=(
         Paper(
             "Primer: Searching for Efficient Transformers for Language Modeling",
