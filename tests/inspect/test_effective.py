@@ -164,7 +164,7 @@ NO_MATRIX = {
     "hrrformer": "weights by how alike values are to what is recalled",
     "kdgqa": "heads of values are averaged and dealt out",
     "kdgqa_sequence": "the same",
-    "pgqa": "outputs are perturbed, by values of their own sizes",
+    "pgqa": "less noise as strong as the outputs themselves",
 }
 
 
