@@ -159,6 +159,7 @@ def test_is_built_as_written() -> None:
     ("wrong", "told"),
     [
         ({"iterations": 0}, "iterations is too small"),
+        ({"iterations": 101}, "iterations is too large"),
         ({"num_attentions": 0}, "num_attentions is too small"),
         ({"width": 0}, "width is too small"),
         ({"slope": math.nan}, "slope is out of range"),
