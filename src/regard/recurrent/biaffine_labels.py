@@ -36,7 +36,7 @@ class BiaffineLabels(Sides):
         self.label = Biaffine(label_dim, label_dim, num_labels, rank_one=rank_one)
 
     @checked(M="dim", C="context_dim")
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Float[Tensor, "B T M"], context: Float[Tensor, "B S C"] | None = None
     ) -> Float[Tensor, "B T S N"]:
         return self.label(*self.sides(x, x if context is None else context)).movedim(1, -1)
@@ -62,4 +62,7 @@ def arc_label_loss(
         if given.is_cpu and readable(given) and bool(((given < 0) | (given >= most)).any()):
             refuse(who, name, "is out of range", f"{int(given.min())} to {int(given.max())}", f"0 to {most - 1}")
     at = labels[mask].gather(1, heads[:, None, None].expand(-1, -1, labels.shape[3]))[:, 0]
-    return sum(F.cross_entropy(s, y, reduction="sum") / max(1, len(y)) for s, y in ((arcs[mask], heads), (at, kinds)))
+    of_heads, of_labels = (
+        F.cross_entropy(s, y, reduction="sum") / max(1, len(y)) for s, y in ((arcs[mask], heads), (at, kinds))
+    )
+    return of_heads + of_labels

@@ -87,7 +87,8 @@ class BiaffineParser(nn.Module):
         """`arc_label_loss` over all real tokens but the root."""
         counted = torch.ones_like(words, dtype=torch.bool) if keep is None else keep.clone()
         counted[:, 0] = False
-        return arc_label_loss(*self(words, tags, keep), heads, kinds, counted)
+        arcs, labels = self(words, tags, keep)
+        return arc_label_loss(arcs, labels, heads, kinds, counted)
 
     @torch.no_grad()
     def parse(
