@@ -23,7 +23,7 @@ from regard.masks import Mask, full
 from regard.masks.checks import cumulative
 from regard.masks.varlen import Varlen
 from regard.pairwise import as_mask, as_parts
-from regard.stages import InnerSlots, Mix, Normalizer, Selector
+from regard.stages import InnerSlots, Normalizer, Selector, Stage
 
 P = ParamSpec("P")
 
@@ -131,7 +131,7 @@ def each_alone(
         wanted = "a regard.masks.Mask for all, which is asked as if each sequence were by itself"
         refuse("attention", "mask", "does not go with layout 'thd'", type(mask).__name__, wanted)
     for name, part in slots.items():
-        crosses = name == "selector" or (isinstance(part, Mix) and part.halo)
+        crosses = name == "selector" or (isinstance(part, Stage) and part.halo)
         if part is not None and (crosses or (name == "position" and cu_q != cu_k)):
             wanted = "sequences in a batch: it would count or mix tokens across their borders"
             refuse("attention", name, "does not go with layout 'thd'", type(part).__name__, wanted)

@@ -33,7 +33,6 @@ from regard.stages import (
     HeadMap,
     Made,
     Memory,
-    Mix,
     Near,
     Position,
     Selector,
@@ -369,7 +368,7 @@ class Attention(nn.Module):
         return {name: stage for name, stage in filled.items() if stage is not None}
 
     def _halo(self) -> int:
-        return sum(stage.halo for stage in self._stages().values() if isinstance(stage, Mix))
+        return sum(stage.halo for stage in self._stages().values())
 
     def _reach(self) -> int:
         """How many tokens before each its heads part reads."""
