@@ -14,7 +14,7 @@ from regard.cross import nearest as points
 from regard.cross.free_rank import FreeRankAttention, low_rank_attention
 from regard.laws.agreement import close
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "free_rank.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "B008.npz"
 NAMES = ("queries", "keys", "Q", "K", "VO")
 M, H = 5, 3
 

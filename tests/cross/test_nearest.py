@@ -12,7 +12,7 @@ from regard.cross import nearest as ours
 from regard.cross.free_rank import low_rank_attention
 from regard.laws.agreement import close
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "free_rank.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "B008.npz"
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -122,6 +122,20 @@ def test_a_mask_of_pairs_says_what_is_read() -> None:
     assert torch.equal(one(two).isnan().any(-1), (torch.arange(T) < 5).expand(B, T))
 
 
+@pytest.mark.parametrize("on", ["qkv", "k", "qv"])
+def test_under_autocast_all_are_of_one_dtype(on: str) -> None:
+    layer, x = made(on=on, bias=True).float(), normal(3, B, T, M).float()
+    want = layer(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, state, steps = layer(x), layer.init_state(B, T), []
+        for n in range(T):
+            step, state = layer.step(x[:, n : n + 1], state)
+            steps.append(step)
+    for y in (got, torch.cat(steps, 1)):
+        assert y.dtype == torch.bfloat16
+        assert (y - want).abs().max() <= 0.05 * want.abs().max()
+
+
 def test_is_torchs_convolution() -> None:
     """Values and every gradient, of channels as torch's depthwise Conv1d has them, padded on the left."""
     part = moved(ShortConv(D, H, G, kernel_size=4, bias=True))

@@ -158,6 +158,16 @@ def test_narrow_dtypes_pass_the_test_of_linearity(dtype: torch.dtype) -> None:
     assert effective_weights(layer, x).dtype == dtype
 
 
+NO_MATRIX = {
+    "agent": "a convolution over values",
+    "lightning": "a norm over outputs",
+    "hrrformer": "weights by how alike values are to what is recalled",
+    "kdgqa": "heads of values are averaged and dealt out",
+    "kdgqa_sequence": "the same",
+    "pgqa": "less noise as strong as the outputs themselves",
+}
+
+
 @pytest.mark.parametrize("name", [name for name in regard.mechanisms() if regard.card(name).protocol == "TokenMixer"])
 def test_every_layer_of_heads(name: str) -> None:
     """What is measured is what a trace tells, and times values it is what the layer puts out."""
@@ -168,7 +178,7 @@ def test_every_layer_of_heads(name: str) -> None:
         with pytest.raises(TypeError, match="is no layer of queries, keys and values"):
             effective_weights(layer, x)
         return
-    if name in ("agent", "lightning"):  # a convolution over values; a norm over outputs
+    if name in NO_MATRIX:
         with pytest.raises(ValueError, match="effective_weights: the mechanism"):
             effective_weights(layer, x)
         return

@@ -180,6 +180,8 @@ def test_refuses_what_it_cannot() -> None:
     for part in (ReadsTokens(), Earlier()):
         with pytest.raises(ValueError, match="SharedKV: slots read tokens behind keys, or earlier queries"):
             SharedKV(16, 4, score_mix=part)
+    with pytest.raises(ValueError, match=r"or earlier queries .got ShortConv"):  # it would read others in each step
+        SharedKV.of(regard.create("short_conv", dim=16, num_heads=4, causal=True))
     with pytest.raises(ValueError, match=r"can't read another's keys and values .got MultiHeadLatent"):
         SharedKV.of(regard.create("mla(absorb=True)", dim=16, num_heads=4))
     with pytest.raises(ValueError, match="makes no keys and values that others could read"):

@@ -14,8 +14,8 @@ from regard.stages import HeadMap
 
 CARD = Card(
     "short_conv",
-    equation="z_t <- act(b + sum_{j < K} w_j * z_{t - j})   for z in q, k, v, with w in R^D for each head and j; "
-    "zeros before the first token; before rotation",
+    equation="z_t <- act(b + sum_{j < K} w_j * z_{t - j})   for z in q, k, v;\n"
+    "w in R^D for each head and j; zeros before the first token; before rotation",
     papers=(
         Paper(
             "Primer: Searching for Efficient Transformers for Language Modeling",
@@ -141,7 +141,7 @@ class ShortConv(HeadMap):
         past = F.pad(z[:, :, :before], (0, 0, self.reach, 0))[:, :, before:] if before else None
         weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
         out = short_conv(new, weight, bias, state=past, sees=sees).out
-        return out if self.activation is None else F.silu(out)
+        return (out if self.activation is None else F.silu(out)).to(z.dtype)  # under autocast tokens are narrower
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, on={self.on!r}, activation={self.activation!r}"

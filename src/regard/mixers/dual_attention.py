@@ -64,7 +64,7 @@ s_j: softmax(templates . (W x_j + b)) of a library, by parts;   or a row for pla
         "Left out: symbols looked up by relations with neighbours, which the code has, commented out of its models.",
     ),
     verified="third-party",
-    example={"num_relational_heads": 2, "num_symbols": 5, "symbol_heads": 2},
+    example={"num_relational_heads": 2, "num_relations": 2, "num_symbols": 5, "symbol_heads": 2},
     tries={
         "num_relational_heads": 4,
         "num_relations": 4,
@@ -79,19 +79,15 @@ s_j: softmax(templates . (W x_j + b)) of a library, by parts;   or a row for pla
     defaults={
         "num_relational_heads": "code, half of them",
         "num_relations": "code, as many as relational heads",
-        "relation_activation": "code",
-        "symmetric": "code",
         "symbols": "code, its language models",
         "num_symbols": "code, the readme's example",
         "symbol_heads": "code, the readme's example",
         "max_length": "ours",
         "max_distance": "ours",
-        "share": "code",
         "relational_kv_heads": "code, as many as relational heads",
         "base": "code, without positions",
-        "kv_bias": "code",
-        "out_bias": "code",
-    },
+    }
+    | dict.fromkeys(("relation_activation", "symmetric", "share", "kv_bias", "out_bias"), "code"),
 )
 
 

@@ -147,8 +147,9 @@ class SuperAttention(RecurrentMixer):
         past = 0
         if state is not None:
             past = state.x.shape[2]
-            q, k = widened(q, k)
-            k, keep = torch.cat([state.x.to(k.dtype), k], 2), torch.cat([state.held, keep], 1)
+            q, k, v = widened(q, k, v)
+            k, v = (torch.cat([state.x.to(z.dtype), z], 2) for z in (k, v))  # both are the tokens
+            keep = torch.cat([state.held, keep], 1)
         S = k.shape[2]
         if self.max_length < S:
             refuse(
@@ -160,7 +161,7 @@ class SuperAttention(RecurrentMixer):
         else:
             matrix = self.alignment[..., past:S, :S].to(k.dtype)
         bias = None if self.alignment_bias is None else self.alignment_bias[..., past:S].to(k.dtype)
-        v = aligned(k, matrix, bias, keep, triangular=self.causal)
+        v = aligned(v, matrix, bias, keep, triangular=self.causal)
         if state is not None:
             v = torch.cat([state.aligned.to(v.dtype), v], 2)
         if not plain:

@@ -139,8 +139,9 @@ class SharedKV(Attention):
         super().__init__(dim, num_heads, **options)
         if self.context_dim != dim:
             refuse("SharedKV", "context_dim", "is of keys, which it doesn't make", self.context_dim, "none")
-        if self._halo() or self._reads_tokens() or self._preparing():
-            parts = ", ".join(type(stage).__name__ for stage in self._stages().values())
+        if self._halo() or self._reads_tokens() or self._preparing() or self._reach():
+            filled = {"heads": self.heads, **self._stages()} if self._reach() else self._stages()
+            parts = ", ".join(type(stage).__name__ for stage in filled.values())
             refuse("SharedKV", "slots", "read tokens behind keys, or earlier queries", parts, "parts that read q and k")
         if self.gate is not None and self.gate.site in ("key", "value"):
             got = f"{type(self.gate).__name__} at {self.gate.site!r}"

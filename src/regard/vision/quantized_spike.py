@@ -1,7 +1,7 @@
-"""Quantised spike-driven attention: queries, keys and values are few spikes, weights have few bits; no softmax.
+"""Quantised spike-driven attention: queries, keys and values are few spikes, weights have few bits.
 
-While it trains, a neuron gives a whole number n of 0 .. L as n / L; when it runs, that is n spikes in L steps. A
-linear map of the sum is the sum of the map over steps, so that products with spikes are additions.
+No softmax is taken. While it trains, a neuron gives a whole number n of 0 .. L as n / L; when it runs, that is n spikes
+in L steps. A linear map of the sum is the sum of the map over steps, so that products with spikes are additions.
 """
 
 import math

@@ -9,6 +9,10 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+__asm__(".symver exp, exp@GLIBC_2.2.5");  // the same function under its old name: systems as old as torch asks for have it
+#endif
+
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 12, NV = 2;  // 24 accumulators of 32 registers
 #elif defined(__AVX__)
