@@ -59,6 +59,7 @@ def probe_batches(t: Trace) -> list[Any]:
 
 
 GRADIENTS = [torch.linspace(-1, 1, 2 * 4 * 49, dtype=torch.float64).view(2, 4, 7, 7)] * 2
+POINTS = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(5).expand(4, -1, -1)
 CASES = {
     "attention_distance": Case("vit", lambda t, f: f(t.maps(), grid=(3, 3), extra_tokens=1)),
     "attention_flow": Case("bert", lambda t, f: f(t.maps(), rows=[0], layers=[-1]), {"rows": [0], "layers": [-1]}),
@@ -80,6 +81,11 @@ CASES = {
     ),
     "offset_heads": Case(
         "vit", lambda t, f: f(t.maps(), grid=(3, 3), extra_tokens=1, threshold=0.2), {"threshold": 0.2}
+    ),
+    "rank_sweep": Case(
+        "bert",
+        lambda t, f: f(*POINTS, ranks=[1, 2], heads=[3]),
+        {"queries": POINTS[0], "keys": POINTS[1], "ranks": [1, 2], "heads": [3]},
     ),
     "relevance": Case("bert", lambda t, f: f(t.maps(), GRADIENTS), {"gradients": GRADIENTS}),
     "representation_similarity": Case(
@@ -187,6 +193,7 @@ def test_a_trace_of_one_layer_needs_no_number(tmp_path: Path) -> None:
         ("lookback_ratio", {"prompt": 3}, "context is missing"),
         ("massive_activations", {}, "hidden is missing .*output_hidden_states=True"),
         ("massive_activations", {"side": "encoder"}, "hidden is missing .*output_hidden_states=True"),
+        ("rank_sweep", {"ranks": [1]}, "queries, keys, heads is missing"),
         ("relevance", {}, "gradients is missing"),
         ("representation_similarity", {}, "x is missing"),
         ("span_attention", {}, "keys is missing"),

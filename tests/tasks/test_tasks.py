@@ -28,7 +28,8 @@ def made(name):
 
 def test_text_is_the_first_of_all_tasks():
     assert tasks.names()[0] == "text"
-    assert {"mqar", "retrieval", "copying", "selective_copying", "digits", "nodes", "imputation", "boxes"} == set(NAMES)
+    recall = {"mqar", "retrieval", "copying", "selective_copying"}
+    assert {*recall, "digits", "nodes", "imputation", "boxes", "nearest_point"} == set(NAMES)
     for name in tasks.names():
         task = tasks.find(name)
         assert issubclass(task, Task)
@@ -128,6 +129,8 @@ def test_unknown_names_and_options_are_refused():
         ("imputation", "diagonal_masked", None),
         ("nodes", "gatv2", None),
         ("nodes", "softmax", "a TokenMixer; nodes takes GraphMixers"),
+        ("nearest_point", "free_rank", None),
+        ("nearest_point", "moba", "can only be causal"),
         ("boxes", "deformable", None),
         ("boxes", "gated+rotary", None),
         ("boxes", "fftnet", "takes no other sequence to attend to"),
