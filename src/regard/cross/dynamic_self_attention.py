@@ -96,7 +96,8 @@ class DynamicSelfAttention(nn.Module):
         dim: M, the width of the tokens.
         num_attentions: A, how many of them stand beside each other.
         width: D, of each; 600 for a single one in the paper, as remembered.
-        iterations: rounds; 1 gives tanh of the mean. Scores are not scaled, so that many make weights one-hot; 100 at most.
+        iterations: rounds, 100 at most; 1 gives tanh of the mean. Scores are not scaled, so that many make weights
+            one-hot.
         slope: of LeakyReLU below 0.
         detach_weights: whether gradients pass by the weights, through the last weighted sum alone.
     """
