@@ -5,7 +5,7 @@ then what came of all query heads (cross subspace). Of each pair alone with kern
 earlier queries and keys, masked entries as 0, so that nothing later is seen.
 """
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -119,7 +119,7 @@ class ManyToManyScore(Score):
     def reset_parameters(self) -> None:
         """As torch's convolutions."""
         for layer in self.children():
-            layer.reset_parameters()
+            cast(nn.Conv2d, layer).reset_parameters()
 
     @torch.no_grad()
     def start_neutral(self) -> bool:
@@ -135,7 +135,8 @@ class ManyToManyScore(Score):
             for at, sign in ((0, 1.0), (1, -1.0)):
                 layer.weight[h * maps + at] = 0
                 layer.weight[h * maps + at, own, -1, -1] = sign
-                layer.bias[h * maps + at] = 0
+                if layer.bias is not None:
+                    layer.bias[h * maps + at] = 0
 
         def join(layer: nn.Conv2d, maps: int) -> None:
             h = torch.arange(H)
