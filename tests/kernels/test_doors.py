@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import regard
 from regard import masks
 from regard.cache.el_attention import ELAttention
+from regard.cross.free_rank import hard_attention
 from regard.graph.exphormer import edge_attention
 from regard.graph.point_transformer import vector_attention
 from regard.integrations.slots import Parts
@@ -39,6 +40,7 @@ from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
+from regard.vision.quantized_spike import spike_attention
 
 SOURCE = Path(regard.__file__).parent
 B, H, N, D = 2, 4, 8, 16
@@ -152,6 +154,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "hrr_attention": hrr_attention,
+    "hard_attention": hard_attention,
+    "spike_attention": spike_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),

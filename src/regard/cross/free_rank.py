@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, flag, whole
+from regard.kernels.check import check_inputs
 from regard.linear._shared import RecurrentMixer, widened
 from regard.masks import Mask, causal, padding
 from regard.pipeline.function import attention
@@ -77,6 +78,7 @@ def hard_attention(
     q: Float[Tensor, "B H T r"], k: Float[Tensor, "B H S r"], v: Float[Tensor, "B H S M"], mask: Mask | None = None
 ) -> Float[Tensor, "B H T M"]:
     """The value of the key with the greatest score, of equal ones the first; 0 for rows that see none."""
+    check_inputs(q, k, v)
     B, H, T, _ = q.shape
     S = k.shape[2]
     if not S:

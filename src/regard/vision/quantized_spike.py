@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, number, refuse, whole
+from regard.kernels.check import check_inputs
 from regard.vision.maps import to_map
 
 ROUNDED = "neurons and weights are rounded, and their gradients are made up: they are no slopes of the output"
@@ -95,6 +96,7 @@ def spike_attention(
     q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H S D"], v: Float[Tensor, "B H S V"], *, scale: float = 0.25
 ) -> Float[Tensor, "B H N V"]:
     """scale q (k^T v): no softmax, and a scale that knows neither width nor number."""
+    check_inputs(q, k, v)
     return scale * (q @ (k.mT @ v))
 
 

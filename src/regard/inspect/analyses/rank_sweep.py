@@ -32,7 +32,7 @@ error = mean over other queries of |y^ - nearest(y)|^2, which is 1 for the answe
         "higher dimensions, a series of Gegenbauer polynomials, is left out.",
         "Their trained sweeps over ranks, of a thousand epochs, are not repeated.",
     ),
-    verified="equation",
+    verified="reconstructed",
 )
 
 
