@@ -18,7 +18,6 @@ from regard.kernels.check import check_inputs
 from regard.vision.maps import to_map
 
 ROUNDED = "neurons and weights are rounded, and their gradients are made up: they are no slopes of the output"
-JUMPS = "a rounding of another precision moves what stands near an edge to another level"
 
 CARD = Card(
     "quantized_spike",
