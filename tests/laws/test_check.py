@@ -38,7 +38,7 @@ def test_a_right_module_holds() -> None:
     assert all(f.why for f in report.findings if f.outcome == "does not apply")
 
 
-NOW = (own.LooksAhead, own.FiniteFill, own.Detached, own.NormOverPadding)
+NOW = (own.LooksAhead, own.FiniteFill, own.NormOverPadding)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_variants_are_their_definitions(options: dict) -> None:
         {"regions": 9, "topk": 20},
         {"regions": 7, "routing": "soft", "kernel": 5},
         {"regions": 2, "pool": "mean", "pool_to": 7},
-        {"regions": 2, "pool": "max", "pool_to": 11},
+        pytest.param({"regions": 2, "pool": "max", "pool_to": 11}, marks=pytest.mark.slow),
     ],
 )
 def test_more_regions_or_cells_than_there_are_tokens(options: dict) -> None:
