@@ -18,7 +18,7 @@ from regard import catalog, index
 from regard.cards import Card, Paper, _registry, register
 from regard.laws import LAWS
 from regard.rooms import FAMILIES
-from regard.stages import BEYOND, SLOTS
+from regard.slots import BEYOND, SLOTS
 
 NAMES = regard.mechanisms()
 EVERY = catalog.names()

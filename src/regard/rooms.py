@@ -14,7 +14,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("rooms", "checks", "spec", "terminal", "files"),
     ("shapes", "weights", "cards", "kinds", "cost", "tracing", "rules"),
     ("masks",),
-    ("stages", "pairwise"),
+    ("stages", "slots", "pairwise"),
     ("kernels",),
     ("scores", "positions", "normalizers", "heads"),
     ("pipeline",),

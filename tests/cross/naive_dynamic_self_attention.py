@@ -3,22 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def _linear(vec: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits: list[Tensor]) -> list[Tensor]:
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
+from naive import linear, softmax
 
 
 def leaky_relu(u: Tensor, slope: float = 0.01) -> Tensor:
@@ -35,7 +20,7 @@ def route_one(
         return torch.zeros_like(tokens[0]), torch.stack([zero for _ in tokens])
     logits = dict.fromkeys(real, zero)
     for _ in range(iterations):
-        a = dict(zip(real, _softmax([logits[t] for t in real]), strict=True))
+        a = dict(zip(real, softmax([logits[t] for t in real]), strict=True))
         if detach_weights:
             a = {t: w.detach() for t, w in a.items()}
         s = torch.zeros_like(tokens[0])
@@ -76,7 +61,7 @@ def naive_dynamic_self_attention(
     D = W.shape[0] // num_attentions
     values = []
     for n in range(x.shape[0]):
-        u = [leaky_relu(_linear(x[n, t], W, b), slope) for t in range(x.shape[1])]
+        u = [leaky_relu(linear(x[n, t], W, b), slope) for t in range(x.shape[1])]
         values.append(torch.stack([torch.stack([v[a * D : (a + 1) * D] for v in u]) for a in range(num_attentions)]))
     pooled, weights = naive_route(torch.stack(values), keep, iterations, detach_weights)
     return torch.stack([torch.cat(list(row)) for row in pooled]), weights

@@ -10,30 +10,7 @@ import math
 
 import torch
 
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits):
-    """logits: python list of 0-d tensors -> list."""
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
-
-
-def _may(allowed, b, i, j):
-    if allowed is None:
-        return True
-    a = allowed[b][i][j] if torch.as_tensor(allowed).dim() == 3 else allowed[i][j]
-    return bool(a)
+from naive import linear, may, softmax
 
 
 def top_k(logits, k):
@@ -51,11 +28,11 @@ def _heads(x, context, Wq, Wk, Wv, bq, bk, bv, num_heads, num_kv_heads, allowed,
     V = Wv.shape[0] // num_kv_heads
     outs, queries = [], []
     for b in range(x.shape[0]):
-        k = [_linear(context[b, j], Wk, bk) for j in range(context.shape[1])]
-        v = [_linear(context[b, j], Wv, bv) for j in range(context.shape[1])]
+        k = [linear(context[b, j], Wk, bk) for j in range(context.shape[1])]
+        v = [linear(context[b, j], Wv, bv) for j in range(context.shape[1])]
         out_b, query_b = [], []
         for i in range(x.shape[1]):
-            q = _linear(x[b, i], Wq, bq)
+            q = linear(x[b, i], Wq, bq)
             out_i, query_i = [], []
             for h in range(num_heads):
                 g = h // group
@@ -63,7 +40,7 @@ def _heads(x, context, Wq, Wk, Wv, bq, bk, bv, num_heads, num_kv_heads, allowed,
                 query_i.append(q_h)
                 if rotate is not None:
                     q_h = rotate(q_h, i)
-                js = [j for j in range(context.shape[1]) if _may(allowed, b, i, j)]
+                js = [j for j in range(context.shape[1]) if may(allowed, b, i, j)]
                 if not js:
                     out_i.append(x.new_zeros(V))
                     continue
@@ -73,7 +50,7 @@ def _heads(x, context, Wq, Wk, Wv, bq, bk, bv, num_heads, num_kv_heads, allowed,
                     if rotate is not None:
                         k_h = rotate(k_h, j)
                     logits.append((q_h * k_h).sum() / math.sqrt(D))
-                p = _softmax(logits)
+                p = softmax(logits)
                 y = x.new_zeros(V)
                 for w, j in zip(p, js):
                     y = y + w * v[j][g * V : (g + 1) * V]
@@ -94,7 +71,7 @@ def _mix(outs, gates, Wo, bo):
             y = torch.zeros(Wo.shape[0], dtype=Wo.dtype)
             for h, o in enumerate(outs[b][t]):
                 V = o.shape[0]
-                y = y + gates[b][t][h] * _linear(o, Wo[:, h * V : (h + 1) * V])
+                y = y + gates[b][t][h] * linear(o, Wo[:, h * V : (h + 1) * V])
             if bo is not None:
                 y = y + bo
             rows.append(y)
@@ -110,13 +87,13 @@ def gates_code(x_t, hs, K, W_r=None, W_s=None, W_h=None):
         if hs == 1 and W_s is None:
             shared = [x_t.new_ones(())]
         else:
-            shared = [hs * p for p in _softmax(list(_linear(x_t, W_s)))]
+            shared = [hs * p for p in softmax(list(linear(x_t, W_s)))]
     else:
         shared = []
     if K == 0:
         return shared + [zero] * E, [False] * E
-    logits = list(_linear(x_t, W_r))
-    p = _softmax(logits)
+    logits = list(linear(x_t, W_r))
+    p = softmax(logits)
     selected = top_k(logits, K)
     total = zero
     for e in range(E):
@@ -127,7 +104,7 @@ def gates_code(x_t, hs, K, W_r=None, W_s=None, W_h=None):
         total = x_t.new_tensor(eps)
     routed = [K * p[e] / total if selected[e] else zero for e in range(E)]
     if hs > 0:
-        a = _softmax(list(_linear(x_t, W_h)))
+        a = softmax(list(linear(x_t, W_h)))
         shared = [2 * a[0] * g for g in shared]
         routed = [2 * a[1] * g for g in routed]
     return shared + routed, selected
@@ -138,17 +115,17 @@ def gates_paper(x_t, hs, K, W_r=None, W_s=None, W_h=None):
     E = 0 if W_r is None else W_r.shape[0]
     zero = x_t.new_zeros(())
     if hs > 0:
-        shared = [x_t.new_ones(())] if (hs == 1 and W_s is None) else _softmax(list(_linear(x_t, W_s)))
+        shared = [x_t.new_ones(())] if (hs == 1 and W_s is None) else softmax(list(linear(x_t, W_s)))
     else:
         shared = []
     if K == 0:
         return shared + [zero] * E, [False] * E
-    logits = list(_linear(x_t, W_r))
-    p = _softmax(logits)
+    logits = list(linear(x_t, W_r))
+    p = softmax(logits)
     selected = top_k(logits, K)
     routed = [p[e] if selected[e] else zero for e in range(E)]
     if hs > 0:
-        a = _softmax(list(_linear(x_t, W_h)))
+        a = softmax(list(linear(x_t, W_h)))
         shared = [a[0] * g for g in shared]
         routed = [a[1] * g for g in routed]
     return shared + routed, selected
@@ -163,7 +140,7 @@ def gates_llm(q_heads, hs, K, straight_through=False):
     var = sum(((z - mean) ** 2 for z in r[1:]), (r[0] - mean) ** 2) / (E - 1)
     std = torch.sqrt(var)
     logits = [z / std for z in r]
-    p = _softmax(logits)
+    p = softmax(logits)
     selected = top_k(logits, K)
     gates = []
     for e in range(E):
@@ -263,8 +240,8 @@ def load_balance_paper(x, W_r, K, keep=None):
             if keep is not None and not bool(keep[b][t]):
                 continue
             n += 1
-            logits = list(_linear(x[b, t], W_r))
-            p = _softmax(logits)
+            logits = list(linear(x[b, t], W_r))
+            p = softmax(logits)
             chosen = top_k(logits, K)
             for e in range(E):
                 P[e] = P[e] + p[e]

@@ -272,7 +272,7 @@ def test_no_two_parts_have_one_name():
     assert all(kind.__name__ == name for name, kind in found.items())
     every = [
         kind
-        for slot in regard.stages.SLOTS.values()
+        for slot in regard.slots.SLOTS.values()
         if slot.kind is not masks.Mask
         for kind in subclasses(slot.kind)
         if found.get(kind.__name__) is not None and kind.__module__.startswith("regard.")

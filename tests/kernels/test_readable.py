@@ -7,7 +7,8 @@ from torch import Tensor, nn
 import regard
 from regard import masks
 from regard.kernels import KERNELS
-from regard.kernels.problem import Problem, reaches
+from regard.kernels.finite import reaches
+from regard.kernels.problem import Problem
 from regard.positions import Kerple
 
 

@@ -4,29 +4,7 @@ import math
 
 import torch
 
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits):
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
-
-
-def _may(allowed, b, i, j):
-    if allowed is None:
-        return True
-    a = allowed[b][i][j] if torch.as_tensor(allowed).dim() == 3 else allowed[i][j]
-    return bool(a)
+from naive import linear, may, softmax
 
 
 def _act(z, name):
@@ -48,7 +26,7 @@ def _act(z, name):
 def _weights(q, k, H, G, b, i, allowed, rotate):
     """q: (H*D,) of token i; k: list of (G*D,) -> (js, p[h])."""
     D = q.shape[0] // H
-    js = [j for j in range(len(k)) if _may(allowed, b, i, j)]
+    js = [j for j in range(len(k)) if may(allowed, b, i, j)]
     per_head = []
     for h in range(H):
         g = h // (H // G)
@@ -59,7 +37,7 @@ def _weights(q, k, H, G, b, i, allowed, rotate):
             k_h = k[j][g * D : (g + 1) * D]
             k_h = rotate(k_h, j) if rotate else k_h
             logits.append((q_h * k_h).sum() / math.sqrt(D))
-        per_head.append(_softmax(logits) if js else [])
+        per_head.append(softmax(logits) if js else [])
     return js, per_head
 
 
@@ -84,12 +62,12 @@ def sensory_attention(
     H, G = num_heads, num_kv_heads or num_heads
     batch = []
     for b in range(x.shape[0]):
-        k = [_linear(c[b, j], Wk, bk) for j in range(c.shape[1])]
-        v = [_linear(c[b, j], Wv, bv) for j in range(c.shape[1])]
+        k = [linear(c[b, j], Wk, bk) for j in range(c.shape[1])]
+        v = [linear(c[b, j], Wv, bv) for j in range(c.shape[1])]
         D = Wv.shape[0] // G
         rows = []
         for i in range(x.shape[1]):
-            js, p = _weights(_linear(x[b, i], Wq), k, H, G, b, i, allowed, rotate)
+            js, p = _weights(linear(x[b, i], Wq), k, H, G, b, i, allowed, rotate)
             heads = []
             for h in range(H):
                 g = h // (H // G)
@@ -97,7 +75,7 @@ def sensory_attention(
                 for w, j in zip(p[h], js):
                     y = y + w * v[j][g * D : (g + 1) * D]
                 heads.append(y)
-            rows.append(_linear(torch.cat(heads), Wo, bo))
+            rows.append(linear(torch.cat(heads), Wo, bo))
         batch.append(torch.stack(rows))
     return torch.stack(batch)
 
@@ -105,7 +83,7 @@ def sensory_attention(
 def relation(x_i, x_j, P, Q, num_relations, activation="identity"):
     """eq. 3: (R,)."""
     Q = P if Q is None else Q
-    p, q = _linear(x_i, P), _linear(x_j, Q)
+    p, q = linear(x_i, P), linear(x_j, Q)
     Dr = P.shape[0] // num_relations
     out = []
     for l in range(num_relations):
@@ -143,20 +121,20 @@ def relational_attention(
     D = Ws.shape[0] // G
     batch = []
     for b in range(x.shape[0]):
-        k = [_linear(c[b, j], Wk, bk) for j in range(c.shape[1])]
+        k = [linear(c[b, j], Wk, bk) for j in range(c.shape[1])]
         rows = []
         for i in range(x.shape[1]):
-            js, p = _weights(_linear(x[b, i], Wq), k, H, G, b, i, allowed, rotate)
+            js, p = _weights(linear(x[b, i], Wq), k, H, G, b, i, allowed, rotate)
             r = {j: relation(x[b, i], c[b, j], P, Q, num_relations, activation) for j in js}
-            s = {j: _linear(symbols[i, j] if relative else symbols[b, j], Ws, bs) for j in js}
+            s = {j: linear(symbols[i, j] if relative else symbols[b, j], Ws, bs) for j in js}
             heads = []
             for h in range(H):
                 g = h // (H // G)
                 y = x.new_zeros(D)
                 for w, j in zip(p[h], js):
-                    y = y + w * (_linear(r[j], Wr[h]) + s[j][g * D : (g + 1) * D])
+                    y = y + w * (linear(r[j], Wr[h]) + s[j][g * D : (g + 1) * D])
                 heads.append(y)
-            rows.append(_linear(torch.cat(heads), Wo, bo))
+            rows.append(linear(torch.cat(heads), Wo, bo))
         batch.append(torch.stack(rows))
     return torch.stack(batch)
 
@@ -206,11 +184,11 @@ def symbolic_attention(x, W, b, F, L, *, num_heads):
     for n in range(x.shape[0]):
         rows = []
         for t in range(x.shape[1]):
-            q = _linear(x[n, t], W, b)
+            q = linear(x[n, t], W, b)
             heads = []
             for h in range(num_heads):
                 cut = slice(h * width, (h + 1) * width)
-                p = _softmax([(q[cut] * F[s, cut]).sum() / math.sqrt(width) for s in range(F.shape[0])])
+                p = softmax([(q[cut] * F[s, cut]).sum() / math.sqrt(width) for s in range(F.shape[0])])
                 y = x.new_zeros(width)
                 for s, w in enumerate(p):
                     y = y + w * L[s, cut]

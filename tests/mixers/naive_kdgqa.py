@@ -8,29 +8,7 @@ number set to 0 counts in the statistics of its row of noise. Weights are (out, 
 
 import torch
 
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits):
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
-
-
-def _may(allowed, b, i, j):
-    if allowed is None:
-        return True
-    a = allowed[b][i][j] if torch.as_tensor(allowed).dim() == 3 else allowed[i][j]
-    return bool(a)
+from naive import linear, may, softmax
 
 
 def head_map(allocation):
@@ -111,7 +89,7 @@ def dgqa_step(norms, cache, split, H, mode, step, window, training=True, picks=(
 
 def keys(x, Wk, bk, G):
     B, T, _ = x.shape
-    return torch.stack([torch.stack([_linear(x[b, t], Wk, bk).reshape(G, -1) for t in range(T)]) for b in range(B)])
+    return torch.stack([torch.stack([linear(x[b, t], Wk, bk).reshape(G, -1) for t in range(T)]) for b in range(B)])
 
 
 def head_outputs(x, Wq, Wk, Wv, bq, bk, bv, H, G, allocation, allowed=None):
@@ -121,17 +99,17 @@ def head_outputs(x, Wq, Wk, Wv, bq, bk, bv, H, G, allocation, allowed=None):
     k, v = keys(x, Wk, bk, G), keys(x, Wv, bv, G)
     batch = []
     for b in range(x.shape[0]):
-        q = [_linear(x[b, t], Wq, bq) * D**-0.5 for t in range(x.shape[1])]
+        q = [linear(x[b, t], Wq, bq) * D**-0.5 for t in range(x.shape[1])]
         per_head = []
         for h in range(H):
             g = owner[h]
             rows = []
             for i in range(x.shape[1]):
-                js = [j for j in range(x.shape[1]) if _may(allowed, b, i, j)]
+                js = [j for j in range(x.shape[1]) if may(allowed, b, i, j)]
                 if not js:
                     rows.append(v.new_zeros(v.shape[-1]))
                     continue
-                p = _softmax([(q[i][h * D : (h + 1) * D] * k[b, j, g]).sum() for j in js])
+                p = softmax([(q[i][h * D : (h + 1) * D] * k[b, j, g]).sum() for j in js])
                 y = v.new_zeros(v.shape[-1])
                 for w, j in zip(p, js):
                     y = y + w * v[b, j, g]
@@ -145,7 +123,7 @@ def _join(Y, Wo, bo):
     batch = []
     for per_head in Y:
         T = per_head[0].shape[0]
-        batch.append(torch.stack([_linear(torch.cat([y[t] for y in per_head]), Wo, bo) for t in range(T)]))
+        batch.append(torch.stack([linear(torch.cat([y[t] for y in per_head]), Wo, bo) for t in range(T)]))
     return torch.stack(batch)
 
 

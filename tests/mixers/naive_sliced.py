@@ -4,29 +4,7 @@ import math
 
 import torch
 
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits):
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
-
-
-def _may(allowed, b, i, j):
-    if allowed is None:
-        return True
-    a = allowed[b][i][j] if torch.as_tensor(allowed).dim() == 3 else allowed[i][j]
-    return bool(a)
+from naive import linear, may, softmax
 
 
 def align(values, W_A, bias_A=None, causal=False, keep=None):
@@ -62,21 +40,21 @@ def _core(x, context, queries, keys, values, H, Wo, bo, allowed, causal, keep):
                 js = [
                     j
                     for j in range(context.shape[1])
-                    if _may(allowed, b, i, j) and not (causal and j > i) and (keep is None or bool(keep[b][j]))
+                    if may(allowed, b, i, j) and not (causal and j > i) and (keep is None or bool(keep[b][j]))
                 ]
                 y = x.new_zeros(D)
                 if js:
-                    p = _softmax([(queries[b][i][cut] * keys[b][j][cut]).sum() / math.sqrt(D) for j in js])
+                    p = softmax([(queries[b][i][cut] * keys[b][j][cut]).sum() / math.sqrt(D) for j in js])
                     for w, j in zip(p, js):
                         y = y + w * values[b][h][j]
                 heads.append(y)
-            rows.append(_linear(torch.cat(heads), Wo, bo))
+            rows.append(linear(torch.cat(heads), Wo, bo))
         batch.append(torch.stack(rows))
     return torch.stack(batch)
 
 
 def _project(x, W, b):
-    return [[_linear(x[n, t], W, b) for t in range(x.shape[1])] for n in range(x.shape[0])]
+    return [[linear(x[n, t], W, b) for t in range(x.shape[1])] for n in range(x.shape[0])]
 
 
 def _identity(x):

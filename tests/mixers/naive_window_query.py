@@ -4,22 +4,7 @@ import math
 
 import torch
 
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits):
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
+from naive import linear, softmax
 
 
 def layer_norm(v, weight, bias, eps=1e-24):
@@ -59,19 +44,19 @@ def window_query_attention(x, keep, *, norm_weight, norm_bias, Wq, Wk, Wv, bq, b
     batch = []
     for b in range(x.shape[0]):
         D = x.shape[2] // num_heads
-        k = [_linear(x[b, j], Wk, bk) for j in range(x.shape[1])]
-        v = [_linear(x[b, j], Wv, bv) for j in range(x.shape[1])]
+        k = [linear(x[b, j], Wk, bk) for j in range(x.shape[1])]
+        v = [linear(x[b, j], Wv, bv) for j in range(x.shape[1])]
         rows = []
         for i in range(x.shape[1]):
             n = layer_norm(window_mean(x[b], keep[b], i, window), norm_weight, norm_bias)
-            q = _linear(n, Wq, bq)
+            q = linear(n, Wq, bq)
             js = [j for j in range(x.shape[1]) if bool(keep[b][j]) and (j <= i or not causal)]
             heads = []
             for h in range(num_heads):
                 cut = slice(h * D, (h + 1) * D)
                 y = x.new_zeros(D)
                 if js:
-                    p = _softmax([(q[cut] * k[j][cut]).sum() / math.sqrt(D) for j in js])
+                    p = softmax([(q[cut] * k[j][cut]).sum() / math.sqrt(D) for j in js])
                     for w, j in zip(p, js):
                         y = y + w * v[j][cut]
                 heads.append(y)
@@ -101,9 +86,9 @@ def block(x, keep, p, *, num_heads, window):
         rows = []
         for t in range(x.shape[1]):
             h = layer_norm(a[b, t], p["norm2_weight"], p["norm2_bias"])
-            hidden = _linear(h, p["W1"], p["b1"])
+            hidden = linear(h, p["W1"], p["b1"])
             hidden = torch.where(hidden > 0, hidden, torch.zeros_like(hidden))
-            h = h + _linear(hidden, p["W2"], p["b2"])
+            h = h + linear(hidden, p["W2"], p["b2"])
             rows.append(h if bool(keep[b][t]) else torch.zeros_like(h))
         batch.append(torch.stack(rows))
     return torch.stack(batch)
@@ -128,7 +113,7 @@ def logits(short, long, E, alpha=0.5):
         rows = []
         for t in range(short.shape[1]):
             mixed = alpha * short[b, t] + (1 - alpha) * long[b, t]
-            rows.append(_linear(mixed, table))
+            rows.append(linear(mixed, table))
         out.append(torch.stack(rows))
     return torch.stack(out)
 
@@ -138,7 +123,7 @@ def next_item_loss(scores, target, pad):
     for b in range(scores.shape[0]):
         for t in range(scores.shape[1]):
             if int(target[b, t]) != pad:
-                losses.append(-torch.log(torch.stack(_softmax(list(scores[b, t])))[int(target[b, t])]))
+                losses.append(-torch.log(torch.stack(softmax(list(scores[b, t])))[int(target[b, t])]))
     return sum(losses[1:], losses[0]) / len(losses)
 
 
@@ -159,7 +144,7 @@ def transition_labels(C, tau=0.1):
     rows = []
     for i in range(C.shape[0]):
         top = float(C[i].max())
-        rows.append(torch.stack(_softmax([c / top / tau if top > 0 else torch.zeros_like(c) for c in C[i]])))
+        rows.append(torch.stack(softmax([c / top / tau if top > 0 else torch.zeros_like(c) for c in C[i]])))
     return torch.stack(rows)
 
 
@@ -173,7 +158,7 @@ def transition_distillation(E, items, labels, tau=0.1, pad=None):
             i = int(i)
             if i == pad:
                 continue
-            p = _softmax([math.sqrt(M) * (E[i] * E[j]).sum() / tau for j in range(E.shape[0])])
+            p = softmax([math.sqrt(M) * (E[i] * E[j]).sum() / tau for j in range(E.shape[0])])
             total = E.new_zeros(())
             for j in range(E.shape[0]):
                 total = total + labels[i, j] * torch.log(p[j] + 1e-24)

@@ -14,22 +14,8 @@ from regard.laws.agreement import close, close_all, run
 from regard.laws.subject import perturb, tokens
 from regard.pipeline import Attention, Weighted
 from regard.pipeline.function import problem
-from regard.stages import (
-    BEYOND,
-    IN_KERNELS,
-    SLOTS,
-    Filled,
-    InnerSlots,
-    Made,
-    Mix,
-    Position,
-    Rows,
-    Score,
-    Slots,
-    Tokens,
-    share,
-    slot_of,
-)
+from regard.slots import BEYOND, IN_KERNELS, SLOTS, Filled, InnerSlots, Slots, slot_of
+from regard.stages import Made, Mix, Position, Rows, Score, Tokens, share
 
 M, H, G, T = 24, 6, 2, 12
 D = M // H

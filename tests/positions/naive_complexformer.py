@@ -4,29 +4,7 @@ import math
 
 import torch
 
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
-
-
-def _softmax(logits):
-    top = max(float(z.detach()) for z in logits)
-    e = [torch.exp(z - top) for z in logits]
-    total = sum(e[1:], e[0])
-    return [z / total for z in e]
-
-
-def _may(allowed, b, i, j):
-    if allowed is None:
-        return True
-    a = allowed[b][i][j] if torch.as_tensor(allowed).dim() == 3 else allowed[i][j]
-    return bool(a)
+from naive import linear, may, softmax
 
 
 def frequencies(D, theta=10000.0):
@@ -154,17 +132,17 @@ def attention(
     keys_at = positions if own else context_positions
     batch = []
     for n in range(x.shape[0]):
-        k = [_linear(ctx[n, j], Wk, bk) for j in range(ctx.shape[1])]
-        v = [_linear(ctx[n, j], Wv, bv) for j in range(ctx.shape[1])]
+        k = [linear(ctx[n, j], Wk, bk) for j in range(ctx.shape[1])]
+        v = [linear(ctx[n, j], Wv, bv) for j in range(ctx.shape[1])]
         rows = []
         for i in range(x.shape[1]):
-            q = _linear(x[n, i], Wq, bq)
+            q = linear(x[n, i], Wq, bq)
             heads = []
             for h in range(H):
-                js = [j for j in range(ctx.shape[1]) if _may(allowed, n, i, j)]
+                js = [j for j in range(ctx.shape[1]) if may(allowed, n, i, j)]
                 y = x.new_zeros(V)
                 if js:
-                    p = _softmax(
+                    p = softmax(
                         [
                             score(
                                 q[h * D : (h + 1) * D],
@@ -183,7 +161,7 @@ def attention(
                     for w, j in zip(p, js):
                         y = y + w * v[j][h * V : (h + 1) * V]
                 heads.append(y)
-            rows.append(_linear(torch.cat(heads), Wo, bo))
+            rows.append(linear(torch.cat(heads), Wo, bo))
         batch.append(torch.stack(rows))
     return torch.stack(batch)
 

@@ -5,17 +5,9 @@ import math
 
 import torch
 
+from naive import linear
+
 NEGATIVE = -1e32
-
-
-def _linear(vec, weight, bias=None):
-    rows = []
-    for o in range(weight.shape[0]):
-        s = (weight[o] * vec).sum()
-        if bias is not None:
-            s = s + bias[o]
-        rows.append(s)
-    return torch.stack(rows)
 
 
 def leaky_relu(u, slope=0.1):
@@ -26,7 +18,7 @@ def mlp(r, weight, bias, slope=0.1):
     """eq. 1: (B,T,M) -> (B,T,D)."""
     return torch.stack(
         [
-            torch.stack([leaky_relu(_linear(r[b, t], weight, bias), slope) for t in range(r.shape[1])])
+            torch.stack([leaky_relu(linear(r[b, t], weight, bias), slope) for t in range(r.shape[1])])
             for b in range(r.shape[0])
         ]
     )

@@ -79,6 +79,19 @@ def balance(
     return logits.shape[-1] * uneven if form == "code" else uneven
 
 
+def dealt(who: object, num_heads: int, shared_heads: int | None, active: int | None) -> tuple[int, int]:
+    """How many heads are shared, by default half, and how many of the others a token uses, by default a quarter of
+    all and at least one where there are others."""
+    shared_heads = num_heads // 2 if shared_heads is None else shared_heads
+    whole(who, 0, most=num_heads, shared_heads=shared_heads)
+    others = num_heads - shared_heads
+    active = min(others, max(1, num_heads // 4)) if active is None else active
+    whole(who, 0, most=others, active=active)
+    if not shared_heads + active:
+        refuse(who, "active", "leaves no head", active, "at least 1 where shared_heads = 0")
+    return shared_heads, active
+
+
 @CARD.fills("gate")
 class MixtureOfHeads(Gate):
     """Gates the heads' outputs by their own tokens. Add `auxiliary_weight * balance_loss(...)` to the task's loss.
@@ -104,13 +117,8 @@ class MixtureOfHeads(Gate):
     ) -> None:
         super().__init__()
         whole(self, dim=dim, num_heads=num_heads)
-        shared_heads = num_heads // 2 if shared_heads is None else shared_heads
-        whole(self, 0, most=num_heads, shared_heads=shared_heads)
+        shared_heads, active = dealt(self, num_heads, shared_heads, active)
         others = num_heads - shared_heads
-        active = min(others, max(1, num_heads // 4)) if active is None else active
-        whole(self, 0, most=others, active=active)
-        if not shared_heads + active:
-            refuse(self, "active", "leaves no head", active, "at least 1 where shared_heads = 0")
         choice(self, get_args(Form), form=form)
         number(self, least=0, auxiliary_weight=auxiliary_weight)
         self.dim, self.num_heads, self.shared_heads, self.active = dim, num_heads, shared_heads, active

@@ -22,8 +22,8 @@ from regard.masks import Mask, algebra, grids, patterns, selection, structured, 
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
 from regard.shapes import HeadShape
+from regard.slots import SLOTS
 from regard.spec import Part, Spec, parse
-from regard.stages import SLOTS
 
 LARGEST = 2**62
 """No number of a recipe is larger: positions are counted in 64 bits."""

@@ -21,8 +21,9 @@ from regard.masks import Mask
 from regard.masks.algebra import Index
 from regard.pipeline.function import unless_softmax
 from regard.shapes import HeadShape
+from regard.slots import IN_KERNELS, SLOTS, slot_of
 from regard.spec import parse
-from regard.stages import IN_KERNELS, SLOTS, Gate, HeadMap, Memory, Mix, Position, Selector, slot_of
+from regard.stages import Gate, HeadMap, Memory, Mix, Position, Selector
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from regard.integrations.recipes import WHO, entries, part_from_data
 from regard.integrations.slots import About, Parts, check_mechanism, slots_of, start_as_original, why_not
 from regard.kernels import KERNELS
 from regard.shapes import HeadShape, head_shape
-from regard.stages import SLOTS
+from regard.slots import SLOTS
 
 _FACTS = ("causal", "windowed", "cross", "rotary", "capped", "sinks")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from regard.checks import foreign, meant, number, refuse, usual
 from regard.kernels.problem import Problem
 from regard.masks import Mask, dense
-from regard.stages import IN_KERNELS, SLOTS, Mix, Normalizer
+from regard.slots import IN_KERNELS, SLOTS
+from regard.stages import Mix, Normalizer
 from regard.tracing import readable
 
 WHO = "attention"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from regard.kernels.cost import Cost, io, products
-from regard.kernels.problem import CAUSAL, Problem, all_finite, honest, softmax, softmaxed
+from regard.kernels.finite import all_finite, honest
+from regard.kernels.problem import CAUSAL, Problem, softmax, softmaxed
 from regard.kernels.sums import over_keys
 
 

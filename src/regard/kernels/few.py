@@ -15,9 +15,10 @@ from torch.compiler import is_compiling
 
 from regard import tracing
 from regard.kernels.cost import Cost, asked, products
+from regard.kernels.finite import honest
 from regard.kernels.native import build
 from regard.kernels.native.decode import NOTHING, NUMBERS, decode, launch, step
-from regard.kernels.problem import CAUSAL, Problem, beyond_softmax, honest, key_range, nothing
+from regard.kernels.problem import CAUSAL, Problem, beyond_softmax, key_range, nothing
 from regard.masks import Mask
 from regard.masks.algebra import And
 from regard.masks.patterns import Diagonals

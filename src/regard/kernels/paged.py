@@ -12,9 +12,10 @@ from torch import Tensor
 
 from regard.kernels import decode
 from regard.kernels.cost import Cost, io, products
+from regard.kernels.finite import honest
 from regard.kernels.native import build
 from regard.kernels.native.paged import attend
-from regard.kernels.problem import CAUSAL, Problem, honest
+from regard.kernels.problem import CAUSAL, Problem
 
 
 def why_not(p: Problem) -> list[str]:

@@ -25,10 +25,11 @@ from regard.kernels import (
 )
 from regard.kernels.check import check_problem
 from regard.kernels.cost import Cost, io, rates
+from regard.kernels.finite import honest
 from regard.kernels.flops import counted, counting
-from regard.kernels.problem import CAUSAL, Problem, honest
+from regard.kernels.problem import CAUSAL, Problem
 from regard.kernels.size import MATERIALISE, score_bytes
-from regard.stages import IN_KERNELS
+from regard.slots import IN_KERNELS
 from regard.tracing import as_it_is, exporting
 
 KERNELS: dict[str, ModuleType] = {
@@ -141,9 +142,8 @@ def execute(p: Problem, kernel: str = "auto") -> Tensor:
     empty = p.q.numel() == 0 or p.k.numel() == 0
     module = _named(p, kernel) if kernel != "auto" else sdpa if empty else _auto(p)
     if empty:
-        module = (
-            sdpa if p.memory is None else eager
-        )  # nothing to attend to: zeros, whatever the stages would make of an empty matrix
+        # Nothing to attend to but a memory: zeros, whatever the stages would make of an empty matrix.
+        module = sdpa if p.memory is None else eager
     with as_it_is(p.q.device):
         return counted(p, partial(_run, module=module)) if counting(p) else _run(p, module)
 

@@ -10,7 +10,7 @@ from regard import masks
 from regard.masks import Mask
 from regard.pipeline.function import attention
 from regard.shapes import HeadShape
-from regard.stages import IN_KERNELS
+from regard.slots import IN_KERNELS
 
 if TYPE_CHECKING:
     from regard.laws.subject import Subject

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import number, refuse, tokens, whole
-from regard.heads.moh import balance, picked
+from regard.checks import number, refuse, tokens
+from regard.heads.moh import balance, dealt, picked
 from regard.masks import Mask
 from regard.masks.tensors import Kept, Lengths
 from regard.pipeline.head_mixer import Projections
@@ -105,13 +105,7 @@ class MixtureOfHeadsByNorm(Attention):
         **rest: Unpack[Projections],
     ) -> None:
         super().__init__(dim, num_heads, dropout=dropout, **rest)
-        shared_heads = num_heads // 2 if shared_heads is None else shared_heads
-        whole(self, 0, most=num_heads, shared_heads=shared_heads)
-        others = num_heads - shared_heads
-        active = min(others, max(1, num_heads // 4)) if active is None else active
-        whole(self, 0, most=others, active=active)
-        if not shared_heads + active:
-            refuse(self, "active", "leaves no head", active, "at least 1 where shared_heads = 0")
+        shared_heads, active = dealt(self, num_heads, shared_heads, active)
         number(self, least=0, auxiliary_weight=auxiliary_weight)
         if base is not None:
             if self.head_dim % 2:

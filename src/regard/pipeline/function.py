@@ -23,7 +23,8 @@ from regard.masks import Mask, full
 from regard.masks.checks import cumulative
 from regard.masks.varlen import Varlen
 from regard.pairwise import as_mask, as_parts
-from regard.stages import InnerSlots, Normalizer, Selector, Stage
+from regard.slots import InnerSlots
+from regard.stages import Normalizer, Selector, Stage
 
 P = ParamSpec("P")
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -19,27 +18,14 @@ from regard.kernels.check import check_mask, check_options
 from regard.masks import Mask, causal, full
 from regard.masks.tensors import Kept, Lengths, unpacked
 from regard.pairwise import as_mask, as_parts
-from regard.pipeline import streaming
+from regard.pipeline import nearby, streaming
 from regard.pipeline.function import selected, spelled_out, unless_softmax
 from regard.pipeline.page_pool import PagePool
 from regard.pipeline.paged_cache import State
 from regard.pipeline.tokens import apart, key_mask, lacks_packed, quarantine, spoil
 from regard.shapes import head_shape
-from regard.stages import (
-    IN_KERNELS,
-    SLOTS,
-    Gate,
-    GateSite,
-    HeadMap,
-    Made,
-    Memory,
-    Near,
-    Position,
-    Selector,
-    Slots,
-    Stage,
-    Tokens,
-)
+from regard.slots import IN_KERNELS, SLOTS, Slots
+from regard.stages import Gate, GateSite, HeadMap, Made, Memory, Near, Position, Selector, Stage, Tokens
 
 
 class Attention(nn.Module):
@@ -254,10 +240,10 @@ class Attention(nn.Module):
         turn = torch.arange(S - T, S, device=x.device) if context is not None and positions is None else where
         x, bad = quarantine(x)
         source, bad_source = (x, bad) if context is None else quarantine(source)
-        near = Near(self._sees(call_mask, 0, T, x.device)) if self._reach() else Near()
+        near = Near(nearby.sees(call_mask, self._reach(), 0, T, x.device)) if self._reach() else Near()
         q, k, v, x, source, unturned = self._projected(x, source, where, where_keys, turn, near)
         if self._reach():
-            bad = bad_source = _spread(bad, near.sees, self._reach())
+            bad = bad_source = nearby.spread(bad, near.sees, self._reach())
         if where.dim() == 3:  # only the position knows what to do with coordinates
             where, positions = torch.arange(T, device=x.device), None
         made = self._made(x, source, where)
@@ -374,17 +360,6 @@ class Attention(nn.Module):
         """How many tokens before each its heads part reads."""
         return 0 if self.heads is None else self.heads.reach
 
-    def _sees(self, mask: Mask | None, first: int, T: int, device: torch.device) -> Bool[Tensor, "#B T reach"] | None:
-        """Which of the tokens just before each of T the mask of a call lets it see, in any head."""
-        if mask is None:
-            return None
-        i = torch.arange(first, first + T, device=device)[:, None]
-        j = i - torch.arange(1, 1 + self._reach(), device=device)
-        b = torch.arange(mask.batch, device=device)[:, None, None, None]
-        h = torch.arange(mask.heads, device=device)[:, None, None]
-        allowed = mask.to(device)(b, h, i, j.clamp(min=0))  # before the first are zeros
-        return allowed.expand(mask.batch, mask.heads, *j.shape).any(1)
-
     def _crosses_borders(self) -> bool:
         """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens."""
         return self.selector is not None or self._halo() > 0
@@ -411,19 +386,6 @@ class Attention(nn.Module):
     def _needs(self, feature: str, what: str) -> None:
         if feature not in self.supports:
             raise ValueError(f"{called(self)}: this mechanism {what} (no {feature!r} on its card)")
-
-
-def _spread(
-    bad: Bool[Tensor, "B T"] | None, sees: Bool[Tensor, "#B T reach"] | None, reach: int
-) -> Bool[Tensor, "B T"] | None:
-    """Tokens that are bad, or read one that is."""
-    if bad is None:
-        return None
-    hit = bad
-    for j in range(1, 1 + reach):
-        read = F.pad(bad, (j, 0))[:, : bad.shape[1]]
-        hit = hit | (read if sees is None else read & sees[..., j - 1])
-    return hit
 
 
 spelled_out(Attention.__init__, Slots)

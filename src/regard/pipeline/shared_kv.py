@@ -27,7 +27,7 @@ from regard.pipeline import streaming
 from regard.pipeline.layer import Attention
 from regard.pipeline.paged_cache import PagedKVCache, State
 from regard.pipeline.tokens import quarantine, spoil
-from regard.stages import SLOTS
+from regard.slots import SLOTS
 
 
 @dataclass(frozen=True, eq=False)

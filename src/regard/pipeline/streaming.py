@@ -10,7 +10,7 @@ from regard.checks import called, refuse, tokens, whole
 from regard.kernels import Problem, execute
 from regard.kernels.check import check_mask
 from regard.masks import Mask, padding
-from regard.pipeline import quick_step
+from regard.pipeline import nearby, quick_step
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.page_pool import PagePool
 from regard.pipeline.paged_cache import PagedKVCache, State
@@ -110,7 +110,8 @@ def ahead(
     clean, bad = quarantine(x) if layer._preparing() else (x, None)
     near = Near()
     if layer._reach():
-        near = Near(layer._sees(mask, where_from, t, x.device), _before(state, layer._reach(), x))
+        reach = layer._reach()
+        near = Near(nearby.sees(mask, reach, where_from, t, x.device), nearby.before(state, reach, x))
     q, k, v, x, _, unturned = layer._projected(x, x, where, where, where, near)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
     seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
@@ -170,17 +171,6 @@ def _of_unequal_lengths(
     if positions is None:
         positions = torch.arange(state.length, state.length + t, device=x.device) - pads
     return kept if mask is None else mask & kept, positions
-
-
-def _before(state: State, n: int, x: Tensor) -> Tensor | None:
-    """The last n tokens seen, or as many as there are; None also where the state doesn't fit, which appending says."""
-    n, held = min(n, state.kept), state.buffers.get("x")
-    if not n or held is None or state.batch_size != len(x) or held.shape[-1] != x.shape[-1]:
-        return None
-    if isinstance(state, PagedKVCache):
-        return state.read("x", n)
-    end = state.length if state.window is None else state.kept
-    return held[:, end - n : end]
 
 
 def _last(state: State) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import refuse
-from regard.kernels.problem import reaches
+from regard.kernels.finite import reaches
 from regard.masks import Mask, causal, padding
 from regard.masks.tensors import Documents, Kept, Lengths, Packed, unpacked
 from regard.tracing import readable

@@ -13,7 +13,8 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, fits, refuse
 from regard.kernels import neighborhood as kernel
 from regard.kernels.check import check_inputs
-from regard.kernels.problem import Problem, honest
+from regard.kernels.finite import honest
+from regard.kernels.problem import Problem
 from regard.masks import neighborhood as neighborhood_mask
 from regard.masks.grids import Neighborhood
 from regard.shapes import head_shape

@@ -11,12 +11,13 @@ from regard.inspect.capture.recorder import Recorder
 from regard.inspect.effective import measured_weights, projected, undisturbed
 from regard.inspect.layers import LayerTrace, Measured
 from regard.kernels import Problem
-from regard.kernels.problem import all_finite, biased_scores, cleaned, mixed, normalised, rectangle, scored
+from regard.kernels.finite import all_finite, cleaned
+from regard.kernels.problem import biased_scores, mixed, normalised, rectangle, scored
 from regard.masks import dense
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.layer import Attention
 from regard.pipeline.tokens import quarantine
-from regard.stages import IN_KERNELS, SLOTS
+from regard.slots import IN_KERNELS, SLOTS
 
 
 def record(recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

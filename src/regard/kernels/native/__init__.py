@@ -17,20 +17,11 @@ from torch import Tensor
 
 from regard.kernels.block_sparse import facts
 from regard.kernels.cost import Cost, asked, io, products
+from regard.kernels.finite import honest
 from regard.kernels.native import build, operator
 from regard.kernels.native.blocks import BLOCK, PANEL, Walk, block_of, made, walk, walk_of
 from regard.kernels.native.struct import call
-from regard.kernels.problem import (
-    Problem,
-    attend,
-    beyond_softmax,
-    honest,
-    log_sums,
-    nothing,
-    scaled,
-    softmaxed,
-    uncapped,
-)
+from regard.kernels.problem import Problem, attend, beyond_softmax, log_sums, nothing, scaled, softmaxed, uncapped
 from regard.stages import Rows
 from regard.tracing import exporting
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.kernels.finite import cleaned, finite
 from regard.kernels.native.blocks import walk_of
-from regard.kernels.problem import CAUSAL, Problem, cleaned, finite, scaled
+from regard.kernels.problem import CAUSAL, Problem, scaled
 from regard.masks import full
 from regard.masks.flat import flatten, unflatten
 from regard.tracing import traced_transform
