@@ -14,7 +14,7 @@ from tests.test_cli import ROOT, output
 from tools import choose, pages, readme
 
 import regard
-from regard import cards, cli, index
+from regard import cards, cli, index, tasks
 from regard.cli.picture import BUILT
 
 DOCS = ROOT / "docs"
@@ -301,3 +301,8 @@ def test_the_commands_and_variables_are_all_told() -> None:
     setting = re.compile(r"environ(?!\.pop)\S*?[(\[]\"(\w+)")
     read = {name for path in (ROOT / "src").rglob("*.py") for name in setting.findall(path.read_text("utf-8"))}
     assert read <= set(re.findall(r"^\| `(\w+)=", text, re.MULTILINE)), "every environment variable is in the table"
+
+
+def test_the_readme_knows_how_many_mechanisms_a_plain_compare_trains() -> None:
+    words = ("none", "one", "two", "three", "four", "five", "six")
+    assert f"trains {words[len(tasks.find('text').mechanisms())]} mechanisms" in (ROOT / "README.md").read_text()

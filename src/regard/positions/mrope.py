@@ -30,7 +30,6 @@ to which the pair belongs, and w_a = base^(-2a/D) as ever; a token of text stand
     claim="Text turns as by plain rotary, and pictures by the distance along each axis: "
     "tests/positions/test_mrope.py::test_text_turns_as_ever_and_pictures_along_each_axis.",
     verified="third-party",
-    tasks=("text",),
     tries={"mrope_section": ..., "order": ...},  # text alone can't tell them
     defaults={
         "mrope_section": "code, Qwen2-VL",
