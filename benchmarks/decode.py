@@ -9,7 +9,7 @@ drawn by a seed that is printed.
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import regard
 from benchmarks.goals import goal
-from benchmarks.harness import Benchmark, Run, able, agree, command, compared, race, where
+from benchmarks.harness import Benchmark, Run, able, agree, command, compared, race
 from regard import KVCache
 from regard.masks import causal
 
@@ -165,8 +165,7 @@ def kernels(result: Benchmark, case: Case, threads: int, repeats: int, least: in
     if case.S >= LONG:
         figures.append((f"{what}: regard, bf16 / fp32", "bf16", "fp32", goal("decode bf16 long")))
     for words, ours, theirs, about in figures:
-        figure = compared(words, times, ours, theirs, **about)
-        result.add(figure if figure.met else replace(figure, note=where(runs[ours])))
+        result.add(compared(words, times, ours, theirs, **about))
 
 
 def layer_step(result: Benchmark, name: str, length: int, threads: int, repeats: int) -> None:
@@ -191,8 +190,7 @@ def layer_step(result: Benchmark, name: str, length: int, threads: int, repeats:
 
     times = race({"step": ours, "bare": bare}, repeats=3 * repeats, number=AHEAD // 4, seconds=4)
     what = f"{name}, {length} tokens, {threads} threads: step / projections and kernel"
-    figure = compared(what, times, "step", "bare", **goal("step"))
-    result.add(figure if figure.met else replace(figure, note=where(ours)))
+    result.add(compared(what, times, "step", "bare", **goal("step")))
 
 
 def drawn(seed: int, lengths: Sequence[int], n: int = 3) -> list[Case]:

@@ -36,6 +36,15 @@ GOALS: dict[str, Goal] = {
     "decode bf16": Goal("decode, bf16, S <= 1k", 0.25, "SDPA in bf16", "decode"),
     "decode bf16 long": Goal("decode, bf16, S >= 4k", 0.7, "our fp32", "decode"),
     "step": Goal("a layer's step, 512 wide, 1k cached", 1.2, "its bare projections and the kernel", "decode"),
+    "half": Goal(
+        "bf16, full, causal and window 512, T = 4k", None, "<= 1 x fp32; 0.667 with avx512_bf16, 0.5 with AMX", "half"
+    ),
+    "half peak": Goal("the same", 0.6, "of the bf16 matrix peak", "half", "higher", ""),
+    "documents": Goal("documents of about 777 in 8k", 0.1, "SDPA with the mask as a tensor", "documents"),
+    "padding": Goal("padding, 4 x 1024", 0.7, "SDPA with the mask as a tensor", "documents"),
+    "prefix": Goal(
+        "decoding after a shared prompt, the best case", 4.8, "faster than caches apart", "prefix_tree", "higher"
+    ),
     "neighborhood": Goal("2-D neighborhood 7 x 7", 20, "faster than natten", "neighborhood", "higher"),
     "block sparse": Goal("block-sparse at density d", None, "<= 1.1 d + 0.02 of dense SDPA", "block_sparse"),
     "bias memory": Goal("any score bias, T = 16k, memory, inference", 59, "below eager", "memory", "higher"),

@@ -14,7 +14,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,9 +75,17 @@ class Benchmark:
         self.figures += figures
 
 
+class Times(dict[str, list[float]]):
+    """Seconds of each contender in each round, and the contenders themselves."""
+
+    def __init__(self, runs: Mapping[str, Run]) -> None:
+        super().__init__({name: [] for name in runs})
+        self.runs = runs
+
+
 def race(
     contenders: Mapping[str, Run], *, repeats: int = 7, warmup: int = 1, number: int = 1, seconds: float = 20
-) -> dict[str, list[float]]:
+) -> Times:
     """Seconds of each contender in each round. All run in every round, so that a slow stretch hits all of them.
 
     `number` calls are timed together. After `seconds` no third round is begun, nor a later one.
@@ -85,7 +93,7 @@ def race(
     for _ in range(warmup):
         for run in contenders.values():
             run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times = Times(contenders)
     names, started = list(contenders), time.perf_counter()
     for n in track(range(repeats), description=" / ".join(names)[:40], transient=True, console=Console(stderr=True)):
         if n >= 2 and time.perf_counter() - started > seconds:
@@ -115,14 +123,18 @@ def compared(
 ) -> Figure:
     """The ratio of two contenders' times as a figure. `about`: `goal`, `better`, `note`, ... as in `Figure`.
 
-    Where theirs did not run, the figure says so, with the reason in `why`.
+    Where theirs did not run, the figure says so, with the reason in `why`; and where its goal is not met, what ours
+    spends its time in.
     """
     if theirs not in times:
         return Figure(what, None, **about | {"note": (why or {}).get(theirs, f"{theirs} did not run"), "share": None})
     median, low, high = ratio(times, ours, theirs)
     if about.get("better") == "higher":  # how many times faster ours is
         median, low, high = 1 / median, 1 / high, 1 / low
-    return Figure(what, median, "x", low, high, **about)
+    figure = Figure(what, median, "x", low, high, **about)
+    if figure.met is False and isinstance(times, Times):
+        figure = replace(figure, note="; ".join(filter(None, (figure.note, where(times.runs[ours])))))
+    return figure
 
 
 def able(peers: Mapping[str, Callable[[], Run]]) -> tuple[dict[str, Run], dict[str, str]]:
@@ -141,10 +153,11 @@ def able(peers: Mapping[str, Callable[[], Run]]) -> tuple[dict[str, Run], dict[s
     return runs, why
 
 
-def where(run: Run, calls: int = 50) -> str:
+def where(run: Run, seconds: float = 0.2) -> str:
     """The three functions that a call spends most time in: said beside what is not as fast as it should be."""
-    profile = cProfile.Profile()
-    profile.runcall(lambda: [run() for _ in range(calls)])
+    profile, began = cProfile.Profile(), time.perf_counter()
+    while not profile.getstats() or time.perf_counter() - began < seconds:
+        profile.runcall(run)
     spent: dict[tuple[str, int, str], Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     total = sum(line[2] for line in spent.values())
     most = sorted(spent.items(), key=lambda line: -line[1][2])[:3]

@@ -33,6 +33,7 @@ def rendered(found: Sequence[dict[str, Any]]) -> str:
     cpu = [r for r in found if r not in gpu]
     goals = "A goal with several figures is met when all are; the one furthest from it is shown.\n\n"
     parts = [HEAD, "## Goals\n\n" + goals + _markdown(GOALS_HEADINGS, summary(found))]
+    gpu = [r for r in gpu if any(figure["value"] is not None for figure in r["figures"])]
     parts += ["## GPU\n", *(map(_section, gpu) if gpu else ["Not measured.\n"]), "## CPU\n", *map(_section, cpu)]
     return "\n".join(parts)
 

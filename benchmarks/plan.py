@@ -18,7 +18,7 @@ from torch import Tensor
 import regard
 from benchmarks.harness import Benchmark, Figure, agree, command, peak, race
 from regard import masks
-from regard.kernels.cost import RATES, Cost, Rates, rates
+from regard.kernels.cost import OTHERS, RATES, Cost, Rates, kind, maker, rates
 from regard.normalizers import Entmax
 from regard.positions import Alibi
 
@@ -50,6 +50,11 @@ class Cell:
         return {name: costs[name] for name in self.seconds}
 
     @property
+    def predicted(self) -> dict[str, float]:
+        """Seconds of the kernels that were measured."""
+        return {name: rates().seconds(cost, self.given[0].dtype) for name, cost in self.costs.items()}
+
+    @property
     def regret(self) -> float:
         """Time of the chosen kernel over that of the fastest."""
         return self.seconds[self.plan.kernel] / min(self.seconds.values())
@@ -57,12 +62,12 @@ class Cell:
     def measure(self, repeats: int) -> None:
         """Every able kernel in turn, but those predicted to be slow without being near."""
         plan = self.plan
-        guess = {name: rates().seconds(cost) for name, cost in plan.costs.items()}
+        guess = {name: rates().seconds(cost, self.given[0].dtype) for name, cost in plan.costs.items()}
         near = [name for name, s in guess.items() if s < SLOW or s < 3 * guess[plan.kernel]]
         runs = {name: lambda name=name: regard.attention(*self.given, **self.options, kernel=name) for name in near}
-        want = runs[plan.kernel]()
+        want, within = runs[plan.kernel](), 3e-2 if self.given[0].dtype is torch.bfloat16 else 1e-3
         for run in runs.values():
-            agree(run(), want)
+            agree(run(), want, within=within)
         short = max(guess[name] for name in near) < 0.002
         times = race(runs, repeats=repeats, warmup=0, number=10 if short else 1, seconds=3)
         self.seconds = {name: min(found) for name, found in times.items()}
@@ -90,6 +95,10 @@ def grid(lengths: list[int]) -> Iterator[Cell]:
             yield Cell(f"alibi, {at}", x, {"mask": masks.causal(), "position": Alibi(H)})
             yield Cell(f"alibi in a window, {at}", x, {"mask": near, "position": Alibi(H)})
             yield Cell(f"entmax, {at}", x, {"mask": masks.causal(), "normalizer": Entmax()})
+            half = tuple(z.bfloat16() for z in x)
+            yield Cell(f"full in bf16, {at}", half)
+            yield Cell(f"causal in bf16, {at}", half, {"mask": masks.causal()})
+            yield Cell(f"window in bf16, {at}", half, {"mask": near})
         keep = masks.padding(lengths=torch.tensor([T, T // 2]))
         yield Cell(f"padding, {at}", tuple(torch.randn(3, 2, H, T, D)), {"mask": keep})
 
@@ -108,7 +117,7 @@ def ordered(cells: list[Cell]) -> float:
     """Share of pairs of kernels, in one cell and not within `CLOSE`, whose predicted order is the measured one."""
     right = []
     for cell in cells:
-        guess = {name: rates().seconds(cost) for name, cost in cell.costs.items()}
+        guess = cell.predicted
         for a, b in combinations(cell.seconds, 2):
             first, second = cell.seconds[a], cell.seconds[b]
             if max(first, second) > CLOSE * min(first, second):
@@ -120,7 +129,7 @@ def correlation(cells: list[Cell]) -> float:
     """Spearman's, of predicted and measured times relative to each cell's fastest."""
     guessed, took = [], []
     for cell in cells:
-        guess = {name: rates().seconds(cost) for name, cost in cell.costs.items()}
+        guess = cell.predicted
         if len(guess) > 1:
             guessed += [s / min(guess.values()) for s in guess.values()]
             took += [s / min(cell.seconds.values()) for s in cell.seconds.values()]
@@ -131,7 +140,7 @@ def correlation(cells: list[Cell]) -> float:
 def measure(*, repeats: int, lengths: tuple[int, ...] = tuple(HEADS)) -> Benchmark:
     cells = run(min(repeats, 5), list(lengths))
     for cell in sorted(cells, key=lambda c: -c.regret):
-        guess = {name: rates().seconds(cost) for name, cost in cell.costs.items()}
+        guess = cell.predicted
         both = ", ".join(f"{n} {1e3 * s:.3g} ({1e3 * guess[n]:.3g}) ms" for n, s in sorted(cell.seconds.items()))
         print(f"{cell.regret:5.2f}  {cell.words}: {cell.plan.kernel} of {both}", file=sys.stderr)
     regrets = [cell.regret for cell in cells]
@@ -160,9 +169,12 @@ def fit(cells: list[Cell], peak: float, *, rounds: int = 20) -> Rates:
     costs = [cost for cell in cells for cost in cell.costs.values()]
     where = np.array([n for n, cell in enumerate(cells) for _ in cell.costs])
     took = np.array([cell.seconds[name] for cell in cells for name in cell.costs])
-    kinds = sorted({cost.products for cost in costs})
-    terms = np.array([[c.flops * (c.products == k) for k in kinds] + [c.bytes, c.streamed, c.calls] for c in costs])
-    least = np.array([1 / peak] * len(kinds) + [1e-12, 1e-12, 1e-8])
+    does = [kind(cost, cell.given[0].dtype) for cell in cells for cost in cell.costs.values()]
+    kinds = sorted(set(does))
+    terms = np.array(
+        [[c.flops * (d == k) for k in kinds] + [c.bytes, c.streamed, c.calls] for c, d in zip(costs, does, strict=True)]
+    )
+    least = np.array([1 / (8 * peak)] * len(kinds) + [1e-12, 1e-12, 1e-8])  # BLAS is not the best there is everywhere
     factor = np.ones(len(cells))
     for _ in range(rounds):
         scaled = took * factor[where]
@@ -173,7 +185,7 @@ def fit(cells: list[Cell], peak: float, *, rounds: int = 20) -> Rates:
         factor = np.exp([np.median(off[where == n]) for n in range(len(cells))])
         factor = np.clip(factor / np.exp(np.log(factor).mean()), 0.5, 2)
     *each, moved, streamed, call = map(float, found)
-    work = {kind: _rounded(1 / (x * peak)) for kind, x in zip(kinds, each, strict=True)}
+    work = {k: _rounded(1 / (x * peak)) for k, x in zip(kinds, each, strict=True)}
     return Rates(*map(_rounded, (peak, 1 / moved, 1 / streamed, call)), rates().work | work)
 
 
@@ -183,7 +195,9 @@ def _rounded(x: float) -> float:
 
 if __name__ == "__main__":
     if "--fit" in sys.argv:
-        RATES.write_text(json.dumps(asdict(fit(run(5, list(HEADS)), peak())), indent=1) + "\n", encoding="utf-8")
+        known = json.loads(RATES.read_text(encoding="utf-8"))
+        known[maker() or OTHERS] = asdict(fit(run(5, list(HEADS)), peak()))
+        RATES.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(f"{RATES} is written:\n{RATES.read_text(encoding='utf-8')}")
     else:
         command(measure, __doc__)

@@ -19,6 +19,7 @@ TINY: dict[str, dict[str, Any]] = {
     "block_sparse": {"length": 256, "heads": 2, "block": 64, "densities": (0.25,)},
     "compiled": {"length": 64},
     "decode": {"lengths": (64, 4096), "least": 1, "seed": 0},
+    "documents": {"length": 128, "mean": 20, "row": 32},
     "graph": {"sizes": ((20, 50),)},
     "half": {"length": 128, "heads": 2, "window": 16},
     "imports": {},

@@ -26,6 +26,8 @@ SIZES = {  # B, H, G, T, S, D, V
     "more queries than keys": (1, 4, 4, 5, 3, 32, 32),
     "a few queries": (2, 3, 3, 8, 600, 32, 64),
     "eleven rows": (1, 11, 1, 1, 40, 32, 96),
+    "half a step": (1, 4, 2, 2, 40, 16, 48),
+    "half a step beyond": (2, 3, 3, 1, 700, 80, 16),
 }
 MASKS = {
     "none": None,

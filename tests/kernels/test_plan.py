@@ -3,7 +3,7 @@
 import gc
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import masks
-from regard.kernels import KERNELS, Problem, choose, decode, problem
+from regard.kernels import KERNELS, Problem, choose, cost, decode, problem
 from regard.kernels.cost import RATES, Cost, rates, reached
 from regard.kernels.plan import _auto
 from regard.kernels.size import counted
@@ -163,7 +163,25 @@ def test_every_term_of_a_cost_takes_time() -> None:
     least = Cost(1e9, 1e9, 100, "", 1e9)
     for more in ({"flops": 2e9}, {"bytes": 2e9}, {"calls": 200}, {"streamed": 2e9}):
         assert rates().seconds(replace(least, **more)) > rates().seconds(least)
-    assert set(json.loads(RATES.read_text())) == {"peak", "bytes", "streamed", "call", "work"}
+    for maker, found in json.loads(RATES.read_text()).items():
+        assert set(found) == {"peak", "bytes", "streamed", "call", "work"}, maker
+        assert found["work"].keys() >= {"fused", "unfused", "native"}, maker
+
+
+def test_rates_are_those_of_the_processors_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = json.loads(RATES.read_text())
+    for maker in (*known, "someone else"):
+        monkeypatch.setattr(cost, "maker", lambda maker=maker: maker)
+        rates.cache_clear()
+        assert asdict(rates()) == known.get(maker, known[cost.OTHERS])
+    rates.cache_clear()
+
+
+def test_bf16_may_reach_another_share_of_the_peak() -> None:
+    work = {"fused": 0.5, "native": 0.5, "native bf16": 1.0}
+    found, product = cost.Rates(1e9, 1, 1, 0, work), Cost(1e9, 0, 0, "", products="native")
+    assert found.seconds(product, torch.bfloat16) == 1
+    assert found.seconds(product) == found.seconds(replace(product, products="fused"), torch.bfloat16) == 2
 
 
 def _calls(p) -> int:

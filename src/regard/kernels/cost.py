@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from regard.kernels.problem import Problem
 from regard.kernels.size import counted, sized
 from regard.masks import Mask
@@ -13,7 +15,9 @@ from regard.masks.algebra import Joined, Not
 from regard.masks.grids import Neighborhood
 
 RATES = Path(__file__).with_name("rates.json")
-"""Written by `python -m benchmarks.plan --fit`."""
+"""Rates by the maker of the processor; `python -m benchmarks.plan --fit` writes those of this one."""
+OTHERS = "GenuineIntel"
+"""Whose rates stand for makers without a line of their own."""
 
 MASKED = 12.0
 """Bytes for each pair of a head that torch's fused kernel moves where it has a mask or a bias to add."""
@@ -57,18 +61,34 @@ class Rates:
     call: float
     """Seconds a call."""
     work: dict[str, float]
-    """Share of the peak that is reached by what does the products: `fused`, `unfused`, or a kernel's own code."""
+    """Share of the peak that is reached by what does the products: `fused`, `unfused`, or a kernel's own code; and in
+    bf16, `native bf16`, where that was found to be another."""
 
-    def seconds(self, cost: Cost) -> float:
+    def seconds(self, cost: Cost, dtype: torch.dtype = torch.float32) -> float:
         """Predicted time of a forward pass."""
-        work = cost.flops / (self.peak * self.work[cost.products])
+        work = cost.flops / (self.peak * self.work.get(kind(cost, dtype), self.work[cost.products]))
         return work + cost.bytes / self.bytes + cost.streamed / self.streamed + cost.calls * self.call
+
+
+def kind(cost: Cost, dtype: torch.dtype) -> str:
+    """What does the products, in this dtype: a key of `Rates.work`."""
+    return f"{cost.products} bf16" if dtype is torch.bfloat16 else cost.products
 
 
 @cache
 def rates() -> Rates:
-    """The rates that come with the package."""
-    return Rates(**json.loads(RATES.read_text(encoding="utf-8")))
+    """The rates that come with the package for processors of this maker."""
+    known = json.loads(RATES.read_text(encoding="utf-8"))
+    return Rates(**known.get(maker(), known[OTHERS]))
+
+
+def maker() -> str:
+    """Of this processor, as Linux tells it; "" where nothing does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def products(p: Problem, pairs: float) -> float:

@@ -66,7 +66,7 @@ def cost(p: Problem) -> Cost:
     if p.position_bias is not None or p.bias is not None:
         formed, calls = formed + 24.0 * H * T * S, calls + 8
     read = float(p.q.element_size() * B * (H * T + G * S) * (D + V))
-    return Cost(products(p, T * S), formed, calls, "C++ for few queries, which reads the cache once", read)
+    return Cost(products(p, T * S), formed, calls, "C++ for few queries, which reads the cache once", read, "few")
 
 
 def run(p: Problem) -> Tensor:

@@ -97,7 +97,7 @@ def _chosen(p: Problem, kernel: str = "auto") -> Plan:
     if kernel != "auto":
         others = {n: r or ["not asked for"] for n, r in cannot.items() if n != kernel}
         return Plan(kernel, "asked for by name", others, costs)
-    seconds = {name: rates().seconds(cost) for name, cost in costs.items()}
+    seconds = {name: rates().seconds(cost, p.q.dtype) for name, cost in costs.items()}
     # Whatever the time, so much memory is taken only for who asks for it by name.
     large = p.q.shape[0] * score_bytes(p) > MATERIALISE
     best = min((name for name in seconds if name != "eager" or not large), key=seconds.__getitem__)
@@ -175,7 +175,7 @@ def _auto(p: Problem) -> ModuleType:
     if p.q.numel() * p.k.size(2) <= few.TINY:
         return sdpa
     able = [module for module in (sdpa, native, decode) if not module.why_not(p)]
-    return min(able, key=lambda module: rates().seconds(module.cost(p)))
+    return min(able, key=lambda module: rates().seconds(module.cost(p), p.q.dtype))
 
 
 def _unseen(p: Problem) -> ModuleType:

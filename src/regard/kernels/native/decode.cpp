@@ -10,7 +10,7 @@
 #include "attention.h"
 
 extern "C" struct Decode {
-    int64_t B, H, G, T, S, D, V, threads, half, causal;  // D and V are multiples of 2 W; half: bf16
+    int64_t B, H, G, T, S, D, V, threads, half, causal;  // D and V are multiples of W; half: bf16
     View q, k, v, out;
     const float* bias;  // added to scores: bias[b * bias_b + h * bias_h + t * bias_t + s], if not null
     int64_t bias_b, bias_h, bias_t;
@@ -58,12 +58,16 @@ inline vf sums(vf* x) {
     return x[0];
 }
 
-struct Two { vf a, b; };  // 2 W numbers
+struct Two { vf a, b; };  // 2 W numbers, or W and as many zeros: then `part` and `put` touch no more than W
 
 struct Full {
     typedef float Number;
     static Two at(const Number* p) { return {load(p), load(p + W)}; }
-    static void put(Number* p, Two x) { store(p, x.a), store(p + W, x.b); }
+    static Two part(const Number* p) { return {load(p), vf{}}; }
+    static void put(Number* p, Two x, int64_t n) {
+        store(p, x.a);
+        if (n > W) store(p + W, x.b);
+    }
 };
 
 struct Half {  // the even ones and the odd ones: of each pair, the low and the high half of 32 bits
@@ -73,13 +77,18 @@ struct Half {  // the even ones and the odd ones: of each pair, the low and the 
         memcpy(&x, p, sizeof x);
         return {(vf)(x << 16), (vf)(x & -65536)};
     }
+    static Two part(const Number* p) {
+        vi x = {};
+        memcpy(&x, p, sizeof x / 2);
+        return {(vf)(x << 16), (vf)(x & -65536)};
+    }
     static uint16_t narrow(float x) {
         uint32_t bits;
         memcpy(&bits, &x, 4);
         return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // what is NaN is reported, and computed elsewhere
     }
-    static void put(Number* p, Two x) {
-        for (int i = 0; i < W; i++) p[2 * i] = narrow(x.a[i]), p[2 * i + 1] = narrow(x.b[i]);
+    static void put(Number* p, Two x, int64_t n) {
+        for (int i = 0; i < std::min<int64_t>(n, 2 * W) / 2; i++) p[2 * i] = narrow(x.a[i]), p[2 * i + 1] = narrow(x.b[i]);
     }
 };
 
@@ -87,19 +96,33 @@ inline void fetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
 }
 
+// Room for so many numbers in whole Twos.
+inline int64_t room(int64_t n) { return cut(n, 2 * W) * 2 * W; }
+
 // x[m][j] = q[m] . row[j] for M rows of queries and W / M keys.
 template <class N, int M>
 inline void dots(const float* q, int64_t D, const typename N::Number* const* row, float* x) {
     constexpr int K = W / M;
     vf acc[W] = {};
-    for (int64_t d = 0; d < D; d += 2 * W)
+    int64_t ld = room(D), whole = D / (2 * W) * 2 * W;
+    for (int64_t d = 0; d < whole; d += 2 * W)
 #pragma GCC unroll 16
         for (int j = 0; j < K; j++) {
             Two y = N::at(row[j] + d);
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) {
-                acc[m * K + j] += y.a * load(q + m * D + d);
-                acc[m * K + j] += y.b * load(q + m * D + d + W);
+                acc[m * K + j] += y.a * load(q + m * ld + d);
+                acc[m * K + j] += y.b * load(q + m * ld + d + W);
+            }
+        }
+    if (whole < D)
+#pragma GCC unroll 16
+        for (int j = 0; j < K; j++) {
+            Two y = N::part(row[j] + whole);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) {
+                acc[m * K + j] += y.a * load(q + m * ld + whole);
+                acc[m * K + j] += y.b * load(q + m * ld + whole + W);
             }
         }
     vf all = sums(acc);
@@ -108,7 +131,7 @@ inline void dots(const float* q, int64_t D, const typename N::Number* const* row
 }
 
 // o[m][0 .. 2 W P) += sum over n keys of x[m][j] v[j]
-template <class N, int M, int P>
+template <class N, int M, int P, bool PART = false>
 inline void weighted(int64_t n, const float* x, const typename N::Number* v, int64_t ld, float* o, int64_t V) {
     vf acc[M][2 * P];
 #pragma GCC unroll 4
@@ -118,7 +141,7 @@ inline void weighted(int64_t n, const float* x, const typename N::Number* v, int
     for (int64_t j = 0; j < n; j++)
 #pragma GCC unroll 4
         for (int c = 0; c < P; c++) {
-            Two y = N::at(v + j * ld + c * 2 * W);
+            Two y = PART ? N::part(v + j * ld) : N::at(v + j * ld + c * 2 * W);
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) {
                 vf w = splat(x[m * SPLIT + j]);
@@ -135,9 +158,10 @@ inline void weighted(int64_t n, const float* x, const typename N::Number* v, int
 template <class N, int M>
 inline void columns(int64_t n, const float* x, const typename N::Number* v, int64_t ld, float* o, int64_t V) {
     constexpr int P = 4 / M;  // 8 accumulators
-    int64_t c = 0;
-    for (; c + 2 * W * P <= V; c += 2 * W * P) weighted<N, M, P>(n, x, v + c, ld, o + c, V);
-    for (; c < V; c += 2 * W) weighted<N, M, 1>(n, x, v + c, ld, o + c, V);
+    int64_t c = 0, wide = room(V);
+    for (; c + 2 * W * P <= V; c += 2 * W * P) weighted<N, M, P>(n, x, v + c, ld, o + c, wide);
+    for (; c + 2 * W <= V; c += 2 * W) weighted<N, M, 1>(n, x, v + c, ld, o + c, wide);
+    if (c < V) weighted<N, M, 1, true>(n, x, v + c, ld, o + c, wide);
 }
 
 struct Part { float top, total; };  // greatest score, and the sum of e^(score - top)
@@ -148,14 +172,15 @@ bool split(const Decode& p, int64_t b, int64_t g, int64_t first, int64_t n, int6
            Part* parts) {
     typedef typename N::Number Number;
     constexpr int K = W / M;
-    int64_t rows = p.H / p.G * p.T, head = g * (p.H / p.G);
+    int64_t rows = p.H / p.G * p.T, head = g * (p.H / p.G), D = room(p.D), V = room(p.V);
     bool odd = false;
     const Number *k = p.k.at<Number>(b, g, first), *v = p.v.at<Number>(b, g, first);
-    std::fill(o, o + wide * p.V, 0.0f);
+    std::fill(o, o + wide * V, 0.0f);
     for (int64_t r = 0; r < wide; r++)
-        for (int64_t d = 0; d < p.D; d += 2 * W) {
-            Two y = r < rows ? N::at(p.q.at<Number>(b, head + r / p.T, r % p.T) + d) : Two{};
-            store(q + r * p.D + d, y.a * float(p.scale)), store(q + r * p.D + d + W, y.b * float(p.scale));
+        for (int64_t d = 0; d < D; d += 2 * W) {
+            const Number* from = p.q.at<Number>(b, head + r / p.T, r % p.T) + d;
+            Two y = r >= rows ? Two{} : d + 2 * W > p.D ? N::part(from) : N::at(from);
+            store(q + r * D + d, y.a * float(p.scale)), store(q + r * D + d + W, y.b * float(p.scale));
         }
     for (int64_t s = 0; s < n; s += PIECE) {
         for (int64_t j = s + PIECE; j < std::min(n, s + 2 * PIECE); j++) fetch(k + j * p.k.t, p.D * sizeof(Number));
@@ -163,7 +188,7 @@ bool split(const Decode& p, int64_t b, int64_t g, int64_t first, int64_t n, int6
             for (int64_t j = s; j < std::min(n, s + PIECE); j += K) {
                 const Number* row[K];
                 for (int i = 0; i < K; i++) row[i] = k + std::min(j + i, n - 1) * p.k.t;
-                dots<N, M>(q + m * p.D, p.D, row, x + m * SPLIT + j);
+                dots<N, M>(q + m * D, p.D, row, x + m * SPLIT + j);
             }
     }
     int64_t filled = cut(n, W) * W;
@@ -195,7 +220,7 @@ bool split(const Decode& p, int64_t b, int64_t g, int64_t first, int64_t n, int6
     for (int64_t s = 0; s < n; s += PIECE) {
         for (int64_t j = s + PIECE; j < std::min(n, s + 2 * PIECE); j++) fetch(v + j * p.v.t, p.V * sizeof(Number));
         for (int64_t m = 0; m < wide; m += M)
-            columns<N, M>(std::min(PIECE, n - s), x + m * SPLIT + s, v + s * p.v.t, p.v.t, o + m * p.V, p.V);
+            columns<N, M>(std::min(PIECE, n - s), x + m * SPLIT + s, v + s * p.v.t, p.v.t, o + m * V, p.V);
     }
     return odd;
 }
@@ -203,28 +228,28 @@ bool split(const Decode& p, int64_t b, int64_t g, int64_t first, int64_t n, int6
 template <class N, int M>
 bool decode(const Decode& p) {
     typedef typename N::Number Number;
-    int64_t rows = p.H / p.G * p.T, wide = cut(rows, M) * M;
+    int64_t rows = p.H / p.G * p.T, wide = cut(rows, M) * M, D = room(p.D), V = room(p.V);
     int64_t splits = std::max<int64_t>(1, cut(p.S, SPLIT)), tasks = p.B * p.G * splits;  // without keys, too, there is an answer
     int64_t threads = std::min(p.threads, tasks);
     if (p.B * p.G * p.S * (p.D + p.V) * int64_t(sizeof(Number)) < WORTH) threads = 1;
-    auto room = [](int64_t n) { return new (std::align_val_t(64)) float[n]; };
+    auto made = [](int64_t n) { return new (std::align_val_t(64)) float[n]; };
     auto done = [](float* x) { operator delete[](x, std::align_val_t(64)); };
-    float* o = room(tasks * wide * p.V);
+    float* o = made(tasks * wide * V);
     std::vector<Part> parts(tasks * wide);
     std::vector<std::atomic<int64_t>> left(p.B * p.G);  // splits that are still to end
     for (auto& count : left) count = splits;
     int bad = 0;
 #pragma omp parallel num_threads(threads) reduction(| : bad) if (threads > 1)
     {
-        float *q = room(wide * (p.D + SPLIT)), *x = q + wide * p.D;
-        std::vector<double> sum(p.V);
-        std::vector<float> line(p.V);
-        for (int64_t i = p.D * rows; i < p.D * wide; i++) q[i] = 0.0f;
+        float *q = made(wide * (D + SPLIT)), *x = q + wide * D;
+        std::vector<double> sum(V);
+        std::vector<float> line(V);
+        for (int64_t i = D * rows; i < D * wide; i++) q[i] = 0.0f;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < tasks; i++) {
             int64_t bg = i / splits, first = i % splits * SPLIT;
             bad |= split<N, M>(p, bg / p.G, bg % p.G, first, std::min(SPLIT, p.S - first), wide, q, x,
-                               o + i * wide * p.V, parts.data() + i * wide);
+                               o + i * wide * V, parts.data() + i * wide);
             // Whoever ends a key head's last split puts them together: threads meet once, at the end.
             if (left[bg].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
             for (int64_t r = 0; r < rows; r++) {
@@ -239,13 +264,13 @@ bool decode(const Decode& p) {
                     if (part.total == 0) continue;
                     double by = part.top == top ? 1.0 : std::exp(double(part.top) - top);
                     total += by * part.total;
-                    const float* from = o + (at + s * wide) * p.V;
-                    for (int64_t d = 0; d < p.V; d++) sum[d] += by * from[d];
+                    const float* from = o + (at + s * wide) * V;
+                    for (int64_t d = 0; d < V; d++) sum[d] += by * from[d];
                 }
                 double by = total == 0 ? 0.0 : 1 / total;
-                for (int64_t d = 0; d < p.V; d++) line[d] = float(sum[d] * by);
-                bad |= !finite(line.data(), p.V);
-                for (int64_t d = 0; d < p.V; d += 2 * W) N::put(out + d, {load(&line[d]), load(&line[d] + W)});
+                for (int64_t d = 0; d < V; d++) line[d] = float(sum[d] * by);
+                bad |= !finite(line.data(), V);
+                for (int64_t d = 0; d < p.V; d += 2 * W) N::put(out + d, {load(&line[d]), load(&line[d] + W)}, p.V - d);
             }
         }
         done(q);

@@ -66,7 +66,7 @@ def launch(
 
 def step() -> int:
     """What widths are multiples of."""
-    return 2 * int(build.library().regard_lanes())
+    return int(build.library().regard_lanes())
 
 
 def _by_keys(x: Tensor, T: int, S: int) -> tuple[Tensor, tuple[int, ...]]:
