@@ -125,7 +125,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Non
             monkeypatch.setattr(benchmark(name), *stand_in)
 
 
-@pytest.mark.parametrize("name", TINY)
+LONG = {"compiled"}
+"""Whose few seconds are torch's compiler's."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in TINY])
 def test_runs_and_measures_its_goals(tiny: None, name: str) -> None:
     result = benchmark(name).measure(repeats=1, **TINY[name])
     assert result.name == name
