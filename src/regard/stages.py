@@ -144,6 +144,11 @@ class Position(Stage):
         """`rotate` of both; for schemes that can share work between them, or do more to queries."""
         return self.rotate(q, at), self.rotate(k, keys)
 
+    def sines(self, at: int) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]] | None:
+        """(cos, sin) of one place, in fp32, where all that is done to queries and keys there is
+        z * cos + z.roll(D / 2) * sin; None where it is not, or not known at once."""
+        return None
+
     def bias(self, rows: Rows) -> Float[Tensor, "#B #H t s"]:
         """What is added to the scaled scores."""
         return rows.q.new_zeros(1, 1, 1, 1)

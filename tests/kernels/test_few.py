@@ -236,3 +236,39 @@ def test_queries_and_keys_turn_together_as_alone() -> None:
         both = position.turn(q[:, :, :n], k[:, :, :n], places, places)
         for got, z in zip(both, (q, k), strict=True):
             assert (got - position.rotate(z[:, :, :n], places)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["softmax", "rotary", "kerple", "window"])
+@torch.no_grad()
+def test_a_step_is_one_call_where_it_can_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it meets NaN, whose place in the cache is written twice, the long way says what `forward` does."""
+    layer = regard.create(name, dim=64, num_heads=2, causal=True)
+    x = torch.randn(2, 9, 64)
+    calls = []
+    joined = few.joined
+    monkeypatch.setattr(few, "joined", lambda *given, **options: calls.append(1) or joined(*given, **options))
+    for poisoned in (False, True):
+        x[1, 4] = torch.nan if poisoned else 0.0
+        state, found = layer.init_state(2, 9), []
+        for token in x.split(1, 1):
+            y, state = layer.step(token, state)
+            found.append(y)
+        want, got = layer(x), torch.cat(found, 1)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert (got - want).nan_to_num().abs().max() < 1e-5
+    assert len(calls) == 18 or (name == "window" and len(calls) > 9), "a short window makes its memory now and then"
+
+
+@torch.no_grad()
+def test_a_step_writes_into_nobody_elses_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two continuations of one state, and projections that give what they are given."""
+    layer = regard.create("rotary", dim=64, num_heads=2, causal=True)
+    x = torch.randn(1, 5, 64)
+    _, state = layer.step(x[:, :3], layer.init_state(1, 8))
+    one, other = (layer.step(x[:, n : n + 1], state)[0] for n in (3, 4))
+    assert (one - layer(x[:, :4])[:, -1:]).abs().max() < 1e-5
+    assert (other - layer(x[:, [0, 1, 2, 4]])[:, -1:]).abs().max() < 1e-5
+    monkeypatch.setattr(layer.q_proj, "forward", lambda x: x)
+    token = x[:, 3:4].clone()
+    layer.step(token, state)
+    assert torch.equal(token, x[:, 3:4])

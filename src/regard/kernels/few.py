@@ -112,6 +112,50 @@ def quick(
     return None if odd else out
 
 
+def joined(
+    q: Float[Tensor, "B 1 HD"],
+    k: Float[Tensor, "B 1 GD"],
+    v: Float[Tensor, "B 1 GD"],
+    keys: Float[Tensor, "B G S D"],
+    values: Float[Tensor, "B G S D"],
+    *,
+    reach: int,
+    scale: float,
+    turn: tuple[Tensor, Tensor] | None,
+    position: Position | None,
+) -> tuple[Float[Tensor, "B 1 HD"], bool]:
+    """A step of decoding at once: queries and the new token's key are turned by (cos, sin), its key and value written
+    to the last place of `keys` and `values`, and the last `reach` of these attended to.
+
+    Nothing is asked: `joins` says where it may be called. Returns the outputs, and whether anything was not finite:
+    then these are not to be used, but the key and value are in their place.
+    """
+    (B, G, S, D), (kb, kh, kt, _), (vb, vh, vt, _) = keys.shape, keys.stride(), values.stride()
+    q = q.view(B, -1, 1, D)
+    n, H = min(S, reach), q.shape[1]
+    row = None if position is None else by_distance(position, q, n)
+    added = NOTHING if row is None else (row.data_ptr(), 0, row.stride(1) * (row.shape[1] > 1), 0)
+    if n < S:
+        keys, values = keys[:, :, S - n :], values[:, :, S - n :]
+    joining = k.data_ptr(), v.data_ptr(), *((0, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr()))
+    strides = (H * D, D, D, 1), (kb, kh, kt, 1), (vb, vh, vt, 1)
+    out, odd = launch(q, keys, values, (B, H, 1, D, G, n, D), strides, scale, False, added, joining=joining)
+    return out.view(B, 1, H * D), odd
+
+
+def joins(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `joined` may be called with tensors of these kinds."""
+    if is_compiling() or _get_tracing_state() is not None or tracing.active() or _len_torch_dispatch_stack():
+        return False
+    given, D = (q, k, v, keys, values), keys.shape[3]
+    if any(type(x) is not Tensor or not x.is_cpu or x.dtype is not q.dtype or x.stride(-1) != 1 for x in given):
+        return False
+    if q.dtype not in NUMBERS or build.why_not() or D % step() or not (q.is_contiguous() and k.shape == v.shape):
+        return False
+    B, G = keys.shape[:2]
+    return k.shape == (B, 1, G * D) and values.shape == keys.shape and k.is_contiguous() and v.is_contiguous()
+
+
 def _run(p: Problem) -> tuple[Tensor, bool]:
     T, S = p.q.shape[2], p.k.shape[2]
     keys = key_range(p, slice(0, T))

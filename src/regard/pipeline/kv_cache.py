@@ -65,44 +65,60 @@ class KVCache:
         """
         check_fit(self, new, self.buffers)
         t = next(iter(new.values())).shape[-2]
+        learns = torch.is_grad_enabled() and any(z.requires_grad for z in (*new.values(), *self.buffers.values()))
+        if not learns and (found := self.ahead(t)) is not None:
+            held, after = found
+            for name, z in new.items():
+                held[name].narrow(-2, held[name].shape[-2] - t, t).copy_(z)
+            return held, after
         if self.window is not None:
-            return self._slid(new, t)
+            return self._slid(new, t, learns)
         capacity, end = self.capacity, self.length + t
         assert capacity is not None
         if end > capacity:
             overflow(self, t, self.length, capacity)
-        if torch.is_grad_enabled() and any(z.requires_grad for z in (*new.values(), *self.buffers.values())):
+        if learns:
             # A graph may hold the old buffers: never write into them.
             buffers = {
                 n: torch.cat([b[..., : self.length, :], new[n], b[..., end:, :]], -2) for n, b in self.buffers.items()
             }
-            written = [end]
         else:
-            fresh = self.written[0] == self.length and not self._sealed()
-            buffers = dict(self.buffers) if fresh else {n: b.clone() for n, b in self.buffers.items()}
-            written = self.written if fresh else [end]
-            written[0] = end
+            buffers = {n: b.clone() for n, b in self.buffers.items()}
             for name, z in new.items():
                 buffers[name].narrow(-2, self.length, t).copy_(z)
         held = {n: b.narrow(-2, 0, end) for n, b in buffers.items()}
-        return held, KVCache(buffers, end, None, written)
+        return held, KVCache(buffers, end, None, [end])
 
-    def _slid(self, new: Mapping[str, Tensor], t: int) -> tuple[dict[str, Tensor], "KVCache"]:
-        """`append` where only a window is kept: new tokens are written behind the old ones as long as there is room,
-        and only then what is kept moves to the front of new memory."""
+    def ahead(self, t: int) -> tuple[dict[str, Tensor], "KVCache"] | None:
+        """All tokens held and room for t more behind them, to be written at once, and the cache that then holds them;
+        None where there is no such room that is nobody else's. For tokens that need no gradients."""
+        if self.window is None:
+            end = self.length + t
+            if self.written[0] != self.length or end > next(iter(self.buffers.values())).shape[-2] or self._sealed():
+                return None
+            self.written[0] = end
+            return {n: b.narrow(-2, 0, end) for n, b in self.buffers.items()}, KVCache(
+                self.buffers, end, None, self.written
+            )
+        if not self._slides() or self.end + t > self.room or self.written[0] != self.end:
+            return None
+        before, after, held = self.kept, min(self.length + t, self.window), {}
+        for n, b in self.buffers.items():
+            held[n] = b.as_strided((*b.shape[:-2], before + t, b.shape[-1]), b.stride(), b.storage_offset())
+        self.written[0] = end = self.end + t
+        kept = {n: z.narrow(-2, before + t - after, after) for n, z in held.items()}
+        return held, KVCache(kept, self.length + t, self.window, self.written, self.room, end)
+
+    def _slides(self) -> bool:
+        """Whether memory with more room than is shown may be made, and written to."""
+        return not (torch.compiler.is_compiling() or active() or self._sealed())
+
+    def _slid(self, new: Mapping[str, Tensor], t: int, learns: bool) -> tuple[dict[str, Tensor], "KVCache"]:
+        """`append` where only a window is kept and there is no room behind it: what is kept moves to the front of new
+        memory, into which later ones are written."""
         assert self.window is not None
         before, after, length = self.kept, min(self.length + t, self.window), self.length + t
-        free = not (torch.compiler.is_compiling() or active() or self._sealed())
-        free &= not (torch.is_grad_enabled() and any(z.requires_grad for z in (*new.values(), *self.buffers.values())))
-        if free and self.end + t <= self.room and self.written[0] == self.end:
-            held = {}
-            for name, z in new.items():
-                b = self.buffers[name]
-                held[name] = b.as_strided((*b.shape[:-2], before + t, b.shape[-1]), b.stride(), b.storage_offset())
-                held[name].narrow(-2, before, t).copy_(z)
-            self.written[0] = end = self.end + t
-            kept = {n: z.narrow(-2, before + t - after, after) for n, z in held.items()}
-            return held, KVCache(kept, length, self.window, self.written, self.room, end)
+        free = self._slides() and not learns
         held = {n: torch.cat([self.buffers[n], z], -2) for n, z in new.items()}
         first = before + t - after
         if not free or t > 1:  # many at once are no steps; what was seen of them is not kept alive

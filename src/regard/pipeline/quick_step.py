@@ -3,12 +3,14 @@
 Around the projections and the kernel a step has some hundred small questions to ask, which take as long as both.
 """
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 
 from regard.kernels import execute, few
+from regard.masks import Mask, causal
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.paged_cache import State
 from regard.stages import Position
@@ -30,20 +32,61 @@ def step(layer: "Attention", x: Tensor, state: State) -> tuple[Tensor, KVCache] 
         return None
     if state.buffers.keys() != {"k", "v"} or not plain(layer):
         return None
-    where = torch.tensor([state.length], device="cpu") if layer.position is not None else _NOWHERE
-    q, k, v, x, _ = layer._project(x, x, where, where, where)
+    position, reach = layer.position, None if layer.mask is None else _reach(layer.mask)
+    where = torch.tensor([state.length], device="cpu") if position is not None else _NOWHERE
+    if layer.heads is layer.gate is None and not (position is not None and position.changes("embed")):
+        flat = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
+        if (done := _joined(layer, flat, state, reach)) is not None:
+            return done
+        q, k, v = (layer._split(z, n) for z, n in zip(flat, (layer.num_heads, *2 * (layer.num_kv_heads,)), strict=True))
+        if position is not None and position.changes("rotate"):
+            q, k = position.turn(q, k, where, where)
+    else:
+        q, k, v, x, _ = layer._project(x, x, where, where, where)
     held, state = state.append(k=k, v=v)
     k, v = held["k"], held["v"]
-    reach = None if layer.mask is None else layer.receptive_field().reach
     if reach is not None and reach < k.shape[2]:
         k, v = k[:, :, -reach:], v[:, :, -reach:]
-    position = layer.position if layer.position is not None and layer.position.changes("bias") else None
+    position = position if position is not None and position.changes("bias") else None
     out = few.quick(q, k, v, causal=True, scale=layer.scale, position=position)
     if out is None:
         first_key = state.length - held["k"].shape[2]
         p = layer._problem(q, held["k"], held["v"], None, None, layer._static(None), first_key, positions=None)
         out = execute(p, layer.kernel)
     return layer._finish(out, x), state
+
+
+def _joined(
+    layer: "Attention", flat: tuple[Tensor, Tensor, Tensor], state: KVCache, reach: int | None
+) -> tuple[Tensor, KVCache] | None:
+    """The same where all that lies between the projections is one call; None where it isn't, and nothing is written."""
+    position, turn, (q, k, v) = layer.position, None, flat
+    if position is not None and position.changes("rotate"):
+        turn = position.sines(state.length) if q.dtype is torch.float32 else None
+        if turn is None:
+            return None
+    held = state.buffers["k"], state.buffers["v"]
+    if not few.joins(q, k, v, *held) or q.shape[2] != layer.num_heads * layer.head_dim:
+        return None
+    if (found := state.ahead(1)) is None:
+        return None
+    out, odd = few.joined(
+        *(q, k, v, found[0]["k"], found[0]["v"]),
+        reach=state.length + 1 if reach is None else reach,
+        scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
+        turn=turn,
+        position=position if position is not None and position.changes("bias") else None,
+    )
+    if odd:
+        state.written[0] -= 1  # who goes the long way writes there again
+        return None
+    return layer.o_proj(out), found[1]
+
+
+@lru_cache(maxsize=64)
+def _reach(mask: Mask) -> int | None:
+    """How many keys a query sees of a mask by distance alone, under causality."""
+    return (causal() & mask).reach
 
 
 def plain(layer: "Attention") -> bool:

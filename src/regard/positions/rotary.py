@@ -188,19 +188,25 @@ class Rotary(Position):
         return angles(positions, w)
 
     def turn(self, q: Tensor, k: Tensor, at: Int[Tensor, "*b T"], keys: Int[Tensor, "*b S"]) -> tuple[Tensor, Tensor]:
-        if not (at is keys and at.shape == (1,) and self._turns_at_once(q, k, at)):
+        if not (at is keys and at.shape == (1,) and self._one_by_one(q, k, at)):
             return super().turn(q, k, at, keys)
-        cos, sin = turns(self.head_dim, self.base, int(at) // KEPT)[int(at) % KEPT]
+        if (kept := self.sines(int(at))) is None:
+            return super().turn(q, k, at, keys)
+        cos, sin = kept
         z = torch.cat((q, k), 1)  # heads are alike
         z = torch.addcmul(z * cos, z.roll(self.head_dim // 2, -1), sin)
         return z[:, : q.shape[1]], z[:, q.shape[1] :]
 
-    def _turns_at_once(self, q: Tensor, k: Tensor, at: Tensor) -> bool:
-        """Whether this is a step of decoding that kept sines serve."""
+    def sines(self, at: int) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]] | None:
         usual = self.scaling is None and not self.interleaved and type(self).rotate is Rotary.rotate
-        usual = usual and self.rotary_dim == self.head_dim
+        if not usual or self.rotary_dim != self.head_dim:
+            return None
+        return turns(self.head_dim, self.base, at // KEPT)[at % KEPT]
+
+    def _one_by_one(self, q: Tensor, k: Tensor, at: Tensor) -> bool:
+        """Whether this is a step of decoding that kept sines can serve."""
         fits = q.dtype is k.dtype is torch.float32 and q.is_cpu and q.shape[3] == k.shape[3] == self.head_dim
-        return usual and fits and at.is_cpu and readable(q, k, at) and not _len_torch_dispatch_stack()
+        return fits and at.is_cpu and readable(q, k, at) and not _len_torch_dispatch_stack()
 
     def extra_repr(self) -> str:
         part = "" if self.rotary_dim == self.head_dim else f", rotary_dim={self.rotary_dim}"

@@ -16,6 +16,8 @@ extern "C" struct Decode {
     int64_t bias_b, bias_h, bias_t;
     const uint8_t* mask;  // 0 where a key is hidden, likewise
     int64_t mask_b, mask_h, mask_t;
+    const void *new_k, *new_v;  // not null: (B, G, D) and (B, G, V) in a row, to be written where the last key lies
+    const float *cos, *sin;     // not null: queries and the new keys are turned by them; fp32, D even, one query
     double scale;
 };
 
@@ -279,8 +281,36 @@ bool decode(const Decode& p) {
     return bad;
 }
 
+// z cos + (z, its halves exchanged) sin.
+void turned(const Decode& p, const float* from, float* to) {
+    for (int64_t d = 0, half = p.D / 2; d < half; d++) {
+        float x = from[d], y = from[d + half];
+        to[d] = x * p.cos[d] + y * p.sin[d];
+        to[d + half] = y * p.cos[d + half] + x * p.sin[d + half];
+    }
+}
+
+// The new token's key and value join those that are held, and queries that are turned go to `room`.
 template <class N>
-bool decode(const Decode& p) {
+void join(Decode& p, std::vector<float>& room) {
+    typedef typename N::Number Number;
+    if (p.cos) room.resize(p.B * p.H * p.D);
+    for (int64_t b = 0; b < p.B; b++) {
+        for (int64_t h = 0; p.cos && h < p.H; h++) turned(p, p.q.at<float>(b, h, 0), &room[(b * p.H + h) * p.D]);
+        for (int64_t g = 0; g < p.G; g++) {
+            const Number *k = (const Number*)p.new_k + (b * p.G + g) * p.D, *v = (const Number*)p.new_v + (b * p.G + g) * p.V;
+            if (p.cos) turned(p, (const float*)k, p.k.at<float>(b, g, p.S - 1));
+            else memcpy(p.k.at<Number>(b, g, p.S - 1), k, p.D * sizeof(Number));
+            memcpy(p.v.at<Number>(b, g, p.S - 1), v, p.V * sizeof(Number));
+        }
+    }
+    if (p.cos) p.q = {room.data(), p.H * p.D, p.D, p.D};
+}
+
+template <class N>
+bool decode(Decode p) {
+    std::vector<float> room;
+    if (p.new_k) join<N>(p, room);
     int64_t rows = p.H / p.G * p.T;
     return rows == 1 ? decode<N, 1>(p) : rows == 2 ? decode<N, 2>(p) : decode<N, 4>(p);
 }
