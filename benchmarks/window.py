@@ -12,7 +12,7 @@ from torch import Tensor
 
 import regard
 from benchmarks.goals import goal
-from benchmarks.harness import Benchmark, Run, able, agree, command, compared, forward_backward, race, share
+from benchmarks.harness import Benchmark, Figure, Run, able, agree, command, compared, forward_backward, race, share
 from regard import masks
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -77,6 +77,7 @@ def measure(*, repeats: int, length: int = 16384, window: int = 512, heads: int 
         times = race(contenders, repeats=repeats)
     done = share(flops, min(times["auto"]))
     result.add(compared("forward / SDPA causal", times, "auto", "SDPA causal", note=note, share=done, **goal("window")))
+    result.add(Figure("forward, of the matrix peak", done, "", **goal("window peak")))
     for name in KERNELS[1:]:
         done = share(flops, min(times[name]))
         result.add(compared(f"{name} kernel, forward / SDPA causal", times, name, "SDPA causal", share=done))
