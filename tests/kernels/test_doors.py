@@ -20,6 +20,7 @@ from regard.integrations.timm_attend import attend
 from regard.integrations.torch_mha import MultiheadAttention
 from regard.integrations.transformers_call import read
 from regard.kernels import KERNELS, Problem, choose, execute
+from regard.kernels.delta_scan import delta_scan
 from regard.kernels.linear_scan import linear_scan
 from regard.kernels.triton_decode import decode_batch
 from regard.kernels.two_phase import Shares, two_phase
@@ -146,6 +147,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"attention, {name}": lambda q, k, v, n=name: regard.attention(q, k, v, kernel=n) for name in KERNELS},
     "attend": lambda q, k, v: attend(Parts({}), q, k, v, None, scale=1.0),
     "linear_scan": linear_scan,
+    "delta_scan": lambda q, k, v: delta_scan(q, k, v, torch.ones(B, H, N)),
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
     "flow_attention": flow_attention,
     "causal_flow_attention": causal_flow_attention,
@@ -179,7 +181,7 @@ OTHERWISE = {
 }
 """Those of nodes, or of one query."""
 INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
-INNER |= {"finite"}
+INNER |= {"finite", "joined", "joins", "check_scan"}
 """What stands behind those, or is no way to a kernel."""
 
 

@@ -70,7 +70,8 @@ def linear_scan(
     Raises:
         ValueError: shapes that don't fit together; a form that can't run here.
     """
-    _check(q, k, v, decay, state, starts, form, chunk)
+    choice(WHO, FORMS, form=form)
+    check_scan(WHO, q, k, v, decay, state, starts, chunk)
     if autocasts(q.device):
         with as_it_is(q.device):
             return linear_scan(q, k, v, decay, state=state, starts=starts, form=form, chunk=chunk)
@@ -220,34 +221,34 @@ def _recur(x: Float[Tensor, "B H F n R"], g: Float[Tensor, "b h F n"]) -> Float[
     return (local + g.cumsum(-1).exp().unsqueeze(-1) * earlier).flatten(3, 4)[..., :n, :]
 
 
-def _check(
+def check_scan(
+    who: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
     state: Tensor | None,
     starts: Tensor | None,
-    form: str,
     chunk: int,
 ) -> None:
+    """Refuse what no scan can take."""
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         wanted = "(batch, heads, tokens, K) twice and (batch, heads, tokens, V); repeat grouped keys and values first"
-        refuse(WHO, "q, k and v", "have the wrong shapes", got, wanted)
+        refuse(who, "q, k and v", "have the wrong shapes", got, wanted)
     if not q.dtype.is_floating_point or {k.dtype, v.dtype} != {q.dtype}:
         got = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        refuse(WHO, "q, k and v", "have the wrong dtypes", got, "one floating point dtype; cast them", error=TypeError)
+        refuse(who, "q, k and v", "have the wrong dtypes", got, "one floating point dtype; cast them", error=TypeError)
     devices = {z.device for z in (q, k, v, decay, state, starts) if z is not None}
     if len(devices) > 1:
-        refuse(WHO, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
+        refuse(who, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
     B, H, T, K = q.shape
     shapes = ((H,), (B, H, T), (B, H, T, K))
     if decay is not None and tuple(decay.shape) not in shapes:
-        refuse(WHO, "decay", "has the wrong shape", tuple(decay.shape), f"one of {shapes}")
+        refuse(who, "decay", "has the wrong shape", tuple(decay.shape), f"one of {shapes}")
     if state is not None:
-        fits(WHO, "B H K V", {"B": B, "H": H, "K": K, "V": v.shape[3]}, state=state)
+        fits(who, "B H K V", {"B": B, "H": H, "K": K, "V": v.shape[3]}, state=state)
     if starts is not None and (starts.dtype != torch.bool or tuple(starts.shape) not in ((1, T), (B, T))):
         got = f"{starts.dtype} {tuple(starts.shape)}"
-        refuse(WHO, "starts", "does not fit q", got, f"bool {(B, T)} or {(1, T)}, True where a document starts")
-    choice(WHO, FORMS, form=form)
-    whole(WHO, chunk=chunk)
+        refuse(who, "starts", "does not fit q", got, f"bool {(B, T)} or {(1, T)}, True where a document starts")
+    whole(who, chunk=chunk)

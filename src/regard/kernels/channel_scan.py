@@ -1,0 +1,97 @@
+"""A linear recurrence of each channel by itself, run chunk by chunk.
+
+    h_t = exp(g_t) h_{t-1} + x_t
+
+g_t <= 0 is the logarithm of what is kept. Three forms give the same outputs, final state and gradients: `chunked` takes
+chunks of 16 tokens and then, likewise, the ends of these; `parallel` is one chunk of all tokens; `step` goes token by
+token. No product divides by a decay: g = -inf, which forgets everything, is fine.
+
+Blelloch 1990, "Prefix Sums and Their Applications" (first-order recurrences are associative).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.checks import choice, fits, refuse
+from regard.kernels.linear_scan import _between
+from regard.kernels.linear_scan import _recur as recur
+from regard.tracing import as_it_is, autocasts
+
+WHO = "channel_scan"
+FORMS = ("chunked", "parallel", "step")
+
+
+class Channels(NamedTuple):
+    """What came out, and what the past leaves behind."""
+
+    out: Float[Tensor, "B T C"]
+    state: Float[Tensor, "B C"]
+
+
+def channel_scan(
+    x: Float[Tensor, "B T C"],
+    decay: Float[Tensor, "B T C"],
+    *,
+    state: Float[Tensor, "B C"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
+    form: Literal["chunked", "parallel", "step"] = "chunked",
+) -> Channels:
+    """h_t from `state` (default zero) to the final state. Several numbers a channel are so many channels: flatten them.
+
+    Sums are accumulated in float32 at least (float64 for float64); `out` has x's dtype, the state keeps the wide one.
+    A hidden token passes the state on unchanged with x 0 and decay 0.
+
+    Args:
+        decay: logarithms, <= 0, of x's shape.
+        starts: True at the first token of each packed document, as in `linear_scan`.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    choice(WHO, FORMS, form=form)
+    _check(x, decay, state, starts)
+    if autocasts(x.device):
+        with as_it_is(x.device):
+            return channel_scan(x, decay, state=state, starts=starts, form=form)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    B, T, C = x.shape
+    y, g = x.to(wide), decay.to(wide)
+    if starts is not None:
+        g = torch.where(starts[..., None], -torch.inf, g)
+    state = y.new_zeros(B, C) if state is None else state.to(wide)
+    if T == 0:
+        return Channels(x.clone(), state.clone())
+    if T == 1 or form == "step":
+        outs = []
+        for t in range(T):
+            state = g[:, t].exp() * state + y[:, t]
+            outs.append(state)
+        return Channels(torch.stack(outs, 1).to(x.dtype), state)
+    # The state is one more token before the others: what it is kept by is the first one's decay.
+    rows = torch.cat([state[:, None], y], 1).mT[:, None, :, :, None]
+    kept = torch.cat([torch.zeros_like(g[:, :1]), g], 1).mT[:, None]
+    out = _between(kept).exp() @ rows if form == "parallel" else recur(rows, kept)
+    out = out[:, 0, :, 1:, 0].mT
+    return Channels(out.to(x.dtype), out[:, -1])
+
+
+def _check(x: Tensor, decay: Tensor, state: Tensor | None, starts: Tensor | None) -> None:
+    if x.dim() != 3 or not x.dtype.is_floating_point:
+        refuse(
+            WHO, "x", "has the wrong shape or dtype", f"{x.dtype} {tuple(x.shape)}", "floats (batch, tokens, channels)"
+        )
+    if decay.shape != x.shape or not decay.dtype.is_floating_point:
+        got = f"{decay.dtype} {tuple(decay.shape)}"
+        refuse(WHO, "decay", "does not fit x", got, f"floats of shape {tuple(x.shape)}")
+    devices = {z.device for z in (x, decay, state, starts) if z is not None}
+    if len(devices) > 1:
+        refuse(WHO, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
+    B, T, C = x.shape
+    if state is not None:
+        fits(WHO, "B C", {"B": B, "C": C}, state=state)
+    if starts is not None and (starts.dtype != torch.bool or tuple(starts.shape) not in ((1, T), (B, T))):
+        got = f"{starts.dtype} {tuple(starts.shape)}"
+        refuse(WHO, "starts", "does not fit x", got, f"bool {(B, T)} or {(1, T)}, True where a document starts")
