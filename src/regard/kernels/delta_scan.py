@@ -51,7 +51,8 @@ def delta_scan(
     A hidden token passes the state on unchanged with beta 0 and decay 0.
 
     Args:
-        beta: between 0 and 2 for keys of length 1, where the state can't grow: 1 - beta is an eigenvalue of I - beta k^T k.
+        beta: between 0 and 2 for keys of length 1, where the state can't grow, as I - beta k^T k has an eigenvalue
+            1 - beta.
         decay: logarithms, <= 0.
         starts: True at the first token of each packed document, as in `linear_scan`.
         chunk: tokens a chunk, in the chunked form.
