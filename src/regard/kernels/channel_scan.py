@@ -2,13 +2,16 @@
 
     h_t = exp(g_t) h_{t-1} + x_t
 
-g_t <= 0 is the logarithm of what is kept. Three forms give the same outputs, final state and gradients: `chunked` takes
-chunks of 16 tokens and then, likewise, the ends of these; `parallel` is one chunk of all tokens; `step` goes token by
-token. No product divides by a decay: g = -inf, which forgets everything, is fine.
+g_t <= 0 is the logarithm of what is kept. Three forms give the same outputs, final state and gradients: `chunked` goes
+through all chunks at once, token by token, and then from chunk to chunk; with sqrt(T) tokens a chunk that is 2 sqrt(T)
+steps. `parallel` joins groups of tokens, groups of groups and so on by products of matrices, in one graph for all lengths,
+and runs under torch.compile; `step` goes token by token. No product divides by a decay: g = -inf, which forgets
+everything, is fine.
 
 Blelloch 1990, "Prefix Sums and Their Applications" (first-order recurrences are associative).
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import choice, fits, refuse
-from regard.kernels.linear_scan import _between
+from regard.kernels.blocks import from_blocks, in_blocks
 from regard.kernels.linear_scan import _recur as recur
 from regard.tracing import as_it_is, autocasts
 
@@ -70,12 +73,30 @@ def channel_scan(
             state = g[:, t].exp() * state + y[:, t]
             outs.append(state)
         return Channels(torch.stack(outs, 1).to(x.dtype), state)
-    # The state is one more token before the others: what it is kept by is the first one's decay.
+    if form == "chunked" and not torch.compiler.is_compiling():
+        out, state = _chunked(y, g, state)
+        return Channels(out.to(x.dtype), state)
+    # The state is one more token before the others.
     rows = torch.cat([state[:, None], y], 1).mT[:, None, :, :, None]
     kept = torch.cat([torch.zeros_like(g[:, :1]), g], 1).mT[:, None]
-    out = _between(kept).exp() @ rows if form == "parallel" else recur(rows, kept)
-    out = out[:, 0, :, 1:, 0].mT
+    out = recur(rows, kept)[:, 0, :, 1:, 0].mT
     return Channels(out.to(x.dtype), out[:, -1])
+
+
+def _chunked(y: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A last chunk that is filled up adds and forgets nothing."""
+    T = y.shape[1]
+    y, g = (in_blocks(z, math.isqrt(T), 1) for z in (y, g))
+    keep, h, inner, before = g.exp(), torch.zeros_like(y[:, :, 0]), [], []
+    for t in range(y.shape[2]):
+        h = torch.addcmul(y[:, :, t], keep[:, :, t], h)
+        inner.append(h)
+    passed = g.cumsum(2).exp()
+    for n in range(y.shape[1]):
+        before.append(state)
+        state = torch.addcmul(h[:, n], passed[:, n, -1], state)
+    out = torch.addcmul(torch.stack(inner, 2), passed, torch.stack(before, 1)[:, :, None])
+    return from_blocks(out, T, 1), state
 
 
 def _check(x: Tensor, decay: Tensor, state: Tensor | None, starts: Tensor | None) -> None:
