@@ -144,9 +144,9 @@ def heads(made: nn.Module, name: str, x: Tensor) -> Tensor:
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "steps": {"key_steps": 2, "key_precision": 0.8, "log_prior": None, "num_kv_heads": 2, "bias": True},
+    "steps": {"key_steps": 2, "key_precision": 0.8, "log_prior": "uniform", "num_kv_heads": 2, "bias": True},
     "prior": {"key_steps": 1, "key_prior": 0.5, "value_precision": 0.4},
-    "own values": {"own_values": True, "value_precision": 0.4, "log_prior": None},
+    "own values": {"own_values": True, "value_precision": 0.4, "log_prior": "uniform"},
 }
 
 

@@ -10,12 +10,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.checks import fits, refuse
+from regard.checks import fits, number, refuse
 from regard.kernels.problem import combine, dots
 from regard.kernels.sums import over_keys
 from regard.masks import Mask
 from regard.normalizers.softmax import softmax
 from regard.tracing import active, exporting
+
+TILE_BYTES = 16 * 2**20
+"""Weights formed at once."""
+MOST = 100
+"""Steps. Each is as dear as attention itself."""
 
 Magnitude = Literal["magnitude"]
 Positions = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -132,6 +137,11 @@ class Mixture:
         z = z if some is None else z.masked_fill(~some[..., None], 0)
         parts = self.each(lambda at: over_keys(self.weights(k, v, at).mT, z[:, :, at]))
         return sum(parts[1:], parts[0])
+
+
+def precisions(who: str, **given: float | Tensor | None) -> None:
+    """Refuse numbers below 0."""
+    number(who, least=0, **{name: z for name, z in given.items() if not (z is None or isinstance(z, Tensor))})
 
 
 def fit(name: str, axes: tuple[str, ...], tensors: Any, sizes: dict[str, int]) -> None:

@@ -1,24 +1,23 @@
-"""Probabilistic attention: units of a mixture of Gaussians answer queries, and keys and values may adapt to them.
+"""Probabilistic attention: keys and values are units of a mixture of Gaussians, and may adapt.
 
-Each key is the mean of a unit's queries, each value the mean of its values; a query's output is the most probable value
-given its query, after one step of EM. Further steps move the keys to the queries, and the values to those that are
-known.
+A unit's key is the mean of its queries, and outputs are the most probable values given their queries, after one step of
+EM. Further steps move keys to the queries, and values to those that are known.
 """
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.cards import Card, Cost, Paper
+from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, choice, flag, number, refuse, whole
 from regard.kernels.check import check_inputs, check_mask
 from regard.kernels.problem import chunk_rows
 from regard.linear._shared import repeat_heads, widened
 from regard.masks import Mask, full, padding
-from regard.mixers._mixture import Magnitude, Mixture, Positions, fit, many, moved
+from regard.mixers._mixture import MOST, TILE_BYTES, Magnitude, Mixture, Positions, fit, many, moved, precisions
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.tracing import as_it_is, autocasts
@@ -42,15 +41,14 @@ value step:  v_j <- (phi_j v_j + b sum_i w_ij f_i u_i) / (phi_j + b sum_i w_ij f
     ),
     supports={"bidirectional", "padding", "packed", "cross", "gqa", "compile"},
     lacks=dict.fromkeys(("causal", "streaming"), "keys learn from all queries, later ones too"),
-    traits={"normalised", "nonnegative", "linear_in_values", "position_free", "shift_invariant", "head_independent"},
+    traits=PLAIN,
     cost=Cost("2*B*H*T*S*D + key_steps*B*H*T*S*(2*D + 1)", ""),
-    claim="Defaults are dot-product attention; key steps never lower the likelihood of queries; and one known value of "
-    "each cluster is told to all of it: tests/mixers/test_probabilistic.py::test_key_steps_never_lower_the_likelihood, "
+    claim="Key steps never lower the likelihood of queries, and a known value is told to its cluster: "
+    "tests/mixers/test_probabilistic.py::test_key_steps_never_lower_the_likelihood, "
     "tests/mixers/test_probabilistic.py::test_a_known_value_reaches_its_cluster.",
     differs=(
         "As in the authors' code, the prior of a key step is centred on the key as it is, not as it was at first.",
-        "A unit that no query, or no known value, falls to stays as it is; the code divides 0 by 0, or gives value 0 "
-        "as soon as anything in the batch is known.",
+        "A unit that no query, or no known value, falls to stays as it is; in the code it is 0 / 0, or gets value 0.",
         "What a mask hides does not count, however high its score; in the code it may empty a row.",
         "Precisions of each key go with steps too, where the code takes one number.",
         "Inferred: in the layer known tokens go through the values' projection, and hidden tokens tell keys nothing.",
@@ -69,11 +67,6 @@ value step:  v_j <- (phi_j v_j + b sum_i w_ij f_i u_i) / (phi_j + b sum_i w_ij f
         "own_values": "code",
     },
 )
-
-TILE_BYTES = 16 * 2**20
-"""Weights formed at once."""
-MOST = 100
-"""Steps. Each is as dear as attention itself."""
 
 
 @checked()
@@ -122,12 +115,9 @@ def probabilistic_attention(
     whole(who, 0, most=MOST, key_steps=key_steps, value_steps=value_steps)
     if isinstance(log_prior, str):
         choice(who, get_args(Magnitude), log_prior=log_prior)
-    for name, z in (("key_precision", key_precision), ("value_precision", value_precision), ("key_prior", key_prior),
-                    ("value_prior", value_prior)):  # fmt: skip
-        if not (z is None or isinstance(z, Tensor)):
-            number(who, least=0, **{name: z})
-    if rows is not None:
-        whole(who, rows=rows)
+    given = {"key_precision": key_precision, "value_precision": value_precision}
+    precisions(who, **given, key_prior=key_prior, value_prior=value_prior)
+    whole(who, rows=1 if rows is None else rows)
     sizes, kind = {"B": B, "H": H, "T": T, "S": S, "D": D, "V": v.shape[3]}, v.dtype
     fit("positions", ("T S D", "S T D", "T S V"), positions, sizes)
     fit("known", ("B H T V", "B H T", "B H S V")[: 2 if positions[2] is None else 3], known, sizes)
@@ -163,7 +153,7 @@ class Probabilistic(HeadMixer):
         dim, num_heads, num_kv_heads, head_dim, bias, context_dim: as of `HeadMixer`.
         key_precision: a; default 1 / sqrt(D).
         value_precision: b.
-        log_prior: "magnitude", or None for a uniform one.
+        log_prior: "magnitude" or "uniform".
         key_steps: how often keys adapt, at most 100.
         key_prior: theta, the precision of a prior around the present keys.
         own_values: whether a token's own value is its initial one, v0; then there is no context.
@@ -182,7 +172,7 @@ class Probabilistic(HeadMixer):
         context_dim: int | None = None,
         key_precision: float | None = None,
         value_precision: float = 0.0,
-        log_prior: Magnitude | None = "magnitude",
+        log_prior: Literal["magnitude", "uniform"] = "magnitude",
         key_steps: int = 0,
         key_prior: float | None = None,
         own_values: bool = False,
@@ -193,11 +183,12 @@ class Probabilistic(HeadMixer):
         given = {"key_precision": key_precision, "key_prior": key_prior}
         number(self, above=0, **{name: z for name, z in given.items() if z is not None})
         number(self, least=0, value_precision=value_precision)
-        choice(self, (*get_args(Magnitude), None), log_prior=log_prior)
+        choice(self, ("magnitude", "uniform"), log_prior=log_prior)
         whole(self, 0, most=MOST, key_steps=key_steps)
         flag(self, own_values=own_values)
         self.context_dim, self.key_steps, self.own_values = self.v_proj.in_features, key_steps, own_values
-        self.options: dict[str, Any] = {**given, "value_precision": value_precision, "log_prior": log_prior}
+        self.options: dict[str, Any] = {**given, "value_precision": value_precision}
+        self.options["log_prior"] = log_prior if log_prior == "magnitude" else None
 
     def _check_context(self, x: Tensor, context: Tensor) -> None:
         if self.own_values:
@@ -245,7 +236,7 @@ class Probabilistic(HeadMixer):
         """
         keep, (x, bad) = key_padding(self, mask, x), quarantine(x)
         u = self.v_proj(known.masked_fill(~flags[..., None], 0)).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-        f = flags[:, None].expand(-1, self.num_heads, -1)
-        given = {"value_steps": steps, "value_prior": prior, "known": (repeat_heads(u, self.num_heads), f)}
+        told = repeat_heads(u, self.num_heads), flags[:, None].expand(-1, self.num_heads, -1)
+        given = {"value_steps": steps, "value_prior": prior, "known": told}
         out = self.merge(self.mixed(*self.split(x, x), keep, alone=True, **given))
         return spoil(out, bad, bad, full() if keep is None else padding(keep))
