@@ -1,4 +1,4 @@
-"""Adaptive filter attention: tokens are noisy measurements of one linear system, weighed by how far they fit."""
+"""Adaptive filter attention: tokens are measurements of one linear system, and weigh as far as they fit."""
 
 import math
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,7 +12,8 @@ from regard.checks import choice, fits, flag, number, refuse, whole
 from regard.kernels.problem import chunk_rows
 from regard.linear._shared import RecurrentMixer, repeat_heads, widened
 from regard.masks import Mask, padding
-from regard.mixers._filter import TILE_BYTES, Bias, System, filtered
+from regard.mixers._filter import TILE_BYTES, filtered
+from regard.mixers.linear_system import Bias, LinearSystem
 from regard.mixers.selective import by_rows
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.positions.rotary import rotate
@@ -42,7 +43,8 @@ not isotropic: mu and V of each feature, R S = sum_c R_c S_c, and A of each feat
     claim="It filters a noisy oscillation to a tenth of the error of its last measurement, and a measurement that "
     "doesn't fit is left out: tests/mixers/test_adaptive_filter.py::test_filters_a_noisy_oscillation.",
     differs=(
-        "head_dim counts real numbers, two for each complex feature, side by side for each head.",
+        "head_dim counts real numbers, two for each complex feature, side by side for each head; by default the heads "
+        "together are as wide as tokens, where the code has twice that.",
         "Both directions are inferred: everything follows from |t_i - t_j| and t_i - t_j.",
         "The form that is not isotropic follows the sums that the isotropic one is a case of, as remembered; the "
         "authors' earlier code has one mean decay in its variances, and one weight for all features.",
@@ -53,25 +55,15 @@ not isotropic: mu and V of each feature, R S = sum_c R_c S_c, and A of each feat
     ),
     verified="third-party",
     example={"horizon": 12},
-    tries={"residual_metric": {"robust": False}, "eps": 0.5},
+    tries={"residual_metric": {"robust": False}, "eps": 0.5, "isotropic": {"head_dim": 8}},
     defaults={
-        "bias": "code",
-        "horizon": "ours",
-        "isotropic": "code",
-        "residual_metric": "ours, the full form",
-        "robust": "ours, the full form",
-        "additive": "ours, the full form",
-        "multiplicative": "ours, the full form",
-        "rotate_values": "ours, the full form",
-        "decay": "code",
-        "inner_residual": "ours, the full form",
-        "predict_next": "ours",
-        "norm": "ours",
-        "learn_rotation": "ours",
-        "eps": "ours",
+        **dict.fromkeys(("residual_metric", "robust", "additive", "multiplicative"), "code, Main.ipynb"),
+        **dict.fromkeys(("rotate_values", "decay", "inner_residual", "norm"), "code, Main.ipynb"),
+        **dict.fromkeys(("isotropic", "learn_rotation", "eps", "bias"), "code"),
+        "horizon": "ours, Main.ipynb has 101",
+        "predict_next": "ours, Main.ipynb has it on",
     },
 )
-
 
 Residual = Literal["gate", "add"]
 
@@ -153,7 +145,7 @@ class AdaptiveFilter(RecurrentMixer):
         self.inner_residual, self.way = inner_residual, {"residual_metric": residual_metric, "robust": robust}
         self.way |= {"additive": additive, "multiplicative": multiplicative}
         given = {"decay": decay, "learn_rotation": learn_rotation, "biases": (additive, multiplicative), "eps": eps}
-        self.system = System(H, D, horizon=horizon, isotropic=isotropic, **given)
+        self.system = LinearSystem(H, D, horizon=horizon, isotropic=isotropic, **given)
         self.gate = nn.Parameter(torch.empty(H, D)) if inner_residual == "gate" else None
         for name, n in (("q_scale", H), ("k_scale", G), ("v_scale", G)):
             self.register_parameter(name, nn.Parameter(torch.empty(n, D)) if norm else None)
