@@ -1,4 +1,4 @@
-"""Adaptive filter attention: tokens are measurements of one linear system, and weigh as far as they fit."""
+"""Adaptive filter attention: tokens are measurements of one linear system, and weigh as they fit it."""
 
 import math
 from typing import Any, Literal, NamedTuple, get_args
