@@ -104,6 +104,10 @@ class AdaptiveFilter(RecurrentMixer):
     Shapes: x (B, T, M) -> (B, T, M).
     """
 
+    q_scale: Any
+    k_scale: Any
+    v_scale: Any
+
     def __init__(
         self,
         dim: int,

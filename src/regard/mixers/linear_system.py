@@ -85,6 +85,13 @@ class LinearSystem(nn.Module):
         eps: the least eta^2, gamma^2 and nu.
     """
 
+    decay_logit: nn.Parameter | None
+    process: nn.Parameter | None
+    key_noise: nn.Parameter | None
+    query_noise: nn.Parameter | None
+    nu: nn.Parameter | None
+    rotation: Tensor
+
     def __init__(
         self,
         heads: int,

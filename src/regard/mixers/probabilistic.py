@@ -134,8 +134,8 @@ def probabilistic_attention(
     for _ in range(key_steps):
         k = moved(k, p.told(k, v, q, told), p.a, wide(key_prior))
     beside: Any = 0
-    for _ in range(value_steps if known is not None else 0):
-        u, f, *placed = known
+    for _ in range(0 if known is None else value_steps):
+        u, f, *placed = known  # type: ignore[misc]
         f = f.bool() if told is None else f.bool() & told
         beside = beside + p.read(k, v, wide(placed[0])) if placed else 0
         v = moved(v, p.told(k, v, wide(u), f), p.b, wide(value_prior))
