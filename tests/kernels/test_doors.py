@@ -56,6 +56,7 @@ THROUGH_EXECUTE = {
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
     "mixers/mla.py",
+    "mixers/rcmha.py",
     "mixers/sliced.py",
     "pipeline/function.py",
     "pipeline/layer.py",
