@@ -58,6 +58,7 @@ THROUGH_EXECUTE = {
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
     "mixers/mla.py",
+    "mixers/rcmha.py",
     "mixers/sliced.py",
     "pipeline/function.py",
     "pipeline/layer.py",

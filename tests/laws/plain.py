@@ -113,7 +113,7 @@ def _dots(self: Any, rows: Any, scale: float) -> Tensor:
 
 PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     Position: {
-        **{hook: getattr(Position, hook) for hook in ("embed", "rotate", "values")},
+        **{hook: getattr(Position, hook) for hook in ("embed", "rotate", "turn", "values")},
         "bias": lambda self, rows: rows.q.new_zeros(*rows.q.shape[:2], len(rows.i), len(rows.j)),
     },
     Score: {"forward": _dots},
