@@ -152,12 +152,25 @@ def switch_off(card: regard.Card) -> None:
     elif issubclass(builder, regard.Attention):
         for name in vars(builder).keys() & vars(regard.Attention).keys() - {"__init__", "__doc__", "__module__"}:
             setattr(builder, name, getattr(regard.Attention, name))
+        _without_mask(builder)
     else:
         mixer = {"mix": _mix, "run": _run, "empty_state": _empty_state}
         for name, plain in (mixer if issubclass(builder, HeadMixer) else {"forward": FORWARD[card.protocol]}).items():
             for cls in builder.__mro__:  # a test may be about the class that it refines
                 if cls.__module__.startswith(f"regard.{card.family}.") and name in vars(cls):
                     setattr(cls, name, plain)
+
+
+def _without_mask(builder: type[regard.Attention]) -> None:
+    """Its slot for a mask is emptied, too, where its own code fills it."""
+    build = builder.__init__
+
+    @functools.wraps(build)
+    def emptied(self: regard.Attention, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        self.mask = None
+
+    builder.__init__ = emptied  # type: ignore[method-assign]
 
 
 def _projects(card: regard.Card) -> bool:

@@ -13,13 +13,16 @@ from regard.masks.patterns import (
     strided,
     window,
 )
+from regard.masks.random_blocks import bigbird
 from regard.masks.selection import chosen
+from regard.masks.shifted import multi_window, shifted_chunks, shifted_dilated, shifted_groups
 from regard.masks.structured import block_causal, block_diffusion, global_tokens, shared_prefix, tree
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
 
 __all__ = [
     "BlockLayout",
     "Mask",
+    "bigbird",
     "block_causal",
     "block_diffusion",
     "blocks",
@@ -32,6 +35,7 @@ __all__ = [
     "from_mask_mod",
     "full",
     "global_tokens",
+    "multi_window",
     "neighborhood",
     "nothing",
     "packed",
@@ -40,6 +44,9 @@ __all__ = [
     "predicate",
     "prefix",
     "shared_prefix",
+    "shifted_chunks",
+    "shifted_dilated",
+    "shifted_groups",
     "strided",
     "tree",
     "window",

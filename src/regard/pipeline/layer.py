@@ -361,8 +361,10 @@ class Attention(nn.Module):
         return 0 if self.heads is None else self.heads.reach
 
     def _crosses_borders(self) -> bool:
-        """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens."""
-        return self.selector is not None or self._halo() > 0
+        """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens, or counts
+        places from the first token of a row, where a document has its own."""
+        placed = self.mask is not None and not self.mask.is_shift_invariant
+        return placed or self.selector is not None or self._halo() > 0
 
     def _reads_tokens(self) -> bool:
         return any("tokens" in stage.needs for stage in self._stages().values())

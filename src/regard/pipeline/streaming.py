@@ -160,9 +160,10 @@ def _of_unequal_lengths(
 ) -> tuple[Mask, Tensor]:
     """Nobody sees the places before shorter sequences, whose tokens stand where they would alone."""
     layer._needs("padding", "takes no sequences of different lengths")
-    if layer.selector is not None:
-        got = type(layer.selector).__name__
-        refuse(layer, "selector", "counts places in the batch, not in each sequence", got, "states of one length")
+    placed = None if layer.mask is None or layer.mask.is_shift_invariant else repr(layer.mask)
+    for name, got in (("selector", layer.selector and type(layer.selector).__name__), ("mask", placed)):
+        if got is not None:
+            refuse(layer, name, "counts places in the batch, not in each sequence", got, "states of one length")
     B, t = x.shape[:2]
     if state.batch_size != B:
         refuse("step", "x", "has another batch than the state", B, f"{state.batch_size} sequences")
