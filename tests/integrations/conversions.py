@@ -221,6 +221,13 @@ def module_of(name: str, *, layer: int = 0, **more: Any) -> nn.Module:
     return kind(config, layer_idx=layer) if "layer_idx" in arguments else kind(config)
 
 
+T5 = {
+    *("T5Attention", "MT5Attention", "UMT5Attention", "LongT5Attention", "SwitchTransformersAttention"),
+    "Pop2PianoAttention",
+}
+DECODERS = {"MT5Attention", "LongT5Attention", "Pop2PianoAttention"}
+
+
 def window_of(theirs: nn.Module) -> int:
     """As the config has it for this layer; T where there is none."""
     own = OWN.get(type(theirs).__name__, {})
@@ -307,6 +314,15 @@ def mpt(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     hidden = ~(torch.ones(T, T).tril().bool() & real[:, None, None])
     alibi = file.build_mpt_alibi_tensor(H, T).double()
     return ours(x, mask=masks.padding(real)), theirs(x, alibi, attention_mask=hidden)[0]
+
+
+def t5(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """As their stacks mask it: a decoder's layers are causal."""
+    x, real = normal(2, 2, T, M), keep()
+    allowed = real[:, None, None].expand(2, 1, T, T)
+    allowed = allowed.tril() if theirs.is_causal else allowed
+    named = "attention_mask" if "attention_mask" in inspect.signature(theirs.forward).parameters else "mask"
+    return ours(x, mask=masks.padding(real)), theirs(x, **{named: added(allowed)})[0]
 
 
 def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -418,6 +434,12 @@ def of_transformers(name: str) -> Case:
         return Case(filled(module_of(name, **more)), nystrom)
     if name == "ConvBertSelfAttention":
         return Case(filled(module_of(name, conv_kernel_size=7, head_ratio=2)), convbert)
+    if name in T5:
+        kind, causal = cls(name), name in DECODERS
+        sizes = {"d_model": M, "num_heads": H, "d_kv": D, "relative_attention_num_buckets": 8}
+        config = config_of(kind, **sizes, relative_attention_max_distance=6, is_decoder=causal)
+        made = kind(config, has_relative_attention_bias=True, layer_idx=0, is_causal=causal)
+        return Case(filled(made), t5, fp32=True)
     theirs = filled(module_of(name))
     if name == "BloomAttention":
         return Case(theirs, bloom, fp32=True)

@@ -40,6 +40,7 @@ from regard.routing.clusters import clustered_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
+from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
 from regard.vision.quantized_spike import spike_attention
@@ -171,6 +172,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "window_attention": squared(window_attention, window=2),
     "halo_attention": squared(halo_attention, block=2, halo=1),
     "neighborhood_attention": squared(neighborhood_attention, window=1),
+    "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),
     "region_attention": squared(region_attention, regions=torch.zeros(B, 2, 1).long()),
 }
 """Every public function of queries, keys and values of batches and heads."""
