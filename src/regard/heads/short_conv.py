@@ -139,8 +139,9 @@ class ShortConv(HeadMap):
         if name not in self.on:
             return new
         past = F.pad(z[:, :, :before], (0, 0, self.reach, 0))[:, :, before:] if before else None
-        given = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        weight, bias = (p if p is None else p.expand(z.shape[1], *p.shape[1:]) for p in given)  # one may serve all
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        weight = weight.expand(z.shape[1], *weight.shape[1:])  # one head's may serve all
+        bias = bias if bias is None else bias.expand(z.shape[1], *bias.shape[1:])
         out = short_conv(new, weight, bias, state=past, sees=sees).out
         return (out if self.activation is None else F.silu(out)).to(z.dtype)  # under autocast tokens are narrower
 

@@ -12,6 +12,7 @@ from regard.checks import fits, flag, refuse, whole
 from regard.masks import multi_window
 from regard.pipeline.layer import Attention
 from regard.positions._shared import work_dtype
+from regard.slots import Slots
 from regard.stages import Position, Rows
 
 CARD = Card(
@@ -139,8 +140,8 @@ class MultiWindowAttention(Attention):
         if len(windows) != num_heads:
             refuse(self, "windows", "are not one for each head", len(windows), f"{num_heads} of them")
         position = WindowTables(windows) if relative and any(windows) else None
-        options = {"causal": causal, "dropout": dropout, "kernel": kernel}
-        super().__init__(dim, num_heads, bias=bias, mask=mask, position=position, **options)
+        parts: Slots = {"mask": mask, "position": position}
+        super().__init__(dim, num_heads, bias=bias, causal=causal, dropout=dropout, kernel=kernel, **parts)
         self.windows, self.shift = tuple(windows), shift
         inner = math.sqrt(6 / (4 * dim))  # one Glorot map gives queries, keys and values
         for proj, bound in ((self.q_proj, inner), (self.k_proj, inner), (self.v_proj, inner), (self.o_proj, None)):

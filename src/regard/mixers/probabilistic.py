@@ -127,7 +127,10 @@ def probabilistic_attention(
     def wide(z: Any) -> Any:
         return z.to(q.dtype) if isinstance(z, Tensor) else z
 
-    a, b = (wide(z[:, :, None] if many(z) else z) for z in (key_precision, value_precision))
+    given_a, given_b = (
+        z[:, :, None] if isinstance(z, Tensor) and many(z) else z for z in (key_precision, value_precision)
+    )
+    a, b = wide(given_a), wide(given_b)
     (rq, rk, rv), seen = map(wide, positions), check_mask(mask, B, H, T, S, q.device)
     p = Mixture(q, D**-0.5 if a is None else a, b, wide(log_prior), wide(initial_values), (rq, rk, rv), seen, rows)
     told = None if tells is None else tells[:, None]
@@ -237,6 +240,6 @@ class Probabilistic(HeadMixer):
         keep, (x, bad) = key_padding(self, mask, x), quarantine(x)
         u = self.v_proj(known.masked_fill(~flags[..., None], 0)).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         told = repeat_heads(u, self.num_heads), flags[:, None].expand(-1, self.num_heads, -1)
-        given = {"value_steps": steps, "value_prior": prior, "known": told}
+        given: dict[str, Any] = {"value_steps": steps, "value_prior": prior, "known": told}
         out = self.merge(self.mixed(*self.split(x, x), keep, alone=True, **given))
         return spoil(out, bad, bad, full() if keep is None else padding(keep))
