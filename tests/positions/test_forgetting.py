@@ -16,7 +16,7 @@ from positions.naive import rows as whole_matrix
 from regard import masks
 from regard.positions.forgetting import ForgetGate, Forgetting, forget_bias
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "forgetting.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "forget_gates.npz"
 
 
 def log_gate(x: Tensor, wf: Tensor, bf: Tensor) -> Tensor:
