@@ -72,8 +72,13 @@ def forget_bias(
     return F.pad(counted, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
 
 
+def log_gates(logits: Float[Tensor, "B T H"]) -> Float[Tensor, "B H T"]:
+    """log f = log sigmoid(logits), in float32 at least."""
+    return F.logsigmoid(logits.to(work_dtype(logits))).transpose(1, 2)
+
+
 class ForgetGate(nn.Linear):
-    """log f of each head and token, from the tokens: (B, T, M) -> (B, H, T), float32 at least.
+    """The logit of each head's gate, from the tokens: (B, T, M) -> (B, T, H).
 
     It starts as the authors' does: weights normal with std 0.02, biases 0, so that gates are near 1/2.
     """
@@ -91,10 +96,6 @@ class ForgetGate(nn.Linear):
         """Set to forget next to nothing: half in some 2000 tokens."""
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, 8.0)
-
-    def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H T"]:
-        logits = super().forward(x)
-        return F.logsigmoid(logits.to(work_dtype(logits))).transpose(1, 2)
 
 
 class Forgetting(Position):
@@ -123,7 +124,7 @@ class Forgetting(Position):
 
     def prepare(self, given: Tokens) -> Made:
         tokens(self, "context", given.context, self.gate.in_features)
-        return Made(key=self.gate(given.context).unsqueeze(-1))
+        return Made(key=log_gates(self.gate(given.context)).unsqueeze(-1))
 
     def bias(self, rows: Rows) -> Float[Tensor, "B H t s"]:
         if rows.made.key is None:
