@@ -1,4 +1,4 @@
-"""Transformer-XL's relative positions: queries score projected sinusoids of offsets, with biases of their own."""
+"""Transformer-XL: queries also score projected sinusoids of offsets, with biases of their own."""
 
 import torch
 import torch.nn.functional as F
