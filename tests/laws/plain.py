@@ -43,7 +43,9 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool = False, keep
 
 
 def _mix(self: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    return softmax(q[..., : k.shape[-1]], k, v, causal=self.causal, keep=keep)  # a gate may stand beside the queries
+    if q.shape[-1] != k.shape[-1]:  # gates and more may stand beside queries and keys
+        q, k = (z[..., : min(q.shape[-1], k.shape[-1], self.head_dim)] for z in (q, k))
+    return softmax(q, k, v, causal=self.causal, keep=keep)
 
 
 class Kept(typing.NamedTuple):

@@ -55,7 +55,7 @@ def picture(module: nn.Module | None, length: int = 24) -> list[str]:
 def bias_picture(module: nn.Module) -> list[str]:
     """One line a head: the bias by distance, from 0; [] where there is none, or it reads the data."""
     position = getattr(module, "position", None)
-    if not isinstance(position, Position) or not position.changes("bias") or position.needs:
+    if not isinstance(position, Position) or not position.changes("bias") or position.needs or position.prepares():
         return []
     bias, other = _bias(module, position, 0), _bias(module, position, 1)
     if bias is None or other is None or not torch.equal(bias, other) or float(bias.amin()) == float(bias.amax()):
