@@ -33,11 +33,8 @@ from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
-<<<<<<< HEAD
-from regard.mixers.probabilistic import probabilistic_attention
-=======
 from regard.mixers.path import path_attention
->>>>>>> h/posb
+from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
@@ -166,11 +163,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
-<<<<<<< HEAD
     "probabilistic_attention": probabilistic_attention,
-=======
     "path_attention": lambda q, k, v: path_attention(q, k, v, k, k[..., 0])[0],
->>>>>>> h/posb
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),

@@ -238,7 +238,7 @@ class Path(RecurrentMixer):
         w = w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-6)
         gates = None if logits is None else log_gates(logits.mT)
         out, state = path_attention(q, k, v, w, beta, gates, keep, state=state)
-        return out, None if state is None else state._replace(recent=recent)
+        return out, state if state is None or recent is None else state._replace(recent=recent)
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> PathState:
         z = torch.zeros(batch_size, self.num_kv_heads, 0, self.head_dim, device=device, dtype=dtype)

@@ -43,7 +43,7 @@ class SegmentMemory(nn.Module):
         whole("SegmentMemory", 0, memory=memory)
         if not isinstance(mixer, nn.Module):
             refuse("SegmentMemory", "mixer", "has the wrong type", type(mixer).__name__, "a module", error=TypeError)
-        supports = getattr(mixer, "supports", frozenset())
+        supports: frozenset[str] = getattr(mixer, "supports", frozenset())
         if "cross" not in supports or "padding" not in supports:
             refuse("SegmentMemory", "mixer", "takes no context with a mask", type(mixer).__name__, "a layer that does")
         self.mixer, self.memory, self.dim = mixer, memory, int(mixer.dim)  # type: ignore[arg-type]
