@@ -1,4 +1,4 @@
-"""Geometric attention: a key's weight is multiplied by how its box lies to the query's, learned for each head."""
+"""Geometric attention: how a key's box lies to the query's multiplies its weight, learned per head."""
 
 from typing import Literal, get_args
 
