@@ -70,6 +70,8 @@ def bias_picture(module: nn.Module) -> list[str]:
 
 def _bias(module: nn.Module, position: Position, seed: int) -> torch.Tensor | None:
     """(H, distance), for the last of DISTANCES queries and random data."""
+    if position.prepares():  # it asks for tokens, or for where they stand
+        return None
     H, G, D = (int(getattr(module, name)) for name in ("num_heads", "num_kv_heads", "head_dim"))
     draw = torch.Generator().manual_seed(seed)
     q, k = torch.randn(1, H, 1, D, generator=draw), torch.randn(1, G, DISTANCES, D, generator=draw)
