@@ -1,6 +1,6 @@
 """Factored attention: weights are learned numbers of two positions, whatever stands there; no softmax."""
 
-from typing import Literal, NamedTuple, Unpack, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +10,6 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import choice, flag, refuse, whole
 from regard.linear._shared import RecurrentMixer, hide, widened
 from regard.normalizers.softmax import softmax
-from regard.pipeline.head_mixer import Projections
 from regard.pipeline.weighted import weighed
 
 PAPER = Paper(
@@ -72,7 +71,7 @@ def offsets(i: Int[Tensor, " t"], j: Int[Tensor, " s"], grid: tuple[int, int]) -
     return (j // X - i // X) % Y * X + (j % X - i % X) % X
 
 
-@CARD.module(closed=("head_dim", "context_dim"))
+@CARD.module()
 class FactoredAttention(RecurrentMixer):
     """Attention by position alone.
 
@@ -96,15 +95,16 @@ class FactoredAttention(RecurrentMixer):
         grid: tuple[int, int] | None = None,
         translation_invariant: bool = False,
         normalizer: Normalize | None = None,
+        num_kv_heads: int | None = None,
+        causal: bool = False,
         bias: bool = True,
-        **rest: Unpack[Projections],
     ) -> None:
         flag(self, translation_invariant=translation_invariant)
         choice(self, (None, *get_args(Normalize)), normalizer=normalizer)
         n = _places(self, max_length, grid)
-        super().__init__(dim, num_heads, bias=bias, **rest)
+        super().__init__(dim, num_heads, num_kv_heads=num_kv_heads, causal=causal, bias=bias)
         del self.q_proj, self.k_proj
-        self.max_length, self.grid = n, (1, n) if grid is None else tuple(grid)
+        self.max_length, self.grid = n, (1, n) if grid is None else (grid[0], grid[1])
         self.translation_invariant, self.normalizer = translation_invariant, normalizer
         self.alpha = nn.Parameter(torch.empty(num_heads, *([n] if translation_invariant else [n, n])))
         self.reset_parameters()
