@@ -278,6 +278,7 @@ def test_starting_values() -> None:
     ("wrong", "told"),
     [
         ({"group": 0}, "group is too small"),
+        ({"group": 1000}, "group is too large"),
         ({"position": "rotary"}, "position is unknown"),
         ({"heads": 5}, "num_heads"),
         ({"causal": True}, r"group makes heads that see later frames \(got 3 for 4 heads\)"),

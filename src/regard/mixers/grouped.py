@@ -53,8 +53,8 @@ g even: c_r = g/2 - 1 - r where that makes the position >= 0, else g/2 - r""",
         "has relative positions in self-attention only.",
     ),
     verified="third-party",
-    example={"group": 3},
-    tries={"position": None, "lookahead": ..., "group": 2},
+    example={"group": 2, "bias": False},
+    tries={"position": None, "lookahead": ..., "group": 3},
     defaults={
         "group": "code, the first stage's",
         "position": "code",
@@ -65,10 +65,15 @@ g even: c_r = g/2 - 1 - r where that makes the position >= 0, else g/2 - r""",
 )
 
 
+LONGEST = 256
+"""Frames of a group, which are laid out even where a sequence is shorter."""
+
+
 def joined(z: Float[Tensor, "B H T D"], group: int) -> Float[Tensor, "B H N d"]:
     """Frames side by side in groups, zeros behind the last one, and cut into heads again."""
-    frames = F.pad(z.transpose(1, 2).flatten(2), (0, 0, 0, -z.shape[2] % group))
-    return frames.unflatten(1, (-1, group)).flatten(2).unflatten(-1, (z.shape[1], -1)).transpose(1, 2)
+    N = (z.shape[2] + group - 1) // group
+    frames = F.pad(z.transpose(1, 2).flatten(2), (0, 0, 0, group - 1))[:, : N * group]
+    return frames.reshape(len(z), N, group * frames.shape[2]).unflatten(-1, (z.shape[1], -1)).transpose(1, 2)
 
 
 def grouped_attention(
@@ -91,7 +96,7 @@ def grouped_attention(
         where: the numbers of the queries' groups; default 0, 1, ...
     """
     check_inputs(q, k, v)
-    whole("grouped_attention", group=group)
+    whole("grouped_attention", most=LONGEST, group=group)
     if k.shape[1] != q.shape[1] or v.shape[3] != q.shape[3]:
         got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         refuse("grouped_attention", "q, k and v", "differ in heads or width", got, "one number of heads, of one width")
@@ -101,8 +106,8 @@ def grouped_attention(
         mask = padding(keep[:, ::group]) if mask is None else mask & padding(keep[:, ::group])
     Q, K, V = (joined(z, group) for z in (q, k, v))
     where = torch.arange(Q.shape[2], device=q.device) if where is None else where
-    out = execute(Problem(Q, K, V, Q.shape[3] ** -0.5, mask, position=relative, positions=where))
-    frames = out.transpose(1, 2).flatten(2).unflatten(-1, (group, -1)).flatten(1, 2)
+    out = execute(Problem(Q, K, V, int(Q.shape[3]) ** -0.5, mask, position=relative, positions=where))
+    frames = out.transpose(1, 2).reshape(len(q), Q.shape[2] * group, q.shape[1] * q.shape[3])
     return frames[:, :T].unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
 
@@ -149,7 +154,7 @@ class GroupedAttention(HeadMixer):
         context_dim: int | None = None,
     ) -> None:
         super().__init__(dim, num_heads, causal=causal, bias=bias, context_dim=context_dim)
-        whole(self, group=group)
+        whole(self, most=LONGEST, group=group)
         divides(self, num_heads=num_heads, dim=dim)
         choice(self, ("relative", None), position=position)
         flag(self, lookahead=lookahead)
@@ -227,11 +232,11 @@ class GroupedAttention(HeadMixer):
         held = torch.cat([state.held, keep], 1)
         _, real, (K, V) = to_front(held, k.to(q.dtype), v.to(q.dtype))
         # Queries stand where they do in their groups; hidden ones behind all groups.
-        groups = -(-(x.shape[1] + g - 1) // g)
+        groups = (x.shape[1] + 2 * g - 2) // g
         place = (before % g + keep.cumsum(1) - 1).masked_fill(~keep, groups * g)[:, None, :, None].expand_as(q)
         Q = q.new_zeros(*q.shape[:2], groups * g + 1, q.shape[3]).scatter(2, place, q)[:, :, :-1]
         where = before // g + torch.arange(groups, device=x.device)
-        sees = dense(torch.arange(0, -(-K.shape[2] // g), device=x.device) <= where[:, None, :, None])
+        sees = dense(torch.arange((K.shape[2] + g - 1) // g, device=x.device) <= where[:, None, :, None])
         out = grouped_attention(Q, K, V, group=g, mask=sees, keep=real, relative=self.relative, where=where)
         out = F.pad(out, (0, 0, 0, 1)).gather(2, place)
         return self.merge(out), GroupedState(k, v, held)

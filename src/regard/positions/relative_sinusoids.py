@@ -79,4 +79,4 @@ class RelativeSinusoids(Position):
             found = torch.where(distance == 0, same, found)
         content = self._heads(self.content_bias.to(dtype)) @ rows.k.to(dtype).mT
         found = found + content + (q * self._heads(self.proj.bias.to(dtype))).sum(-1, keepdim=True)
-        return (found * q.shape[-1] ** -0.5).to(rows.q.dtype)
+        return (found * int(q.shape[-1]) ** -0.5).to(rows.q.dtype)

@@ -27,7 +27,7 @@ rotary by the pixel's row (first half of the channels) and column in the whole i
     papers=(
         Paper(
             "Inf-DiT: Upsampling Any-Resolution Image with Memory-Efficient Diffusion Transformer",
-            "Yang et al.",
+            "Yang, Jiang, Hong, Teng, Zheng, Dong, Ding, Tang",
             2024,
             "2405.04312",
             "abstract; official code",
