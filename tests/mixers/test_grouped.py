@@ -292,7 +292,7 @@ def test_refuses(wrong: dict, told: str) -> None:
 
 def test_refuses_what_it_cannot_join_or_step_with() -> None:
     q = normal(0, 1, 2, 4, 3)
-    with pytest.raises(ValueError, match="differ in heads or width"):
+    with pytest.raises(ValueError, match="k and v have other heads or width than q"):
         grouped_attention(q, q[:, :1], q[:, :1])
     with pytest.raises(TypeError, match="state"):
         grouped(12, 3, causal=True).step(normal(0, 1, 1, 12), None)

@@ -20,6 +20,7 @@ from regard.masks import Mask, block_causal, causal, dense, padding
 from regard.pipeline.head_mixer import HeadMixer
 from regard.pipeline.tokens import shown
 from regard.positions.relative_sinusoids import RelativeSinusoids
+from regard.tracing import exporting
 
 CARD = Card(
     "grouped",
@@ -71,9 +72,11 @@ LONGEST = 256
 
 def joined(z: Float[Tensor, "B H T D"], group: int) -> Float[Tensor, "B H N d"]:
     """Frames side by side in groups, zeros behind the last one, and cut into heads again."""
-    N = (z.shape[2] + group - 1) // group
-    frames = F.pad(z.transpose(1, 2).flatten(2), (0, 0, 0, group - 1))[:, : N * group]
-    return frames.reshape(len(z), N, group * frames.shape[2]).unflatten(-1, (z.shape[1], -1)).transpose(1, 2)
+    _, H, S, D = z.shape
+    N = (S + group - 1) // group + int(exporting())  # one more, for torch would ask whether there is but one
+    at = torch.arange(N * group, device=z.device).clamp(max=S)
+    frames = F.pad(z.transpose(1, 2).flatten(2), (0, 0, 0, 1)).index_select(1, at)
+    return frames.unfold(1, group, group).mT.flatten(2).unflatten(-1, (H, group * D)).transpose(1, 2)
 
 
 def grouped_attention(
@@ -97,18 +100,21 @@ def grouped_attention(
     """
     check_inputs(q, k, v)
     whole("grouped_attention", most=LONGEST, group=group)
-    if k.shape[1] != q.shape[1] or v.shape[3] != q.shape[3]:
-        got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        refuse("grouped_attention", "q, k and v", "differ in heads or width", got, "one number of heads, of one width")
+    if (got := (k.shape[1], v.shape[3])) != (wanted := (q.shape[1], q.shape[3])):
+        refuse("grouped_attention", "k and v", "have other heads or width than q", got, f"{wanted}")
     T = q.shape[2]
+    if exporting() and keep is None:
+        keep = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
     if keep is not None:
         k, v = (z.masked_fill(~keep[:, None, :, None], 0) for z in (k, v))
-        mask = padding(keep[:, ::group]) if mask is None else mask & padding(keep[:, ::group])
+        real = padding(joined(keep[:, None, :, None], group)[:, 0, :, 0])
+        mask = real if mask is None else mask & real
     Q, K, V = (joined(z, group) for z in (q, k, v))
     where = torch.arange(Q.shape[2], device=q.device) if where is None else where
     out = execute(Problem(Q, K, V, int(Q.shape[3]) ** -0.5, mask, position=relative, positions=where))
-    frames = out.transpose(1, 2).reshape(len(q), Q.shape[2] * group, q.shape[1] * q.shape[3])
-    return frames[:, :T].unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+    frames = out.transpose(1, 2).flatten(2).unflatten(-1, (group, -1)).flatten(1, 2)
+    frames = frames.index_select(1, torch.arange(T, device=q.device))
+    return frames.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
 
 def to_front(
@@ -201,10 +207,8 @@ class GroupedAttention(HeadMixer):
         whole(self, capacity=capacity)
         if not self.causal:
             refuse(self, "causal", "is off, so that it can't stream", False, "a layer built with causal=True")
-        weight = self.q_proj.weight
-        device = weight.device if device is None else torch.device(device)
-        z = torch.zeros(batch_size, self.num_heads, 0, self.head_dim, device=device, dtype=dtype or weight.dtype)
-        return GroupedState(z, z.clone(), torch.zeros(batch_size, 0, device=device, dtype=torch.bool))
+        z = self.q_proj.weight.new_zeros(batch_size, self.num_heads, 0, self.head_dim, device=device, dtype=dtype)
+        return GroupedState(z, z.clone(), torch.zeros(batch_size, 0, device=z.device, dtype=torch.bool))
 
     def step(
         self, x: Float[Tensor, "B t M"], state: GroupedState, *, mask: Bool[Tensor, "B t"] | None = None

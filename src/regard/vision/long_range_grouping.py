@@ -17,6 +17,7 @@ from regard.kernels.check import check_inputs
 from regard.masks import Mask, blocks, padding, predicate
 from regard.pipeline.function import attention
 from regard.pipeline.head_mixer import HeadMixer
+from regard.tracing import exporting
 
 CARD = Card(
     "long_range_grouping",
@@ -88,14 +89,15 @@ def grouping_attention(
     if k.shape[2] != T or k.shape[1] != H:
         refuse(who, "k", "has other heads or tokens than q", tuple(k.shape), f"{H} heads and {T} tokens")
 
+    place = torch.arange(T, device=q.device) % (Y * X)
+    order = (place // X % s * s + place % X % s).argsort(stable=True)  # by groups
+
     def groups(z: Tensor) -> Float[Tensor, "groups h n d"]:
-        parts = z.reshape(B, z.shape[1], T // (Y * X), Y // s, s, X // s, s, z.shape[3])
-        return parts.permute(0, 4, 6, 1, 2, 3, 5, 7).reshape(B * s * s, z.shape[1], T // (s * s), z.shape[3])
+        return z.index_select(2, order).unflatten(2, (s * s, -1)).transpose(1, 2).flatten(0, 1)
 
     mask = None if keep is None else padding(groups(keep[:, None, :, None])[:, 0, :, 0])
     out = attention(groups(q), groups(k), groups(v), mask=mask, dropout=dropout)
-    parts = out.reshape(B, s, s, H, T // (Y * X), Y // s, X // s, v.shape[3])
-    return parts.permute(0, 3, 4, 5, 1, 6, 2, 7).reshape(B, H, T, v.shape[3])
+    return out.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3).index_select(2, order.argsort())
 
 
 @CARD.module
@@ -161,10 +163,12 @@ class LongRangeGroupingAttention(HeadMixer):
         keep: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B H T D"]:
         T, (Y, X) = q.shape[2], self.size
-        if lacking := -T % (Y * X):
+        views = (T + Y * X - 1) // (Y * X) + int(exporting())  # one more, for torch would ask whether there is but one
+        if exporting() or views * Y * X != T:
             keep = q.new_ones(len(q), T, dtype=torch.bool) if keep is None else keep
-            keep = F.pad(keep, (0, lacking))
-            q, k, v = (F.pad(z, (0, 0, 0, lacking)) for z in (q, k, v))
+            at = torch.arange(views * Y * X, device=q.device).clamp(max=T)
+            keep = F.pad(keep, (0, 1)).index_select(1, at)
+            q, k, v = (F.pad(z, (0, 0, 0, 1)).index_select(2, at) for z in (q, k, v))
         if keep is not None:
             v = v.masked_fill(~keep[:, None, :, None], 0)
         apart = self.views == "apart"
@@ -178,7 +182,7 @@ class LongRangeGroupingAttention(HeadMixer):
             maps = v.unflatten(2, (-1, Y, X)).permute(0, 2, 1, 5, 3, 4)  # (B, U, H, D, Y, X)
             e = self.conv(maps.flatten(2, 3).flatten(0, 1)).view(maps.shape)
             out = out + e.permute(0, 2, 1, 4, 5, 3).flatten(2, 4)
-        return out[:, :, :T]
+        return out if out.shape[2] == T else out.index_select(2, torch.arange(T, device=q.device))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, size={self.size}, stride={self.stride}, views={self.views!r}"

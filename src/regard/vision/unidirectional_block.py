@@ -121,7 +121,7 @@ def unidirectional_block_attention(
     for n, (down, right) in enumerate(NEIGHBOURS[direction]):
         at = (rows + down).clamp(0, len(rows) - 1)[:, None], (columns + right).clamp(0, len(columns) - 1)
         near = K[:, at[0], at[1]]
-        keys.append(near if offsets is None else near + offsets[n, :, None])
+        keys.append(near if offsets is None else near + offsets[n, :, None].to(near.dtype))
         values.append(V[:, at[0], at[1]])
     out = attention(*(z.flatten(0, 2) for z in (Q, torch.cat(keys, 4), torch.cat(values, 4))))
     return from_blocks(out.unflatten(0, Q.shape[:3]), block)
@@ -178,7 +178,12 @@ class UnidirectionalBlockAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
         self.norm = nn.LayerNorm(D, eps=1e-6) if qk_norm else nn.Identity()
         self.turn = AxialRotary(D, pairs="neighbours") if rotary else None
-        self.offsets = nn.Parameter(torch.zeros(4, num_heads, D)) if block_position else None
+        self.offsets = nn.Parameter(torch.empty(4, num_heads, D)) if block_position else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.offsets is not None:
+            nn.init.zeros_(self.offsets)
 
     @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"], origin: tuple[int, int] = (0, 0)) -> Float[Tensor, "B M Y X"]:
@@ -198,7 +203,7 @@ class UnidirectionalBlockAttention(nn.Module):
             rows, columns = (torch.arange(n, device=x.device) for n in sizes)
             at = torch.stack(torch.meshgrid(rows + row, columns + column, indexing="ij"), -1).flatten(0, 1)[None]
             q, k = self.turn.rotate(q, at), self.turn.rotate(k, at)
-        return [z.unflatten(2, sizes) for z in (q, k, v)]
+        return [z.to(v.dtype).unflatten(2, sizes) for z in (q, k, v)]
 
     def _merged(self, out: Float[Tensor, "B H Y X D"]) -> Float[Tensor, "B M Y X"]:
         return to_map(self.o_proj(out.flatten(2, 3).transpose(1, 2).flatten(2)), out.shape[2:4])
@@ -236,7 +241,7 @@ class UnidirectionalBlockAttention(nn.Module):
         for n, (above, left) in enumerate(NEIGHBOURS[self.direction]):
             ago = (abs(above) if down else 0) * wide + (abs(left) if right else 0)
             near = K[:, -1 - ago]
-            keys.append(near if self.offsets is None else near + self.offsets[n, :, None])
+            keys.append(near if self.offsets is None else near + self.offsets[n, :, None].to(near.dtype))
             values.append(V[:, -1 - ago])
         out = attention(q[:, 0], torch.cat(keys, 2), torch.cat(values, 2))
         kept = slice(-wide - 1, None)
