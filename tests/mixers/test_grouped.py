@@ -16,7 +16,7 @@ from regard.mixers.grouped import GroupedAttention, grouped_attention
 from regard.mixers.strided import StridedAttention
 from regard.positions.relative_sinusoids import RelativeSinusoids
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "grouped.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "efficient_conformer.npz"
 NAMES = {
     "query_layer": "q_proj",
     "key_layer": "k_proj",
@@ -65,12 +65,12 @@ def same_gradients(got: Tensor, want: Tensor, of: list[Tensor]) -> None:
         close(*(torch.zeros(()) if z is None else z for z in (mine, theirs)), "gradient")
 
 
-@pytest.mark.parametrize("position", ["relative", None])
+@pytest.mark.parametrize("position", ["relative", "none"])
 @pytest.mark.parametrize(
     ("group", "heads", "T", "causal"),
     [(3, 3, 7, True), (3, 4, 7, False), (2, 2, 5, True), (2, 3, 5, False), (1, 2, 4, False)],
 )
-def test_is_the_definition(group: int, heads: int, T: int, causal: bool, position: str | None) -> None:
+def test_is_the_definition(group: int, heads: int, T: int, causal: bool, position: str) -> None:
     layer = grouped(12, heads, group=group, causal=causal, position=position)
     x = normal(1, 1, T, 12).requires_grad_()
     got, want = layer(x), oracle(layer, x)
@@ -88,16 +88,16 @@ def test_may_see_its_own_group() -> None:
 
 
 def test_attends_to_other_frames() -> None:
-    layer = grouped(position=None)
+    layer = grouped(position="none")
     x, context = normal(1, 1, 4, 12).requires_grad_(), normal(2, 1, 8, 12).requires_grad_()
     got, want = layer(x, context), oracle(layer, x, context=context)
     close(got, want, "out")
     same_gradients(got, want, [x, context, *layer.parameters()])
 
 
-@pytest.mark.parametrize("position", ["relative", None])
+@pytest.mark.parametrize("position", ["relative", "none"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_hidden_frames_are_left_out(causal: bool, position: str | None) -> None:
+def test_hidden_frames_are_left_out(causal: bool, position: str) -> None:
     """A row is what its real frames are by themselves, wherever the hidden ones stand and whatever they hold."""
     layer, x = grouped(12, 6, causal=causal, position=position), normal(1, 3, 9, 12)
     keep = torch.ones(3, 9, dtype=torch.bool)
@@ -113,8 +113,8 @@ def test_hidden_frames_are_left_out(causal: bool, position: str | None) -> None:
             close(got[b], layer(x[b : b + 1, :4], x[b : b + 1, keep[b]])[0], f"context of row {b}")
 
 
-@pytest.mark.parametrize("position", ["relative", None])
-def test_steps_equal_the_full_pass(position: str | None) -> None:
+@pytest.mark.parametrize("position", ["relative", "none"])
+def test_steps_equal_the_full_pass(position: str) -> None:
     layer, x = grouped(12, 6, causal=True, position=position), normal(1, 3, 10, 12)
     keep = torch.ones(3, 10, dtype=torch.bool)
     keep[1, :2] = keep[2, 3:5] = False
@@ -166,13 +166,13 @@ def gives(layer: torch.nn.Module, case: str, **given) -> None:
 @pytest.mark.parametrize(
     ("case", "dim", "heads", "options"),
     [
-        ("plain", 12, 4, {"position": None}),
-        ("even", 8, 4, {"position": None, "group": 2}),
+        ("plain", 12, 4, {"position": "none"}),
+        ("even", 8, 4, {"position": "none", "group": 2}),
         ("rel", 12, 4, {}),
         ("releven", 8, 4, {"group": 2}),
         ("relcausal", 12, 6, {"causal": True}),
         ("relcausal2", 8, 4, {"group": 2, "causal": True}),
-        ("padded", 12, 4, {"position": None}),
+        ("padded", 12, 4, {"position": "none"}),
         ("relpadded", 12, 4, {}),
     ],
 )
@@ -185,7 +185,7 @@ def test_gives_the_authors_numbers(case: str, dim: int, heads: int, options: dic
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("strided", {"stride": 3, "position": None}),
+        ("strided", {"stride": 3, "position": "none"}),
         ("relstrided", {"stride": 3}),
         ("relstridedcausal", {"stride": 2, "causal": True}),
     ],
@@ -219,7 +219,7 @@ def distance(part: RelativeSinusoids, D: int) -> Tensor:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_strided_attention_is_the_definition(causal: bool) -> None:
-    layer, x = filled(StridedAttention(12, 4, stride=3, position=None, causal=causal)), normal(1, 1, 8, 12)
+    layer, x = filled(StridedAttention(12, 4, stride=3, position="none", causal=causal)), normal(1, 1, 8, 12)
     keep = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
     allowed = keep[:, None] & (torch.ones(8, 8).tril().bool() if causal else torch.ones(8, 8).bool())
     close(layer(x.masked_fill(~keep[..., None], torch.nan), mask=keep)[:, 0], oracle(layer, x, allowed=allowed)[:, 0])
@@ -251,12 +251,12 @@ def test_a_frame_changes_its_own_phase_alone() -> None:
 
 
 def test_the_products_fall_with_the_group() -> None:
-    counts = {g: count(grouped(group=g, position=None, bias=False), (normal(1, 1, 240, 12),)) for g in (1, 2, 4)}
+    counts = {g: count(grouped(group=g, position="none", bias=False), (normal(1, 1, 240, 12),)) for g in (1, 2, 4)}
     assert counts[1] == 2 * counts[2] == 4 * counts[4]
 
 
 def test_groups_of_one_are_transformer_xl_and_plain_attention() -> None:
-    layer, x = grouped(group=1, position=None), normal(1, 2, 5, 12)
+    layer, x = grouped(group=1, position="none"), normal(1, 2, 5, 12)
     plain = regard.Attention(12, 4, bias=True).double()
     plain.load_state_dict(layer.state_dict())
     close(layer(x), plain(x), "out")

@@ -55,7 +55,7 @@ g even: c_r = g/2 - 1 - r where that makes the position >= 0, else g/2 - r""",
     ),
     verified="third-party",
     example={"group": 2, "bias": False},
-    tries={"position": None, "lookahead": ..., "group": 3},
+    tries={"lookahead": ..., "group": 3},
     defaults={
         "group": "code, the first stage's",
         "position": "code",
@@ -71,9 +71,9 @@ LONGEST = 256
 
 
 def joined(z: Float[Tensor, "B H T D"], group: int) -> Float[Tensor, "B H N d"]:
-    """Frames side by side in groups, zeros behind the last one, and cut into heads again."""
+    """Frames side by side in groups, of which there is one at least, zeros behind the last, cut into heads again."""
     _, H, S, D = z.shape
-    N = (S + group - 1) // group + int(exporting())  # one more, for torch would ask whether there is but one
+    N = (max(S, 1) + group - 1) // group + int(exporting())  # one more, for torch would ask whether there is but one
     at = torch.arange(N * group, device=z.device).clamp(max=S)
     frames = F.pad(z.transpose(1, 2).flatten(2), (0, 0, 0, 1)).index_select(1, at)
     return frames.unfold(1, group, group).mT.flatten(2).unflatten(-1, (H, group * D)).transpose(1, 2)
@@ -102,7 +102,6 @@ def grouped_attention(
     whole("grouped_attention", most=LONGEST, group=group)
     if (got := (k.shape[1], v.shape[3])) != (wanted := (q.shape[1], q.shape[3])):
         refuse("grouped_attention", "k and v", "have other heads or width than q", got, f"{wanted}")
-    T = q.shape[2]
     if exporting() and keep is None:
         keep = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
     if keep is not None:
@@ -113,7 +112,7 @@ def grouped_attention(
     where = torch.arange(Q.shape[2], device=q.device) if where is None else where
     out = execute(Problem(Q, K, V, int(Q.shape[3]) ** -0.5, mask, position=relative, positions=where))
     frames = out.transpose(1, 2).flatten(2).unflatten(-1, (group, -1)).flatten(1, 2)
-    frames = frames.index_select(1, torch.arange(T, device=q.device))
+    frames = frames.index_select(1, torch.arange(q.shape[2], device=q.device))
     return frames.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
 
@@ -142,7 +141,7 @@ class GroupedAttention(HeadMixer):
     Args:
         dim, num_heads, bias, context_dim: as of `HeadMixer`; H divides M.
         group: g.
-        position: "relative", or None for none.
+        position: "relative", or "none".
         causal: no frame sees a later one, for which g must divide H.
         lookahead: lets a causal layer have another g; its frames see all frames of their own group.
     """
@@ -153,7 +152,7 @@ class GroupedAttention(HeadMixer):
         num_heads: int,
         *,
         group: int = 3,
-        position: Literal["relative"] | None = "relative",
+        position: Literal["relative", "none"] = "relative",
         causal: bool = False,
         lookahead: bool = False,
         bias: bool = True,
@@ -162,14 +161,15 @@ class GroupedAttention(HeadMixer):
         super().__init__(dim, num_heads, causal=causal, bias=bias, context_dim=context_dim)
         whole(self, most=LONGEST, group=group)
         divides(self, num_heads=num_heads, dim=dim)
-        choice(self, ("relative", None), position=position)
+        choice(self, ("relative", "none"), position=position)
         flag(self, lookahead=lookahead)
         if causal and num_heads % group and not lookahead:
             wanted = "a number that divides num_heads, or lookahead=True"
             refuse(self, "group", "makes heads that see later frames", f"{group} for {num_heads} heads", wanted)
-        self.group, self.lookahead = group, lookahead
-        self.straddles = causal and num_heads % group > 0
-        self.relative = RelativeSinusoids(dim, num_heads, group=group, causal=causal) if position else None
+        self.group, self.lookahead, self.straddles = group, lookahead, causal and num_heads % group > 0
+        self.relative = (
+            RelativeSinusoids(dim, num_heads, group=group, causal=causal) if position == "relative" else None
+        )
 
     def receptive_field(self) -> Mask:
         """Which frames may reach which at most: those of other phases may not where g divides H."""
@@ -240,7 +240,7 @@ class GroupedAttention(HeadMixer):
         place = (before % g + keep.cumsum(1) - 1).masked_fill(~keep, groups * g)[:, None, :, None].expand_as(q)
         Q = q.new_zeros(*q.shape[:2], groups * g + 1, q.shape[3]).scatter(2, place, q)[:, :, :-1]
         where = before // g + torch.arange(groups, device=x.device)
-        sees = dense(torch.arange((K.shape[2] + g - 1) // g, device=x.device) <= where[:, None, :, None])
+        sees = dense(torch.arange((max(K.shape[2], 1) + g - 1) // g, device=x.device) <= where[:, None, :, None])
         out = grouped_attention(Q, K, V, group=g, mask=sees, keep=real, relative=self.relative, where=where)
         out = F.pad(out, (0, 0, 0, 1)).gather(2, place)
         return self.merge(out), GroupedState(k, v, held)

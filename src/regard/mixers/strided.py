@@ -25,7 +25,7 @@ class StridedAttention(HeadMixer):
     Args:
         dim, num_heads, causal, bias: as of `HeadMixer`; H divides M.
         stride: s.
-        position: "relative", or None for none.
+        position: "relative", or "none".
 
     Shapes: x (B, T, M) -> (B, ceil(T / s), M).
     """
@@ -36,16 +36,16 @@ class StridedAttention(HeadMixer):
         num_heads: int,
         *,
         stride: int = 2,
-        position: Literal["relative"] | None = "relative",
+        position: Literal["relative", "none"] = "relative",
         causal: bool = False,
         bias: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, causal=causal, bias=bias)
         whole(self, stride=stride)
         divides(self, num_heads=num_heads, dim=dim)
-        choice(self, ("relative", None), position=position)
+        choice(self, ("relative", "none"), position=position)
         self.stride = stride
-        self.relative = RelativeSinusoids(dim, num_heads, causal=causal) if position else None
+        self.relative = RelativeSinusoids(dim, num_heads, causal=causal) if position == "relative" else None
 
     def forward(self, x: Float[Tensor, "B T M"], *, mask: Mask | Tensor | None = None) -> Float[Tensor, "B n M"]:  # type: ignore[override]
         """`mask` hides keys: `regard.masks.padding`, or True = a real key."""
