@@ -1,8 +1,8 @@
 """Grouped attention: frames that follow each other are joined to tokens, g times fewer and wider.
 
 Heads are cut from the joined vector, so they do not mix the frames of a group evenly. If g divides H, every head lies
-within one frame: phase p of the groups attends to phase p alone, with H / g heads of width g M / H. That is dilated
-attention, and phases meet elsewhere in the model. Else some heads straddle two neighbouring phases.
+within one frame: phase p of the groups attends to phase p alone, which is dilated attention, with H / g heads of width
+g M / H, and phases meet elsewhere in the model. Else some heads straddle two neighbouring phases.
 """
 
 from typing import Literal, NamedTuple
@@ -52,6 +52,7 @@ g even: c_r = g/2 - 1 - r where that makes the position >= 0, else g/2 - r""",
         "A stream's groups count from its first frame; the code drops the oldest frames to make the past whole groups.",
         "Towards a context, groups of both count from their starts, and distances are between these numbers; the code "
         "has relative positions in self-attention only.",
+        "The Conformer around it, with its stages of other lengths and widths, is left to the model.",
     ),
     verified="third-party",
     example={"group": 2, "bias": False},
