@@ -236,8 +236,7 @@ class GroupedAttention(HeadMixer):
         k, v = (torch.cat([old, new.to(old.dtype)], 2) for old, new in ((state.k, k), (state.v, v)))
         held = torch.cat([state.held, keep], 1)
         _, real, (K, V) = to_front(held, k.to(q.dtype), v.to(q.dtype))
-        # Queries stand where they do in their groups; hidden ones behind all groups.
-        groups = (x.shape[1] + 2 * g - 2) // g
+        groups = (x.shape[1] + 2 * g - 2) // g  # queries stand where they do in theirs, hidden ones behind all
         place = (before % g + keep.cumsum(1) - 1).masked_fill(~keep, groups * g)[:, None, :, None].expand_as(q)
         Q = q.new_zeros(*q.shape[:2], groups * g + 1, q.shape[3]).scatter(2, place, q)[:, :, :-1]
         where = before // g + torch.arange(groups, device=x.device)
