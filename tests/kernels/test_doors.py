@@ -33,6 +33,7 @@ from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.mixers.grouped import grouped_attention
+from regard.mixers.long_range_grouping import grouping_attention
 from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
@@ -40,7 +41,6 @@ from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
 from regard.vision.halo import halo_attention
-from regard.vision.long_range_grouping import grouping_attention
 from regard.vision.neighborhood import neighborhood_attention
 from regard.vision.quantized_spike import spike_attention
 from regard.vision.unidirectional_block import unidirectional_block_attention

@@ -37,8 +37,8 @@ e = conv_3x3(v), depthwise, of each view's map by itself (the inter-view feature
     cost=Cost("2*B*T*T*M/stride**2 + 9*B*T*M", ""),
     claim="A token reaches its like in all views, and through the signature its neighbours in its own; what only one "
     "view shows is read in another: "
-    "tests/vision/test_long_range_grouping.py::test_a_token_reaches_its_residues_and_its_neighbours, "
-    "tests/vision/test_long_range_grouping.py::test_learns_what_another_view_shows.",
+    "tests/mixers/test_long_range_grouping.py::test_a_token_reaches_its_residues_and_its_neighbours, "
+    "tests/mixers/test_long_range_grouping.py::test_learns_what_another_view_shows.",
     differs=(
         "Any map whose sides s divides; the code has 14 x 14 written into it.",
         "Tokens may be hidden, and so is what the last view lacks where there are fewer tokens than whole views have: "

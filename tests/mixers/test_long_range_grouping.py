@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import regard
+from mixers import naive_long_range_grouping as naive
 from regard import masks
 from regard.laws.agreement import close
-from regard.vision.long_range_grouping import LongRangeGroupingAttention, grouping_attention
-from vision import naive_long_range_grouping as naive
+from regard.mixers.long_range_grouping import LongRangeGroupingAttention, grouping_attention
 from vision.shared import filled, gradients, leaves, normal, vectors
 
 
