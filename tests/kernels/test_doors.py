@@ -35,6 +35,8 @@ from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.mixers.path import path_attention
 from regard.mixers.probabilistic import probabilistic_attention
+from regard.mixers.grouped import grouped_attention
+from regard.mixers.long_range_grouping import grouping_attention
 from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
@@ -45,6 +47,7 @@ from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
 from regard.vision.quantized_spike import spike_attention
+from regard.vision.unidirectional_block import unidirectional_block_attention
 
 SOURCE = Path(regard.__file__).parent
 B, H, N, D = 2, 4, 8, 16
@@ -59,9 +62,11 @@ THROUGH_EXECUTE = {
     "integrations/timm_attend.py",
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
+    "mixers/grouped.py",
     "mixers/mla.py",
     "mixers/rcmha.py",
     "mixers/sliced.py",
+    "mixers/strided.py",
     "pipeline/function.py",
     "pipeline/layer.py",
     "pipeline/quick_step.py",
@@ -166,6 +171,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "probabilistic_attention": probabilistic_attention,
     "path_attention": lambda q, k, v: path_attention(q, k, v, k, k[..., 0])[0],
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
+    "grouped_attention": grouped_attention,
+    "grouping_attention": lambda q, k, v: grouping_attention(q, k, v, size=(2, 2), stride=2),
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),
     "attend_to_some": lambda q, k, v: attend_to_some(q, k, v, torch.arange(3)),
@@ -173,6 +180,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "channel_attention": channel_attention,
     "window_attention": squared(window_attention, window=2),
     "halo_attention": squared(halo_attention, block=2, halo=1),
+    "unidirectional_block_attention": squared(unidirectional_block_attention, block=2),
     "neighborhood_attention": squared(neighborhood_attention, window=1),
     "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),
     "region_attention": squared(region_attention, regions=torch.zeros(B, 2, 1).long()),
