@@ -33,10 +33,10 @@ from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
-from regard.mixers.path import path_attention
-from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
+from regard.mixers.path import path_attention
+from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention

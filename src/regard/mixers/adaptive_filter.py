@@ -172,11 +172,9 @@ class AdaptiveFilter(RecurrentMixer):
             imaginary.copy_(size * phase.sin())
             if proj.bias is not None:
                 nn.init.zeros_(proj.bias)
-        for scale in (self.q_scale, self.k_scale, self.v_scale):
-            if scale is not None:
-                nn.init.ones_(scale)
-        if self.gate is not None:
-            nn.init.zeros_(self.gate)
+        for part, value in ((self.q_scale, 1.0), (self.k_scale, 1.0), (self.v_scale, 1.0), (self.gate, 0.0)):
+            if part is not None:
+                nn.init.constant_(part, value)
 
     def forward(
         self,

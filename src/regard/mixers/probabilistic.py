@@ -127,10 +127,8 @@ def probabilistic_attention(
     def wide(z: Any) -> Any:
         return z.to(q.dtype) if isinstance(z, Tensor) else z
 
-    given_a, given_b = (
-        z[:, :, None] if isinstance(z, Tensor) and many(z) else z for z in (key_precision, value_precision)
-    )
-    a, b = wide(given_a), wide(given_b)
+    each: tuple[Any, Any] = key_precision, value_precision
+    a, b = (wide(z[:, :, None] if many(z) else z) for z in each)
     (rq, rk, rv), seen = map(wide, positions), check_mask(mask, B, H, T, S, q.device)
     p = Mixture(q, D**-0.5 if a is None else a, b, wide(log_prior), wide(initial_values), (rq, rk, rv), seen, rows)
     told = None if tells is None else tells[:, None]
@@ -208,12 +206,8 @@ class Probabilistic(HeadMixer):
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, alone: bool, **steps: Any) -> Tensor:
         own = repeat_heads(v, self.num_heads) if self.own_values else None
-        given = {
-            "mask": None if keep is None else padding(keep),
-            "tells": keep if alone else None,
-            **self.options,
-            **steps,
-        }
+        given = {"mask": None if keep is None else padding(keep), "tells": keep if alone else None}
+        given |= self.options | steps
         with as_it_is(q.device):
             out = probabilistic_attention(q, k, v, initial_values=own, key_steps=self.key_steps, **given)
         return out.to(self.o_proj.weight.dtype)
