@@ -206,7 +206,7 @@ class Probabilistic(HeadMixer):
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, alone: bool, **steps: Any) -> Tensor:
         own = repeat_heads(v, self.num_heads) if self.own_values else None
-        given = {"mask": None if keep is None else padding(keep), "tells": keep if alone else None}
+        given: dict[str, Any] = {"mask": None if keep is None else padding(keep), "tells": keep if alone else None}
         given |= self.options | steps
         with as_it_is(q.device):
             out = probabilistic_attention(q, k, v, initial_values=own, key_steps=self.key_steps, **given)

@@ -4,7 +4,7 @@ Around the projections and the kernel a step has some hundred small questions to
 """
 
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
@@ -85,7 +85,7 @@ def _joined(
 
 
 @cache
-def _projects_as_usual(kind: type) -> bool:
+def _projects_as_usual(kind: Any) -> bool:
     """Whether layers of this class make queries, keys and values of tokens, and tokens of outputs, as all do."""
     from regard.pipeline.layer import Attention
 
