@@ -35,7 +35,7 @@ def step(layer: "Attention", x: Tensor, state: State) -> tuple[Tensor, KVCache] 
     position, reach = layer.position, None if layer.mask is None else _reach(layer.mask)
     where = torch.tensor([state.length], device="cpu") if position is not None else _NOWHERE
     embeds = position is not None and position.changes("embed")
-    if layer.heads is layer.gate is None and not embeds and _projects_as_usual(type(layer)):
+    if layer.heads is layer.gate is None and not embeds and _projects_as_usual(type(layer)):  # type: ignore[arg-type]
         flat = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
         if (done := _joined(layer, flat, state, reach)) is not None:
             return done
