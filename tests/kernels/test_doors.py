@@ -196,7 +196,7 @@ OTHERWISE = {
 }
 """Those of nodes, or of one query."""
 INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
-INNER |= {"finite", "joined", "joins", "check_scan"}
+INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
 """What stands behind those, or is no way to a kernel."""
 
 

@@ -137,7 +137,8 @@ def joined(
     added = NOTHING if row is None else (row.data_ptr(), 0, row.stride(1) * (row.shape[1] > 1), 0)
     if n < S:
         keys, values = keys[:, :, S - n :], values[:, :, S - n :]
-    joining = k.data_ptr(), v.data_ptr(), *((0, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr()))
+    cos, sin = (0, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr())
+    joining = k.data_ptr(), v.data_ptr(), cos, sin
     strides = (H * D, D, D, 1), (kb, kh, kt, 1), (vb, vh, vt, 1)
     out, odd = launch(q, keys, values, (B, H, 1, D, G, n, D), strides, scale, False, added, joining=joining)
     return out.view(B, 1, H * D), odd
@@ -154,6 +155,28 @@ def joins(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool
         return False
     B, G = keys.shape[:2]
     return k.shape == (B, 1, G * D) and values.shape == keys.shape and k.is_contiguous() and v.is_contiguous()
+
+
+def with_lse(
+    q: Float[Tensor, "G n D"], k: Float[Tensor, "G S D"], v: Float[Tensor, "G S V"]
+) -> tuple[Float[Tensor, "G n V"], Float[Tensor, "G n"]] | None:
+    """Attention of scaled queries over all keys, and the log-sum-exp of their scores; None where it isn't for them: in
+    other numbers than fp32, where gradients are wanted, or where something is not finite."""
+    if is_compiling() or _get_tracing_state() is not None or tracing.active() or _len_torch_dispatch_stack():
+        return None
+    if any(
+        type(x) is not Tensor or not x.is_cpu or x.dtype is not torch.float32 or x.stride(2) != 1 for x in (q, k, v)
+    ):
+        return None
+    if (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)) or build.why_not():
+        return None
+    (G, n, D), (_, S, V) = q.shape, v.shape
+    if D % (width := step()) or V % width or not (G and n and S and D and V):
+        return None
+    lse = torch.empty((G, n), device="cpu")
+    strides = (0, *q.stride()), (0, *k.stride()), (0, *v.stride())
+    out, odd = launch(q[None], k, v, (1, G, n, D, G, S, V), strides, 1.0, False, lse=lse.data_ptr())
+    return None if odd else (out[0], lse)
 
 
 def _run(p: Problem) -> tuple[Tensor, bool]:

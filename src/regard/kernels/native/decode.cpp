@@ -17,6 +17,7 @@ extern "C" struct Decode {
     const uint8_t* mask;  // 0 where a key is hidden, likewise
     int64_t mask_b, mask_h, mask_t;
     const void *new_k, *new_v;  // not null: (B, G, D) and (B, G, V) in a row, to be written where the last key lies
+    float* lse;                 // not null: (B, H, T), the log-sum-exp of each query's scores
     const float *cos, *sin;     // not null: queries and the new keys are turned by them; fp32, D even, one query
     double scale;
 };
@@ -269,6 +270,7 @@ bool decode(const Decode& p) {
                     const float* from = o + (at + s * wide) * V;
                     for (int64_t d = 0; d < V; d++) sum[d] += by * from[d];
                 }
+                if (p.lse) p.lse[(bg * (p.H / p.G) + r / p.T) * p.T + r % p.T] = total == 0 ? -INF : float(top + std::log(total));
                 double by = total == 0 ? 0.0 : 1 / total;
                 for (int64_t d = 0; d < V; d++) line[d] = float(sum[d] * by);
                 bad |= !finite(line.data(), V);
