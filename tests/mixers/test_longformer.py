@@ -20,8 +20,8 @@ VECTORS = Path(__file__).parents[1] / "vectors" / "S-longformer.npz"
 NAMES = ("q", "k", "v")
 
 
-def maps(layer: LongformerAttention, which: str = "") -> tuple[Tensor, ...]:
-    projections = [layer.get_submodule(f"{which}{name}_proj") for name in NAMES]
+def maps(layer: LongformerAttention, side: str = "local") -> tuple[Tensor, ...]:
+    projections = [layer.get_submodule(f"{name}_proj.{side}") for name in NAMES]
     return tuple(z for p in projections for z in (p.weight, p.bias))
 
 
@@ -40,17 +40,17 @@ def test_gives_the_numbers_of_transformers(case: str) -> None:
     state = {"o_proj.weight": torch.eye(6), "o_proj.bias": torch.zeros(6)}
     for ours, theirs in zip(NAMES, ("query", "key", "value"), strict=True):
         for kind in ("weight", "bias"):
-            state[f"{ours}_proj.{kind}"] = z[f"{theirs}.{kind}"]
-            state[f"global_{ours}_proj.{kind}"] = z[f"{theirs}_global.{kind}"]
+            state[f"{ours}_proj.local.{kind}"] = z[f"{theirs}.{kind}"]
+            state[f"{ours}_proj.global.{kind}"] = z[f"{theirs}_global.{kind}"]
     layer.load_state_dict(state)
     x = z["x"].clone().requires_grad_()
     out = layer(x, global_at=z["global"].bool(), mask=masks.padding(~z["padded"].bool()))
     close(out, z["out"])
     (out * z["w"]).sum().backward()
     close(x.grad, z["gx"])
-    close(layer.k_proj.weight.grad, z["gkey"])
+    close(layer.k_proj["local"].weight.grad, z["gkey"])
     if "gkey_global" in z:
-        close(layer.global_k_proj.weight.grad, z["gkey_global"])
+        close(layer.k_proj["global"].weight.grad, z["gkey_global"])
 
 
 @pytest.mark.parametrize("share_global", [False, True])
@@ -65,7 +65,7 @@ def test_equals_the_loops(share_global: bool, dilation: int | list[int]) -> None
     want = longformer(
         x,
         maps(layer),
-        None if share_global else maps(layer, "global_"),
+        None if share_global else maps(layer, "global"),
         heads=heads,
         window=4,
         is_global=at,
@@ -105,7 +105,7 @@ def test_far_tokens_are_reached_in_two_layers_through_a_global_one() -> None:
 def test_without_global_tokens_it_is_window_attention_and_with_all_global_dense() -> None:
     layer = filled(regard.create("longformer", dim=8, num_heads=2, window=6, num_global=0, share_global=True))
     x = normal(4, 2, 17, 8)
-    q, k, v = (layer.get_submodule(f"{n}_proj")(x).unflatten(-1, (2, 4)).transpose(1, 2) for n in NAMES)
+    q, k, v = (layer.get_submodule(f"{n}_proj.local")(x).unflatten(-1, (2, 4)).transpose(1, 2) for n in NAMES)
     for mask, at in ((masks.window(4), None), (None, torch.ones(2, 17, dtype=torch.bool))):
         dense = regard.attention(q, k, v, mask=mask, kernel="eager")
         close(layer(x, global_at=at), layer.o_proj(dense.transpose(1, 2).flatten(2)))
@@ -114,7 +114,7 @@ def test_without_global_tokens_it_is_window_attention_and_with_all_global_dense(
 def test_the_global_projections_start_as_the_ordinary_ones() -> None:
     layer = regard.create("longformer", dim=8, num_heads=2)
     for name in NAMES:
-        ours, theirs = layer.get_submodule(f"{name}_proj"), layer.get_submodule(f"global_{name}_proj")
+        ours, theirs = (layer.get_submodule(f"{name}_proj.{side}") for side in ("local", "global"))
         assert torch.equal(ours.weight, theirs.weight)
         assert ours.weight is not theirs.weight
     shared = regard.create("longformer", dim=8, num_heads=2, share_global=True)

@@ -1,4 +1,4 @@
-"""Longformer: each token sees a window and a few global tokens, which see all by projections of their own."""
+"""Longformer: tokens see a window and a few global tokens, which see all by their own projections."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +28,14 @@ Gl the global tokens; with dilation d |j - i| <= d W/2 and d divides j - i      
             "Beltagy, Peters, Cohan",
             2020,
             "2004.05150",
-            "the layer in transformers; the paper from memory",
+            "the authors' code; the layer in transformers; summaries by others, which tell of the starting values",
         ),
     ),
     supports={"bidirectional", "padding", "packed", "gqa", "dropout", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values"},
-    cost=Cost("2*B*H*D*T*(min(T, window + 1) + 2*num_global) + 2*B*T*M*G*D + B*num_global*M*H*D", ""),
+    cost=Cost(
+        "2*B*H*D*(T*(2*min(window/2, T - 1) + 1 + 3*num_global) - min(window/2, T - 1)*(min(window/2, T - 1) + 1))", ""
+    ),
     claim="Far tokens are reached in two layers through a global one, and in no other way: "
     "tests/mixers/test_longformer.py::test_far_tokens_are_reached_in_two_layers_through_a_global_one.",
     differs=(
@@ -64,8 +66,8 @@ class LongformerAttention(nn.Module):
         window: W, even: a token sees W / 2 neighbours on each side besides itself.
         num_global: so many first tokens are global where `forward` is not told which.
         dilation: d, of all heads or of each.
-        share_global: whether global tokens ask by the ordinary projections; else by three of their own, which start
-            as copies of these.
+        share_global: whether global tokens ask by the local projections; else by three of their own, which start as
+            copies of these.
         bias: of the projections.
     """
 
@@ -100,21 +102,20 @@ class LongformerAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
         self.window, self.num_global, self.dilation = window, num_global, tuple(each)
         self.share_global, self.dropout = share_global, dropout
-        heads = {"q": num_heads, "k": G, "v": G}
-        for name, n in heads.items():
-            self.add_module(f"{name}_proj", nn.Linear(dim, n * D, bias=bias))
+        sides = ["local"] if share_global else ["local", "global"]
+
+        def projections(n: int) -> nn.ModuleDict:
+            return nn.ModuleDict({side: nn.Linear(dim, n * D, bias=bias) for side in sides})
+
+        self.q_proj, self.k_proj, self.v_proj = projections(num_heads), projections(G), projections(G)
         self.o_proj = nn.Linear(num_heads * D, dim, bias=bias)
-        if not share_global:
-            for name, n in heads.items():
-                self.add_module(f"global_{name}_proj", nn.Linear(dim, n * D, bias=bias))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The global projections start as the ordinary ones."""
+        """The global projections start as the local ones."""
         if not self.share_global:
-            for name in "qkv":
-                ordinary = self.get_submodule(f"{name}_proj").state_dict()
-                self.get_submodule(f"global_{name}_proj").load_state_dict(ordinary)
+            for projections in (self.q_proj, self.k_proj, self.v_proj):
+                projections["global"].load_state_dict(projections["local"].state_dict())
 
     def receptive_field(self) -> Mask:
         """Who sees whom where `forward` is not told which tokens are global."""
@@ -153,12 +154,12 @@ class LongformerAttention(nn.Module):
         for limit in limits:
             field, all_real = field & limit, all_real & limit
         dropout = self.dropout if self.training else 0.0
-        q, k, v = self._heads(x, x, "")
+        q, k, v = self._heads("local", x, x)
         out = attention(q, k, v, mask=field, dropout=dropout)
         if not self.share_global and places.shape[1]:
             T = x.shape[1]
             at = places.masked_fill(places < 0, T)[..., None]  # those that are none go behind the last, and are cut off
-            q, k, v = self._heads(F.pad(x, (0, 0, 0, 1)).gather(1, at.expand(-1, -1, self.dim)), x, "global_")
+            q, k, v = self._heads("global", F.pad(x, (0, 0, 0, 1)).gather(1, at.expand(-1, -1, self.dim)), x)
             b, j = torch.arange(len(x), device=x.device)[:, None, None, None], torch.arange(T, device=x.device)
             seen = None
             if limits:
@@ -171,10 +172,10 @@ class LongformerAttention(nn.Module):
         y = self.o_proj(out.transpose(1, 2).flatten(2))
         return spoil(y, bad, bad, field)
 
-    def _heads(self, x: Tensor, source: Tensor, which: str) -> list[Float[Tensor, "B heads t D"]]:
-        asked = {"q": x, "k": source, "v": source}
-        projected = [self.get_submodule(f"{which}{name}_proj")(z) for name, z in asked.items()]
-        return [z.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for z in projected]
+    def _heads(self, side: str, asks: Tensor, x: Tensor) -> list[Float[Tensor, "B heads t D"]]:
+        """Queries of `asks`, keys and values of x."""
+        z = self.q_proj[side](asks), self.k_proj[side](x), self.v_proj[side](x)
+        return [one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in z]
 
     def _places(self, x: Tensor, global_at: Tensor | None, keep: Tensor | None) -> Int[Tensor, "B P"]:
         """The places of the global tokens of each sample, each once, filled up by -1."""
@@ -207,13 +208,12 @@ class LongformerAttention(nn.Module):
 @CARD.loads("transformers", "LongformerSelfAttention")
 def _transformers(theirs: Any) -> Loaded:
     """It has no output projection, and is told which tokens are global by its mask."""
-    dim, window = theirs.embed_dim * theirs.num_heads, 2 * theirs.one_sided_attn_window_size
+    dim, window = theirs.embed_dim, 2 * theirs.one_sided_attn_window_size
 
     def build() -> LongformerAttention:
         return LongformerAttention(dim, theirs.num_heads, window=window, dropout=theirs.dropout)
 
-    names = {"q": "query", "k": "key", "v": "value"}
-    moved = {f"{name}_proj": their for name, their in names.items()}
-    return Loaded(
-        build, same(theirs, moved | {f"global_{name}_proj": f"{their}_global" for name, their in names.items()})
-    )
+    moves = {}
+    for name, their in (("q", "query"), ("k", "key"), ("v", "value")):
+        moves |= {f"{name}_proj.local": their, f"{name}_proj.global": f"{their}_global"}
+    return Loaded(build, same(theirs, moves))
