@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
-from regard.vision.maps import to_map, to_tokens
+from regard.vision.maps import in_windows, to_map, to_tokens
 from regard.weights import Loaded, Move, same, setting, stacked
 
 PAPERS = (
@@ -107,14 +107,6 @@ def window_attention(
         added = F.pad(keys.new_zeros(1, 1, 1, tall * wide), (0, 1), value=math.log(beyond.number))
     out = attention(queries, keys, values, bias=added, mask=seen, scale=scale)
     return out.view(B, down, across, H, tall, wide, -1).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
-
-
-def in_windows(z: Shaped[Tensor, "B H Y X d"], window: tuple[int, int]) -> Shaped[Tensor, "windows H pixels d"]:
-    """Windows row by row, those of the first map first."""
-    B, H, Y, X, _ = z.shape
-    tall, wide = window
-    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, -1).permute(0, 2, 4, 1, 3, 5, 6)
-    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, -1)
 
 
 @checked()

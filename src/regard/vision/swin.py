@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, whole
-from regard.vision.davit import WindowAttention, in_windows, window_attention
-from regard.vision.maps import to_tokens
+from regard.vision.davit import WindowAttention, window_attention
+from regard.vision.maps import in_windows, to_tokens
 
 CARD = Card(
     "swin",
@@ -35,8 +35,12 @@ that is where they differ by [0, L - w), [L - w, L - s), [L - s, L) on an axis o
     ),
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    cost=Cost("2*B*ceil(Y/window)*ceil(X/window)*window**4*M", ""),
-    claim="Windows meet in the second layer, which is shifted, at a cost linear in pixels; no matrix of scores is made: "
+    cost=Cost(
+        "2*B*M*(ceil(Y/window)*window**2 - 2*(window//2)*(window - window//2))"
+        "*(ceil(X/window)*window**2 - 2*(window//2)*(window - window//2))",
+        "",
+    ),
+    claim="Windows meet in the second layer, which is shifted, at a cost linear in pixels, without a matrix of scores: "
     "tests/vision/test_swin.py::test_windows_meet_through_the_shift, "
     "tests/vision/test_swin.py::test_cost_is_linear_in_pixels, "
     "tests/vision/test_swin.py::test_no_score_matrix_is_made.",
@@ -47,8 +51,8 @@ that is where they differ by [0, L - w), [L - w, L - s), [L - s, L) on an axis o
         "A side that is not longer than the window is one window without shift, as in timm, and reads the middle of "
         "the table, for which timm makes a smaller one.",
         "Flash Window Attention's own kernel is for GPUs. Here many short sequences with one bias run on the kernels "
-        "that there are. Its backward lacks the scale in the gradients of queries and keys, and it takes no mask of shifts; "
-        "here neither is so.",
+        "that there are. Its backward lacks the scale in the gradients of queries and keys, and it takes no mask of "
+        "shifts; here neither is so.",
     ),
     verified="third-party",
     example={"window": 3},
