@@ -16,6 +16,7 @@ from regard.masks.patterns import (
 from regard.masks.selection import chosen
 from regard.masks.structured import block_causal, block_diffusion, global_tokens, shared_prefix, tree
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
+from regard.masks.tiling import tile_cost
 
 __all__ = [
     "BlockLayout",
@@ -41,6 +42,7 @@ __all__ = [
     "prefix",
     "shared_prefix",
     "strided",
+    "tile_cost",
     "tree",
     "window",
 ]
