@@ -6,6 +6,7 @@ Written from the equations alone, by someone who has read neither code nor test 
 
 import itertools
 import math
+
 import torch
 
 from naive import softmax
@@ -86,10 +87,10 @@ def axis_visits(L, window, stride, q_tile, k_tile, dynamic=False, dilation=1, ca
 
 
 def tile_cost(sizes, window, stride, q_tile, k_tile, dynamic=False, dilation=None, causal=None):
-    """Dict: mean key tiles visited by a query tile, all key tiles, speed-up bound = all / mean, flop = prod(L) / prod(k),
-    and perfect: bound = flop and every pair inside visited tiles is seen (no mask needed).
-    Doubt with dilation ("groups become batch"): "all" is taken as the tiles of the whole map, ceil(L / T_k) per axis, as
-    plain attention would visit, and the mean goes over the query tiles of all groups. Causal: flop stays the same."""
+    """Dict: mean key tiles visited by a query tile, all key tiles, speed-up bound = all / mean,
+    flop = prod(L) / prod(k), and perfect: bound = flop and every pair inside visited tiles is seen (no mask needed).
+    Doubt with dilation ("groups become batch"): "all" is taken as the tiles of the whole map, ceil(L / T_k) per axis,
+    as plain attention would visit, and the mean goes over the query tiles of all groups. Causal: the same flop."""
     r = len(sizes)
     dilation, causal = dilation or (1,) * r, causal or (False,) * r
     axes = [

@@ -102,7 +102,7 @@ def _by_tiles(
             bias = None if bias is None else F.pad(bias, (0, 0, 0, E))
         parts.append(attend(q_tile, k_slab, v_slab, seen, bias))
     found = [torch.cat(z) if len(z) > 1 else z[0] for z in zip(*parts, strict=True)]
-    flat = [z.transpose(0, 1).reshape(B, H, count * n, -1) for z in found]
+    flat = [z.transpose(0, 1).reshape(B, H, count * n, z.shape[3]) for z in found]
     return [z.index_select(2, tiles.home) for z in flat]
 
 

@@ -73,7 +73,7 @@ R (NAT) has one value for each head and difference, and needs odd windows and s 
     ),
     verified="third-party",
     example={"window": 3},
-    tries={"causal_axes": (True, False), "small_maps": {"small_maps": "pad", "window": 5}},
+    tries={"causal_axes": (True, False), "small_maps": {"window": 16}},
     tasks=("digits",),
     defaults={
         "axes": "code, NAT",
