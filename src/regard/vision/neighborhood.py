@@ -66,7 +66,8 @@ R (NAT) has one value for each head and difference, and needs odd windows and s 
     "tests/vision/test_neighborhood.py::test_keys_looked_at_grow_with_tokens_and_fall_to_the_window_where_windows_are_blocks.",
     differs=(
         "The bias is added after scaling, as in all of the authors' code; the printed formula scales it.",
-        "Tiles gather their slab of keys and run torch's attention on it; the authors' fused kernels copy no keys.",
+        "Tiles gather their slab of keys and run torch's attention on it; the authors' fused kernels copy no "
+        "keys. On GPUs `regard.attention` under the mask has the Triton kernel for its blocks.",
         "A window of one token is allowed, which the authors' code refuses.",
         "Left out: the backbones; `alternating_dilations` says DiNAT's. The model of speed-ups, `masks.tile_cost`, is "
         "made after their words, as theirs is not public.",
