@@ -119,7 +119,8 @@ def neighborhood_attention(
     """
     given = {"window": window, "dilation": dilation, "stride": stride, "causal": causal}
     p, extra = posed("neighborhood_attention", q, k, v, given, bias, scale, extra_keys, extra_values)
-    if bias is None and all(axis.window == axis.size and not axis.causal for axis in p.mask.axes):  # type: ignore
+    assert isinstance(p.mask, Neighborhood)
+    if bias is None and all(axis.window == axis.size and not axis.causal for axis in p.mask.axes):
         keys, values = (p.k, p.v) if extra is None else (torch.cat(z, 2) for z in zip((p.k, p.v), extra, strict=True))
         out = attention(p.q, keys, values, scale=p.scale)
     else:
