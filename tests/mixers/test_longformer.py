@@ -41,7 +41,7 @@ def test_gives_the_numbers_of_transformers(case: str) -> None:
     for ours, theirs in zip(NAMES, ("query", "key", "value"), strict=True):
         for kind in ("weight", "bias"):
             state[f"{ours}_proj.local.{kind}"] = z[f"{theirs}.{kind}"]
-            state[f"{ours}_proj.global.{kind}"] = z[f"{theirs}_global.{kind}"]
+            state[f"{ours}_proj.globals.{kind}"] = z[f"{theirs}_global.{kind}"]
     layer.load_state_dict(state)
     x = z["x"].clone().requires_grad_()
     out = layer(x, global_at=z["global"].bool(), mask=masks.padding(~z["padded"].bool()))
@@ -50,7 +50,7 @@ def test_gives_the_numbers_of_transformers(case: str) -> None:
     close(x.grad, z["gx"])
     close(layer.k_proj["local"].weight.grad, z["gkey"])
     if "gkey_global" in z:
-        close(layer.k_proj["global"].weight.grad, z["gkey_global"])
+        close(layer.k_proj["globals"].weight.grad, z["gkey_global"])
 
 
 @pytest.mark.parametrize("share_global", [False, True])
@@ -65,7 +65,7 @@ def test_equals_the_loops(share_global: bool, dilation: int | list[int]) -> None
     want = longformer(
         x,
         maps(layer),
-        None if share_global else maps(layer, "global"),
+        None if share_global else maps(layer, "globals"),
         heads=heads,
         window=4,
         is_global=at,
@@ -114,7 +114,7 @@ def test_without_global_tokens_it_is_window_attention_and_with_all_global_dense(
 def test_the_global_projections_start_as_the_ordinary_ones() -> None:
     layer = regard.create("longformer", dim=8, num_heads=2)
     for name in NAMES:
-        ours, theirs = (layer.get_submodule(f"{name}_proj.{side}") for side in ("local", "global"))
+        ours, theirs = (layer.get_submodule(f"{name}_proj.{side}") for side in ("local", "globals"))
         assert torch.equal(ours.weight, theirs.weight)
         assert ours.weight is not theirs.weight
     shared = regard.create("longformer", dim=8, num_heads=2, share_global=True)

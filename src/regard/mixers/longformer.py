@@ -102,7 +102,9 @@ class LongformerAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, G, D
         self.window, self.num_global, self.dilation = window, num_global, tuple(each)
         self.share_global, self.dropout = share_global, dropout
-        sides = ["local"] if share_global else ["local", "global"]
+        sides = (
+            ["local"] if share_global else ["local", "globals"]
+        )  # "global" is a word of Python, which torch.export writes as a name
 
         def projections(n: int) -> nn.ModuleDict:
             return nn.ModuleDict({side: nn.Linear(dim, n * D, bias=bias) for side in sides})
@@ -115,7 +117,7 @@ class LongformerAttention(nn.Module):
         """The global projections start as the local ones."""
         if not self.share_global:
             for projections in (self.q_proj, self.k_proj, self.v_proj):
-                projections["global"].load_state_dict(projections["local"].state_dict())
+                projections["globals"].load_state_dict(projections["local"].state_dict())
 
     def receptive_field(self) -> Mask:
         """Who sees whom where `forward` is not told which tokens are global."""
@@ -159,7 +161,7 @@ class LongformerAttention(nn.Module):
         if not self.share_global and places.shape[1]:
             T = x.shape[1]
             at = places.masked_fill(places < 0, T)[..., None]  # those that are none go behind the last, and are cut off
-            q, k, v = self._heads("global", F.pad(x, (0, 0, 0, 1)).gather(1, at.expand(-1, -1, self.dim)), x)
+            q, k, v = self._heads("globals", F.pad(x, (0, 0, 0, 1)).gather(1, at.expand(-1, -1, self.dim)), x)
             b, j = torch.arange(len(x), device=x.device)[:, None, None, None], torch.arange(T, device=x.device)
             seen = None
             if limits:
@@ -215,5 +217,5 @@ def _transformers(theirs: Any) -> Loaded:
 
     moves = {}
     for name, their in (("q", "query"), ("k", "key"), ("v", "value")):
-        moves |= {f"{name}_proj.local": their, f"{name}_proj.global": f"{their}_global"}
+        moves |= {f"{name}_proj.local": their, f"{name}_proj.globals": f"{their}_global"}
     return Loaded(build, same(theirs, moves))
