@@ -335,6 +335,15 @@ def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x), theirs(x)[0]
 
 
+def longformer(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Two global tokens and two hidden ones; theirs are told by one mask, and it leaves hidden tokens at 0."""
+    x, kinds = normal(2, 2, 12, M), torch.zeros(2, 12)
+    kinds[0, [0, 7]], kinds[1, 10:] = 1, -1
+    told = {"is_index_masked": kinds < 0, "is_index_global_attn": kinds > 0, "is_global_attn": True}
+    want = theirs(x, attention_mask=1e4 * kinds.double(), **told)[0]
+    return ours(x, global_at=kinds > 0, mask=masks.padding(kinds >= 0)), want
+
+
 def florence(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(5, 2, 4, 5, M)
     want = theirs(x.flatten(1, 2) if hasattr(theirs, "groups") else x)
@@ -432,6 +441,10 @@ def of_transformers(name: str) -> Case:
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)
+    if name == "LongformerSelfAttention":
+        config = importlib.import_module("transformers").LongformerConfig
+        made = config(hidden_size=M, num_attention_heads=H, attention_window=[4], attention_probs_dropout_prob=0.0)
+        return Case(filled(cls(name)(made, 0)), longformer, fp32=True)
     if name == "ConvBertSelfAttention":
         return Case(filled(module_of(name, conv_kernel_size=7, head_ratio=2)), convbert)
     if name in T5:

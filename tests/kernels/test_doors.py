@@ -46,6 +46,7 @@ from regard.vision.davit import channel_attention, window_attention
 from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
+from regard.vision.neighborhood_lse import neighborhood_with_lse
 from regard.vision.quantized_spike import spike_attention
 from regard.vision.unidirectional_block import unidirectional_block_attention
 
@@ -75,7 +76,8 @@ THROUGH_EXECUTE = {
 }
 """Who hands a problem to `regard.kernels.execute`, which looks at it."""
 PAST_IT = {
-    "vision/neighborhood.py": "kernel.run",  # has a table that no problem holds
+    "vision/neighborhood.py": "kernel.run",  # has a table and extra keys that no problem holds
+    "vision/neighborhood_lse.py": "with_lse",
     "cache/prefix_tree.py": "two_phase",  # of a pool of keys, not of batches of them
     "linear/_shared.py": "linear_scan",
     "linear/conserved_flow.py": "linear_scan",
@@ -183,6 +185,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "unidirectional_block_attention": squared(unidirectional_block_attention, block=2),
     "neighborhood_attention": squared(neighborhood_attention, window=1),
     "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),
+    "neighborhood_with_lse": squared(neighborhood_with_lse, window=1),
     "region_attention": squared(region_attention, regions=torch.zeros(B, 2, 1).long()),
 }
 """Every public function of queries, keys and values of batches and heads."""
@@ -197,6 +200,7 @@ OTHERWISE = {
 """Those of nodes, or of one query."""
 INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
 INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
+INNER |= {"finite", "posed"}
 """What stands behind those, or is no way to a kernel."""
 
 

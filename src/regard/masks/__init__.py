@@ -18,6 +18,7 @@ from regard.masks.selection import chosen
 from regard.masks.shifted import multi_window, shifted_chunks, shifted_dilated, shifted_groups
 from regard.masks.structured import block_causal, block_diffusion, global_tokens, shared_prefix, tree
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
+from regard.masks.tiling import tile_cost
 
 __all__ = [
     "BlockLayout",
@@ -48,6 +49,7 @@ __all__ = [
     "shifted_dilated",
     "shifted_groups",
     "strided",
+    "tile_cost",
     "tree",
     "window",
 ]
