@@ -215,7 +215,7 @@ def _transformers(theirs: Any) -> Loaded:
     def build() -> LongformerAttention:
         return LongformerAttention(dim, theirs.num_heads, window=window, dropout=theirs.dropout)
 
-    moves = {}
+    moves: dict[str, str] = {}
     for name, their in (("q", "query"), ("k", "key"), ("v", "value")):
         moves |= {f"{name}_proj.local": their, f"{name}_proj.globals": f"{their}_global"}
     return Loaded(build, same(theirs, moves))

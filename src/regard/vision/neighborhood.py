@@ -195,7 +195,7 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B M *sizes"]) -> Float[Tensor, "B M *sizes"]:
         fits(self, f"B M {AXES[self.axes]}", {"M": self.dim}, x=x)
-        whole_map = tuple(slice(0, n) for n in x.shape[2:])
+        whole_map: tuple[Any, ...] = (..., *(slice(0, n) for n in x.shape[2:]))
         if self.small_maps == "pad":
             short = [max(0, a.window * a.dilation - n) for a, n in zip(self._fitting.axes, x.shape[2:], strict=True)]
             x = F.pad(x, [n for one in reversed(short) for n in (0, one)])
@@ -214,7 +214,7 @@ class NeighborhoodAttention(nn.Module):
             causal=self.causal,
             bias=self.table,
         )
-        return to_map(self.o_proj(out.flatten(2, -2).transpose(1, 2).flatten(2)), sizes)[(..., *whole_map)]
+        return to_map(self.o_proj(out.flatten(2, -2).transpose(1, 2).flatten(2)), sizes)[whole_map]
 
     def extra_repr(self) -> str:
         options = f"window={self.window}, dilation={self.dilation}, stride={self.stride}, causal={self.causal}"
