@@ -150,7 +150,9 @@ def joins(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool
     given, D = (q, k, v, keys, values), keys.shape[3]
     if any(type(x) is not Tensor or not x.is_cpu or x.dtype is not q.dtype or x.stride(-1) != 1 for x in given):
         return False
-    if q.dtype not in NUMBERS or build.why_not() or D % step() or not (q.is_contiguous() and k.shape == v.shape):
+    if not len(q) or q.dtype not in NUMBERS or build.why_not() or D % step():
+        return False
+    if not (q.is_contiguous() and k.shape == v.shape):
         return False
     B, G = keys.shape[:2]
     return k.shape == (B, 1, G * D) and values.shape == keys.shape and k.is_contiguous() and v.is_contiguous()
@@ -190,7 +192,7 @@ def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 
     fits = row.shape[-1] >= S and before == plain and len(were) == len(tensors)
     if not (fits and all(map(torch.equal, were, tensors))):
         n = max(64, 2 * S)
-        row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu"))
+        row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu")).contiguous()
         if _told(position):
             _ROWS[position] = plain, [x.detach().clone() for x in tensors], row
     return row.narrow(-1, row.shape[-1] - S, S)
