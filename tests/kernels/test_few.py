@@ -297,3 +297,13 @@ def test_a_step_of_no_sequences():
     y, state = layer.step(torch.zeros(0, 1, 32), layer.init_state(0, 4))
     assert y.shape == (0, 1, 32)
     assert state.length == 1
+
+
+@torch.no_grad()
+def test_a_step_that_sees_nothing():
+    torch.manual_seed(0)
+    layer = regard.create("rotary", dim=32, num_heads=2, causal=True, mask=masks.nothing()).eval()
+    state = layer.init_state(2, 4)
+    for token in torch.randn(2, 3, 32).split(1, 1):
+        y, state = layer.step(token, state)
+        assert torch.equal(y, torch.zeros_like(y))
