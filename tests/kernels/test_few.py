@@ -287,3 +287,38 @@ def test_with_the_log_sum_exp(n: int, S: int, D: int, V: int) -> None:
     assert few.with_lse(q.double(), k.double(), v.double()) is None
     v[1, 0, 0] = torch.inf
     assert few.with_lse(q, k, v) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("coca", {}), ("xpos", {"interleaved": False, "scale_base": 8.0}), ("t5_bias", {"buckets": 8, "max_distance": 6})],
+)
+def test_a_step_turns_and_adds_what_the_position_does(name: str, options: dict[str, float | bool]):
+    """Parts that turn in a way of their own, and rows of biases whose keys aren't neighbours in memory."""
+    torch.manual_seed(0)
+    layer = regard.create(name, dim=32, num_heads=2, causal=True, **options).eval()
+    x, found = torch.randn(2, 9, 32), []
+    with torch.no_grad():
+        state = layer.init_state(2, 9)
+        for token in x.split(1, 1):
+            y, state = layer.step(token, state)
+            found.append(y)
+        torch.testing.assert_close(torch.cat(found, 1), layer(x))
+
+
+@torch.no_grad()
+def test_a_step_of_no_sequences():
+    layer = regard.create("rotary", dim=32, num_heads=2, causal=True).eval()
+    y, state = layer.step(torch.zeros(0, 1, 32), layer.init_state(0, 4))
+    assert y.shape == (0, 1, 32)
+    assert state.length == 1
+
+
+@torch.no_grad()
+def test_a_step_that_sees_nothing():
+    torch.manual_seed(0)
+    layer = regard.create("rotary", dim=32, num_heads=2, causal=True, mask=masks.nothing()).eval()
+    state = layer.init_state(2, 4)
+    for token in torch.randn(2, 3, 32).split(1, 1):
+        y, state = layer.step(token, state)
+        assert torch.equal(y, torch.zeros_like(y))

@@ -312,3 +312,17 @@ def test_a_context_has_no_values_of_its_own() -> None:
         layer(own_values=True)(normal(1, 1, 3, 12), normal(2, 1, 3, 12))
     with pytest.raises(ValueError, match="known has the wrong shape"):
         layer().propagate(normal(1, 1, 3, 12), normal(2, 1, 3, 5), torch.ones(1, 3).bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projections_may_be_wrapped_and_have_hooks(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = regard.create("probabilistic", dim=8, num_heads=2, key_steps=1, dtype=dtype)
+    x = torch.randn(2, 5, 8, dtype=dtype)
+    plain = layer(x)
+    layer.q_proj = nn.Sequential(nn.Identity(), layer.q_proj)
+    assert torch.equal(layer(x), plain)
+    handle = layer.v_proj.register_forward_hook(lambda module, given, out: 0 * out)
+    assert torch.equal(layer(x), torch.zeros_like(x))
+    handle.remove()
+    assert torch.equal(layer(x), plain)

@@ -151,7 +151,9 @@ def joins(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool
     given, D = (q, k, v, keys, values), keys.shape[3]
     if any(type(x) is not Tensor or not x.is_cpu or x.dtype is not q.dtype or x.stride(-1) != 1 for x in given):
         return False
-    if q.dtype not in NUMBERS or build.why_not() or D % step() or not (q.is_contiguous() and k.shape == v.shape):
+    if not len(q) or q.dtype not in NUMBERS or build.why_not() or D % step():
+        return False
+    if not (q.is_contiguous() and k.shape == v.shape):
         return False
     B, G = keys.shape[:2]
     return k.shape == (B, 1, G * D) and values.shape == keys.shape and k.is_contiguous() and v.is_contiguous()
@@ -226,7 +228,7 @@ def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 
         if same and all(map(torch.equal, kept.tensors, tensors)):
             return kept.row.narrow(-1, kept.row.shape[-1] - S, S)
     n = max(64, 2 * S)
-    row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu"))
+    row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu")).contiguous()
     if _told(position):
         names = tuple(name for name, x in held.items() if isinstance(x, int | float | str | torch.dtype))
         plain = tuple(map(held.get, names))

@@ -7,9 +7,8 @@ EM. Further steps move keys to the queries, and values to those that are known.
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, choice, flag, number, refuse, whole
@@ -201,7 +200,7 @@ class Probabilistic(HeadMixer):
             return super().split(x, source)
         pairs = ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
         with as_it_is(x.device):  # steps multiply rounding errors: those of half precision are kept out
-            q, k, v = (F.linear(*widened(z, *p.parameters())).unflatten(-1, (-1, self.head_dim)) for p, z in pairs)
+            q, k, v = (_widely(p, z).unflatten(-1, (-1, self.head_dim)) for p, z in pairs)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, alone: bool, **steps: Any) -> Tensor:
@@ -237,3 +236,10 @@ class Probabilistic(HeadMixer):
         given: dict[str, Any] = {"value_steps": steps, "value_prior": prior, "known": told}
         out = self.merge(self.mixed(*self.split(x, x), keep, alone=True, **given))
         return spoil(out, bad, bad, full() if keep is None else padding(keep))
+
+
+def _widely(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module gives, with hooks and whatever it is made of, computed in float32 at least."""
+    held = {n: z for n, z in (*module.named_parameters(), *module.named_buffers()) if z.is_floating_point()}
+    wide = dict(zip(held, widened(*held.values()), strict=True))
+    return torch.func.functional_call(module, wide, tuple(widened(x)))

@@ -47,7 +47,7 @@ def step(layer: "Attention", x: Tensor, state: State) -> tuple[Tensor, KVCache] 
     held, state = state.append(k=k, v=v)
     k, v = held["k"], held["v"]
     if reach is not None and reach < k.shape[2]:
-        k, v = k[:, :, -reach:], v[:, :, -reach:]
+        k, v = (z[:, :, z.shape[2] - reach :] for z in (k, v))  # none at all, where the mask shows none
     position = position if position is not None and position.changes("bias") else None
     out = few.quick(q, k, v, causal=True, scale=layer.scale, position=position)
     if out is None:

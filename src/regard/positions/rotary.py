@@ -6,8 +6,8 @@ multiply queries and keys by some m, so scores by m^2. Where only the first chan
 is their number in all of this, and m is theirs alone. Images and video are turned by axial.py and mrope.py.
 """
 
-from functools import lru_cache
-from typing import Protocol
+from functools import cache, lru_cache
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -198,7 +198,8 @@ class Rotary(Position):
         return z[:, : q.shape[1]], z[:, q.shape[1] :]
 
     def sines(self, at: int) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]] | None:
-        usual = self.scaling is None and not self.interleaved and type(self).rotate is Rotary.rotate
+        """(cos, cos) and (-sin, sin) of position `at` where they are all that `turn` does; else None."""
+        usual = self.scaling is None and not self.interleaved and _turns_as_usual(type(self))
         if not usual or self.rotary_dim != self.head_dim:
             return None
         return turns(self.head_dim, self.base, at // KEPT)[at % KEPT]
@@ -211,3 +212,8 @@ class Rotary(Position):
     def extra_repr(self) -> str:
         part = "" if self.rotary_dim == self.head_dim else f", rotary_dim={self.rotary_dim}"
         return f"{self.head_dim}{part}, base={self.base:g}, scaling={self.scaling}, interleaved={self.interleaved}"
+
+
+@cache
+def _turns_as_usual(kind: Any) -> bool:
+    return all(getattr(kind, name) is getattr(Rotary, name) for name in ("turn", "rotate", "_turned", "angles"))
