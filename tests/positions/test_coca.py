@@ -151,7 +151,9 @@ def test_a_stream_is_the_full_pass(form: Any) -> None:
     [
         ({"form": "loose"}, ValueError, "form is unknown"),
         ({"scaling": "ntk"}, ValueError, "coca: scaling is unknown"),
-        ({"scaling": "linear", "factor": 0.5}, ValueError, "Linear: factor is out of range"),
+        ({"factor": -1.0}, ValueError, "coca: factor is out of range"),
+        ({"original_max": 0}, ValueError, "coca: original_max is too small"),
+        ({"scaling": "linear", "factor": 0.5}, ValueError, "coca: factor is out of range"),
         ({"partial_rotary_factor": 0.5}, ValueError, r"partial_rotary_factor turns part .* \(got 0.5 and 'exact'\)"),
         ({"base": 1.0}, ValueError, "Collinear: base is out of range"),
         ({"head_dim": 5}, ValueError, "head_dim is no multiple of pair = 2"),

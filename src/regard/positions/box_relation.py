@@ -154,7 +154,7 @@ class BoxRelation(Position):
         if boxes.numel() and readable(boxes):
             sizes = boxes.detach()[..., 2:] - boxes.detach()[..., :2] + self.size_offset
             if not (bool(boxes.isfinite().all()) and bool((sizes > 0).all())):
-                refuse(self, "boxes", "have no width or height", "NaN, or x1 < x0", f"{self.box_format}, finite")
+                refuse(self, "boxes", "have no width or height", "NaN, or no size", f"{self.box_format}, finite")
         boxes = boxes.expand(len(tokens.x), *boxes.shape[-2:])[:, None]
         return Made(boxes, boxes)
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.cards import PLAIN, Card, Cost, Paper
-from regard.checks import choice, fits, refuse
+from regard.checks import choice, fits, number, refuse, whole
 from regard.positions._shared import work_dtype
 from regard.positions.rotary import Rotary
 from regard.positions.rotary_scaling import DynamicNTK, Linear
@@ -141,6 +141,8 @@ def coca(
         partial_rotary_factor: the part of the channels that turns, of "slack".
     """
     choice("coca", (*get_args(Scaling), None), scaling=scaling)
+    number("coca", least=1, factor=factor)
+    whole("coca", original_max=original_max)
     stretched = None
     if scaling is not None:
         stretched = Linear(factor) if scaling == "linear" else DynamicNTK(factor, original_max)

@@ -199,7 +199,7 @@ class Rotary(Position):
 
     def sines(self, at: int) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]] | None:
         """(cos, cos) and (-sin, sin) of position `at` where they are all that `turn` does; else None."""
-        usual = self.scaling is None and not self.interleaved and _turns_as_usual(type(self))
+        usual = self.scaling is None and not self.interleaved and _turns_as_usual(type(self))  # type: ignore[arg-type]
         if not usual or self.rotary_dim != self.head_dim:
             return None
         return turns(self.head_dim, self.base, at // KEPT)[at % KEPT]
