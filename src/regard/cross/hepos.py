@@ -41,7 +41,7 @@ o_h = sum_j softmax_{j in I_h}(q_h . k_h,j / sqrt(D)) v_h,j,   y = W_o [o_1; ...
         "With fewer key heads the residue is that of the query head.",
         "Left out: the baselines in the authors' code (chunks, learned picks, hashing, clusters).",
     ),
-    verified="equation",
+    verified="reconstructed",
     example={"stride": 2},
     tries={"stride": 3},
     defaults={"stride": "code", "bias": "code", "context_dim": "ours, as wide as dim"},
