@@ -48,6 +48,7 @@ GOALS: dict[str, Goal] = {
     ),
     "neighborhood": Goal("2-D neighborhood 7 x 7", 20, "faster than natten", "neighborhood", "higher"),
     "block sparse": Goal("block-sparse at density d", None, "<= 1.1 d + 0.02 of dense SDPA", "block_sparse"),
+    "patterns": Goal("patterns by head at density d, T = 16k", None, "<= 1.1 d + 0.02 of dense SDPA", "patterns"),
     "bias memory": Goal("any score bias, T = 16k, memory, inference", 59, "below eager", "memory", "higher"),
     "bias memory training": Goal("any score bias, T = 16k, memory, training", 32, "below eager", "memory", "higher"),
     "bias": Goal("any score bias, T = 16k, time", 1.3, "SDPA with a ready-made dense bias", "bias"),

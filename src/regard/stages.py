@@ -46,6 +46,8 @@ class Tokens:
     v_proj: Callable[[Tensor], Tensor]
     past: Float[Tensor, "B h 1 F"] | None = None
     """While streaming, `Made.key` of the last token before these; None at the start."""
+    coordinates: Float[Tensor, "#B T A"] | Int[Tensor, "#B T A"] | None = None
+    """Where the queries stand, where the layer was told coordinates; then `positions` counts them."""
 
 
 @dataclass(frozen=True)

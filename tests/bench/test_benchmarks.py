@@ -30,6 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
     "neighborhood": {"sizes": (14, 14), "heads": 2},
     "normalizers": {"rows": 16, "keys": 32},
     "paged": {"lengths": (64,), "batches": (1, 2)},
+    "patterns": {"length": 512, "heads": 4},
     "plain": {"shape": (1, 2, 64, 16), "calls": 2},
     "prefix_tree": {"cases": ((2, 128, 64),)},
     "recompiles": {"lengths": (128, 200)},

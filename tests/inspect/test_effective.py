@@ -160,6 +160,7 @@ def test_narrow_dtypes_pass_the_test_of_linearity(dtype: torch.dtype) -> None:
 
 NO_MATRIX = {
     "agent": "a convolution over values",
+    "long_range_grouping": "the same",
     "lightning": "a norm over outputs",
     "hrrformer": "weights by how alike values are to what is recalled",
     "kdgqa": "heads of values are averaged and dealt out",

@@ -221,6 +221,13 @@ def module_of(name: str, *, layer: int = 0, **more: Any) -> nn.Module:
     return kind(config, layer_idx=layer) if "layer_idx" in arguments else kind(config)
 
 
+T5 = {
+    *("T5Attention", "MT5Attention", "UMT5Attention", "LongT5Attention", "SwitchTransformersAttention"),
+    "Pop2PianoAttention",
+}
+DECODERS = {"MT5Attention", "LongT5Attention", "Pop2PianoAttention"}
+
+
 def window_of(theirs: nn.Module) -> int:
     """As the config has it for this layer; T where there is none."""
     own = OWN.get(type(theirs).__name__, {})
@@ -309,6 +316,15 @@ def mpt(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x, mask=masks.padding(real)), theirs(x, alibi, attention_mask=hidden)[0]
 
 
+def t5(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """As their stacks mask it: a decoder's layers are causal."""
+    x, real = normal(2, 2, T, M), keep()
+    allowed = real[:, None, None].expand(2, 1, T, T)
+    allowed = allowed.tril() if theirs.is_causal else allowed
+    named = "attention_mask" if "attention_mask" in inspect.signature(theirs.forward).parameters else "mask"
+    return ours(x, mask=masks.padding(real)), theirs(x, **{named: added(allowed)})[0]
+
+
 def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(2, 2, 20, M)
     return ours(x), theirs(x)[0]
@@ -317,6 +333,15 @@ def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
 def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(2, 2, 11, M)
     return ours(x), theirs(x)[0]
+
+
+def longformer(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Two global tokens and two hidden ones; theirs are told by one mask, and it leaves hidden tokens at 0."""
+    x, kinds = normal(2, 2, 12, M), torch.zeros(2, 12)
+    kinds[0, [0, 7]], kinds[1, 10:] = 1, -1
+    told = {"is_index_masked": kinds < 0, "is_index_global_attn": kinds > 0, "is_global_attn": True}
+    want = theirs(x, attention_mask=1e4 * kinds.double(), **told)[0]
+    return ours(x, global_at=kinds > 0, mask=masks.padding(kinds >= 0)), want
 
 
 def florence(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -416,8 +441,18 @@ def of_transformers(name: str) -> Case:
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)
+    if name == "LongformerSelfAttention":
+        config = importlib.import_module("transformers").LongformerConfig
+        made = config(hidden_size=M, num_attention_heads=H, attention_window=[4], attention_probs_dropout_prob=0.0)
+        return Case(filled(cls(name)(made, 0)), longformer, fp32=True)
     if name == "ConvBertSelfAttention":
         return Case(filled(module_of(name, conv_kernel_size=7, head_ratio=2)), convbert)
+    if name in T5:
+        kind, causal = cls(name), name in DECODERS
+        sizes = {"d_model": M, "num_heads": H, "d_kv": D, "relative_attention_num_buckets": 8}
+        config = config_of(kind, **sizes, relative_attention_max_distance=6, is_decoder=causal)
+        made = kind(config, has_relative_attention_bias=True, layer_idx=0, is_causal=causal)
+        return Case(filled(made), t5, fp32=True)
     theirs = filled(module_of(name))
     if name == "BloomAttention":
         return Case(theirs, bloom, fp32=True)

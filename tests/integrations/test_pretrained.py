@@ -296,6 +296,21 @@ def test_parts_that_are_switched_off(name: str, more: dict, slot: str) -> None:
     assert getattr(regard.convert_layer(module_of(name)), slot) is not None
 
 
+def test_later_layers_of_t5_take_the_position_of_the_first() -> None:
+    """They hold no table, and their model hands them what the first one made."""
+    first = filled(conversions.case("transformers T5Attention").theirs)
+    later = filled(type(first)(first.config, layer_idx=1), seed=3)
+    x = normal(2, 2, T, M)
+    with conversions.Wide():
+        alone, want = later(x)[0], later(x, position_bias=first(x)[1])[0]
+    ours = regard.convert_layer(later)
+    assert ours.position is None
+    close(ours(x), alone)
+    ours.position = regard.convert_layer(first).position
+    close(ours(x), want)
+    assert (want - alone).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -225,6 +225,7 @@ MASKS = [
     masks.global_tokens(torch.tensor([[1, 4], [0, -1]])),
     masks.tree(torch.tensor([-1, 0, 0]), prefix=2),
     masks.shared_prefix(2, [3, 1]),
+    masks.blocks(2, before=1),
 ]
 
 

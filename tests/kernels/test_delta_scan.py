@@ -177,3 +177,11 @@ def test_no_tokens() -> None:
 def test_refusals(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         delta_scan(**{**inputs(9), **change})
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_segments_are_the_whole(decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(45, decay)
+    want = run(given, chunk=4)
+    monkeypatch.setattr("regard.kernels.linear_scan.NUMBERS", 8 * B * H * (K + V + 1))
+    agree(run(given, chunk=4), want)

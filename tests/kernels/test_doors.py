@@ -33,6 +33,9 @@ from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
+from regard.mixers.grouped import grouped_attention
+from regard.mixers.long_range_grouping import grouping_attention
+from regard.mixers.path import path_attention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.mixers.sparse_correction import delta_attention
@@ -41,9 +44,12 @@ from regard.routing.clusters import clustered_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
+from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
+from regard.vision.neighborhood_lse import neighborhood_with_lse
 from regard.vision.quantized_spike import spike_attention
+from regard.vision.unidirectional_block import unidirectional_block_attention
 
 SOURCE = Path(regard.__file__).parent
 B, H, N, D = 2, 4, 8, 16
@@ -58,8 +64,11 @@ THROUGH_EXECUTE = {
     "integrations/timm_attend.py",
     "integrations/torch_mha.py",
     "integrations/transformers_call.py",
+    "mixers/grouped.py",
     "mixers/mla.py",
+    "mixers/rcmha.py",
     "mixers/sliced.py",
+    "mixers/strided.py",
     "pipeline/function.py",
     "pipeline/layer.py",
     "pipeline/quick_step.py",
@@ -68,7 +77,8 @@ THROUGH_EXECUTE = {
 }
 """Who hands a problem to `regard.kernels.execute`, which looks at it."""
 PAST_IT = {
-    "vision/neighborhood.py": "kernel.run",  # has a table that no problem holds
+    "vision/neighborhood.py": "kernel.run",  # has a table and extra keys that no problem holds
+    "vision/neighborhood_lse.py": "with_lse",
     "cache/prefix_tree.py": "two_phase",  # of a pool of keys, not of batches of them
     "linear/_shared.py": "linear_scan",
     "linear/conserved_flow.py": "linear_scan",
@@ -163,7 +173,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "spike_attention": spike_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
     "probabilistic_attention": probabilistic_attention,
+    "path_attention": lambda q, k, v: path_attention(q, k, v, k, k[..., 0])[0],
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
+    "grouped_attention": grouped_attention,
+    "grouping_attention": lambda q, k, v: grouping_attention(q, k, v, size=(2, 2), stride=2),
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),
     "attend_to_some": lambda q, k, v: attend_to_some(q, k, v, torch.arange(3)),
@@ -171,7 +184,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "channel_attention": channel_attention,
     "window_attention": squared(window_attention, window=2),
     "halo_attention": squared(halo_attention, block=2, halo=1),
+    "unidirectional_block_attention": squared(unidirectional_block_attention, block=2),
     "neighborhood_attention": squared(neighborhood_attention, window=1),
+    "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),
+    "neighborhood_with_lse": squared(neighborhood_with_lse, window=1),
     "region_attention": squared(region_attention, regions=torch.zeros(B, 2, 1).long()),
 }
 """Every public function of queries, keys and values of batches and heads."""
@@ -185,7 +201,8 @@ OTHERWISE = {
 }
 """Those of nodes, or of one query."""
 INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
-INNER |= {"finite", "joined", "joins", "check_scan"}
+INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
+INNER |= {"finite", "posed"}
 """What stands behind those, or is no way to a kernel."""
 
 

@@ -272,3 +272,18 @@ def test_a_step_writes_into_nobody_elses_cache(monkeypatch: pytest.MonkeyPatch) 
     token = x[:, 3:4].clone()
     layer.step(token, state)
     assert torch.equal(token, x[:, 3:4])
+
+
+@pytest.mark.parametrize(("n", "S", "D", "V"), [(1, 1, 32, 32), (7, 600, 16, 48), (40, 70, 64, 32)])
+def test_with_the_log_sum_exp(n: int, S: int, D: int, V: int) -> None:
+    """Whatever lies between keys in memory; and not for who wants gradients, or has something that isn't finite."""
+    q, k, v = torch.randn(3, n, D), torch.randn(3, S + 5, D + 8)[:, 2 : S + 2, :D], torch.randn(3, S, V)
+    found = few.with_lse(q, k, v)
+    assert found is not None
+    scores = q.double() @ k.double().mT
+    assert (found[0] - scores.softmax(-1) @ v.double()).abs().max() < 1e-5
+    assert (found[1] - scores.logsumexp(-1)).abs().max() < 1e-5
+    assert few.with_lse(q, k, v.clone().requires_grad_()) is None
+    assert few.with_lse(q.double(), k.double(), v.double()) is None
+    v[1, 0, 0] = torch.inf
+    assert few.with_lse(q, k, v) is None

@@ -223,3 +223,12 @@ def test_the_state_is_left_alone() -> None:
 def test_refusals(change: dict, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match="^linear_scan: " + words):
         linear_scan(**{**inputs(7), **change})
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_segments_are_the_whole(decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences go on from segment to segment, the last one shorter and no multiple of the chunk."""
+    given = inputs(45, decay)
+    want = run(lambda **leaves: linear_scan(**leaves, chunk=4), given)
+    monkeypatch.setattr("regard.kernels.linear_scan.NUMBERS", 8 * B * H * (K + V))
+    agree(run(lambda **leaves: linear_scan(**leaves, chunk=4), given), want)

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -22,7 +23,7 @@ from regard.masks import Mask
 from regard.normalizers import Entmax
 from regard.normalizers.entmax import entmax
 from regard.normalizers.topk import topk
-from regard.positions import Alibi, Kerple
+from regard.positions import Alibi, Kerple, T5Bias
 from regard.stages import Position, Rows
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {'; '.join(build.why_not())}")
@@ -107,12 +108,22 @@ def test_sizes(sizes: tuple[int, ...]) -> None:
     agrees(tensors(*sizes), masks.causal())
 
 
-@pytest.mark.parametrize("make", [Alibi, Kerple])
-def test_bias_by_distance(make: type[Position]) -> None:
+def t5_bias(heads: int) -> Position:
+    return T5Bias(16, heads)
+
+
+@pytest.mark.parametrize("make", [Alibi, Kerple, t5_bias])
+def test_bias_by_distance(make: Callable[[int], Position]) -> None:
     """Its table, and the gradient through it, with T != S both ways."""
     for T, S in ((200, 200), (40, 150), (150, 40)):
         torch.manual_seed(0)
         agrees(tensors(2, 4, 2, T, S, 16, 16), masks.causal(), make(4))
+
+
+def test_bias_of_later_keys() -> None:
+    """A bias that differs by the side on which a key stands."""
+    torch.manual_seed(0)
+    agrees(tensors(2, 4, 2, 40, 150, 16, 16), None, t5_bias(4))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 200), (2, 1, 130, 200), (1, 4, 130, 1), (2, 4, 130, 200)])
@@ -161,7 +172,7 @@ def test_half_is_read_where_it_lies(dtype: torch.dtype) -> None:
 
 def test_positions_by_distance() -> None:
     """What says so depends on i - j alone: shifted rows give the same bias."""
-    for position in (Alibi(4), Kerple(4), regard.positions.KerplePower(4)):
+    for position in (Alibi(4), Kerple(4), regard.positions.KerplePower(4), t5_bias(4)):
         assert position.by_distance
         q = torch.randn(1, 4, 6, 8)
         at = [

@@ -71,6 +71,13 @@ def agree(function, *args: Tensor, within: float = 2e-5) -> None:
         assert (got - want).nan_to_num().abs().max() <= within * (1 + want.nan_to_num().abs().max())
 
 
+def test_gradients_of_a_mask_without_numbers() -> None:
+    """Padding alone: torch takes its empty list of numbers for one of tensors."""
+    q, k, v = (torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(3))
+    keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    agree(lambda q, k, v: regard.attention(q, k, v, mask=masks.padding(keep)), q, k, v)
+
+
 @pytest.mark.parametrize("case", [name for name in RULES if not name.startswith("predicate")])
 def test_a_mask_comes_back(case: str) -> None:
     mask = RULES[case][0]

@@ -43,7 +43,9 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool = False, keep
 
 
 def _mix(self: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    return softmax(q[..., : k.shape[-1]], k, v, causal=self.causal, keep=keep)  # a gate may stand beside the queries
+    if q.shape[-1] != k.shape[-1]:  # gates and more may stand beside queries and keys
+        q, k = (z[..., : min(q.shape[-1], k.shape[-1], self.head_dim)] for z in (q, k))
+    return softmax(q, k, v, causal=self.causal, keep=keep)
 
 
 class Kept(typing.NamedTuple):
@@ -113,7 +115,7 @@ def _dots(self: Any, rows: Any, scale: float) -> Tensor:
 
 PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     Position: {
-        **{hook: getattr(Position, hook) for hook in ("embed", "rotate", "values")},
+        **{hook: getattr(Position, hook) for hook in ("embed", "rotate", "turn", "values")},
         "bias": lambda self, rows: rows.q.new_zeros(*rows.q.shape[:2], len(rows.i), len(rows.j)),
     },
     Score: {"forward": _dots},
@@ -152,12 +154,25 @@ def switch_off(card: regard.Card) -> None:
     elif issubclass(builder, regard.Attention):
         for name in vars(builder).keys() & vars(regard.Attention).keys() - {"__init__", "__doc__", "__module__"}:
             setattr(builder, name, getattr(regard.Attention, name))
+        _without_mask(builder)
     else:
         mixer = {"mix": _mix, "run": _run, "empty_state": _empty_state}
         for name, plain in (mixer if issubclass(builder, HeadMixer) else {"forward": FORWARD[card.protocol]}).items():
             for cls in builder.__mro__:  # a test may be about the class that it refines
                 if cls.__module__.startswith(f"regard.{card.family}.") and name in vars(cls):
                     setattr(cls, name, plain)
+
+
+def _without_mask(builder: type[regard.Attention]) -> None:
+    """Its slot for a mask is emptied, too, where its own code fills it."""
+    build = builder.__init__
+
+    @functools.wraps(build)
+    def emptied(self: regard.Attention, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        self.mask = None
+
+    builder.__init__ = emptied  # type: ignore[method-assign]
 
 
 def _projects(card: regard.Card) -> bool:

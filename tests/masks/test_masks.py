@@ -85,6 +85,14 @@ RULES = {
     "strided(3)": (masks.strided(3), lambda b, h, i, j: abs(i - j) % 3 == 0),
     "strided(1)": (masks.strided(1), lambda b, h, i, j: True),
     "blocks(3)": (masks.blocks(3), lambda b, h, i, j: i >= 0 and int(i / 3) == int(j / 3)),
+    "blocks(3, before=1)": (
+        masks.blocks(3, before=1),
+        lambda b, h, i, j: i // 3 - j // 3 in (0, 1),
+    ),
+    "blocks(2, before=2)": (
+        masks.blocks(2, before=2),
+        lambda b, h, i, j: i // 2 - j // 2 in (0, 1, 2),
+    ),
     "global_tokens(2)": (masks.global_tokens(2), lambda b, h, i, j: i < 2 or j < 2),
     "global_tokens(<2x3>)": (
         masks.global_tokens(PLACES),
@@ -257,6 +265,7 @@ def test_reach_and_causality():
     assert causal.reach is None
     assert masks.nothing().reach == 0
     assert masks.blocks(4).reach == 4
+    assert (masks.causal() & masks.blocks(4, before=1)).reach == 8
     assert (window | masks.window(7)).reach == 7
     assert (window | masks.prefix(1)).reach is None
     assert (~window).reach is None

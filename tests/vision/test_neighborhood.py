@@ -258,6 +258,17 @@ def test_bad_input() -> None:
         NeighborhoodAttention(8, 2)(normal(0, 2, 8, 9))
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_small_maps_are_padded_on_the_right_and_below(axes: int) -> None:
+    """What is added is attended to: its keys and values are the biases."""
+    layer = filled(regard.create("neighborhood", dim=8, num_heads=4, axes=axes, window=3, dilation=2, small_maps="pad"))
+    x = normal(7, 1, 8, *(4, 8, 5)[:axes])
+    wide = nn.functional.pad(x, [n for short in (2, 0, 1)[:axes][::-1] for n in (0, short)])
+    close(layer(x), layer(wide)[(..., *(slice(0, n) for n in x.shape[2:]))])
+    with pytest.raises(ValueError, match="does not fit an axis of 4"):
+        regard.create("neighborhood", dim=8, num_heads=4, axes=axes, window=3, dilation=2)(x.float())
+
+
 def test_no_batch_at_all() -> None:
     q, v = normal(0, 0, 2, 6, 6, 4), normal(0, 0, 2, 6, 6, 3)
     assert neighborhood_attention(q, q, v, window=3).shape == v.shape

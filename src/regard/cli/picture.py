@@ -55,7 +55,7 @@ def picture(module: nn.Module | None, length: int = 24) -> list[str]:
 def bias_picture(module: nn.Module) -> list[str]:
     """One line a head: the bias by distance, from 0; [] where there is none, or it reads the data."""
     position = getattr(module, "position", None)
-    if not isinstance(position, Position) or not position.changes("bias") or position.needs:
+    if not isinstance(position, Position) or not position.changes("bias") or position.needs or position.prepares():
         return []
     bias, other = _bias(module, position, 0), _bias(module, position, 1)
     if bias is None or other is None or not torch.equal(bias, other) or float(bias.amin()) == float(bias.amax()):
@@ -70,6 +70,8 @@ def bias_picture(module: nn.Module) -> list[str]:
 
 def _bias(module: nn.Module, position: Position, seed: int) -> torch.Tensor | None:
     """(H, distance), for the last of DISTANCES queries and random data."""
+    if position.prepares():  # it asks for tokens, or for where they stand
+        return None
     H, G, D = (int(getattr(module, name)) for name in ("num_heads", "num_kv_heads", "head_dim"))
     draw = torch.Generator().manual_seed(seed)
     q, k = torch.randn(1, H, 1, D, generator=draw), torch.randn(1, G, DISTANCES, D, generator=draw)

@@ -156,6 +156,17 @@ def _unmerged(theirs: Any) -> Loaded:
     return _loaded(theirs, same(theirs, {"q_proj": "query", "k_proj": "key", "v_proj": "value"}))
 
 
+@CARD.loads(
+    "transformers",
+    *("T5Attention", "MT5Attention", "UMT5Attention", "LongT5Attention", "SwitchTransformersAttention"),
+    "Pop2PianoAttention",
+)
+def _t5(theirs: Any) -> Loaded:
+    """Their scale is 1. A layer without a table of positions comes without: where its model hands it the first layer's,
+    give it that layer's `position`."""
+    return _loaded(theirs, same(theirs, {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}))
+
+
 @CARD.loads("transformers", "GPT2Attention")
 def _conv1d(theirs: Any) -> Loaded:
     only(theirs, {"is_cross_attention": False})
@@ -216,7 +227,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 def _loaded(theirs: Any, moves: Sequence[Move], **keywords: Any) -> Loaded:
     """Their sizes, which the projections tell, and settings."""
     sizes = shapes(moves, shapes_of(theirs))
-    D = setting(theirs, "head_dim", "attention_head_size", "head_size")
+    D = setting(theirs, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
     rows, dim = sizes.get("q_proj.weight") or sizes["o_proj.weight"][::-1]
     key_rows, context_dim = sizes["k_proj.weight"]
     dropout = setting(theirs, "attention_dropout", "dropout", "attn_dropout", "attn_drop", default=0.0)

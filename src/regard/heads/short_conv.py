@@ -131,15 +131,17 @@ class ShortConv(HeadMap):
         if not q.shape[2] == k.shape[2] == v.shape[2]:
             got = f"{q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
             refuse(self, "q, k and v", "are not of the same tokens", got, "one number of tokens")
-        z = [self._convolved(name, part, before, sees) for name, part in zip("qkv", (q, k, v), strict=True)]
+        z = [self.convolved(name, part, before, sees) for name, part in zip("qkv", (q, k, v), strict=True)]
         return z[0], z[1], z[2]
 
-    def _convolved(self, name: str, z: Tensor, before: int, sees: Tensor | None) -> Tensor:
+    def convolved(self, name: str, z: Tensor, before: int, sees: Tensor | None) -> Tensor:
         new = z[:, :, before:]
         if name not in self.on:
             return new
         past = F.pad(z[:, :, :before], (0, 0, self.reach, 0))[:, :, before:] if before else None
         weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        weight = weight.expand(z.shape[1], *weight.shape[1:])  # one head's may serve all
+        bias = bias if bias is None else bias.expand(z.shape[1], *bias.shape[1:])
         out = short_conv(new, weight, bias, state=past, sees=sees).out
         return (out if self.activation is None else F.silu(out)).to(z.dtype)  # under autocast tokens are narrower
 

@@ -93,7 +93,7 @@ def part_classes() -> dict[str, type]:
 
 _NUMBERS: dict[type[Mask], dict[str, str]] = {
     patterns.Diagonals: {"back": "distance", "ahead": "distance", "step": "size", "words": "words"},
-    patterns.Blocks: {"size": "size"},
+    patterns.Blocks: {"size": "size", "before": "length"},
     patterns.GlobalTokens: {"n": "size"},
     patterns.Prefix: {"n": "size"},
     structured.BlockCausal: {"size": "size"},

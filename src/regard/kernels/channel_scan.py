@@ -5,8 +5,8 @@
 g_t <= 0 is the logarithm of what is kept. Three forms give the same outputs, final state and gradients: `chunked` goes
 through all chunks at once, token by token, and then from chunk to chunk; with sqrt(T) tokens a chunk that is 2 sqrt(T)
 steps. `parallel` joins groups of tokens, groups of groups and so on by products of matrices, in one graph for all
-lengths, and runs under torch.compile; `step` goes token by token. No product divides by a decay: g = -inf, which forgets
-everything, is fine.
+lengths, and runs under torch.compile; `step` goes token by token. No product divides by a decay: g = -inf, which
+forgets everything, is fine.
 
 Blelloch 1990, "Prefix Sums and Their Applications" (first-order recurrences are associative).
 """

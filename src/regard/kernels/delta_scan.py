@@ -26,7 +26,17 @@ from torch import Tensor
 
 from regard.checks import choice, refuse
 from regard.kernels.blocks import from_blocks, in_blocks
-from regard.kernels.linear_scan import CHUNK, Scan, _between, _common, _per_feature, _until_end, check_scan, forgetting
+from regard.kernels.linear_scan import (
+    CHUNK,
+    Scan,
+    _between,
+    _common,
+    _per_feature,
+    _until_end,
+    by_segments,
+    check_scan,
+    forgetting,
+)
 from regard.tracing import as_it_is, autocasts
 
 WHO = "delta_scan"
@@ -81,7 +91,10 @@ def delta_scan(
     if T == 1 or form == "step":
         out, state = _step(q, k, v, b, g, state)
     else:
-        out, state = _chunked(q, k, v, b, g, state, T if form == "parallel" else min(chunk, T))
+        given = (q, k, v, b)
+        out, state = (
+            _chunked(*given, g, state, T) if form == "parallel" else by_segments(_chunked, given, g, state, chunk)
+        )
     return Scan(out.to(dtype), state)
 
 
@@ -99,7 +112,7 @@ def _chunked(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, state: Tensor, C: int
 ) -> tuple[Tensor, Tensor]:
     """What needs no state at once, then chunk after chunk. A last one that is filled up adds and forgets nothing."""
-    T = q.shape[2]
+    T, C = q.shape[2], min(C, q.shape[2])
     q, k, v, b = (in_blocks(z, C, 2) for z in (q, k, v, b))
     if g is None:
         alike, weights, since_start, asking, by_end, keep = (k @ k.mT), (q @ k.mT).tril(), k, q, k, None

@@ -4,7 +4,7 @@ Grouped keys serve all their query heads at once, bf16 is widened in registers, 
 and nothing formed but what masks and biases ask for, over the keys that the mask's bounds leave. There is no backward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -137,7 +137,8 @@ def joined(
     added = NOTHING if row is None else (row.data_ptr(), 0, row.stride(1) * (row.shape[1] > 1), 0)
     if n < S:
         keys, values = keys[:, :, S - n :], values[:, :, S - n :]
-    joining = k.data_ptr(), v.data_ptr(), *((0, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr()))
+    cos, sin = (0, 0) if turn is None else (turn[0].data_ptr(), turn[1].data_ptr())
+    joining = k.data_ptr(), v.data_ptr(), cos, sin
     strides = (H * D, D, D, 1), (kb, kh, kt, 1), (vb, vh, vt, 1)
     out, odd = launch(q, keys, values, (B, H, 1, D, G, n, D), strides, scale, False, added, joining=joining)
     return out.view(B, 1, H * D), odd
@@ -154,6 +155,28 @@ def joins(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool
         return False
     B, G = keys.shape[:2]
     return k.shape == (B, 1, G * D) and values.shape == keys.shape and k.is_contiguous() and v.is_contiguous()
+
+
+def with_lse(
+    q: Float[Tensor, "G n D"], k: Float[Tensor, "G S D"], v: Float[Tensor, "G S V"]
+) -> tuple[Float[Tensor, "G n V"], Float[Tensor, "G n"]] | None:
+    """Attention of scaled queries over all keys, and the log-sum-exp of their scores; None where it isn't for them: in
+    other numbers than fp32, where gradients are wanted, or where something is not finite."""
+    if is_compiling() or _get_tracing_state() is not None or tracing.active() or _len_torch_dispatch_stack():
+        return None
+    if any(
+        type(x) is not Tensor or not x.is_cpu or x.dtype is not torch.float32 or x.stride(2) != 1 for x in (q, k, v)
+    ):
+        return None
+    if (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)) or build.why_not():
+        return None
+    (G, n, D), (_, S, V) = q.shape, v.shape
+    if D % (width := step()) or V % width or not (G and n and S and D and V):
+        return None
+    lse = torch.empty((G, n), device="cpu")
+    strides = (0, *q.stride()), (0, *k.stride()), (0, *v.stride())
+    out, odd = launch(q[None], k, v, (1, G, n, D, G, S, V), strides, 1.0, False, lse=lse.data_ptr())
+    return None if odd else (out[0], lse)
 
 
 def _run(p: Problem) -> tuple[Tensor, bool]:
@@ -174,7 +197,18 @@ def _run(p: Problem) -> tuple[Tensor, bool]:
     return decode(p.q, k, v, p.scale, causal=causal, bias=bias, mask=mask)
 
 
-_ROWS: WeakKeyDictionary[Position, tuple[dict[str, Any], list[Tensor], Tensor]] = WeakKeyDictionary()
+class _Row(NamedTuple):
+    """What a position adds by distance, and what it was made of."""
+
+    row: Tensor
+    about: tuple[torch.dtype, int, int]
+    """dtype, heads, and how many attributes the position had."""
+    names: tuple[str, ...]
+    plain: tuple[Any, ...]
+    tensors: list[Tensor]
+
+
+_ROWS: WeakKeyDictionary[Position, _Row] = WeakKeyDictionary()
 
 
 def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 S"]:
@@ -183,17 +217,21 @@ def by_distance(position: Position, q: Tensor, S: int) -> Float[Tensor, "1 #H 1 
     Kept for twice as many keys and cut from there, as long as numbers and tensors of the position are what they were:
     tensors are compared, since they can be written into behind everybody's back.
     """
-    plain: dict[str, Any] = {n: x for n, x in vars(position).items() if isinstance(x, int | float | str | torch.dtype)}
-    plain |= {"": (q.dtype, q.shape[1])}
-    tensors = [x for held in (position._parameters, position._buffers) for x in held.values() if x is not None]
-    before, were, row = _ROWS.get(position, ({}, [], q))
-    fits = row.shape[-1] >= S and before == plain and len(were) == len(tensors)
-    if not (fits and all(map(torch.equal, were, tensors))):
-        n = max(64, 2 * S)
-        row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu"))
-        if _told(position):
-            _ROWS[position] = plain, [x.detach().clone() for x in tensors], row
-    return row.narrow(-1, row.shape[-1] - S, S)
+    held = vars(position)
+    tensors: list[Tensor] = [x for x in position._parameters.values() if x is not None]
+    tensors += [x for x in position._buffers.values() if x is not None]
+    kept, about = _ROWS.get(position), (q.dtype, q.shape[1], len(held))
+    if kept is not None and kept.row.shape[-1] >= S and kept.about == about and len(kept.tensors) == len(tensors):
+        same = tuple(map(held.get, kept.names)) == kept.plain
+        if same and all(map(torch.equal, kept.tensors, tensors)):
+            return kept.row.narrow(-1, kept.row.shape[-1] - S, S)
+    n = max(64, 2 * S)
+    row = _biases(position, q, torch.tensor([n - 1], device="cpu"), torch.arange(n, device="cpu"))
+    if _told(position):
+        names = tuple(name for name, x in held.items() if isinstance(x, int | float | str | torch.dtype))
+        plain = tuple(map(held.get, names))
+        _ROWS[position] = _Row(row, about, names, plain, [x.detach().clone() for x in tensors])
+    return row.narrow(-1, n - S, S)
 
 
 def _told(position: Position) -> bool:

@@ -9,6 +9,8 @@ the number of tokens; what is computed in vain is a factor of ((b + k - s) / k)^
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,33 +44,66 @@ def why_not(p: Problem) -> list[str]:
     return reasons
 
 
-def run(p: Problem, table: Float[Tensor, " H *offsets"] | None = None) -> Float[Tensor, "B H T V"]:
-    """Outputs of a problem whose mask is a neighborhood.
+class Extra(NamedTuple):
+    """Keys and values besides the map's, which every query sees."""
+
+    keys: Float[Tensor, "B G E D"]
+    values: Float[Tensor, "B G E V"]
+
+
+def run(p: Problem, table: Float[Tensor, " H *offsets"] | None = None, extra: Extra | None = None) -> Tensor:
+    """Outputs (B, H, T, V) of a problem whose mask is a neighborhood.
 
     `table` is added to the scores: entry [h, ..., u - p + k - 1, ...] by the distance of key and query along each axis,
-    counted in steps of its dilation.
+    counted in steps of its dilation. `extra` keys share the one softmax.
     """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+        if bias is not None:
+            return _scored(p, q, k, v, seen, bias)[:1]
+        with torch_kernels(p):
+            return (F.scaled_dot_product_attention(q, k, v, seen[:, None], p.dropout, scale=p.scale),)
+
+    return _by_tiles(p, table, extra, attend)[0]
+
+
+def with_lse(
+    p: Problem, table: Float[Tensor, " H *offsets"] | None = None, extra: Extra | None = None
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T"]]:
+    """The same, and the log of the sum of the exponentials of each query's scores. Keeps the scores of all tiles."""
+    out, lse = _by_tiles(p, table, extra, partial(_scored, p))
+    return out, lse[..., 0]
+
+
+def _by_tiles(
+    p: Problem, table: Tensor | None, extra: Extra | None, attend: Callable[..., tuple[Tensor, ...]]
+) -> list[Float[Tensor, "B H T _"]]:
+    """What `attend` gives for the queries of each tile, put back into the order of the map."""
     assert isinstance(p.mask, Neighborhood)
     tiles = cut(p.mask, p.q.device)
     B, H, G, _, _ = p.shape
-    k, v = (z if H == G else z.repeat_interleave(H // G, 1) for z in (p.k, p.v))
+    k, v, *more = (z if H == G else z.repeat_interleave(H // G, 1) for z in (p.k, p.v, *(extra or ())))
+    E = more[0].shape[2] if more else 0
     count, n, m = tiles.seen.shape
-    step = max(1, ENTRIES // (n * m))
-    outs = []
+    step = max(1, ENTRIES // (n * (m + E)))
+    parts = []
     for start in range(0, count, step):
         part = slice(start, start + step)
         queries, keys, seen = tiles.queries[part], tiles.keys[part], tiles.seen[part]
         # Tiles come first and (batch, head) second, so that one mask for each tile serves all heads.
         q_tile, k_slab, v_slab = (_gather(z, at) for z, at in ((p.q, queries), (k, keys), (v, keys)))
-        if table is None:
-            with torch_kernels(p):
-                out = F.scaled_dot_product_attention(q_tile, k_slab, v_slab, seen[:, None], p.dropout, scale=p.scale)
-        else:
-            out = _biased(p, q_tile, k_slab, v_slab, seen, F.embedding(tiles.offsets(part), table.flatten(1).T))
-        outs.append(out)
-    out = torch.cat(outs) if len(outs) > 1 else outs[0]
-    out = out.transpose(0, 1).reshape(B, H, count * n, p.v.shape[3])
-    return out.index_select(2, tiles.home)
+        bias = None if table is None else F.embedding(tiles.offsets(part), table.flatten(1).T)
+        if E:
+            k_slab, v_slab = (
+                torch.cat([z, one.flatten(0, 1).expand(len(z), -1, -1, -1)], 2)
+                for z, one in zip((k_slab, v_slab), more, strict=True)
+            )
+            seen = F.pad(seen, (0, E), value=True)
+            bias = None if bias is None else F.pad(bias, (0, 0, 0, E))
+        parts.append(attend(q_tile, k_slab, v_slab, seen, bias))
+    found = [torch.cat(z) if len(z) > 1 else z[0] for z in zip(*parts, strict=True)]
+    flat = [z.transpose(0, 1).reshape(B, H, count * n, z.shape[3]) for z in found]
+    return [z.index_select(2, tiles.home) for z in flat]
 
 
 def cost(p: Problem) -> Cost:
@@ -89,20 +124,23 @@ def _gather(z: Float[Tensor, "B H N D"], at: Int[Tensor, "tiles n"]) -> Float[Te
     return z.index_select(2, at.flatten()).flatten(0, 1).unflatten(1, at.shape).transpose(0, 1)
 
 
-def _biased(
+def _scored(
     p: Problem,
     q: Float[Tensor, "tiles BH n D"],
     k: Float[Tensor, "tiles BH m D"],
     v: Float[Tensor, "tiles BH m V"],
     seen: Bool[Tensor, "tiles n m"],
-    bias: Float[Tensor, "tiles n m H"],
-) -> Float[Tensor, "tiles BH n V"]:
-    """torch's fused kernel takes no bias that wants gradients."""
+    bias: Float[Tensor, "tiles n m H"] | None,
+) -> tuple[Float[Tensor, "tiles BH n V"], Float[Tensor, "tiles BH n 1"]]:
+    """Scores written out: torch's fused kernel takes no bias that wants gradients, and tells no log-sum-exp."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) * p.scale) @ k.to(wide).mT
-    heads = scores.unflatten(1, (-1, bias.shape[-1])) + bias.to(wide).permute(0, 3, 1, 2)[:, None]
-    weights = F.dropout(masked_softmax(heads.flatten(1, 2), seen[:, None]), p.dropout)
-    return (weights @ v.to(wide)).to(v.dtype)
+    if bias is not None:
+        heads = scores.unflatten(1, (-1, bias.shape[-1])) + bias.to(wide).permute(0, 3, 1, 2)[:, None]
+        scores = heads.flatten(1, 2)
+    lse = scores.masked_fill(~seen[:, None], -math.inf).logsumexp(-1, keepdim=True)
+    weights = F.dropout(masked_softmax(scores, seen[:, None]), p.dropout)
+    return (weights @ v.to(wide)).to(v.dtype), lse
 
 
 # --- which tiles there are ------------------------------------------------------------------------------------

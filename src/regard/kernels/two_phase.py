@@ -9,6 +9,7 @@ Exact for every row, and shared keys are read once. Differentiable. `triton_deco
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.checks import checked
+from regard.kernels import few
 
 
 class Shares(NamedTuple):
@@ -64,6 +66,8 @@ def over(
     if not stretches:
         m = q.new_full((*q.shape[:2], 1), -math.inf)
         return Partial(m, torch.zeros_like(m), q.new_zeros(*q.shape[:2], v.shape[2]))
+    if (read := _read(q, k, v, stretches)) is not None:
+        return read
     s = [q @ k[:, at].to(q.dtype).mT for at in stretches]
     m = torch.cat([part.amax(-1, keepdim=True) for part in s], -1).amax(-1, keepdim=True)
     e = [(part - m).exp() for part in s]
@@ -71,6 +75,17 @@ def over(
     for part, at in zip(e[1:], stretches[1:], strict=True):
         z, o = z + part.sum(-1, keepdim=True), o + part @ v[:, at].to(q.dtype)
     return Partial(m, z, o)
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[slice]) -> Partial | None:
+    """The same by the kernel that reads keys and values once, where that is for them."""
+    parts = []
+    for at in stretches:
+        if (found := few.with_lse(q, k[:, at], v[:, at])) is None:
+            return None
+        out, lse = found[0], found[1].unsqueeze(-1)
+        parts.append(Partial(lse, torch.ones_like(lse), out))
+    return reduce(merge, parts)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

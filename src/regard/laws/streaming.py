@@ -11,7 +11,7 @@ from torch import Tensor
 from regard import masks
 from regard.laws.agreement import close, does_not_apply, hold, refused, same, says
 from regard.laws.registry import law
-from regard.laws.subject import Subject, takes
+from regard.laws.subject import Subject, placed, takes
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.page_pool import PagePool
 from regard.pipeline.streaming import WHERE
@@ -101,8 +101,8 @@ def left_padded_stream(s: Subject) -> None:
     """Told where its tokens stand, a row behind padding comes out of the stream as it does alone, however long the
     others are."""
     module, x, pads = s.build(causal=True), s.tokens(), 3
-    if not takes(module, "positions"):
-        does_not_apply("it can't be told positions")
+    if not takes(module, "positions") or placed(module):
+        does_not_apply("it can't be told positions, or sees by places in the batch")
     kept = torch.ones(s.batch, s.length, dtype=torch.bool)
     kept[0, :pads] = False
     mask, where = masks.padding(kept), (kept.cumsum(1) - 1).clamp(min=0)
@@ -260,7 +260,7 @@ def pages_are_one_piece(s: Subject) -> None:
 def sequences_of_unequal_lengths(s: Subject) -> None:
     """Sequences of different lengths that are joined into one batch go on as each does alone."""
     module, x = s.build(causal=True), s.tokens()
-    if not takes(module, "positions") or module.selector is not None:
+    if not takes(module, "positions") or module.selector is not None or placed(module):
         does_not_apply("it can't be told positions, or chooses by places in the batch")
     state, _ = paged(module, 1, s.length)
     alone = [module.step(x[b : b + 1, :n], state)[1] for b, n in ((0, 7), (1, 3))]

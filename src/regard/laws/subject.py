@@ -16,6 +16,7 @@ from regard.cards import Card
 from regard.kernels import KERNELS
 from regard.laws.agreement import naive_precision, near, run
 from regard.laws.form import Form
+from regard.masks import Mask
 from regard.shapes import HeadShape
 from regard.stages import Position, Stage
 
@@ -224,6 +225,12 @@ def moves_freely(s: Subject, module: Any) -> bool:
     position = getattr(module, "position", None)
     told = isinstance(position, Position) and not (position.changes("bias") or position.changes("values"))
     return told or bool(s.traits & {"shift_invariant", "position_free"})
+
+
+def placed(module: Any) -> bool:
+    """Whether its own mask counts places from the first of a row, padding among them."""
+    mask = getattr(module, "mask", None)
+    return isinstance(mask, Mask) and not mask.is_shift_invariant
 
 
 def pairs(batch: int, length: int) -> Tensor:

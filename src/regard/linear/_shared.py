@@ -115,7 +115,7 @@ class RecurrentMixer(HeadMixer):
         self._check_streams()
         whole(self, 0, batch_size=batch_size)
         whole(self, capacity=capacity)
-        weight = self.q_proj.weight
+        weight = self.o_proj.weight  # every heir has one, unlike the others
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
 

@@ -9,17 +9,22 @@ from regard.masks.patterns import (
     causal,
     dilated,
     full,
+    near_blocks,
     nothing,
     strided,
     window,
 )
+from regard.masks.random_blocks import bigbird
 from regard.masks.selection import chosen
+from regard.masks.shifted import multi_window, shifted_chunks, shifted_dilated, shifted_groups
 from regard.masks.structured import block_causal, block_diffusion, global_tokens, shared_prefix, tree
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
+from regard.masks.tiling import tile_cost
 
 __all__ = [
     "BlockLayout",
     "Mask",
+    "bigbird",
     "block_causal",
     "block_diffusion",
     "blocks",
@@ -32,6 +37,8 @@ __all__ = [
     "from_mask_mod",
     "full",
     "global_tokens",
+    "multi_window",
+    "near_blocks",
     "neighborhood",
     "nothing",
     "packed",
@@ -40,7 +47,11 @@ __all__ = [
     "predicate",
     "prefix",
     "shared_prefix",
+    "shifted_chunks",
+    "shifted_dilated",
+    "shifted_groups",
     "strided",
+    "tile_cost",
     "tree",
     "window",
 ]

@@ -106,30 +106,66 @@ def strided(stride: int) -> Mask:
 
 @dataclass(frozen=True, repr=False)
 class Blocks(Mask):
-    """i // size == j // size."""
+    """0 <= i // size - j // size <= before."""
 
     size: int
+    before: int = 0
 
     def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
-        return i // self.size == j // self.size
+        back = i // self.size - j // self.size
+        return (back >= 0) & (back <= self.before) if self.before else back == 0
 
     def judge(self, tiles: Tiles) -> Verdict:
-        first_i, last_i = tiles.i_lo // self.size, tiles.i_hi // self.size
-        first_j, last_j = tiles.j_lo // self.size, tiles.j_hi // self.size
-        some = (first_i <= last_j) & (first_j <= last_i)
-        return Verdict.exact(some, some & (first_i == last_i) & (first_j == last_j))
+        # A tile takes every number of blocks between its two corners, so both answers are exact.
+        low = tiles.i_lo // self.size - tiles.j_hi // self.size
+        high = tiles.i_hi // self.size - tiles.j_lo // self.size
+        return Verdict.exact((low <= self.before) & (high >= 0), (low >= 0) & (high <= self.before))
 
     @property
     def span(self) -> tuple[int | float, int | float]:
-        return self.size - 1, self.size - 1
+        return (self.before + 1) * self.size - 1, self.size - 1
 
     def __repr__(self) -> str:
-        return f"blocks({self.size})"
+        return f"blocks({self.size}, before={self.before})" if self.before else f"blocks({self.size})"
 
 
-def blocks(size: int) -> Mask:
-    """i // size == j // size: the sequence is cut into blocks that see only themselves."""
-    return Blocks(integer("blocks: size", size))
+def blocks(size: int, *, before: int = 0) -> Mask:
+    """0 <= i // size - j // size <= before: the sequence is cut into blocks that see themselves, and so many before.
+
+    `causal() & blocks(size, before=1)` is blockwise causal attention (Sun et al. 2022, https://arxiv.org/abs/2212.10554,
+    section 3.3): a query sees between size + 1 and 2 size keys, but in the first block.
+    """
+    return Blocks(integer("blocks: size", size), integer("blocks: before", before, least=0))
+
+
+@dataclass(frozen=True, repr=False)
+class NearBlocks(Mask):
+    """|i // size - j // size| <= near."""
+
+    size: int
+    near: int
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        return (i // self.size - j // self.size).abs() <= self.near
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        # A tile takes every distance of blocks between its two corners, so both answers are exact.
+        low, high = tiles.i_lo // self.size - tiles.j_hi // self.size, tiles.i_hi // self.size - tiles.j_lo // self.size
+        some = (low <= self.near) & (high >= -self.near)
+        return Verdict.exact(some, (low >= -self.near) & (high <= self.near))
+
+    @property
+    def span(self) -> tuple[int | float, int | float]:
+        furthest = (self.near + 1) * self.size - 1
+        return furthest, furthest
+
+    def __repr__(self) -> str:
+        return f"near_blocks({self.size}, {self.near})"
+
+
+def near_blocks(size: int, near: int = 1) -> Mask:
+    """|i // size - j // size| <= near: blocks that see themselves, and `near` blocks on each side."""
+    return NearBlocks(integer("near_blocks: size", size), integer("near_blocks: near", near, least=0))
 
 
 @dataclass(frozen=True, repr=False)

@@ -60,7 +60,7 @@ def log_weights(
         )
     if magnitude:
         return z + b / 2 * (lengths(v)[..., None, :] + (0 if rv is None else 2 * _along(v, rv) + lengths(rv)))
-    return z if log_prior is None else z + log_prior
+    return z + log_prior if isinstance(log_prior, Tensor) else z
 
 
 def many(precision: float | Tensor | None) -> bool:

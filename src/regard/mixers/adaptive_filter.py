@@ -146,9 +146,15 @@ class AdaptiveFilter(RecurrentMixer):
             refuse(self, "robust", "takes a logarithm, and a product alone may be negative", robust, "robust=False")
         (H, D), G = (num_heads, self.head_dim // 2), self.num_kv_heads
         self.isotropic, self.rotate_values, self.predict_next, self.norm = isotropic, rotate_values, predict_next, norm
-        self.inner_residual, self.way = inner_residual, {"residual_metric": residual_metric, "robust": robust}
+        self.inner_residual = inner_residual
+        self.way: dict[str, Any] = {"residual_metric": residual_metric, "robust": robust}
         self.way |= {"additive": additive, "multiplicative": multiplicative}
-        given = {"decay": decay, "learn_rotation": learn_rotation, "biases": (additive, multiplicative), "eps": eps}
+        given: dict[str, Any] = {
+            "decay": decay,
+            "learn_rotation": learn_rotation,
+            "biases": (additive, multiplicative),
+            "eps": eps,
+        }
         self.system = LinearSystem(H, D, horizon=horizon, isotropic=isotropic, **given)
         self.gate = nn.Parameter(torch.empty(H, D)) if inner_residual == "gate" else None
         for name, n in (("q_scale", H), ("k_scale", G), ("v_scale", G)):
@@ -166,11 +172,9 @@ class AdaptiveFilter(RecurrentMixer):
             imaginary.copy_(size * phase.sin())
             if proj.bias is not None:
                 nn.init.zeros_(proj.bias)
-        for scale in (self.q_scale, self.k_scale, self.v_scale):
-            if scale is not None:
-                nn.init.ones_(scale)
-        if self.gate is not None:
-            nn.init.zeros_(self.gate)
+        for part, value in ((self.q_scale, 1.0), (self.k_scale, 1.0), (self.v_scale, 1.0), (self.gate, 0.0)):
+            if part is not None:
+                nn.init.constant_(part, value)
 
     def forward(
         self,

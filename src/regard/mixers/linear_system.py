@@ -150,6 +150,7 @@ class LinearSystem(nn.Module):
         mu = none if self.isotropic else none[:, None].expand_as(turns)
         if self.decay_logit is not None:
             mu = -torch.sigmoid(-self.decay_logit.to(dtype)) * (5 / self.horizon) - 1e-5
-        noise = (each(positive(z, n)) for z, n in (
-            (self.process, 0), (self.key_noise, self.eps), (self.query_noise, self.eps)))  # fmt: skip
-        return Dynamics(omega, each(mu), *noise, positive(self.nu, self.eps), self.tau.to(dtype))
+        process, key_noise = each(positive(self.process, 0)), each(positive(self.key_noise, self.eps))
+        query_noise = each(positive(self.query_noise, self.eps))
+        nu, tau = positive(self.nu, self.eps), self.tau.to(dtype)
+        return Dynamics(omega, each(mu), process, key_noise, query_noise, nu, tau)

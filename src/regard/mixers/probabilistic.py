@@ -127,7 +127,8 @@ def probabilistic_attention(
     def wide(z: Any) -> Any:
         return z.to(q.dtype) if isinstance(z, Tensor) else z
 
-    a, b = (wide(z[:, :, None] if many(z) else z) for z in (key_precision, value_precision))
+    each: tuple[Any, Any] = key_precision, value_precision
+    a, b = (wide(z[:, :, None] if many(z) else z) for z in each)
     (rq, rk, rv), seen = map(wide, positions), check_mask(mask, B, H, T, S, q.device)
     p = Mixture(q, D**-0.5 if a is None else a, b, wide(log_prior), wide(initial_values), (rq, rk, rv), seen, rows)
     told = None if tells is None else tells[:, None]
@@ -205,12 +206,8 @@ class Probabilistic(HeadMixer):
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, alone: bool, **steps: Any) -> Tensor:
         own = repeat_heads(v, self.num_heads) if self.own_values else None
-        given = {
-            "mask": None if keep is None else padding(keep),
-            "tells": keep if alone else None,
-            **self.options,
-            **steps,
-        }
+        given: dict[str, Any] = {"mask": None if keep is None else padding(keep), "tells": keep if alone else None}
+        given |= self.options | steps
         with as_it_is(q.device):
             out = probabilistic_attention(q, k, v, initial_values=own, key_steps=self.key_steps, **given)
         return out.to(self.o_proj.weight.dtype)
@@ -237,6 +234,6 @@ class Probabilistic(HeadMixer):
         keep, (x, bad) = key_padding(self, mask, x), quarantine(x)
         u = self.v_proj(known.masked_fill(~flags[..., None], 0)).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         told = repeat_heads(u, self.num_heads), flags[:, None].expand(-1, self.num_heads, -1)
-        given = {"value_steps": steps, "value_prior": prior, "known": told}
+        given: dict[str, Any] = {"value_steps": steps, "value_prior": prior, "known": told}
         out = self.merge(self.mixed(*self.split(x, x), keep, alone=True, **given))
         return spoil(out, bad, bad, full() if keep is None else padding(keep))

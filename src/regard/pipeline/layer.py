@@ -244,9 +244,10 @@ class Attention(nn.Module):
         q, k, v, x, source, unturned = self._projected(x, source, where, where_keys, turn, near)
         if self._reach():
             bad = bad_source = nearby.spread(bad, near.sees, self._reach())
+        told = None
         if where.dim() == 3:  # only the position knows what to do with coordinates
-            where, positions = torch.arange(T, device=x.device), None
-        made = self._made(x, source, where)
+            told, where, positions = where, torch.arange(T, device=x.device), None
+        made = self._made(x, source, where, told=told)
         p = self._problem(q, k, v, x, source, allowed, made=made, positions=positions)
         if unturned is not None:
             p = replace(p, unturned=unturned)
@@ -326,13 +327,18 @@ class Attention(nn.Module):
         return q, k, v, x, source
 
     def _made(
-        self, x: Tensor, source: Tensor, where: Tensor, past: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        source: Tensor,
+        where: Tensor,
+        past: dict[str, Tensor] | None = None,
+        told: Tensor | None = None,
     ) -> dict[str, Made] | None:
-        """What the stages make of the tokens; `past` is what they made of the last one before."""
+        """What the stages make of the tokens; `past` is what they made of the last one before, `told` coordinates."""
         if not (preparing := self._preparing()):
             return None
         past, given = past or {}, (x, source, where, self.q_proj, self.k_proj, self.v_proj)
-        return {name: stage.prepare(Tokens(*given, past.get(name))) for name, stage in preparing.items()}
+        return {name: stage.prepare(Tokens(*given, past.get(name), told)) for name, stage in preparing.items()}
 
     def _finish(self, out: Float[Tensor, "B H T D"], x: Tensor) -> Tensor:
         out = self._gated(out, x, "output")
@@ -361,8 +367,10 @@ class Attention(nn.Module):
         return 0 if self.heads is None else self.heads.reach
 
     def _crosses_borders(self) -> bool:
-        """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens."""
-        return self.selector is not None or self._halo() > 0
+        """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens, or counts
+        places from the first token of a row, where a document has its own."""
+        placed = self.mask is not None and not self.mask.is_shift_invariant
+        return placed or self.selector is not None or self._halo() > 0
 
     def _reads_tokens(self) -> bool:
         return any("tokens" in stage.needs for stage in self._stages().values())

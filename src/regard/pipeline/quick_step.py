@@ -3,8 +3,8 @@
 Around the projections and the kernel a step has some hundred small questions to ask, which take as long as both.
 """
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
@@ -34,7 +34,8 @@ def step(layer: "Attention", x: Tensor, state: State) -> tuple[Tensor, KVCache] 
         return None
     position, reach = layer.position, None if layer.mask is None else _reach(layer.mask)
     where = torch.tensor([state.length], device="cpu") if position is not None else _NOWHERE
-    if layer.heads is layer.gate is None and not (position is not None and position.changes("embed")):
+    embeds = position is not None and position.changes("embed")
+    if layer.heads is layer.gate is None and not embeds and _projects_as_usual(type(layer)):  # type: ignore[arg-type]
         flat = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
         if (done := _joined(layer, flat, state, reach)) is not None:
             return done
@@ -81,6 +82,14 @@ def _joined(
         state.written[0] -= 1  # who goes the long way writes there again
         return None
     return layer.o_proj(out), found[1]
+
+
+@cache
+def _projects_as_usual(kind: Any) -> bool:
+    """Whether layers of this class make queries, keys and values of tokens, and tokens of outputs, as all do."""
+    from regard.pipeline.layer import Attention
+
+    return all(getattr(kind, name) is getattr(Attention, name) for name in ("_project", "_placeless", "_finish"))
 
 
 @lru_cache(maxsize=64)

@@ -115,15 +115,16 @@ def ahead(
     q, k, v, x, _, unturned = layer._projected(x, x, where, where, where, near)
     # What stages carry on from token to token must not carry on the NaN of a hidden one; keys show it who may see it.
     seen = x if bad is None else layer._project(clean, clean, where, where, where)[3]
+    told = None
     if where.dim() == 3:  # only the position knows what to do with coordinates
-        where, positions = torch.arange(where_from, where_from + t, device=x.device), None
+        told, where, positions = where, torch.arange(where_from, where_from + t, device=x.device), None
     new = {"k": k, "v": v}
     if "x" in state.buffers or layer._reach():
         new["x"] = x
     if "q" in state.buffers:
         new["q"] = q
         new[WHERE] = where.long().expand(len(x), t)[..., None]
-    made = layer._made(seen, seen, where, _last(state)) or {}
+    made = layer._made(seen, seen, where, _last(state), told) or {}
     new |= {MADE + name: value.key for name, value in made.items() if value.key is not None}
     if layer._halo():
         new |= {ASKED + name: value.query for name, value in made.items() if value.query is not None}
@@ -160,9 +161,10 @@ def _of_unequal_lengths(
 ) -> tuple[Mask, Tensor]:
     """Nobody sees the places before shorter sequences, whose tokens stand where they would alone."""
     layer._needs("padding", "takes no sequences of different lengths")
-    if layer.selector is not None:
-        got = type(layer.selector).__name__
-        refuse(layer, "selector", "counts places in the batch, not in each sequence", got, "states of one length")
+    placed = None if layer.mask is None or layer.mask.is_shift_invariant else repr(layer.mask)
+    for name, got in (("selector", layer.selector and type(layer.selector).__name__), ("mask", placed)):
+        if got is not None:
+            refuse(layer, name, "counts places in the batch, not in each sequence", got, "states of one length")
     B, t = x.shape[:2]
     if state.batch_size != B:
         refuse("step", "x", "has another batch than the state", B, f"{state.batch_size} sequences")

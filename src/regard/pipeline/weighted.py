@@ -5,7 +5,19 @@ from torch import Tensor, nn
 
 from regard.checks import checked
 from regard.kernels.problem import combine
+from regard.kernels.sums import over_keys
 from regard.shapes import head_shape
+
+
+def weighed(weights: Float[Tensor, "#B H T S"], v: Float[Tensor, "B G S V"]) -> Float[Tensor, "B H T V"]:
+    """sum_j weights_ij v_j, of each head with its group's values; one set of weights serves a whole batch uncopied."""
+    B, G, S, V = v.shape
+    _, H, T, _ = weights.shape
+    if len(weights) == B:
+        return combine(weights, v)
+    side_by_side = v.to(weights.dtype).permute(1, 2, 0, 3).reshape(G, S, B * V)
+    out = over_keys(weights.reshape(G, H // G * T, S), side_by_side)
+    return out.view(H, T, B, V).permute(2, 0, 1, 3)
 
 
 class Weighted(nn.Module):
@@ -35,7 +47,7 @@ class Weighted(nn.Module):
     @checked(M="dim", H="num_heads")
     def forward(self, x: Float[Tensor, "B S M"], weights: Float[Tensor, "#B H T S"]) -> Float[Tensor, "B T M"]:
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        out = combine(weights.expand(x.shape[0], -1, -1, -1), v).to(x.dtype)
+        out = weighed(weights, v).to(x.dtype)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

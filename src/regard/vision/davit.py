@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, refuse, whole
 from regard.pipeline.function import attention
-from regard.vision.maps import to_map, to_tokens
+from regard.vision.maps import in_windows, to_map, to_tokens
 from regard.weights import Loaded, Move, same, setting, stacked
 
 PAPERS = (
@@ -82,24 +82,31 @@ def window_attention(
     *,
     window: int | tuple[int, int],
     beyond: Beyond | None = None,
+    bias: Float[Tensor, "H pixels pixels"] | None = None,
+    mask: Bool[Tensor, "windows pixels pixels"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H Y X V"]:
-    """Attention among the pixels of each window; `window`, its sides or both of them, divides Y and X."""
+    """Attention among the pixels of each window; `window`, its sides or both of them, divides Y and X.
+
+    Args:
+        bias: added to the scores of every window.
+        mask: of each window, row by row, True = may attend. Neither goes with `beyond`.
+        scale: multiplies q . k; default 1 / sqrt(D).
+    """
     B, H, Y, X, _ = q.shape
     tall, wide = window if isinstance(window, tuple) else (window, window)
     down, across = Y // tall, X // wide
-
-    def windows(z: Tensor) -> Float[Tensor, "windows H pixels d"]:
-        parts = z.reshape(B, H, down, tall, across, wide, -1).permute(0, 2, 4, 1, 3, 5, 6)
-        return parts.reshape(B * down * across, H, tall * wide, -1)
-
-    keys, values, bias = windows(k), windows(v), None
+    if beyond is not None and not (bias is None and mask is None):
+        refuse("window_attention", "beyond", "does not go with a bias or mask", "both", "one of them")
+    queries, keys, values = (in_windows(z, (tall, wide)) for z in (q, k, v))
+    added, seen = None if bias is None else bias[None], None if mask is None else mask.repeat(B, 1, 1)[:, None]
     if beyond is not None:  # n equal keys are one whose score is log n greater
         keys, values = (
             torch.cat([z, one.expand(len(z), -1, -1, -1)], 2) for z, one in ((keys, beyond.k), (values, beyond.v))
         )
-        bias = F.pad(keys.new_zeros(1, 1, 1, tall * wide), (0, 1), value=math.log(beyond.number))
-    out = attention(windows(q), keys, values, bias=bias).view(B, down, across, H, tall, wide, -1)
-    return out.permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
+        added = F.pad(keys.new_zeros(1, 1, 1, tall * wide), (0, 1), value=math.log(beyond.number))
+    out = attention(queries, keys, values, bias=added, mask=seen, scale=scale)
+    return out.view(B, down, across, H, tall, wide, -1).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
 
 
 @checked()

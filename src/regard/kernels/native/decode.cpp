@@ -17,6 +17,7 @@ extern "C" struct Decode {
     const uint8_t* mask;  // 0 where a key is hidden, likewise
     int64_t mask_b, mask_h, mask_t;
     const void *new_k, *new_v;  // not null: (B, G, D) and (B, G, V) in a row, to be written where the last key lies
+    float* lse;                 // not null: (B, H, T), the log-sum-exp of each query's scores
     const float *cos, *sin;     // not null: queries and the new keys are turned by them; fp32, D even, one query
     double scale;
 };
@@ -25,40 +26,6 @@ namespace {
 constexpr int64_t SPLIT = 512;           // keys of a task; sums over so many are exact enough in floats
 constexpr int64_t PIECE = 32;            // keys that stay in the first-level cache while all rows pass over them
 constexpr int64_t WORTH = 96 * 1024;     // bytes of keys and values for which waking another thread pays
-
-#if defined(__AVX512F__)
-#define EVEN 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30
-#define ODD 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31
-#define LEFT 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
-#define RIGHT 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
-#elif defined(__AVX__)
-#define EVEN 0, 2, 8, 10, 4, 6, 12, 14
-#define ODD 1, 3, 9, 11, 5, 7, 13, 15
-#define LEFT 0, 1, 2, 3, 8, 9, 10, 11
-#define RIGHT 4, 5, 6, 7, 12, 13, 14, 15
-#else
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
-#define LEFT 0, 1, 2, 3
-#define RIGHT 4, 5, 6, 7
-#endif
-#if defined(__clang__) || __GNUC__ >= 12
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
-#endif
-
-// The sums of W vectors, in their order: neighbours within quarters of 128 bits are added first, then the quarters.
-inline vf sums(vf* x) {
-#pragma GCC unroll 8
-    for (int n = W / 2; n >= 1; n /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < n; i++) {
-            vf a = x[2 * i], b = x[2 * i + 1];
-            x[i] = n >= W / 4 ? PICK(a, b, EVEN) + PICK(a, b, ODD) : PICK(a, b, LEFT) + PICK(a, b, RIGHT);
-        }
-    return x[0];
-}
 
 struct Two { vf a, b; };  // 2 W numbers, or W and as many zeros: then `part` and `put` touch no more than W
 
@@ -269,6 +236,7 @@ bool decode(const Decode& p) {
                     const float* from = o + (at + s * wide) * V;
                     for (int64_t d = 0; d < V; d++) sum[d] += by * from[d];
                 }
+                if (p.lse) p.lse[(bg * (p.H / p.G) + r / p.T) * p.T + r % p.T] = total == 0 ? -INF : float(top + std::log(total));
                 double by = total == 0 ? 0.0 : 1 / total;
                 for (int64_t d = 0; d < V; d++) line[d] = float(sum[d] * by);
                 bad |= !finite(line.data(), V);

@@ -10,9 +10,9 @@ from regard.kernels.native import build
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 """What it computes with, and `half` of decode.cpp for each."""
-_FIELDS = struct.Struct("10q" + 4 * "4q" + 2 * "4q" + "4q" + "d")
+_FIELDS = struct.Struct("10q" + 4 * "4q" + 2 * "4q" + "5q" + "d")
 """`Decode` of decode.cpp, field by field, packed at once: ctypes' own structs take as long as a small call."""
-NOTHING = (0, 0, 0, 0)
+NOTHING: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def decode(
@@ -50,13 +50,15 @@ def launch(
     causal: bool,
     added: tuple[int, ...] = NOTHING,
     hidden: tuple[int, ...] = NOTHING,
-    joining: tuple[int, ...] = NOTHING,
+    joining: tuple[int, int, int, int] = NOTHING,
+    lse: int = 0,
 ) -> tuple[Tensor, bool]:
     """The same by sizes (B, H, T, D, G, S, V) and strides, for who has asked for them already.
 
     Args:
         joining: addresses of a token's key and value, which are written to the last place of k and v, and of the (cos,
             sin) that turn the queries and the key; or zeros.
+        lse: address of (B, H, T) floats in a row, where the log-sum-exp of each query's scores goes; or 0.
     """
     (B, H, T, D, G, S, V), ((qb, qh, qt, _), (kb, kh, kt, _), (vb, vh, vt, _)) = sizes, strides
     if V == D:
@@ -67,7 +69,11 @@ def launch(
         ob, oh, ot = H * T * V, T * V, V
     shape = (B, H, G, T, S, D, V, torch.get_num_threads(), NUMBERS[q.dtype], causal)
     views = (q.data_ptr(), qb, qh, qt, k.data_ptr(), kb, kh, kt, v.data_ptr(), vb, vh, vt, out.data_ptr(), ob, oh, ot)
-    return out, bool(build.library().regard_decode(_FIELDS.pack(*shape, *views, *added, *hidden, *joining, scale)))
+    return out, bool(
+        build.library().regard_decode(
+            _FIELDS.pack(*shape, *views, *added, *hidden, *joining[:2], lse, *joining[2:], scale)
+        )
+    )
 
 
 def step() -> int:

@@ -116,7 +116,8 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Any, ..
     q, k, v, table, bias, out, lse, *held = ctx.saved_tensors
     mask = (ctx.word, ctx.numbers, held)
     dq, dk, dv, dtable = backward(q, k, v, table, bias, out, lse, dout, dlse, *mask, ctx.scale, ctx.cap)
-    return dq, dk, dv, None if table is None else dtable, None, None, None, [None] * len(held), None, None
+    numbers: list[None] | None = None if ctx.numbers else []  # torch takes a list of nothing for one of tensors
+    return dq, dk, dv, None if table is None else dtable, None, None, numbers, [None] * len(held), None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

@@ -25,7 +25,22 @@ constexpr int64_t STRETCH = 256, RUN = 64;  // keys whose scores are held at onc
 template <int R>
 void dots(const float* q, const float* k, int64_t n, int64_t D, float* s, int64_t ld) {
     const int64_t whole = D / W * W;
-    for (int64_t j = 0; j < n; j++, k += D) {
+    constexpr int K = W / R;
+    int64_t j = 0;
+    if (whole == D)  // W sums are finished together
+        for (; j + K <= n; j += K, k += K * D) {
+            vf acc[W] = {};
+            for (int64_t d = 0; d < D; d += W)
+#pragma GCC unroll 16
+                for (int i = 0; i < K; i++) {
+                    vf x = load(k + i * D + d);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) acc[r * K + i] += x * load(q + r * D + d);
+                }
+            vf all = sums(acc);
+            for (int r = 0; r < R; r++) memcpy(s + r * ld + j, (const char*)&all + r * K * sizeof(float), K * sizeof(float));
+        }
+    for (; j < n; j++, k += D) {
         vf acc[R] = {};
         for (int64_t d = 0; d < whole; d += W) {
             vf x = load(k + d);

@@ -184,3 +184,37 @@ __attribute__((noinline)) static void product(int64_t M, int64_t N, int64_t K, c
                     strip<1>(rows, K, a + m * rs, rs, cs, at + j, ldb, c + m * ldc + n + j, ldc, add);
         }
 }
+
+#if defined(__AVX512F__)
+#define EVEN 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30
+#define ODD 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31
+#define LEFT 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define RIGHT 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#elif defined(__AVX__)
+#define EVEN 0, 2, 8, 10, 4, 6, 12, 14
+#define ODD 1, 3, 9, 11, 5, 7, 13, 15
+#define LEFT 0, 1, 2, 3, 8, 9, 10, 11
+#define RIGHT 4, 5, 6, 7, 12, 13, 14, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#define LEFT 0, 1, 2, 3
+#define RIGHT 4, 5, 6, 7
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+// The sums of W vectors, in their order: neighbours within quarters of 128 bits are added first, then the quarters.
+static inline vf sums(vf* x) {
+#pragma GCC unroll 8
+    for (int n = W / 2; n >= 1; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+            vf a = x[2 * i], b = x[2 * i + 1];
+            x[i] = n >= W / 4 ? PICK(a, b, EVEN) + PICK(a, b, ODD) : PICK(a, b, LEFT) + PICK(a, b, RIGHT);
+        }
+    return x[0];
+}
