@@ -1,9 +1,7 @@
-"""B092, MASFormer, mixed attention spans: equations 1, 2 (block form and window form), the cost of 4 and the reach, by counting.
+"""B092, MASFormer, mixed attention spans: equations 1, 2 (block form and window form), cost and reach, by counting.
 
-Written from the sheet alone, by someone who has read neither code nor test of the library.
-No numbers are given with the sheet. Doubt: how the span m and the block b belong together ("span between b and 2b"): here the
-block form takes b itself (`span` = b), so that a query sees b + 1 to 2b keys from the second block on, fewer in the first.
-Doubt: equation 2 says "previous one(s)": `previous` blocks, 1 by default.
+Written from the sheet alone, by someone who has read neither code nor test of the library. Doubt: how span and block
+belong together; here the block form takes `span` as its block, and `previous` blocks, 1 by default.
 """
 
 import torch

@@ -65,7 +65,7 @@ def test_one_full_layer_reaches_everything(form: str) -> None:
 
 def test_what_a_stack_costs() -> None:
     """Counted pairs are those of the loops, and about |F| / L + (1 - |F| / L) 2 m / T of full attention's."""
-    length, span, depth = 400, 20, 4
+    length, span, depth = 160, 8, 4
     pairs = 0
     for spec in parse_stack(mixed_spans(depth, full=1, span=span, form="window")).layers(depth):
         layer = regard.create(str(spec), dim=8, num_heads=2, causal=True)
@@ -97,6 +97,7 @@ def test_placements_share_weights_and_stream() -> None:
     assert sum(state.kept for state in states) == naive.cache(T, 3, (1,), 3) - 2  # a step brings its own key
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_is_converted_in_its_layers() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

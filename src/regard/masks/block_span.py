@@ -1,4 +1,4 @@
-"""Block spans: a token sees its own block of tokens and the one before, as most layers of MASFormer do."""
+"""Block spans: a token sees its block of tokens and the one before, as in most layers of MASFormer."""
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.masks.algebra import Mask
