@@ -2,7 +2,7 @@
 
 Without the extra rows of the released code.
 
-Written from the sheet alone, by someone who has read neither code nor test of the library.
+Written from the formulas alone, by someone who has read neither code nor test of the library.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """B092, MASFormer, mixed attention spans: equations 1, 2 (block form and window form), cost and reach, by counting.
 
-Written from the sheet alone, by someone who has read neither code nor test of the library. Doubt: how span and block
+Written from the formulas alone, by someone who has read neither code nor test of the library. Doubt: how span and block
 belong together; here the block form takes `span` as its block, and `previous` blocks, 1 by default.
 """
 
@@ -30,7 +30,7 @@ def masks(T, depth, full, span, form="block", previous=1):
 
 
 def bottom(depth, count):
-    """The sheet's default placement."""
+    """The default placement."""
     return tuple(range(min(count, depth)))
 
 
