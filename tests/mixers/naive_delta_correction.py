@@ -72,7 +72,7 @@ def delta_attention(q, k, v, sparse, gamma, *, tail=0, mode="delta", scale=None)
                 elif mode == "recompute":
                     o = full[b, h, i] if i == a else sparse[b, h, i]
                 else:
-                    # "sparse": no correction (whether its tail is dense in the code the formulas leave open; here it is)
+                    # "sparse": no correction (the formulas leave open whether its tail is dense; here it is)
                     o = sparse[b, h, i]
                 out.append(o)
     return torch.stack(out).view(B, H, T, -1)
