@@ -38,6 +38,7 @@ from regard.mixers.long_range_grouping import grouping_attention
 from regard.mixers.path import path_attention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
+from regard.mixers.sparse_correction import delta_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
 from regard.stages import HeadMap
@@ -162,6 +163,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
     "flow_attention": flow_attention,
     "causal_flow_attention": causal_flow_attention,
+    "delta_attention": lambda q, k, v: delta_attention(q, k, v, masks.causal()),
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),

@@ -139,6 +139,36 @@ def blocks(size: int, *, before: int = 0) -> Mask:
 
 
 @dataclass(frozen=True, repr=False)
+class NearBlocks(Mask):
+    """|i // size - j // size| <= near."""
+
+    size: int
+    near: int
+
+    def __call__(self, b: Index, h: Index, i: Index, j: Index) -> Bool[Tensor, "..."]:
+        return (i // self.size - j // self.size).abs() <= self.near
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        # A tile takes every distance of blocks between its two corners, so both answers are exact.
+        low, high = tiles.i_lo // self.size - tiles.j_hi // self.size, tiles.i_hi // self.size - tiles.j_lo // self.size
+        some = (low <= self.near) & (high >= -self.near)
+        return Verdict.exact(some, (low >= -self.near) & (high <= self.near))
+
+    @property
+    def span(self) -> tuple[int | float, int | float]:
+        furthest = (self.near + 1) * self.size - 1
+        return furthest, furthest
+
+    def __repr__(self) -> str:
+        return f"near_blocks({self.size}, {self.near})"
+
+
+def near_blocks(size: int, near: int = 1) -> Mask:
+    """|i // size - j // size| <= near: blocks that see themselves, and `near` blocks on each side."""
+    return NearBlocks(integer("near_blocks: size", size), integer("near_blocks: near", near, least=0))
+
+
+@dataclass(frozen=True, repr=False)
 class GlobalTokens(Mask):
     """i < n or j < n."""
 
