@@ -27,6 +27,7 @@ from regard.integrations.recipes import (
 )
 from regard.integrations.transformers import Swap
 from regard.integrations.transformers_saved import MARKER, save_swapped
+from regard.masks.rows import EveryRow
 from regard.masks.varlen import Varlen
 from regard.normalizers import Entmax
 from regard.positions import Kerple, Shaw
@@ -226,6 +227,10 @@ MASKS = [
     masks.tree(torch.tensor([-1, 0, 0]), prefix=2),
     masks.shared_prefix(2, [3, 1]),
     masks.blocks(2, before=1),
+    masks.shifted_chunks(2, [0, 1], wrap=6),
+    masks.shifted_dilated(4, 2, [0, 1]),
+    masks.near_blocks(2),
+    EveryRow(masks.window(3), 1, 0),
 ]
 
 
