@@ -33,6 +33,7 @@ from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
+from regard.mixers.combiner import combiner_attention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
@@ -152,6 +153,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
     "flow_attention": flow_attention,
     "causal_flow_attention": causal_flow_attention,
+    "combiner_attention": combiner_attention,
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
