@@ -36,6 +36,7 @@ from regard.linear.performer import performer_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
 from regard.mixers.path import path_attention
+from regard.mixers.combiner import combiner_attention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.mixers.sparse_correction import delta_attention
@@ -164,6 +165,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "flow_attention": flow_attention,
     "causal_flow_attention": causal_flow_attention,
     "delta_attention": lambda q, k, v: delta_attention(q, k, v, masks.causal()),
+    "combiner_attention": combiner_attention,
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),

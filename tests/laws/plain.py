@@ -94,6 +94,12 @@ def _graph(self: Any, nodes: Tensor, edge_index: Tensor, *_: Any, **__: Any) -> 
     return torch.zeros_like(nodes).index_add(0, target, weights[:, None] * nodes[source]) / (whole[:, None] + 1e-30)
 
 
+def _model(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Of the inputs themselves; names of tokens as one-hot vectors."""
+    x = x if x.is_floating_point() else torch.nn.functional.one_hot(x).double()
+    return softmax(x, x, x, causal="causal" in self.supports)
+
+
 FORWARD: dict[str, Callable[..., Any]] = {
     "TokenMixer": _tokens,
     "CrossMixer": _tokens,
@@ -101,6 +107,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "GraphMixer": _graph,
     "Pooler": lambda self, x, *_, **__: softmax(x.mean(1, keepdim=True), x, x)[:, 0],
     "Pointer": lambda self, x, context, *_, **__: (x @ context.mT / x.shape[-1] ** 0.5).log_softmax(-1),
+    "Model": _model,
     "Loss": lambda self, *given, **_: 0 * sum(z.sum() for z in given if isinstance(z, Tensor)),
 }
 

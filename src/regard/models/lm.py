@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
                 logits = self(ids)
             else:
                 logits, states = self.step(new, states)
-            new = _draw(logits[:, -1], temperature, top_k, generator)
+            new = draw(logits[:, -1], temperature, top_k, generator)
             ids = torch.cat([ids, new], 1)
             yield new
 
@@ -197,9 +197,10 @@ def check_sampling(count: int, temperature: float, top_k: int | None) -> None:
         whole("generate", top_k=top_k)
 
 
-def _draw(
+def draw(
     logits: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Int[Tensor, "B 1"]:
+    """A token of each row; temperature 0 takes the likeliest, `top_k` leaves only so many."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
