@@ -82,6 +82,7 @@ PAST_IT = {
     "linear/fast.py": "linear_scan",
     "linear/latte.py": "linear_scan",
     "linear/lightning.py": "linear_scan",
+    "linear/hgrn2.py": "linear_scan",
     "linear/mamba2.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""

@@ -64,7 +64,7 @@ def ssd_attention(x, dt, a, b_, c_, skip):
 
 
 def mamba2(x, p, heads, head_dim, n, groups=1, dt_limits=(0.0, float("inf")), eps=1e-5, keep=None, core=None):
-    """x (B,T,M); p: parameters by the sheet's names -> out (B,T,M), state (B,H,P,N), rows before the conv (B,T,C)."""
+    """x (B,T,M); p: parameters by transformers' names -> out (B,T,M), state (B,H,P,N), rows before the conv (B,T,C)."""
     batch, length, _ = x.shape
     inner = heads * head_dim
     zs, cs, dts, pre = [], [], [], []

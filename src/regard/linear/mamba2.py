@@ -1,4 +1,4 @@
-"""Mamba-2 (SSD): a state space with one scalar decay a head, which is linear attention that decays by content."""
+"""Mamba-2 (SSD): a state space with one decay a head, in other words linear attention that decays."""
 
 import math
 from typing import NamedTuple
