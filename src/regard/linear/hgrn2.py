@@ -31,7 +31,10 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps)),   o_t all heads side by side""",
     ),
     supports={"causal", "padding", "packed", "streaming", "compile"},
     traits={"shift_invariant"},
-    cost=Cost("", "state_dim*M + max(0, conv_size - 1)*(2*H*state_dim + M)"),
+    cost=Cost(
+        "B*T*(M*(2*H*state_dim + M) + 32*H*state_dim + 64*M + 2.5*state_dim*M)",
+        "state_dim*M + max(0, conv_size - 1)*(2*H*state_dim + M)",
+    ),
     claim="What is forgotten makes room for what is written: a token that forgets all is all that is read, and one "
     "that forgets nothing is never read: tests/linear/test_hgrn2.py::test_forgetting_is_writing.",
     differs=(

@@ -100,7 +100,7 @@ def selective_scan(
     u, dt, a, b, c = widened(u, dt, a, b, c)
     T, whole_at_once = u.shape[1], torch.compiler.is_compiling() or exporting() or active()
     state = u.new_zeros(u.shape[0], *a.shape) if state is None else state
-    if chunk >= T or whole_at_once:
+    if whole_at_once or chunk >= T:
         out, state = _chunk(u, dt, a, b, c, state, starts)
     else:
         outs = []
