@@ -111,12 +111,12 @@ def test_gives_the_numbers_of_the_released_layer(case: str) -> None:
 
 
 def test_a_long_step_forgets_and_a_short_one_skips() -> None:
-    """The first channel of a token says how long its step is: from 50 on nothing earlier is seen, at -50 nothing is
-    written, and what follows is the same without that token."""
+    """The first channel of a token says how long its step is: 1.6, and nothing earlier is seen; -0.6, and
+    nothing is written, so that what follows is the same without that token."""
     layer = filled(3, conv_size=1)
     with torch.no_grad():
         layer.in_proj.weight[:10] = 0
-        layer.in_proj.weight[:5] = torch.eye(5)
+        layer.in_proj.weight[:5] = torch.diag(torch.tensor([100.0, 1, 1, 1, 1]))
         layer.taps.fill_(1.0)
         layer.taps_bias.zero_()
         layer.select_weight[:2] = 0
@@ -125,13 +125,13 @@ def test_a_long_step_forgets_and_a_short_one_skips() -> None:
         layer.dt_bias.fill_(-60.0)
         layer.log_rate.zero_()
     x, other = normal(4, 2, 9, 5), normal(5, 2, 9, 5)
-    x[..., 0], other[..., 0] = 60.0, 60.0
+    x[..., 0], other[..., 0] = 0.6, 0.6
     other[:, 5:] = x[:, 5:]
-    x[:, 5, 0] = other[:, 5, 0] = 160.0
+    x[:, 5, 0] = other[:, 5, 0] = 1.6
     close(layer(x)[:, 5:].detach(), layer(other)[:, 5:].detach())
-    x[:, 5, 0] = other[:, 5, 0] = 60.0
+    x[:, 5, 0] = other[:, 5, 0] = 0.6
     assert (layer(x) - layer(other))[:, 5].abs().max() > 1e-3, "with usual steps the past is seen"
-    x[:, 5, 0] = -60.0
+    x[:, 5, 0] = -0.6
     without = torch.cat([x[:, :5], x[:, 6:]], 1)
     close(layer(x)[:, 6:].detach(), layer(without)[:, 5:].detach())
 
