@@ -28,7 +28,7 @@ so that o_i = sum_{j<=i} exp(A (dt_{j+1} + .. + dt_i)) (C_i . B_j) dt_j X_j + D 
             "Dao, Gu",
             2024,
             "2405.21060",
-            "official code (mamba2_simple.py of state-spaces/mamba); the layer of transformers; not the paper's own text",
+            "official code (mamba2_simple.py); the layer of transformers; not the paper's own text",
         ),
     ),
     supports={"causal", "padding", "packed", "streaming", "compile"},
