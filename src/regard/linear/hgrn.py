@@ -37,7 +37,7 @@ y_t = W_o (w * h_t / sqrt(mean(h_t^2) + eps) * silu(x_t W_g))""",
         "States are real, as in flash-linear-attention; the paper's first version has complex ones.",
         "Each layer has the table of all layers' bounds, which regard.share makes one; the first layer has none.",
     ),
-    example={"layers": 4, "layer": 2, "conv_size": 3},
+    example={"width": 30, "layers": 4, "layer": 2, "conv_size": 3},
     tries={"layers": {"layers": 5, "layer": 2}, "layer": {"layers": 4, "layer": 3}},
     defaults={
         "width": "code, flash-linear-attention",
