@@ -393,6 +393,29 @@ def deformable(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x, context, reference, LEVELS, mask=real), want
 
 
+def recurrent(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Recurrences, behind whose padding nothing follows; Griffin's knows places only."""
+    x, real = normal(2, 2, T, M), keep()
+    if "position_ids" in inspect.signature(theirs.forward).parameters:
+        return ours(x), theirs(x, torch.arange(T).expand(2, T), None, use_cache=False)[0]
+    return ours(x, mask=masks.padding(real)), theirs(x, attention_mask=real.long())
+
+
+def recurrent_module(name: str) -> nn.Module:
+    made = importlib.import_module("transformers")
+    if name == "Mamba2Mixer":
+        sizes = {"num_heads": H, "head_dim": 12, "n_groups": 2, "use_bias": False, "chunk_size": 4}
+        config = made.Mamba2Config(hidden_size=M, state_size=5, **sizes, num_hidden_layers=1, vocab_size=16)
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as Mixer
+    elif name == "MambaMixer":
+        config = made.MambaConfig(hidden_size=M, state_size=5, num_hidden_layers=1, vocab_size=16)
+        from transformers.models.mamba.modeling_mamba import MambaMixer as Mixer
+    else:
+        config = made.RecurrentGemmaConfig(hidden_size=M, lru_width=20, num_attention_heads=H, num_hidden_layers=1)
+        from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock as Mixer
+    return Mixer(config, 0)
+
+
 def deformable_module(name: str) -> nn.Module:
     kind = cls(name)
     stem = name.removesuffix("MultiscaleDeformableAttention")
@@ -406,6 +429,8 @@ def deformable_module(name: str) -> nn.Module:
 def of_transformers(name: str) -> Case:
     if name.endswith("DeformableAttention"):
         return Case(filled(deformable_module(name)), deformable)
+    if name in ("MambaMixer", "Mamba2Mixer", "RecurrentGemmaRecurrentBlock"):
+        return Case(filled(recurrent_module(name)), recurrent, fp32=True)
     if name == "ConditionalDetrDecoderCrossAttention":
         from transformers import ConditionalDetrConfig
 

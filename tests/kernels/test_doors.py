@@ -86,6 +86,8 @@ PAST_IT = {
     "linear/fast.py": "linear_scan",
     "linear/latte.py": "linear_scan",
     "linear/lightning.py": "linear_scan",
+    "linear/hgrn2.py": "linear_scan",
+    "linear/mamba2.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
 KERNEL_NAMES = {"linear_scan", "triton_scan", "triton_decode", "two_phase", "with_lse", "scaled_dot_product_attention"}

@@ -15,13 +15,15 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.checks import choice, fits, refuse
 from regard.kernels.blocks import from_blocks, in_blocks
+from regard.kernels.linear_scan import GROUP
 from regard.kernels.linear_scan import _recur as recur
-from regard.tracing import as_it_is, autocasts
+from regard.tracing import as_it_is, autocasts, exporting
 
 WHO = "channel_scan"
 FORMS = ("chunked", "parallel", "step")
@@ -77,9 +79,12 @@ def channel_scan(
         out, state = _chunked(y, g, state)
         return Channels(out.to(x.dtype), state)
     # The state is one more token before the others.
-    rows = torch.cat([state[:, None], y], 1).mT[:, None, :, :, None]
-    kept = torch.cat([torch.zeros_like(g[:, :1]), g], 1).mT[:, None]
-    out = recur(rows, kept)[:, 0, :, 1:, 0].mT
+    rows = torch.cat([state[:, None], y], 1)
+    kept = torch.cat([torch.zeros_like(g[:, :1]), g], 1)
+    if torch.compiler.is_compiling() and not exporting():
+        # Never one group, nor two, of which all but one is one: torch would make a graph for these lengths alone.
+        rows, kept = (F.pad(z, (0, 0, 0, 2 * GROUP)) for z in (rows, kept))
+    out = recur(rows.mT[:, None, :, :, None], kept.mT[:, None])[:, 0, :, 1 : T + 1, 0].mT
     return Channels(out.to(x.dtype), out[:, -1])
 
 
