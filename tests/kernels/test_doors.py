@@ -31,6 +31,7 @@ from regard.linear.fast import fast_attention
 from regard.linear.hrr import hrr_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
+from regard.linear.linformer import linformer_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.mixers.grouped import grouped_attention
@@ -164,6 +165,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
+    "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,
