@@ -258,6 +258,12 @@ def places() -> Tensor:
     return torch.cat([text[:2], picture, text[4:]])[None]
 
 
+def whole(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Sequences without padding, of which theirs knows nothing."""
+    x = normal(2, 2, T, M)
+    return ours(x), theirs(x)
+
+
 def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     """Self-attention of padded sequences, as their model would mask them."""
     name = type(theirs).__name__
@@ -463,6 +469,8 @@ def of_transformers(name: str) -> Case:
         return Case(filled(module_of(name, **sizes)), picture, fp32=True)
     if name in ("DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention"):
         return Case(filled(module_of(name, **LATENT)), tokens, fp32=True)
+    if name == "SwiftFormerEfficientAdditiveAttention":
+        return Case(filled(cls(name)(None, M)), whole)
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)

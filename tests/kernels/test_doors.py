@@ -31,6 +31,8 @@ from regard.linear.fast import fast_attention
 from regard.linear.hrr import hrr_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
+from regard.linear.linformer import linformer_attention
+from regard.linear.lln import lln_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.mixers.grouped import grouped_attention
@@ -88,6 +90,7 @@ PAST_IT = {
     "linear/lightning.py": "linear_scan",
     "linear/hgrn2.py": "linear_scan",
     "linear/mamba2.py": "linear_scan",
+    "linear/lln.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
 KERNEL_NAMES = {"linear_scan", "triton_scan", "triton_decode", "two_phase", "with_lse", "scaled_dot_product_attention"}
@@ -172,6 +175,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
+    "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),
+    "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,

@@ -20,6 +20,7 @@ ELEMENTWISE = {
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {
     "fftnet": {"max_length": 1024},
+    "linformer": {"max_length": 1024},
     "masked_mixer": {"max_length": 1024},
     "deformable_v2": {"points": 4},
     "unidirectional_block": {"block": 8},
