@@ -35,10 +35,10 @@ from regard.linear.linformer import linformer_attention
 from regard.linear.lln import lln_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
+from regard.mixers.combiner import combiner_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
 from regard.mixers.path import path_attention
-from regard.mixers.combiner import combiner_attention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.mixers.sparse_correction import delta_attention

@@ -18,7 +18,7 @@ from regard import masks
 from regard.catalog import card, cards, told_each
 from regard.checks import choice, refuse, whole
 from regard.integrations.slots import Parts
-from regard.masks import Mask, algebra, grids, patterns, selection, structured, varlen
+from regard.masks import Mask, algebra, grids, patterns, rows, selection, shifted, structured, varlen
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
 from regard.shapes import HeadShape
@@ -94,8 +94,12 @@ def part_classes() -> dict[str, type]:
 _NUMBERS: dict[type[Mask], dict[str, str]] = {
     patterns.Diagonals: {"back": "distance", "ahead": "distance", "step": "size", "words": "words"},
     patterns.Blocks: {"size": "size", "before": "length"},
+    patterns.NearBlocks: {"size": "size", "near": "length"},
     patterns.GlobalTokens: {"n": "size"},
     patterns.Prefix: {"n": "size"},
+    shifted.ShiftedBlocks: {"size": "size", "query": "shift", "key": "shift"},
+    shifted.Residue: {"step": "size", "offset": "length"},
+    rows.EveryRow: {"part": "mask", "step": "size", "shift": "shift"},
     structured.BlockCausal: {"size": "size"},
     structured.BlockDiffusion: {"size": "size", "length": "size"},
     structured.GlobalPlaces: {"places": "tensor"},
@@ -186,6 +190,9 @@ def _field(name: str, kind: str, value: Any, tensors: Mapping[str, Tensor]) -> A
     if kind == "distance":
         if value is None:
             return math.inf
+        whole(WHO, -LARGEST, most=LARGEST, **{name: value})
+        return value
+    if kind == "shift":
         whole(WHO, -LARGEST, most=LARGEST, **{name: value})
         return value
     whole(WHO, 0 if kind == "length" else 1, most=LARGEST, **{name: value})

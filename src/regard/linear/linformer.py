@@ -188,7 +188,7 @@ class Linformer(HeadMixer):
     ) -> Float[Tensor, "B H T D"]:
         dropout = self.dropout if self.training else 0.0
         e, f = self.e, self.e if self.f is None else self.f
-        if self.projection == "linear":
+        if self.projection == "linear" and e is not None and f is not None:
             return linformer_attention(q, k, v, e, f, keep=keep, dropout=dropout)
         sizes = self.max_length, self.rank
         (k, seen), (v, _) = by_segment(k, *sizes, e, keep), by_segment(v, *sizes, f, keep)

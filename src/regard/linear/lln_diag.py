@@ -118,7 +118,7 @@ class LLNDiag(LLN):
         mask = masks.blocks(self.block) & masks.causal() if self.causal else masks.blocks(self.block)
         return attention(q, k, v, mask=mask if keep is None else mask & masks.padding(keep))
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: Any) -> tuple[Tensor, LLNDiagState]:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         far, past = super().run(q, k, v, keep, LLNState(state.sums, state.top))
         T, n = q.shape[2], self.block
         new = torch.ones(len(q), T, dtype=torch.bool, device=q.device) if keep is None else keep
@@ -134,7 +134,7 @@ class LLNDiag(LLN):
             *past, k, v, real[:, T:].clone(), state.place + T
         )
 
-    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LLNDiagState:
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Any:
         far = super().empty_state(batch_size, device=device, dtype=dtype)
         kv = torch.zeros(batch_size, self.num_kv_heads, self.block, self.head_dim, device=device, dtype=dtype)
         real = torch.zeros(batch_size, self.block, dtype=torch.bool, device=device)

@@ -1,6 +1,6 @@
 """Mamba: a state space whose steps, inputs and outputs are chosen by each token (selective scan)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,13 @@ def selective_scan(
         again = torch.is_grad_enabled() and any(z.requires_grad for z in (u, dt, a, b, c, state))
         for t in range(0, T, chunk):
             given = [z[:, t : t + chunk] for z in (u, dt, b, c)]
-            part = (*given[:2], a, *given[2:], state, None if begin is None else begin[:, t : t + chunk])
+            part: tuple[Any, ...] = (
+                *given[:2],
+                a,
+                *given[2:],
+                state,
+                None if begin is None else begin[:, t : t + chunk],
+            )
             out, state = checkpoint(_chunk, *part, use_reentrant=False) if again else _chunk(*part)
             outs.append(out)
         out = torch.cat(outs, 1)
@@ -216,7 +222,7 @@ class Mamba(Recurrence):
 
 
 @CARD.loads("transformers", "MambaMixer")
-def _mamba(theirs: nn.Module) -> Loaded:
+def _mamba(theirs: Any) -> Loaded:
     only(theirs, {"activation": "silu"})
     options = {
         "expand": theirs.intermediate_size // theirs.hidden_size,

@@ -1,7 +1,7 @@
 """Mamba-2 (SSD): a state space with one decay a head, in other words linear attention that decays."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +202,7 @@ class Mamba2(Recurrence):
 
 
 @CARD.loads("transformers", "Mamba2Mixer")
-def _mamba2(theirs: nn.Module) -> Loaded:
+def _mamba2(theirs: Any) -> Loaded:
     only(theirs, {"activation": "silu"})
     options = {
         "expand": theirs.intermediate_size // theirs.hidden_size,

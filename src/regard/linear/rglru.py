@@ -1,7 +1,7 @@
 """The real-gated linear recurrent unit (Griffin, Hawk): each channel is a sum that forgets by content."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +182,7 @@ class RGLRU(Recurrence):
 
 
 @CARD.loads("transformers", "RecurrentGemmaRecurrentBlock")
-def _griffin(theirs: nn.Module) -> Loaded:
+def _griffin(theirs: Any) -> Loaded:
     if "Tanh" not in (kind := type(theirs.act_fn).__name__):
         refuse(theirs, "hidden_activation", "has no counterpart here", kind, "gelu_pytorch_tanh")
     names = {"in_proj": "linear_x", "gate_proj": "linear_y", "o_proj": "linear_out", "taps_bias": "conv_1d.bias"}

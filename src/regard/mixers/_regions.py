@@ -107,8 +107,8 @@ def logsparse(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, pool: Pool, first: 
     for level in range(max(T - 1, 0).bit_length()):
         c = 2**level
         low, high = max(first // c - 1, 0), max((T - 1) // c, 1)
-        blocks = (in_blocks(z[:, :, low * c : high * c], c, 2) for z in (q, k, v))
-        found = summary(*blocks, in_blocks(keep[:, :, low * c : high * c], c, 2), pool)
+        asks, keys, holds, real = (in_blocks(z[:, :, low * c : high * c], c, 2) for z in (q, k, v, keep))
+        found = summary(asks, keys, holds, real, pool)
         before = (i // c - 1 - low).clamp(min=0)
         there = found.real[:, :, before] & (i // c % 2 == 1)
         parts.append(((asked * found.key[:, :, before]).sum(-1, keepdim=True), there[..., None]))
@@ -123,15 +123,16 @@ def axial(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, w: int, pool: Pool) -> 
     """Rows are segments of w, columns the tokens at the same place of all rows."""
     T, (q, k, v), keep = q.shape[2], (in_blocks(z, w, 2) for z in (q, k, v)), in_blocks(keep, w, 2)
     n = q.shape[2]
-    down = [z.transpose(2, 3) for z in (q, k, v)]  # column by column
-    columns = prefixes(*down, keep.transpose(2, 3), pool).along(lambda z, axis: z.transpose(2, 3))
+    asks, keys, holds, real = (z.transpose(2, 3) for z in (q, k, v, keep))  # column by column
+    columns = prefixes(asks, keys, holds, real, pool).along(lambda z, axis: z.transpose(2, 3))
     left = prefixes(q, k, v, keep, pool)
-    right = prefixes(*(z.flip(3) for z in (q, k, v)), keep.flip(3), pool).along(lambda z, axis: z.flip(3))
+    asks, keys, holds, real = (z.flip(3) for z in (q, k, v, keep))
+    right = prefixes(asks, keys, holds, real, pool).along(lambda z, axis: z.flip(3))
     above, other = lower(n, q, -1)[:, None], ~torch.eye(w, dtype=torch.bool, device=q.device)
 
     def rows(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """What stands in the query's column, of all rows above."""
-        return (down[0] @ key.transpose(2, 3).mT).transpose(2, 3), real.transpose(2, 3)[:, :, None] & above
+        return (q.transpose(2, 3) @ key.transpose(2, 3).mT).transpose(2, 3), real.transpose(2, 3)[:, :, None] & above
 
     parts = [
         (q @ k.mT, keep[..., None, :] & lower(w, q)),

@@ -70,7 +70,7 @@ class CombinerState(NamedTuple):
     k: Float[Tensor, "B H o D"]
     v: Float[Tensor, "B H o D"]
     keep: Bool[Tensor, "B 1 o"]
-    regions: Regions
+    regions: Regions | None
 
 
 @checked()
@@ -199,9 +199,10 @@ class Combiner(RecurrentMixer):
             return out, None
         if self.pattern == "fixed":
             out, done = out[:, :, past:], k.shape[2] // w * w if self.segment == w else 0
-            if k.shape[2] > done:  # the last segment is open
+            if kept is not None and k.shape[2] > done:  # the last segment is open
                 kept = kept.along(lambda z, axis: z.narrow(axis, 0, z.shape[axis] - 1))
-        return out, CombinerState(*(z[:, :, done:] for z in (q, k, v, real)), kept)
+        q, k, v, real = (z[:, :, done:] for z in (q, k, v, real))
+        return out, CombinerState(q, k, v, real, kept)
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> CombinerState:
         none = torch.zeros(batch_size, self.num_heads, 0, self.head_dim, device=device, dtype=dtype)

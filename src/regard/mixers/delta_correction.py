@@ -1,5 +1,7 @@
 """Delta correction: what sparse attention misses, known of some queries, is added to those after."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -109,8 +111,8 @@ class DeltaCorrection(Attention):
         if not (pattern is None or isinstance(pattern, Mask | Selector)):
             got = type(pattern).__name__
             refuse(self, "pattern", "has the wrong type", got, "a Mask or a Selector", error=TypeError)
-        shapes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        super().__init__(dim, num_heads, **shapes, causal=causal, bias=bias, position=position, kernel=kernel)
+        sizes: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        super().__init__(dim, num_heads, **sizes, causal=causal, bias=bias, position=position, kernel=kernel)
         if position is not None and (position.prepares() or any(map(position.changes, ("bias", "values")))):
             wanted = "one that embeds tokens or turns queries and keys"
             refuse(self, "position", "adds to scores or values", type(position).__name__, wanted)
@@ -137,7 +139,11 @@ class DeltaCorrection(Attention):
 
     def dense(self) -> Attention:
         """Full attention with the same projections, for what follows a prompt."""
-        shapes = {"num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim, "position": self.position}
+        shapes: dict[str, Any] = {
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "position": self.position,
+        }
         with torch.device("meta"):  # its own projections are not kept
             made = Attention(self.dim, self.num_heads, causal=self.causal, kernel=self.kernel, **shapes)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -159,7 +165,8 @@ class DeltaCorrection(Attention):
     def _corrected(self, p: Problem) -> Float[Tensor, "B H T V"]:
         dense = full() if p.mask is None else p.mask
         sparse = self.pattern if isinstance(self.pattern, Selector) else dense & self.pattern
-        options = {"stride": self.stride, "tail": self.tail, "mode": self.mode, "scale": p.scale, "kernel": self.kernel}
+        options: dict[str, Any] = {"stride": self.stride, "tail": self.tail, "mode": self.mode}
+        options |= {"scale": p.scale, "kernel": self.kernel}
         return delta_attention(p.q, p.k, p.v, sparse, dense=dense, **options)
 
     def _one_by_one(

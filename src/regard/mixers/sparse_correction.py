@@ -1,6 +1,6 @@
 """Outputs of any sparse method, corrected by those of every so many queries that see all keys."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -47,7 +47,7 @@ def delta_attention(
     check_options(who, stride, tail, mode)
     dense = causal() if dense is None else dense
     (B, H, T, _), S, V = q.shape, k.shape[2], v.shape[3]
-    options = {"scale": scale, "kernel": kernel}
+    options: dict[str, Any] = {"scale": scale, "kernel": kernel}
     cut = T % stride + max(tail, stride) if tail else 0
     body = T if mode == "sparse" else max(T - cut, 0)
     if isinstance(sparse, Tensor):

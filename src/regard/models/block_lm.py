@@ -216,7 +216,7 @@ class BlockLM(nn.Module):
         new, found = filled, [ids]
         for start in range(0, count, self.block):
             c, state = self.block_decoder.step(self._embed(new), state)
-            drawn = []
+            drawn: list[Tensor] = []
             f, local = self._expanded(c[:, -1]), self.token_decoder.init_state(B, self.prefix + self.block - 1)
             for i in range(min(self.block, count - start)):
                 x = self.token_embedding(drawn[-1]) if i else f if self.decoding == "prefix" else self._first(f)

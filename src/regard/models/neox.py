@@ -55,7 +55,7 @@ class NeoXDecoder(nn.Module):
     def __init__(self, mechanism: str | None, dim: int, num_heads: int, depth: int, mlp_dim: int) -> None:
         super().__init__()
         if mechanism is None:
-            mixers = [neox_attention(dim, num_heads) for _ in range(depth)]
+            mixers: list[nn.Module] = [neox_attention(dim, num_heads) for _ in range(depth)]
         else:
             mixers = layers(mechanism, dim=dim, num_heads=num_heads, depth=depth, causal=True)
         self.layers = nn.ModuleList(ParallelBlock(mixer, dim, mlp_dim) for mixer in mixers)  # type: ignore[assignment]
