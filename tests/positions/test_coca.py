@@ -60,7 +60,7 @@ def test_strict_queries_have_equal_halves() -> None:
 
 @pytest.mark.parametrize("case", ["causal", "gqa_pad", "linear", "dynamic"])
 def test_slack_gives_the_numbers_of_the_authors_llama(case: str) -> None:
-    z = {k.removeprefix(f"{case}_"): torch.as_tensor(v) for k, v in vectors("coca").items() if k.startswith(case)}
+    z = {k.removeprefix(f"{case}_"): torch.as_tensor(v) for k, v in vectors("B028").items() if k.startswith(case)}
     options = {
         "linear": {"scaling": "linear", "factor": 4.0},
         "dynamic": {"scaling": "dynamic", "factor": 4.0, "original_max": 4},
@@ -78,7 +78,7 @@ def test_slack_gives_the_numbers_of_the_authors_llama(case: str) -> None:
 
 def test_slack_gives_the_numbers_of_the_authors_gpt_neox() -> None:
     """Half of the channels turn."""
-    z = {k.removeprefix("neox_"): torch.as_tensor(v) for k, v in vectors("coca").items() if k.startswith("neox")}
+    z = {k.removeprefix("neox_"): torch.as_tensor(v) for k, v in vectors("B028").items() if k.startswith("neox")}
     made = regard.create(
         "coca", dim=16, num_heads=2, causal=True, bias=True, form="slack", partial_rotary_factor=0.5
     ).double()

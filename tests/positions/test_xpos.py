@@ -59,7 +59,7 @@ def test_is_the_definition(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", ["causal", "small_base_pad"])
 def test_gives_torchscales_numbers(case: str) -> None:
-    z = {k.removeprefix(f"{case}_"): torch.as_tensor(v) for k, v in vectors("xpos").items() if k.startswith(case)}
+    z = {k.removeprefix(f"{case}_"): torch.as_tensor(v) for k, v in vectors("B014").items() if k.startswith(case)}
     made = layer(18, 3, scale_base=float(z["scale_base"]))
     names = {"q": "q", "k": "k", "v": "v", "o": "out"}
     made.load_state_dict(
@@ -81,7 +81,7 @@ def test_gives_torchscales_numbers(case: str) -> None:
 
 
 def test_gives_torchscales_queries_and_keys() -> None:
-    z = {k: torch.as_tensor(v) for k, v in vectors("xpos").items() if k.startswith("xpos")}
+    z = {k: torch.as_tensor(v) for k, v in vectors("B014").items() if k.startswith("xpos")}
     part, x, at = XPos(10, scale_base=8.0, centre=4), z["xpos_in"][:, None], torch.arange(7)
     q, k = part.turn(x, x, at, at)
     close(q[:, 0], z["xpos_q"])

@@ -18,7 +18,10 @@ CARD = Card(
 in the layers that `regard.models.mixed_spans` leaves short; the others see all""",
     papers=(PAPER,),
     traits=PLAIN - {"position_free", "shift_invariant"},
-    cost=Cost("2*B*H*T*min(S, (2*previous + 1)*span)*D", "2*min(S, (previous + 1)*span - 1)*G*D"),
+    cost=Cost(
+        "2*B*H*T*min(S, (2*previous + 1)*span - previous*(previous + 1)*span**2/max(S, (previous + 1)*span))*D",
+        "2*min(S, (previous + 1)*span - 1)*G*D",
+    ),
     claim="With one full layer anywhere every output can depend on every earlier token, and without it cannot: "
     "tests/masks/test_block_span.py::test_one_full_layer_reaches_everything.",
     differs=(

@@ -180,15 +180,15 @@ class Probabilistic(HeadMixer):
         super().__init__(
             dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, context_dim=context_dim
         )
-        given = {"key_precision": key_precision, "key_prior": key_prior}
+        given: dict[str, Any] = {"key_precision": key_precision, "key_prior": key_prior}
         number(self, above=0, **{name: z for name, z in given.items() if z is not None})
         number(self, least=0, value_precision=value_precision)
         choice(self, ("magnitude", "uniform"), log_prior=log_prior)
         whole(self, 0, most=MOST, key_steps=key_steps)
         flag(self, own_values=own_values)
         self.context_dim, self.key_steps, self.own_values = self.v_proj.in_features, key_steps, own_values
-        self.options: dict[str, Any] = {**given, "value_precision": value_precision}
-        self.options["log_prior"] = log_prior if log_prior == "magnitude" else None
+        given |= {"value_precision": value_precision, "log_prior": log_prior if log_prior == "magnitude" else None}
+        self.options = given
 
     def _check_context(self, x: Tensor, context: Tensor) -> None:
         if self.own_values:

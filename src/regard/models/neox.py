@@ -15,7 +15,7 @@ from regard.checks import divides
 from regard.masks import Mask
 from regard.models.mixer import layers
 from regard.pipeline.layer import Attention
-from regard.positions.rotary import Rotary
+from regard.positions import Rotary
 
 START = 0.02
 """The deviation that embeddings and linear layers start with."""
