@@ -27,7 +27,7 @@ from torch import Tensor
 from regard.checks import choice, refuse
 from regard.kernels.blocks import from_blocks, in_blocks
 from regard.kernels.linear_scan import CHUNK, Scan, _between, _common, _per_feature, _until_end, check_scan, forgetting
-from regard.tracing import as_it_is, autocasts
+from regard.tracing import as_it_is, autocasts, exporting
 
 WHO = "delta_scan"
 FORMS = ("chunked", "parallel", "step")
@@ -81,7 +81,8 @@ def delta_scan(
     if T == 1 or form == "step":
         out, state = _step(q, k, v, b, g, state)
     else:
-        out, state = _chunked(q, k, v, b, g, state, T if form == "parallel" else min(chunk, T))
+        short = T if form == "parallel" else chunk if torch.compiler.is_compiling() else min(chunk, T)
+        out, state = _chunked(q, k, v, b, g, state, short)
     return Scan(out.to(dtype), state)
 
 
@@ -113,8 +114,11 @@ def _chunked(
         passed = g.cumsum(3).exp()
         since_start, asking, by_end, keep = k * passed, q * passed, k * _until_end(g).exp(), passed[..., -1, :, None]
     both = torch.cat([b * v, b * since_start], -1)
-    both = torch.linalg.solve_triangular(b * alike.tril(-1), both, upper=False, unitriangular=True)
-    new, reads = both.split((v.shape[-1], k.shape[-1]), -1)
+    new, reads = _solved(b * alike.tril(-1), both).split((v.shape[-1], k.shape[-1]), -1)
+    if exporting():
+        before, state = _all_states(new, reads, by_end, keep, state)
+        added = new - reads @ before
+        return from_blocks(asking @ before + weights @ added, T, 2), state
     outs = []
     for n in range(q.shape[2]):
         added = new[:, :, n] - reads[:, :, n] @ state
@@ -122,3 +126,30 @@ def _chunked(
         kept = state if keep is None else keep[:, :, n] * state
         state = kept + by_end[:, :, n].mT @ added
     return from_blocks(torch.stack(outs, 2), T, 2), state
+
+
+def _solved(lower: Float[Tensor, "*b n n"], right: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b n m"]:
+    """(I + lower)^-1 right; what stands on and above the diagonal is not read."""
+    work = torch.float32 if right.dtype.itemsize < 4 else right.dtype  # torch solves nothing narrower
+    return torch.linalg.solve_triangular(lower.to(work), right.to(work), upper=False, unitriangular=True).to(
+        right.dtype
+    )
+
+
+def _all_states(
+    new: Tensor, reads: Tensor, by_end: Tensor, keep: Tensor | None, state: Float[Tensor, "B H K V"]
+) -> tuple[Float[Tensor, "B H N K V"], Float[Tensor, "B H K V"]]:
+    """The states before each chunk, and the last one, in one graph for any number of chunks.
+
+    S_{n+1} = M_n S_n + P_n for all n is one triangular system of N K rows: I on its diagonal, -M_n below.
+    """
+    N, K = reads.shape[2], reads.shape[4]
+    kept = torch.eye(K, dtype=new.dtype, device=new.device) * (1.0 if keep is None else keep)
+    passes, adds = kept - by_end.mT @ reads, by_end.mT @ new
+    first = torch.cat([state.unsqueeze(2), torch.zeros_like(adds)], 2)[:, :, :-1]
+    adds = adds + passes @ first
+    at = torch.arange(N, device=new.device)
+    below = (at[:, None] == at + 1)[:, None, :, None]
+    lower = torch.where(below, -passes.unsqueeze(-2), 0.0).flatten(-2).flatten(2, 3)
+    after = _solved(lower, adds.flatten(2, 3)).unflatten(2, (-1, K))
+    return torch.cat([state.unsqueeze(2), after[:, :, :-1]], 2), after[:, :, -1]
