@@ -161,6 +161,7 @@ def test_narrow_dtypes_pass_the_test_of_linearity(dtype: torch.dtype) -> None:
 NO_MATRIX = {
     "agent": "a convolution over values",
     "lightning": "a norm over outputs",
+    "deltanet": "the same",
     "hrrformer": "weights by how alike values are to what is recalled",
     "kdgqa": "heads of values are averaged and dealt out",
     "kdgqa_sequence": "the same",

@@ -26,6 +26,7 @@ from regard.kernels.triton_decode import decode_batch
 from regard.kernels.two_phase import Shares, two_phase
 from regard.linear.agent import agent_attention
 from regard.linear.conserved_flow import causal_flow_attention, flow_attention
+from regard.linear.deltanet import delta_attention
 from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
 from regard.linear.hrr import hrr_attention
@@ -149,6 +150,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "attend": lambda q, k, v: attend(Parts({}), q, k, v, None, scale=1.0),
     "linear_scan": linear_scan,
     "delta_scan": lambda q, k, v: delta_scan(q, k, v, torch.ones(B, H, N)),
+    "delta_attention": lambda q, k, v: delta_attention(q, k, v, torch.ones(B, H, N)),
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
     "flow_attention": flow_attention,
     "causal_flow_attention": causal_flow_attention,

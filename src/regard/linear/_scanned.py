@@ -33,7 +33,8 @@ class Past(TypedDict):
 class ScannedMixer(RecurrentMixer):
     """Projections, a short convolution with silu, a scan, RMS norm per head, gate, projection.
 
-    Subclasses give `scan`. `split` hands on what is convolved, what gates, and what else the scan reads.
+    Subclasses give `scan`. `split` hands on what gates, what else the scan reads, and all that is convolved,
+    as if of one head.
 
     Args:
         dim, num_heads: M, and H heads that are read.
@@ -105,7 +106,7 @@ class ScannedMixer(RecurrentMixer):
 
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        return mixed, self.gated(x), self.told(x)
+        return self.gated(x)[:, None], self.told(x)[:, None], mixed[:, None]
 
     def scan(
         self,
@@ -128,7 +129,7 @@ class ScannedMixer(RecurrentMixer):
         *,
         starts: Tensor | None = None,
     ) -> tuple[Tensor, ScanState]:
-        mixed, gate, told = widened(q, k, v)
+        gate, told, mixed = (z[:, 0] for z in widened(q, k, v))
         inputs = mixed[:, :0]
         if self.conv_size:
             taps = torch.cat([self.q_taps, self.k_taps, self.v_taps]).to(mixed.dtype)

@@ -46,6 +46,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps)), each head by itself""",
         "Features of Schlag et al. (DPFP), and sums in place of lengths, are left out: silu and unit length are what "
         "the later paper's code has by default.",
     ),
+    verified="third-party",
     defaults={
         "key_expand": "code",
         "value_expand": "code",
