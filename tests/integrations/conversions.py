@@ -162,6 +162,8 @@ CONFIGS = {
     "Qwen2VLAttention": "Qwen2VLTextConfig",
     "Qwen2_5_VLAttention": "Qwen2_5_VLTextConfig",
     "Qwen3_5Attention": "Qwen3_5TextConfig",
+    "Qwen3_5GatedDeltaNet": "Qwen3_5TextConfig",
+    "Qwen3_5MoeGatedDeltaNet": "Qwen3_5MoeTextConfig",
     "Qwen3_5MoeAttention": "Qwen3_5MoeTextConfig",
     "CLIPAttention": "CLIPTextConfig",
     "SiglipAttention": "SiglipVisionConfig",
@@ -205,7 +207,7 @@ def cls(name: str) -> type[nn.Module]:
 
 def config_of(kind: type[nn.Module], **more: Any) -> Any:
     file = inspect.getmodule(kind)
-    stem = re.sub(r"(Self|Cross)?Attention$", "", kind.__name__)
+    stem = re.sub(r"((Self|Cross|Delta)?Attention|GatedDeltaNet)$", "", kind.__name__)
     where = importlib.import_module(file.__name__.replace("modeling_", "configuration_"))
     return getattr(where, CONFIGS.get(kind.__name__, f"{stem}Config"))(
         **{**SETTINGS, **OWN.get(kind.__name__, {}), **more}
@@ -319,6 +321,12 @@ def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x), theirs(x)[0]
 
 
+def delta_net(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """More tokens than their chunk has; padded on the left, as they would generate."""
+    x, real = normal(2, 2, 70, M), torch.arange(70) >= torch.tensor([[0], [3]])
+    return ours(x, mask=real)[real], theirs(x, attention_mask=real)[real]
+
+
 def florence(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(5, 2, 4, 5, M)
     want = theirs(x.flatten(1, 2) if hasattr(theirs, "groups") else x)
@@ -416,6 +424,12 @@ def of_transformers(name: str) -> Case:
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)
+    if name.endswith("GatedDeltaNet"):
+        sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 5, "value_head_dim": 3}
+        return Case(filled(module_of(name, **{f"linear_{n}": size for n, size in sizes.items()})), delta_net, fp32=True)
+    if name == "KimiLinearDeltaAttention":
+        sizes = {"linear_num_heads": H, "linear_head_dim": D}
+        return Case(filled(module_of(name, **sizes)), delta_net, fp32=True)
     if name == "ConvBertSelfAttention":
         return Case(filled(module_of(name, conv_kernel_size=7, head_ratio=2)), convbert)
     theirs = filled(module_of(name))

@@ -1,7 +1,7 @@
 """What layers around a scan share: a short convolution before it, and behind it a norm for each head and a gate."""
 
 import math
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class ScannedMixer(RecurrentMixer):
             taps = nn.Parameter(torch.empty(width, conv_size)) if conv_size else None
             self.register_parameter(f"{name}_taps", taps)
         self.norm_weight = nn.Parameter(torch.empty(value_dim))
-        self.gate_proj = nn.Linear(dim, H * value_dim, bias=False) if gate else None
+        self.gate_proj: nn.Module | None = nn.Linear(dim, H * value_dim, bias=False) if gate else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -125,10 +125,10 @@ class ScannedMixer(RecurrentMixer):
         k: Tensor,
         v: Tensor,
         keep: Tensor | None,
-        state: ScanState | None,
+        state: Any,
         *,
         starts: Tensor | None = None,
-    ) -> tuple[Tensor, ScanState]:
+    ) -> tuple[Tensor, Any]:
         gate, told, mixed = (z[:, 0] for z in widened(q, k, v))
         inputs = mixed[:, :0]
         if self.conv_size:
@@ -152,7 +152,7 @@ class ScannedMixer(RecurrentMixer):
             return out
         return out * type(self).gates(gate.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
 
-    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> ScanState:
+    def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Any:
         kv = torch.zeros(batch_size, self.num_heads, self.head_dim, self.value_dim, device=device, dtype=dtype)
         past = max(0, self.conv_size - 1)
         return ScanState(kv, torch.zeros(batch_size, past, sum(self.widths), device=device, dtype=dtype))

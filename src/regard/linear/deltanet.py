@@ -37,7 +37,6 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps)), each head by itself""",
         ),
     ),
     supports={"causal", "padding", "packed", "streaming", "compile"},
-    lacks={"gqa": "each head keeps a state of its own keys and values"},
     traits={"shift_invariant", "head_independent"},
     cost=Cost("B*T*H*(M + 192*D + 3*D*D)", "H*D*D + 9*M"),
     claim="A pair that is written again under the same key replaces the first, where linear attention adds them and "
