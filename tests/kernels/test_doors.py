@@ -29,11 +29,13 @@ from regard.linear.conserved_flow import causal_flow_attention, flow_attention
 from regard.linear.deltanet import delta_attention
 from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
+from regard.linear.gla import gated_linear_attention
 from regard.linear.hrr import hrr_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
+from regard.linear.retnet import retention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.routing.biformer import region_attention
@@ -73,8 +75,10 @@ PAST_IT = {
     "linear/_shared.py": "linear_scan",
     "linear/conserved_flow.py": "linear_scan",
     "linear/fast.py": "linear_scan",
+    "linear/gla.py": "linear_scan",
     "linear/latte.py": "linear_scan",
     "linear/lightning.py": "linear_scan",
+    "linear/retnet.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
 KERNEL_NAMES = {"linear_scan", "triton_scan", "triton_decode", "two_phase", "with_lse", "scaled_dot_product_attention"}
@@ -158,6 +162,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
+    "gated_linear_attention": lambda q, k, v: gated_linear_attention(q, k, v, -torch.ones(B, H, N, D)),
+    "retention": lambda q, k, v: retention(q, k, v, -torch.ones(H)),
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,
