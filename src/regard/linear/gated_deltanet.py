@@ -38,7 +38,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps) * silu(x_t W_z)), each head by itse
         "It starts as Qwen3-Next does; the authors' code draws d such that softplus(d) is between 0.001 and 0.1.",
     ),
     verified="third-party",
-    example={"num_key_heads": 3},
+    tries={"num_key_heads": 3},
     defaults={
         "num_key_heads": "code",
         "value_head_dim": "ours, as wide as keys",

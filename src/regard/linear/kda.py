@@ -42,7 +42,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps) * sigmoid(x_t G_1 G_2)), each head 
         "Where key heads are shared, rates and decays are those of value heads, as in the authors' functions.",
     ),
     verified="third-party",
-    example={"num_key_heads": 3},
+    tries={"num_key_heads": 3},
     defaults={
         "num_key_heads": "code",
         "value_head_dim": "code",
