@@ -195,7 +195,7 @@ def modules() -> dict[str, str]:
     assert spec.origin is not None
     found: dict[str, str] = {}
     for file in sorted(Path(spec.origin).parent.glob("models/*/modeling_*.py")):
-        for name in re.findall(r"^class (\w+Attention)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+        for name in re.findall(r"^class (\w+(?:Attention|DeltaNet))\(", file.read_text(encoding="utf-8"), re.MULTILINE):
             found.setdefault(name, f"transformers.models.{file.parent.name}.{file.stem}")
     return found
 
