@@ -322,8 +322,8 @@ def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
 
 
 def delta_net(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
-    """More tokens than their chunk has; padded on the left, as they would generate."""
-    x, real = normal(2, 2, 70, M), torch.arange(70) >= torch.tensor([[0], [3]])
+    """Padded on the left, as for generation."""
+    x, real = normal(2, 2, T, M), torch.arange(T) >= torch.tensor([[0], [3]])
     return ours(x, mask=real)[real], theirs(x, attention_mask=real)[real]
 
 

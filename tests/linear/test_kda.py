@@ -17,7 +17,7 @@ from regard.laws.subject import of, tokens
 from regard.linear.deltanet import delta_attention
 from regard.linear.kda import KimiDeltaAttention
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "kda.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "kda_naive.npz"
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from regard.laws.agreement import close
 from regard.laws.subject import of, tokens
 from regard.linear.retnet import RetNet, log_gammas, retention
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "retnet.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "retnet_naive.npz"
 
 
 def normal(seed: int, *shape: int) -> Tensor:

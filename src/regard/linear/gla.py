@@ -38,6 +38,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps) * silu(x_t W_g)), each head by itse
     "tests/linear/test_gla.py::test_it_drops_noise_and_keeps_what_it_was_told_to.",
     differs=("Hidden tokens pass the state on; the authors' code takes padding out of the sequence.",),
     verified="third-party",
+    example={"key_expand": 1.0},
     tries={"feature_map": "relu", "min_log_decay": -0.01},
     defaults={
         "key_expand": "code",
