@@ -1,4 +1,4 @@
-"""Retention: linear attention that forgets at a fixed rate, another in each head, with rotated keys.
+"""Retention: linear attention that forgets at a fixed rate, another in each head, with rotated keys."""
 
 import math
 from collections.abc import Sequence
