@@ -162,6 +162,8 @@ CONFIGS = {
     "Qwen2VLAttention": "Qwen2VLTextConfig",
     "Qwen2_5_VLAttention": "Qwen2_5_VLTextConfig",
     "Qwen3_5Attention": "Qwen3_5TextConfig",
+    "Qwen3_5GatedDeltaNet": "Qwen3_5TextConfig",
+    "Qwen3_5MoeGatedDeltaNet": "Qwen3_5MoeTextConfig",
     "Qwen3_5MoeAttention": "Qwen3_5MoeTextConfig",
     "CLIPAttention": "CLIPTextConfig",
     "SiglipAttention": "SiglipVisionConfig",
@@ -193,7 +195,7 @@ def modules() -> dict[str, str]:
     assert spec.origin is not None
     found: dict[str, str] = {}
     for file in sorted(Path(spec.origin).parent.glob("models/*/modeling_*.py")):
-        for name in re.findall(r"^class (\w+Attention)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+        for name in re.findall(r"^class (\w+(?:Attention|DeltaNet))\(", file.read_text(encoding="utf-8"), re.MULTILINE):
             found.setdefault(name, f"transformers.models.{file.parent.name}.{file.stem}")
     return found
 
@@ -205,7 +207,7 @@ def cls(name: str) -> type[nn.Module]:
 
 def config_of(kind: type[nn.Module], **more: Any) -> Any:
     file = inspect.getmodule(kind)
-    stem = re.sub(r"(Self|Cross)?Attention$", "", kind.__name__)
+    stem = re.sub(r"((Self|Cross|Delta)?Attention|GatedDeltaNet)$", "", kind.__name__)
     where = importlib.import_module(file.__name__.replace("modeling_", "configuration_"))
     return getattr(where, CONFIGS.get(kind.__name__, f"{stem}Config"))(
         **{**SETTINGS, **OWN.get(kind.__name__, {}), **more}
@@ -350,6 +352,12 @@ def longformer(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x, global_at=kinds > 0, mask=masks.padding(kinds >= 0)), want
 
 
+def delta_net(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Padded on the left, as for generation."""
+    x, real = normal(2, 2, T, M), torch.arange(T) >= torch.tensor([[0], [3]])
+    return ours(x, mask=real)[real], theirs(x, attention_mask=real)[real]
+
+
 def florence(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(5, 2, 4, 5, M)
     want = theirs(x.flatten(1, 2) if hasattr(theirs, "groups") else x)
@@ -478,6 +486,12 @@ def of_transformers(name: str) -> Case:
         config = importlib.import_module("transformers").LongformerConfig
         made = config(hidden_size=M, num_attention_heads=H, attention_window=[4], attention_probs_dropout_prob=0.0)
         return Case(filled(cls(name)(made, 0)), longformer, fp32=True)
+    if name.endswith("GatedDeltaNet"):
+        sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 5, "value_head_dim": 3}
+        return Case(filled(module_of(name, **{f"linear_{n}": size for n, size in sizes.items()})), delta_net, fp32=True)
+    if name == "KimiLinearDeltaAttention":
+        sizes = {"linear_num_heads": H, "linear_head_dim": D}
+        return Case(filled(module_of(name, **sizes)), delta_net, fp32=True)
     if name == "ConvBertSelfAttention":
         return Case(filled(module_of(name, conv_kernel_size=7, head_ratio=2)), convbert)
     if name in T5:

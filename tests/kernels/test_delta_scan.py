@@ -11,7 +11,7 @@ from regard.kernels.delta_scan import delta_scan
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.laws.agreement import close
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "kda.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "kda_naive.npz"
 B, H, K, V = 2, 3, 4, 5
 DECAYS = ["none", "head", "time", "feature"]
 

@@ -26,8 +26,10 @@ from regard.kernels.triton_decode import decode_batch
 from regard.kernels.two_phase import Shares, two_phase
 from regard.linear.agent import agent_attention
 from regard.linear.conserved_flow import causal_flow_attention, flow_attention
+from regard.linear.deltanet import delta_rule
 from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
+from regard.linear.gla import gated_linear_attention
 from regard.linear.hrr import hrr_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
@@ -35,6 +37,7 @@ from regard.linear.linformer import linformer_attention
 from regard.linear.lln import lln_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
+from regard.linear.retnet import retention
 from regard.mixers.combiner import combiner_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
@@ -86,11 +89,13 @@ PAST_IT = {
     "linear/_shared.py": "linear_scan",
     "linear/conserved_flow.py": "linear_scan",
     "linear/fast.py": "linear_scan",
+    "linear/gla.py": "linear_scan",
     "linear/latte.py": "linear_scan",
     "linear/lightning.py": "linear_scan",
     "linear/hgrn2.py": "linear_scan",
     "linear/mamba2.py": "linear_scan",
     "linear/lln.py": "linear_scan",
+    "linear/retnet.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
 KERNEL_NAMES = {"linear_scan", "triton_scan", "triton_decode", "two_phase", "with_lse", "scaled_dot_product_attention"}
@@ -166,6 +171,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "attend": lambda q, k, v: attend(Parts({}), q, k, v, None, scale=1.0),
     "linear_scan": linear_scan,
     "delta_scan": lambda q, k, v: delta_scan(q, k, v, torch.ones(B, H, N)),
+    "delta_rule": lambda q, k, v: delta_rule(q, k, v, torch.ones(B, H, N)),
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
     "flow_attention": flow_attention,
     "causal_flow_attention": causal_flow_attention,
@@ -177,6 +183,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "linear_attention": linear_attention,
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),
     "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
+    "gated_linear_attention": lambda q, k, v: gated_linear_attention(q, k, v, -torch.ones(B, H, N, D)),
+    "retention": lambda q, k, v: retention(q, k, v, -torch.ones(H)),
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,

@@ -37,7 +37,7 @@ from regard.kernels.linear_scan import (
     check_scan,
     forgetting,
 )
-from regard.tracing import as_it_is, autocasts
+from regard.tracing import as_it_is, autocasts, exporting
 
 WHO = "delta_scan"
 FORMS = ("chunked", "parallel", "step")
@@ -91,10 +91,11 @@ def delta_scan(
     if T == 1 or form == "step":
         out, state = _step(q, k, v, b, g, state)
     else:
-        given = (q, k, v, b)
-        out, state = (
-            _chunked(*given, g, state, T) if form == "parallel" else by_segments(_chunked, given, g, state, chunk)
-        )
+        given = q, k, v, b
+        if form == "parallel":
+            out, state = _chunked(*given, g, state, T)
+        else:
+            out, state = by_segments(_chunked, given, g, state, chunk)
     return Scan(out.to(dtype), state)
 
 
@@ -112,7 +113,8 @@ def _chunked(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, state: Tensor, C: int
 ) -> tuple[Tensor, Tensor]:
     """What needs no state at once, then chunk after chunk. A last one that is filled up adds and forgets nothing."""
-    T, C = q.shape[2], min(C, q.shape[2])
+    T = q.shape[2]
+    C = C if torch.compiler.is_compiling() else min(C, T)  # one graph for all short lengths
     q, k, v, b = (in_blocks(z, C, 2) for z in (q, k, v, b))
     if g is None:
         alike, weights, since_start, asking, by_end, keep = (k @ k.mT), (q @ k.mT).tril(), k, q, k, None
@@ -126,8 +128,11 @@ def _chunked(
         passed = g.cumsum(3).exp()
         since_start, asking, by_end, keep = k * passed, q * passed, k * _until_end(g).exp(), passed[..., -1, :, None]
     both = torch.cat([b * v, b * since_start], -1)
-    both = torch.linalg.solve_triangular(b * alike.tril(-1), both, upper=False, unitriangular=True)
-    new, reads = both.split((v.shape[-1], k.shape[-1]), -1)
+    new, reads = _solved(b * alike.tril(-1), both).split((v.shape[-1], k.shape[-1]), -1)
+    if exporting():
+        before, state = _all_states(new, reads, by_end, keep, state)
+        added = new - reads @ before
+        return from_blocks(asking @ before + weights @ added, T, 2), state
     outs = []
     for n in range(q.shape[2]):
         added = new[:, :, n] - reads[:, :, n] @ state
@@ -135,3 +140,30 @@ def _chunked(
         kept = state if keep is None else keep[:, :, n] * state
         state = kept + by_end[:, :, n].mT @ added
     return from_blocks(torch.stack(outs, 2), T, 2), state
+
+
+def _solved(lower: Float[Tensor, "*b n n"], right: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b n m"]:
+    """(I + lower)^-1 right; what stands on and above the diagonal is not read."""
+    work = torch.float32 if right.dtype.itemsize < 4 else right.dtype  # torch solves nothing narrower
+    return torch.linalg.solve_triangular(lower.to(work), right.to(work), upper=False, unitriangular=True).to(
+        right.dtype
+    )
+
+
+def _all_states(
+    new: Tensor, reads: Tensor, by_end: Tensor, keep: Tensor | None, state: Float[Tensor, "B H K V"]
+) -> tuple[Float[Tensor, "B H N K V"], Float[Tensor, "B H K V"]]:
+    """The states before each chunk, and the last one, in one graph for any number of chunks.
+
+    S_{n+1} = M_n S_n + P_n for all n is one triangular system of N K rows: I on its diagonal, -M_n below.
+    """
+    N, K = reads.shape[2], reads.shape[4]
+    kept = torch.eye(K, dtype=new.dtype, device=new.device) * (1.0 if keep is None else keep)
+    passes, adds = kept - by_end.mT @ reads, by_end.mT @ new
+    first = torch.cat([state.unsqueeze(2), torch.zeros_like(adds)], 2)[:, :, :-1]
+    adds = adds + passes @ first
+    at = torch.arange(N, device=new.device)
+    below = (at[:, None] == at + 1)[:, None, :, None]
+    lower = torch.where(below, -passes.unsqueeze(-2), 0.0).flatten(-2).flatten(2, 3)
+    after = _solved(lower, adds.flatten(2, 3)).unflatten(2, (-1, K))
+    return torch.cat([state.unsqueeze(2), after[:, :, :-1]], 2), after[:, :, -1]
