@@ -1,6 +1,7 @@
 """What layers around a scan share: a short convolution before it, and behind it a norm for each head and a gate."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from regard.checks import flag, number, refuse, whole
 from regard.kernels.linear_scan import Scan
-from regard.kernels.short_conv import short_conv
+from regard.linear._recurrence import conv_of_real
 from regard.linear._shared import RecurrentMixer, widened
 
 
@@ -46,7 +47,7 @@ class ScannedMixer(RecurrentMixer):
     """
 
     resets = True
-    gates = staticmethod(F.silu)
+    gates: Callable[[Tensor], Tensor] = staticmethod(F.silu)
     """What the gate goes through."""
     silent = False
     """Whether silu is there without a convolution, too."""
@@ -132,9 +133,9 @@ class ScannedMixer(RecurrentMixer):
         gate, told, mixed = (z[:, 0] for z in widened(q, k, v))
         inputs = mixed[:, :0]
         if self.conv_size:
-            taps = torch.cat([self.q_taps, self.k_taps, self.v_taps]).to(mixed.dtype)
+            taps = torch.cat([getattr(self, f"{name}_taps") for name in "qkv"]).to(mixed.dtype)
             past = None if state is None else state.inputs
-            mixed, inputs = short_conv(mixed, taps, state=past, keep=keep, starts=starts)
+            mixed, inputs = conv_of_real(mixed, taps, state=past, keep=keep, starts=starts)
         if self.conv_size or self.silent:
             mixed = F.silu(mixed)
         if keep is not None:
