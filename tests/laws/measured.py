@@ -33,15 +33,18 @@ def largest(call: Callable[[], Any]) -> int:
 
 
 def footprint(call: Callable[[], Any], most: int = 10**5) -> tuple[int, int]:
-    """Bytes of the largest memory that anything made on the way lies in, and how many operators ran, of `most`."""
+    """Bytes of the largest memory that anything made on the way lies in, and how many operators ran, of `most`.
+
+    What lies where an operator's input lay, as a transposed weight does, was made before.
+    """
     sizes = [0]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            sizes.append(
-                max((t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor)), default=0)
-            )
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            made = (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor))
+            sizes.append(max((memory.nbytes() for memory in made if memory._cdata not in given), default=0))
             assert len(sizes) <= most, f"{most} operators"
             return out
 

@@ -17,7 +17,7 @@ from regard.kernels.problem import chunk_rows
 from regard.linear._shared import repeat_heads, widened
 from regard.masks import Mask, full, padding
 from regard.mixers._mixture import MOST, TILE_BYTES, Magnitude, Mixture, Positions, fit, many, moved, precisions
-from regard.pipeline.head_mixer import HeadMixer
+from regard.pipeline.head_mixer import HeadMixer, Projections
 from regard.pipeline.tokens import key_padding, quarantine, spoil
 from regard.tracing import as_it_is, autocasts
 
@@ -177,9 +177,8 @@ class Probabilistic(HeadMixer):
         key_prior: float | None = None,
         own_values: bool = False,
     ) -> None:
-        super().__init__(
-            dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, context_dim=context_dim
-        )
+        own: Projections = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "bias": bias, "context_dim": context_dim}
+        super().__init__(dim, num_heads, **own)
         given: dict[str, Any] = {"key_precision": key_precision, "key_prior": key_prior}
         number(self, above=0, **{name: z for name, z in given.items() if z is not None})
         number(self, least=0, value_precision=value_precision)
