@@ -177,8 +177,8 @@ class Probabilistic(HeadMixer):
         key_prior: float | None = None,
         own_values: bool = False,
     ) -> None:
-        own: Projections = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "bias": bias, "context_dim": context_dim}
-        super().__init__(dim, num_heads, **own)
+        kv: Projections = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "bias": bias, "context_dim": context_dim}
+        super().__init__(dim, num_heads, **kv)
         given: dict[str, Any] = {"key_precision": key_precision, "key_prior": key_prior}
         number(self, above=0, **{name: z for name, z in given.items() if z is not None})
         number(self, least=0, value_precision=value_precision)
