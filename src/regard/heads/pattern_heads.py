@@ -48,7 +48,8 @@ P_2: j = i + 1,   P_3: j = i - 1, both fixed;   given with the call: P_0 the sam
         "In a causal layer the head that looks at the next token sees nothing.",
     ),
     verified="third-party",
-    tries={"patterns": {0: -2, 4: 1}, "fixed": (0, 1, 2, 3)},
+    example={"patterns": (-1,)},
+    tries={"patterns": (-2, None, None, None, 1), "fixed": (0, 1, 2, 3)},
     defaults={
         "patterns": "code, heads_per_pattern = 1, in the order of summarization",
         "fixed": "code, those of a fixed offset",
@@ -56,26 +57,34 @@ P_2: j = i + 1,   P_3: j = i - 1, both fixed;   given with the call: P_0 the sam
 )
 
 
-def pattern_mask(patterns: Mapping[int, Mask | int], num_heads: int) -> Mask:
-    """The mask of `num_heads` heads of which some have patterns; the others see all.
+Patterns = Mapping[int, Mask | int] | Sequence[Mask | int | None]
+"""Head -> what it may see, a mask or n for the token n later; or such one after another, None for a head without."""
 
-    Args:
-        patterns: head -> what it may see, a mask or n for the token n later.
 
-    Raises:
-        ValueError, TypeError: heads that there are not, what is no pattern.
-    """
+def by_head(patterns: Patterns, num_heads: int) -> dict[int, Mask | int]:
+    """The patterns by head, refused where they are none or their head is not there."""
     whole("pattern_mask", num_heads=num_heads)
+    if isinstance(patterns, str) or not isinstance(patterns, Mapping | Sequence):
+        wanted = "{head: mask or int}, or a sequence of such"
+        refuse("pattern_mask", "patterns", "has the wrong type", type(patterns).__name__, wanted, error=TypeError)
     if not isinstance(patterns, Mapping):
-        refuse(
-            "pattern_mask", "patterns", "has the wrong type", type(patterns).__name__, "{head: mask}", error=TypeError
-        )
+        patterns = {head: pattern for head, pattern in enumerate(patterns) if pattern is not None}
     for head, pattern in patterns.items():
         whole("pattern_mask", 0, most=num_heads - 1, head=head)
         if not isinstance(pattern, Mask | int) or isinstance(pattern, bool):
             wanted = "a mask, or n for the token n later"
             refuse("pattern_mask", f"patterns[{head}]", "is none", type(pattern).__name__, wanted, error=TypeError)
-    given = [patterns.get(head, full()) for head in range(num_heads)]
+    return dict(patterns)
+
+
+def pattern_mask(patterns: Patterns, num_heads: int) -> Mask:
+    """The mask of `num_heads` heads of which some have patterns; the others see all.
+
+    Raises:
+        ValueError, TypeError: heads that there are not, what is no pattern.
+    """
+    known = by_head(patterns, num_heads)
+    given = [known.get(head, full()) for head in range(num_heads)]
     return per_head([offset(pattern) if isinstance(pattern, int) else pattern for pattern in given])
 
 
@@ -87,8 +96,6 @@ class FixedHeads(Mix):
         heads: which are fixed.
     """
 
-    fixed: Tensor
-
     def __init__(self, num_heads: int, heads: Sequence[int]) -> None:
         super().__init__()
         whole(self, num_heads=num_heads)
@@ -96,12 +103,11 @@ class FixedHeads(Mix):
             refuse(self, "heads", "are none", repr(heads), "a sequence of ints", error=TypeError)
         for head in heads:
             whole(self, 0, most=num_heads - 1, heads=head)
-        self.heads = tuple(heads)
-        which = torch.tensor([head in self.heads for head in range(num_heads)])
-        self.register_buffer("fixed", which[:, None, None], persistent=False)
+        self.num_heads, self.heads = num_heads, tuple(heads)
 
     def forward(self, z: Float[Tensor, "B H t s"], rows: Rows) -> Float[Tensor, "B H t s"]:
-        return z.masked_fill(self.fixed, 0.0)
+        fixed = torch.tensor([head in self.heads for head in range(self.num_heads)], device=z.device)
+        return z.masked_fill(fixed[:, None, None], 0.0)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -109,21 +115,25 @@ class FixedHeads(Mix):
 
 @CARD.fills()
 def pattern_heads(
-    num_heads: int, *, patterns: Mapping[int, Mask | int] | None = None, fixed: Sequence[int] | None = None
+    num_heads: int, *, patterns: Patterns | None = None, fixed: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """The mask of the heads with patterns, and what makes the weights of some even.
 
     Args:
-        patterns: head -> what it may see, a mask or n for the token n later; default {2: 1, 3: -1}. Others see what
-            the mask of the call allows: give it `pattern_mask` of the ids.
+        patterns: head -> what it may see, a mask or n for the token n later; or such one after another, None for a
+            head without. Default {2: 1, 3: -1}. All others see what the mask of the call allows: give it
+            `pattern_mask` of the ids.
         fixed: heads without scores, with even weights over what they may see; default those of an n.
     """
     if patterns is None:
         if num_heads < 4:
             refuse("pattern_heads", "num_heads", "is too small", num_heads, "4 at least, or patterns of your own")
         patterns = {2: 1, 3: -1}
-    mask = pattern_mask(patterns, num_heads)
+    known = by_head(patterns, num_heads)
     if fixed is None:
-        fixed = [head for head, pattern in patterns.items() if isinstance(pattern, int)]
-    parts: dict[str, Any] = {"mask": mask} if patterns else {}
-    return {**parts, "score_mix": FixedHeads(num_heads, fixed)} if len(fixed) else parts
+        fixed = [head for head, pattern in known.items() if isinstance(pattern, int)]
+    mixes = FixedHeads(num_heads, fixed)
+    return {
+        **({"mask": pattern_mask(known, num_heads)} if known else {}),
+        **({"score_mix": mixes} if mixes.heads else {}),
+    }

@@ -99,4 +99,4 @@ def segments(
     number = ends.cumsum(-1) - ends.long()  # how many ends stand before: a token's own end is that one
     opened = torch.nn.functional.pad(torch.where(ends, begins, 0), (1, 0))[:, :-1].cummax(-1).values
     inside = (begins > opened) & (number < ends.sum(-1, keepdim=True))
-    return documents(number) & padding(inside)
+    return documents(number.where(inside, -1)) & padding(inside)

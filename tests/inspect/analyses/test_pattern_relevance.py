@@ -41,7 +41,7 @@ def test_a_pattern_is_found_where_it_was_put() -> None:
     model = weights_of([torch.nonzero(row).flatten().tolist() for row in where], pattern)
     got = pattern_relevance(model, pattern)
     assert got.chance.item() == pytest.approx(1 / 12)
-    close(got.relevance[where], torch.ones(3))
+    close(got.relevance[where], torch.ones(3, dtype=torch.float64))
     assert got.relevance[~where].sub(1 / 12).abs().max() < 0.1
     assert got.significance(where) > 5
     assert got.significance(where.roll(1, 1)).abs() < 3
@@ -50,9 +50,9 @@ def test_a_pattern_is_found_where_it_was_put() -> None:
 def weights_of(heads: list[list[int]], pattern: masks.Mask) -> list[torch.Tensor]:
     """The weights of layers in which these heads have the pattern."""
     torch.manual_seed(0)
-    x, found = torch.randn(4, 12, 32), []
+    x, found = torch.randn(4, 12, 32, dtype=torch.float64), []
     for given in heads:
-        layer = regard.create("pattern_heads", dim=32, num_heads=8, patterns={})
+        layer = regard.create("pattern_heads", dim=32, num_heads=8, patterns={}).double()
         with torch.no_grad():
             found += trace(layer, {"x": x, "mask": pattern_mask(dict.fromkeys(given, pattern), 8)}).maps()
     return found

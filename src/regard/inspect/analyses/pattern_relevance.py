@@ -96,7 +96,7 @@ def pattern_relevance(
     counts = keep.sum(-1)
     if not bool(counts.all()):
         refuse(who, "valid", "marks no token of an input", counts.tolist(), "one at least of each")
-    rows = (keep / counts[:, None]).to(maps.dtype)
+    rows = keep.to(maps.dtype) / counts[:, None]
     shares = torch.einsum("lbhij,bij,bi->lh", maps, holds.to(maps.dtype), rows) / B
     chance = (holds.sum(-1) * rows).sum(-1) / counts
     return PatternRelevance(shares, chance.mean())
