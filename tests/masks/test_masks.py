@@ -85,7 +85,7 @@ RULES = {
     "offset(2)": (masks.offset(2), lambda b, h, i, j: j == i + 2),
     "offset(-1)": (masks.offset(-1), lambda b, h, i, j: j == i - 1),
     "queries(<2x10>)": (masks.queries(KEEP), lambda b, h, i, j: 0 <= i < 10 and bool(KEEP[b, i])),
-    "documents(<2x10>) & ~offset(0) | queries(<2x10>)": (
+    "(documents(<2x10>) & ~offset(0)) | queries(<2x10>)": (
         masks.same_token(IDS),
         lambda b, h, i, j: 0 <= i < 10 and (i not in ({5}, {9})[b]) <= (i != j and _same(IDS[b], i, j)),
     ),

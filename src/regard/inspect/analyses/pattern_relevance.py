@@ -1,4 +1,4 @@
-"""Pattern relevance: how much of its attention each head spends on the pairs that a stated pattern allows.
+"""Pattern relevance: how much of its attention each head spends on the pairs of a stated pattern.
 
 People look at the maps of important heads (`head_importance`), state a pattern, and keep it where important heads
 spend more on it than others do. `regard.heads.pattern_heads` then gives it to a model.
