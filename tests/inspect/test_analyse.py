@@ -82,7 +82,7 @@ CASES = {
     "offset_heads": Case(
         "vit", lambda t, f: f(t.maps(), grid=(3, 3), extra_tokens=1, threshold=0.2), {"threshold": 0.2}
     ),
-    "pattern_relevance": Case("bert", lambda t, f: f(t.maps(), masks.offset(1)), {"pattern": masks.offset(1)}),
+    "pattern_relevance": Case("bert", lambda t, f: f(t.maps(), masks.offset(1)), {"pattern": lambda: masks.offset(1)}),
     "rank_sweep": Case(
         "bert",
         lambda t, f: f(*POINTS, ranks=[1, 2], heads=[3]),

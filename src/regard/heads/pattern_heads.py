@@ -61,7 +61,7 @@ Patterns = Mapping[int, Mask | int] | Sequence[Mask | int | None]
 """Head -> what it may see, a mask or n for the token n later; or such one after another, None for a head without."""
 
 
-def by_head(patterns: Patterns, num_heads: int) -> dict[int, Mask | int]:
+def _by_head(patterns: Patterns, num_heads: int) -> dict[int, Mask | int]:
     """The patterns by head, refused where they are none or their head is not there."""
     whole("pattern_mask", num_heads=num_heads)
     if isinstance(patterns, str) or not isinstance(patterns, Mapping | Sequence):
@@ -83,7 +83,7 @@ def pattern_mask(patterns: Patterns, num_heads: int) -> Mask:
     Raises:
         ValueError, TypeError: heads that there are not, what is no pattern.
     """
-    known = by_head(patterns, num_heads)
+    known = _by_head(patterns, num_heads)
     given = [known.get(head, full()) for head in range(num_heads)]
     return per_head([offset(pattern) if isinstance(pattern, int) else pattern for pattern in given])
 
@@ -129,7 +129,7 @@ def pattern_heads(
         if num_heads < 4:
             refuse("pattern_heads", "num_heads", "is too small", num_heads, "4 at least, or patterns of your own")
         patterns = {2: 1, 3: -1}
-    known = by_head(patterns, num_heads)
+    known = _by_head(patterns, num_heads)
     if fixed is None:
         fixed = [head for head, pattern in known.items() if isinstance(pattern, int)]
     mixes = FixedHeads(num_heads, fixed)
