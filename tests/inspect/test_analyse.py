@@ -12,7 +12,7 @@ from tests.inspect.hosts import HOSTS, made
 from torch import Tensor
 
 import regard
-from regard import catalog
+from regard import catalog, masks
 from regard.cards import Card, Paper, _registry
 from regard.inspect import analyses
 from regard.inspect.analyses.attention_distance import attention_distance
@@ -82,6 +82,7 @@ CASES = {
     "offset_heads": Case(
         "vit", lambda t, f: f(t.maps(), grid=(3, 3), extra_tokens=1, threshold=0.2), {"threshold": 0.2}
     ),
+    "pattern_relevance": Case("bert", lambda t, f: f(t.maps(), masks.offset(1)), {"pattern": lambda: masks.offset(1)}),
     "rank_sweep": Case(
         "bert",
         lambda t, f: f(*POINTS, ranks=[1, 2], heads=[3]),

@@ -82,6 +82,13 @@ RULES = {
     "window(4, ahead=2)": (masks.window(4, ahead=2), lambda b, h, i, j: i - j < 4 and j - i < 2),
     "dilated(2, 3)": (masks.dilated(2, 3), lambda b, h, i, j: abs(i - j) < 6 and abs(i - j) % 3 == 0),
     "dilated(3, 1)": (masks.dilated(3, 1), lambda b, h, i, j: abs(i - j) < 3),
+    "offset(2)": (masks.offset(2), lambda b, h, i, j: j == i + 2),
+    "offset(-1)": (masks.offset(-1), lambda b, h, i, j: j == i - 1),
+    "queries(<2x10>)": (masks.queries(KEEP), lambda b, h, i, j: 0 <= i < 10 and bool(KEEP[b, i])),
+    "(documents(<2x10>) & ~offset(0)) | queries(<2x10>)": (
+        masks.same_token(IDS),
+        lambda b, h, i, j: 0 <= i < 10 and (i not in ({5}, {9})[b]) <= (i != j and _same(IDS[b], i, j)),
+    ),
     "strided(3)": (masks.strided(3), lambda b, h, i, j: abs(i - j) % 3 == 0),
     "strided(1)": (masks.strided(1), lambda b, h, i, j: True),
     "blocks(3)": (masks.blocks(3), lambda b, h, i, j: i >= 0 and int(i / 3) == int(j / 3)),

@@ -11,6 +11,7 @@ from regard.masks.patterns import (
     full,
     near_blocks,
     nothing,
+    offset,
     strided,
     window,
 )
@@ -20,6 +21,7 @@ from regard.masks.shifted import multi_window, shifted_chunks, shifted_dilated, 
 from regard.masks.structured import block_causal, block_diffusion, global_tokens, shared_prefix, tree
 from regard.masks.tensors import dense, documents, packed, padding, per_head, predicate, prefix
 from regard.masks.tiling import tile_cost
+from regard.masks.words import queries, same_token, segments
 
 __all__ = [
     "BlockLayout",
@@ -41,11 +43,15 @@ __all__ = [
     "near_blocks",
     "neighborhood",
     "nothing",
+    "offset",
     "packed",
     "padding",
     "per_head",
     "predicate",
     "prefix",
+    "queries",
+    "same_token",
+    "segments",
     "shared_prefix",
     "shifted_chunks",
     "shifted_dilated",

@@ -1,6 +1,7 @@
 """The built-in masks that are made of numbers alone: equal numbers, equal masks."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -102,6 +103,12 @@ def dilated(size: int, dilation: int) -> Mask:
 def strided(stride: int) -> Mask:
     """i - j a multiple of stride."""
     return Diagonals(math.inf, math.inf, integer("strided: stride", stride), f"strided({stride})")
+
+
+def offset(n: int) -> Mask:
+    """j == i + n: every query sees one key, n tokens later (earlier where n < 0); those without one see nothing."""
+    integer("offset: n", n, least=-sys.maxsize)
+    return Diagonals(-n, n, 1, f"offset({n})")
 
 
 @dataclass(frozen=True, repr=False)
