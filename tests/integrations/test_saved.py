@@ -231,6 +231,7 @@ MASKS = [
     masks.shifted_dilated(4, 2, [0, 1]),
     masks.near_blocks(2),
     EveryRow(masks.window(3), 1, 0),
+    masks.queries(torch.arange(6) % 2 == 0),
 ]
 
 

@@ -18,7 +18,7 @@ from regard import masks
 from regard.catalog import card, cards, told_each
 from regard.checks import choice, refuse, whole
 from regard.integrations.slots import Parts
-from regard.masks import Mask, algebra, grids, patterns, rows, selection, shifted, structured, varlen
+from regard.masks import Mask, algebra, grids, patterns, rows, selection, shifted, structured, varlen, words
 from regard.masks import tensors as held
 from regard.rooms import FAMILIES
 from regard.shapes import HeadShape
@@ -117,6 +117,7 @@ _NUMBERS: dict[type[Mask], dict[str, str]] = {
         "keys": "length",
     },
     held.Kept: {"keep": "tensor"},
+    words.Queries: {"which": "tensor"},
     held.Lengths: {"n": "tensor", "words": "words"},
     held.Dense: {"tensor": "tensor"},
     selection.Chosen: {"tiles": "tensor", "T": "length", "S": "length", "block": "block"},
@@ -130,6 +131,7 @@ _AGAIN: dict[type[Mask], Callable[..., Mask]] = {
     structured.GlobalPlaces: lambda places: masks.global_tokens(places),
     structured.Tree: lambda parents, prefix: masks.tree(parents, prefix=prefix),
     held.Kept: lambda keep: masks.padding(keep),
+    words.Queries: lambda which: masks.queries(which),
     held.Lengths: lambda n, words: held.Lengths(masks.prefix(n).n, words),  # type: ignore[attr-defined]
     held.Dense: lambda tensor: masks.dense(tensor),
     selection.Chosen: lambda tiles, T, S, block: masks.chosen(tiles, T, S, tuple(block)),

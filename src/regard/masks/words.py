@@ -95,7 +95,7 @@ def segments(
     if begin == end:
         refuse("segments", "begin, end", "are one token", begin, "two different ones")
     ids = ids if ids.ndim == 2 else ids[None]
-    begins, ends = (ids == begin).cumsum(-1), ids == end
+    begins, ends = ids.eq(begin).cumsum(-1), ids.eq(end)  # type: ignore[arg-type]
     number = ends.cumsum(-1) - ends.long()  # how many ends stand before: a token's own end is that one
     opened = torch.nn.functional.pad(torch.where(ends, begins, 0), (1, 0))[:, :-1].cummax(-1).values
     inside = (begins > opened) & (number < ends.sum(-1, keepdim=True))

@@ -113,7 +113,7 @@ def _pairs(pattern: Mask | Tensor, B: int, T: int, device: torch.device) -> Bool
             )
         return pattern.dense(T, device=device)[:, 0]
     if not isinstance(pattern, Tensor) or pattern.dtype != torch.bool:
-        got = pattern.dtype if isinstance(pattern, Tensor) else type(pattern).__name__
+        got = str(pattern.dtype) if isinstance(pattern, Tensor) else type(pattern).__name__
         refuse("pattern_relevance", "pattern", "is none", got, wanted, error=TypeError)
     if pattern.ndim != 3 or pattern.shape[0] not in (1, B) or pattern.shape[1:] != (T, T):
         refuse("pattern_relevance", "pattern", "has the wrong shape", tuple(pattern.shape), f"({B}, {T}, {T})")
