@@ -122,7 +122,11 @@ def read_by(counts: Int[Tensor, "*b G"], heads: int) -> Int[Tensor, "*b H"]:
 
 def handed_out(z: Float[Tensor, "B G S D"], which: Int[Tensor, "*b H"]) -> Float[Tensor, "B H S D"]:
     """Each query head's own copy of what it reads."""
-    return z.index_select(1, which) if which.dim() == 1 else z.take_along_dim(which[..., None, None], 1)
+    return (
+        z.index_select(1, which)
+        if which.dim() == 1
+        else z.gather(1, which[..., None, None].expand(-1, -1, *z.shape[2:]))
+    )
 
 
 def pooled_heads(weight: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:

@@ -61,7 +61,11 @@ Noise = Literal["fixed", "drawn"]
 def moments(z: Float[Tensor, "*B H T D"], keep: Bool[Tensor, "B T"] | None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance over (real) tokens and channels."""
     T, D = z.shape[-2:]
-    n = torch.as_tensor(T * D, device=z.device) if keep is None else keep.sum(-1)[:, None, None, None] * D
+    n = (
+        torch.full((), T * D, device=z.device, dtype=torch.long)
+        if keep is None
+        else keep.sum(-1)[:, None, None, None] * D
+    )
 
     def summed(z: Tensor) -> Tensor:
         return (z if keep is None else z.masked_fill(~keep[:, None, :, None], 0)).sum((-2, -1), keepdim=True)

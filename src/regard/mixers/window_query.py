@@ -64,7 +64,7 @@ def window_mean(
 ) -> Float[Tensor, "B T M"]:
     """The mean of real tokens among the `window` up to each of the `last` ones (default all); 0 where none is."""
     B, S = x.shape[:2]
-    T, L = S if last is None else last, min(window, S)
+    T, L = S if last is None else last, window if torch.compiler.is_compiling() else min(window, S)
     keep = x.new_ones(B, S, dtype=torch.bool) if keep is None else keep
     x = F.pad(x.masked_fill(~keep[..., None], 0), (0, 0, L, 0))
     real = F.pad(keep.to(x.dtype), (L, 0))
@@ -129,7 +129,8 @@ class WindowQueryAttention(nn.Module):
         n = self.norm(mean)
         mask = causal() if keep is None else causal() & padding(keep)
         dropout = self.dropout if self.training else 0.0
-        out = attention(self._split(self.q_proj(n)), k, v, mask=mask, dropout=dropout).transpose(1, 2).flatten(2)
+        q = self._split(self.q_proj(n))
+        out = attention(q, k.to(q.dtype), v.to(q.dtype), mask=mask, dropout=dropout).transpose(1, 2).flatten(2)
         return out + n.to(out.dtype)
 
     def init_state(
