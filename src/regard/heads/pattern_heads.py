@@ -31,11 +31,12 @@ P_2: j = i + 1,   P_3: j = i - 1, both fixed;   given with the call: P_0 the sam
         ),
     ),
     traits={"nonnegative", "linear_in_values", "head_independent"},
-    cost=Cost("2*B*H*T*S*D", "2*S*G*D"),
+    cost=Cost("2*B*max(1, H - 2)*T*S*D", "2*S*G*D"),
     claim="A fixed head copies the value of the next token exactly, and what needs the same token elsewhere is learned "
     "at once where a head sees those alone: tests/heads/test_pattern_heads.py::test_the_next_value_is_copied, "
     "tests/heads/test_pattern_heads.py::test_a_matching_head_finds_what_occurs_again.",
     differs=(
+        "The cost is that of two fixed heads, which read one key each; other heads see all.",
         "A query that a pattern leaves without a key gives 0; the code adds -10000 to all keys, and such a query sees "
         "all of them, padding too.",
         "Patterns of token ids come with each call, `mask=pattern_mask({0: masks.same_token(ids), ...}, num_heads)`: a "
