@@ -36,6 +36,7 @@ normalizer="softmax":   softmax_j(alpha_ij^h) in its place""",
     differs=(
         "Shorter sequences are as if later places were hidden: they take the table's first rows and columns.",
         "Causal and streaming forms, padding, grouped values and the softmax are ours.",
+        "Places count from the first token of a row, padding among them: pad on the right.",
         "A ring (no grid) and grids that are no squares are ours; the authors' code has squares.",
         "Variational Monte Carlo, which the paper trains with, is left to libraries of physics; the model that it "
         "trains is `WaveFunction`.",

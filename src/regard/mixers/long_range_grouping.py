@@ -43,6 +43,7 @@ e = conv_3x3(v), depthwise, of each view's map by itself (the inter-view feature
         "Any map whose sides s divides; the code has 14 x 14 written into it.",
         "Tokens may be hidden, and so is what the last view lacks where there are fewer tokens than whole views have: "
         "they are no keys, and zeros for the signature.",
+        "Places on the map count from the first token of a row, padding among them: pad on the right.",
         "bias=False leaves out the output's bias, too, and nothing is dropped from the output.",
         'A layer of views="apart" has no signature; the code keeps the convolution there, unused.',
         "The merger of similar tokens and the decoder to voxels are left out.",

@@ -41,6 +41,7 @@ shift: windows begin floor(w / 2) later, and the tokens before them are one by t
         "The last window may be short; the authors' code takes lengths that all windows divide.",
         "Shifted windows are cut hard, where the authors' code adds -100 to what it rolled around.",
         "A causal layer, packed documents and padding are not the paper's; its decoder sees all and is never padded.",
+        "Windows count from the first token of a row, padding among them: pad on the right.",
         "Left out: the masked autoencoder around it.",
     ),
     verified="third-party",

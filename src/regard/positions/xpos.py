@@ -46,6 +46,7 @@ blockwise causal attention: j <= i and j // w in {i // w - 1, i // w},   w = tra
         "`trained_length` then, it has the same parameters. The code has no such mask.",
         "Positions farther from `centre` than scales can be held are refused (float32: 36,000 at the default b); the "
         "paper's own bound is float16 at 8192.",
+        "The blocks of `trained_length` count from the first token of a row, padding among them: pad on the right.",
         "Bidirectionally, which the paper leaves out, later keys grow with distance as earlier ones fade.",
     ),
     verified="third-party",
