@@ -16,7 +16,7 @@ import regard
 
 TINY: dict[str, dict[str, Any]] = {
     "bias": {"length": 128, "heads": 2},
-    "block_lm": {"lengths": (8,), "batches": (1,), "heads": 1, "new": 5},
+    "block_lm": {"lengths": (8,), "batches": (1,), "heads": 1, "new": 5, "widths": (16,), "steps": 2, "seen": 16},
     "block_sparse": {"length": 256, "heads": 2, "block": 64, "densities": (0.25,)},
     "compiled": {"length": 64},
     "decode": {"lengths": (64, 4096), "least": 1, "seed": 0},
