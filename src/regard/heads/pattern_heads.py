@@ -27,7 +27,7 @@ P_2: j = i + 1,   P_3: j = i - 1, both fixed;   given with the call: P_0 the sam
             "Li, Xiao, Xing, Wang, Murray, Carenini",
             2022,
             "2112.05364",
-            "abstract; official code",
+            "abstract; official code of summarization; that of segmentation by an account and its numbers",
         ),
     ),
     traits={"nonnegative", "linear_in_values", "head_independent"},

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.checks import refuse, tokens, whole
+from regard.checks import tokens
 from regard.kernels.short_conv import Convolved, short_conv
+from regard.linear._shared import first_state, next_tokens
 from regard.masks import Mask, causal, padding
-from regard.pipeline.tokens import key_mask, quarantine, shown, spoil
+from regard.pipeline.tokens import key_mask, quarantine, spoil
 
 
 class Recurrence(nn.Module):
@@ -71,11 +72,7 @@ class Recurrence(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> Any:
         """The state before any token. Its size is the same for every `capacity`; sums are kept in float32 at least."""
-        whole(self, 0, batch_size=batch_size)
-        whole(self, capacity=capacity)
-        weight = next(self.parameters())
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
+        return first_state(self, batch_size, capacity, device, dtype)
 
     def step(
         self, x: Float[Tensor, "B t M"], state: Any, *, mask: Bool[Tensor, "B t"] | None = None
@@ -85,15 +82,7 @@ class Recurrence(nn.Module):
         Args:
             mask: True = a real token, of these t. Hidden ones leave nothing behind.
         """
-        tokens(self, "x", x, self.dim)
-        x = shown(self, x, mask)
-        expected = type(self.empty_state(0, device=x.device, dtype=torch.float32))
-        if not isinstance(state, expected):
-            wanted = f"the {expected.__name__} of init_state"
-            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
-        if state[0].shape[0] != x.shape[0]:
-            refuse(self, "state", "has another batch than x", state[0].shape[0], f"{x.shape[0]} sequences")
-        return self.run(x, state, mask, None)
+        return self.run(next_tokens(self, x, state, mask), state, mask, None)
 
 
 def conv_of_real(

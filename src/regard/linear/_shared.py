@@ -65,6 +65,30 @@ def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     return out[..., :-1] / torch.where(total == 0, 1.0, total)
 
 
+def first_state(
+    layer: Any, batch_size: int, capacity: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Any:
+    """What `init_state` of a layer with `empty_state` gives, in float32 at least; parameters tell what is not told."""
+    whole(layer, 0, batch_size=batch_size)
+    whole(layer, capacity=capacity)
+    weight = next(layer.parameters())
+    wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+    return layer.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
+
+
+def next_tokens(layer: Any, x: Float[Tensor, "B t M"], state: Any, mask: Tensor | None) -> Float[Tensor, "B t M"]:
+    """What `step` of such a layer goes on with: x without its hidden tokens' numbers. Refuses what fits no state."""
+    tokens(layer, "x", x, layer.dim)
+    x = shown(layer, x, mask)
+    expected = type(layer.empty_state(0, device=x.device, dtype=torch.float32))
+    if not isinstance(state, expected):
+        wanted = f"the {expected.__name__} of init_state"
+        refuse(layer, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
+    if state[0].shape[0] != x.shape[0]:
+        refuse(layer, "state", "has another batch than x", state[0].shape[0], f"{x.shape[0]} sequences")
+    return x
+
+
 class RecurrentMixer(HeadMixer):
     """A HeadMixer whose causal form carries a state of constant size. Subclasses give `run` and `empty_state`."""
 
@@ -113,11 +137,7 @@ class RecurrentMixer(HeadMixer):
     ) -> Any:
         """The state before any token. Its size is the same for every `capacity`; sums are kept in float32 at least."""
         self._check_streams()
-        whole(self, 0, batch_size=batch_size)
-        whole(self, capacity=capacity)
-        weight = self.o_proj.weight  # every heir has one, unlike the others
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        return self.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
+        return first_state(self, batch_size, capacity, device, dtype)
 
     def step(
         self, x: Float[Tensor, "B t M"], state: Any, *, mask: Bool[Tensor, "B t"] | None = None
@@ -128,14 +148,7 @@ class RecurrentMixer(HeadMixer):
             mask: True = a real token, of these t. Hidden ones leave nothing behind.
         """
         self._check_streams()
-        tokens(self, "x", x, self.dim)
-        x = shown(self, x, mask)
-        expected = type(self.empty_state(0, device=x.device, dtype=torch.float32))
-        if not isinstance(state, expected):
-            wanted = f"the {expected.__name__} of init_state"
-            refuse(self, "state", "has the wrong type", type(state).__name__, wanted, error=TypeError)
-        if state[0].shape[0] != x.shape[0]:
-            refuse(self, "state", "has another batch than x", state[0].shape[0], f"{x.shape[0]} sequences")
+        x = next_tokens(self, x, state, mask)
         q, k, v = self.split(x, x)
         with as_it_is(q.device):
             out, state = self.run(q, k, v, mask, state)

@@ -40,7 +40,8 @@ a chunk: Z = (I + tril(beta W W^T, -1))^-1 tril(beta W K^T, -1),   scores tril(Q
             "Yang, Shen, Wen, Tan, Mishra, Ren, Panda, Kim",
             2025,
             "2505.16381",
-            "abstract and introduction; the authors' layer and reference (flash-linear-attention)",
+            "abstract and introduction; the authors' layer (flash-linear-attention); their reference by an "
+            "account of it and its numbers",
         ),
     ),
     supports={"causal", "padding", "packed", "gqa", "streaming", "compile"},
