@@ -26,7 +26,7 @@ from regard.kernels.linear_scan import _recur as recur
 from regard.tracing import as_it_is, autocasts, exporting
 
 WHO = "channel_scan"
-FORMS = ("chunked", "parallel", "step")
+FORMS = ("chunked", "parallel", "step", "triton")
 
 
 class Channels(NamedTuple):
@@ -42,7 +42,7 @@ def channel_scan(
     *,
     state: Float[Tensor, "B C"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
-    form: Literal["chunked", "parallel", "step"] = "chunked",
+    form: Literal["chunked", "parallel", "step", "triton"] = "chunked",
 ) -> Channels:
     """h_t from `state` (default zero) to the final state. Several numbers a channel are so many channels: flatten them.
 
@@ -52,9 +52,10 @@ def channel_scan(
     Args:
         decay: logarithms, <= 0, of x's shape.
         starts: True at the first token of each packed document, as in `linear_scan`.
+        form: "triton" runs the kernels of `triton_channels`, on a CUDA device or in Triton's interpreter; only if named.
 
     Raises:
-        ValueError: shapes that don't fit together.
+        ValueError: shapes that don't fit together; a form that can't run here.
     """
     choice(WHO, FORMS, form=form)
     _check(x, decay, state, starts)
@@ -69,6 +70,11 @@ def channel_scan(
     state = y.new_zeros(B, C) if state is None else state.to(wide)
     if T == 0:
         return Channels(x.clone(), state.clone())
+    if form == "triton":
+        from regard.kernels.triton_channels import triton_channels
+
+        out, state = triton_channels(y, g, state)
+        return Channels(out.to(x.dtype), state)
     if T == 1 or form == "step":
         outs = []
         for t in range(T):

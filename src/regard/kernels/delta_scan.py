@@ -40,7 +40,7 @@ from regard.kernels.linear_scan import (
 from regard.tracing import as_it_is, autocasts, exporting
 
 WHO = "delta_scan"
-FORMS = ("chunked", "parallel", "step")
+FORMS = ("chunked", "parallel", "step", "triton")
 
 
 def delta_scan(
@@ -52,7 +52,7 @@ def delta_scan(
     *,
     state: Float[Tensor, "B H K V"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
-    form: Literal["chunked", "parallel", "step"] = "chunked",
+    form: Literal["chunked", "parallel", "step", "triton"] = "chunked",
     chunk: int = CHUNK,
 ) -> Scan:
     """o_t = q_t S_t from `state` (default zero) to the final state. Nothing is scaled, and keys are taken as they come.
@@ -65,10 +65,11 @@ def delta_scan(
             1 - beta.
         decay: logarithms, <= 0.
         starts: True at the first token of each packed document, as in `linear_scan`.
+        form: "triton" runs the kernels of `triton_delta`, on a CUDA device or in Triton's interpreter; only if named.
         chunk: tokens a chunk, in the chunked form.
 
     Raises:
-        ValueError: shapes that don't fit together.
+        ValueError: shapes that don't fit together; a form that can't run here.
     """
     choice(WHO, FORMS, form=form)
     check_scan(WHO, q, k, v, decay, state, starts, chunk)
@@ -88,7 +89,11 @@ def delta_scan(
     if T == 0:
         return Scan((q @ state).to(dtype), state.clone())
     b = beta.to(wide)[..., None]
-    if T == 1 or form == "step":
+    if form == "triton":
+        from regard.kernels.triton_delta import triton_delta
+
+        out, state = triton_delta(q, k, v, b, g, state)
+    elif T == 1 or form == "step":
         out, state = _step(q, k, v, b, g, state)
     else:
         given = q, k, v, b
