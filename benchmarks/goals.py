@@ -54,6 +54,7 @@ GOALS: dict[str, Goal] = {
     "bias": Goal("any score bias, T = 16k, time", 1.3, "SDPA with a ready-made dense bias", "bias"),
     "linear": Goal("causal linear attention, T = 16k", 20, "faster than SDPA causal", "linear", "higher"),
     "linear growth": Goal("causal linear attention, exponent of T in its time", 1.1, "", "linear", unit=""),
+    "scan growth": Goal("scans by chunks, exponent of T in their time, 1k .. 32k", 1.1, "", "linear", unit=""),
     "entmax": Goal("entmax 1.5, forward and backward", 4, "faster than the entmax package", "normalizers", "higher"),
     "paged": Goal("a step over a cache in pages of 16, S = 1k and 16k", 1.0, "the same cache in one piece", "paged"),
     "paged memory": Goal("8 forks of 4k tokens", 7.5, "less memory than 8 copies", "paged", "higher"),

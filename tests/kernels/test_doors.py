@@ -217,7 +217,19 @@ OTHERWISE = {
     ),
 }
 """Those of nodes, or of one query."""
-INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
+INNER = {
+    "check_inputs",
+    "problem",
+    "triton_decode",
+    "triton_scan",
+    "triton_delta",
+    "over",
+    "launch",
+    "call",
+    "able",
+    "decode",
+    "quick",
+}
 INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
 INNER |= {"finite", "posed"}
 """What stands behind those, or is no way to a kernel."""

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.kernels.short_conv import short_conv
+from regard.kernels.short_conv import centred_conv, short_conv
+from regard.laws.agreement import close
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -130,3 +131,16 @@ def test_steps_are_those_of_transformers() -> None:
 def test_what_does_not_fit_is_refused(given: dict[str, Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         short_conv(torch.zeros(1, 5, 3), **{"weight": torch.zeros(3, 4), **given})
+
+
+@pytest.mark.parametrize("taps", [1, 3, 33, 65])
+@pytest.mark.parametrize("T", [1, 31, 32, 70])
+def test_centred_taps_are_torchs_grouped_convolution(taps: int, T: int) -> None:
+    g = torch.Generator().manual_seed(T)
+    x = torch.randn(2, 3, T, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, taps, generator=g, dtype=torch.float64, requires_grad=True)
+    want = F.conv2d(x, weight[:, None, :, None], padding=(taps // 2, 0), groups=3)
+    got = centred_conv(x, weight)
+    close(got, want, "out")
+    for a, b in zip(*(torch.autograd.grad(z.sin().sum(), (x, weight)) for z in (got, want)), strict=True):
+        close(a, b, "gradient")

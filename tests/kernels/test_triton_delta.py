@@ -93,7 +93,10 @@ def test_decays_near_one_and_near_zero(strength: float) -> None:
 def test_forgetting_everything_at_a_documents_start() -> None:
     starts = (torch.arange(20, device=DEVICE) % 7 == 5)[None]
     for scan, given in ((delta_scan, inputs(20, "time")), (delta_scan, inputs(20)), (channel_scan, channels(20, C=3))):
-        forms = [run(lambda form=form, **z: scan(**z, starts=starts, form=form), given) for form in ("triton", "step")]
+        forms = [
+            run(lambda scan=scan, form=form, **z: scan(**z, starts=starts, form=form), given)
+            for form in ("triton", "step")
+        ]
         agree(*forms)
 
 

@@ -52,7 +52,7 @@ def channel_scan(
     Args:
         decay: logarithms, <= 0, of x's shape.
         starts: True at the first token of each packed document, as in `linear_scan`.
-        form: "triton" runs the kernels of `triton_channels`, on a CUDA device or in Triton's interpreter; only if named.
+        form: "triton" runs the kernels of `triton_channels`, on CUDA or in Triton's interpreter; only if named.
 
     Raises:
         ValueError: shapes that don't fit together; a form that can't run here.

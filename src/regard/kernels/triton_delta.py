@@ -128,6 +128,7 @@ def _flops(given: Given) -> int:
 
 
 FORMULAS["regard.triton_delta"] = _flops
-FORMULAS["regard.triton_delta_backward"] = lambda given: _flops(given) + scan._flops(
-    {"q": given["k"], "k": given["k"], "v": given["v"], "g": given["g"], "state": given["state"]}
-)[1]
+FORMULAS["regard.triton_delta_backward"] = (
+    lambda given: _flops(given)
+    + scan._flops({"q": given["k"], "k": given["k"], "v": given["v"], "g": given["g"], "state": given["state"]})[1]
+)

@@ -94,31 +94,53 @@ def fast_attention(
     q, k, v = widened(q, k, v)
     k, v = repeat_heads(k, q.shape[1]), with_ones(repeat_heads(v, q.shape[1]))
 
-    def psi(k: Tensor, kept: Tensor | None) -> Tensor:
-        return hide(monomials(k, order), kept)
+    k, v = hide(k, keep), hide(v, keep)
 
-    def scan(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, begins: Tensor | None, state: Tensor | None) -> Scan:
-        return linear_scan(taylor(q, order), psi(k, kept), v, state=state, starts=begins)
+    def part_of(q: Tensor, k: Tensor, v: Tensor, begins: Tensor | None, state: Tensor | None) -> Scan:
+        if exporting():  # one part of any length
+            return linear_scan(taylor(q, order), monomials(k, order), v, state=state, starts=begins)
+        return _causal_part(q, k, v, begins, state, order)
 
-    def moments(k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
-        return psi(k, kept).mT @ v
+    def moments(k: Tensor, v: Tensor) -> Tensor:
+        return monomials(k, order).mT @ v
 
     outs: list[Tensor] = []
     for part in segments(k.shape[2]):
-        kept = None if keep is None else keep[:, part]
         if causal:
             begins = None if starts is None else starts[:, part]
             qkv = (q[:, :, part], k[:, :, part], v[:, :, part])
-            out, state = lean(scan, *qkv, kept, begins, state, length=k.shape[2])
+            out, state = lean(part_of, *qkv, begins, state, length=k.shape[2])
             outs.append(out)
         else:
-            added = lean(moments, k[:, :, part], v[:, :, part], kept, length=k.shape[2])
+            added = lean(moments, k[:, :, part], v[:, :, part], length=k.shape[2])
             state = added if state is None else state + added
     assert state is not None  # there is at least one part
     if not causal:
         for part in segments(q.shape[2]):
             outs.append(lean(lambda q, m: taylor(q, order) @ m, q[:, :, part], state, length=q.shape[2]))
     return Scan(ratio(torch.cat(outs, 2)), state)
+
+
+def _causal_part(
+    q: Tensor, k: Tensor, v: Tensor, begins: Bool[Tensor, "#B t"] | None, state: Tensor | None, order: int
+) -> Scan:
+    """f of the scores within the part, whose features only the past beyond it is asked with."""
+    z = q @ k.mT
+    weights = (1 + z if order == 1 else 1 + z + z.square() / 2).tril()
+    kept, past = v, state
+    if begins is not None:
+        document = begins.cumsum(1)
+        here = document == document[:, -1:]
+        weights = weights.masked_fill((document[:, :, None] != document[:, None])[:, None], 0.0)
+        kept = hide(v, here)
+        if state is not None:
+            past = state.masked_fill((document[:, -1] > 0)[:, None, None, None], 0.0)
+    out = weights @ v
+    if state is not None:
+        read = taylor(q, order) @ state
+        out = out + (read if begins is None else hide(read, document == 0))
+    added = monomials(k, order).mT @ kept
+    return Scan(out, added if past is None else past + added)
 
 
 def segments(length: int) -> list[slice]:
@@ -137,11 +159,12 @@ def lean(f: Callable[..., Any], *given: Tensor | None, length: int) -> Any:
 
 def monomials(x: Float[Tensor, "B H T D"], order: int) -> Float[Tensor, "B H T K"]:
     """psi: 1, x_a, and x_a x_b for a <= b."""
-    parts = [x.new_ones(*x.shape[:3], 1), x]
+    rows = x.mT.contiguous()  # whole rows of tokens are quicker to gather than single numbers
+    parts = [x.new_ones(*x.shape[:2], 1, x.shape[2]), rows]
     if order == 2:
         a, b = torch.triu_indices(x.shape[3], x.shape[3], device=x.device)
-        parts.append(x[..., a] * x[..., b])
-    return torch.cat(parts, -1)
+        parts.append(rows.index_select(2, a) * rows.index_select(2, b))
+    return torch.cat(parts, 2).mT
 
 
 def taylor(x: Float[Tensor, "B H T D"], order: int) -> Float[Tensor, "B H T K"]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, refuse, whole
 from regard.kernels.check import check_inputs
+from regard.kernels.short_conv import centred_conv
 from regard.linear._shared import repeat_heads
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
@@ -100,11 +101,15 @@ def landmark_values(
     coefficient: Coefficient = "exact",
 ) -> Float[Tensor, "B H m V"]:
     """Z (Bm v), what queries read from each landmark. Queries come scaled; `real` is True at landmarks in use."""
-    a = softmax(q_marks @ k_marks.mT, None if real is None else real[:, None, None])
+    a = _weights(q_marks @ k_marks.mT, real)
     if real is not None:
         a = a.masked_fill(~real[:, None, :, None], 0)
-    b = softmax(q_marks @ k.mT, None if keep is None else keep[:, None, None])
+    b = _weights(q_marks @ k.mT, keep)
     return pseudo_inverse(a, iterations=iterations, coefficient=coefficient) @ (b @ v)
+
+
+def _weights(scores: Float[Tensor, "B H t s"], allowed: Bool[Tensor, "#B s"] | None) -> Float[Tensor, "B H t s"]:
+    return scores.softmax(-1) if allowed is None else softmax(scores, allowed[:, None, None])
 
 
 @checked()
@@ -118,7 +123,10 @@ def nystrom_attention(
     iterations: int = 6,
     coefficient: Coefficient = "exact",
 ) -> Float[Tensor, "B H T V"]:
-    """F Z (Bm v), with landmarks `means @ q` and `means @ k` (`segment_means`). `keep` is True at real tokens."""
+    """F Z (Bm v), with landmarks `means @ q` and `means @ k` (`segment_means`). `keep` is True at real tokens.
+
+    Rows of `means` that are 0 are no landmarks, where `keep` is given.
+    """
     check_inputs(q, k, v)
     wide, m = torch.promote_types(v.dtype, torch.float32), means.shape[1]
     # The inverse multiplies rounding errors: half precision would drown it, under autocast too.
@@ -127,16 +135,18 @@ def nystrom_attention(
         key, value = (repeat_heads(z.to(wide), q.shape[1]) for z in (k, v))
         if keep is not None:
             query, key, value = (z.masked_fill(~keep[:, None, :, None], 0) for z in (query, key, value))
-        means = means.to(wide)
-        real = means.ne(0).any(-1)
-        q_marks, k_marks, held = (means[:, None] @ z for z in (query, key, value))
-        if keep is not None or q.shape[2] > m:
+        means = means.to(wide)[:, None]
+        real = None if keep is None else means[:, 0].ne(0).any(-1)
+        q_marks, k_marks = means @ query, means @ key
+        # Up to m tokens are their own landmarks: reading them directly is softmax attention.
+        if keep is None and q.shape[2] <= m:
+            held = means @ value
+        else:
             options: dict[str, Any] = {"real": real, "keep": keep, "iterations": iterations, "coefficient": coefficient}
-            inverted = landmark_values(q_marks, k_marks, key, value, **options)
-            # Up to m tokens are their own landmarks: reading them directly is softmax attention.
-            few = None if keep is None else (keep.sum(1) <= m)[:, None, None, None]
-            held = inverted if few is None else torch.where(few, held, inverted)
-        return (softmax(query @ k_marks.mT, real[:, None, None]) @ held).to(v.dtype)
+            held = landmark_values(q_marks, k_marks, key, value, **options)
+            if keep is not None:
+                held = torch.where((keep.sum(1) <= m)[:, None, None, None], means @ value, held)
+        return (_weights(query @ k_marks.mT, real) @ held).to(v.dtype)
 
 
 @CARD.module
@@ -195,7 +205,8 @@ class NystromAttention(HeadMixer):
         if self.conv is None or T == 0:
             return out
         values = repeat_heads(v, self.num_heads)
-        return out + self.conv(values if keep is None else values.masked_fill(~keep[:, None, :, None], 0))
+        values = values if keep is None else values.masked_fill(~keep[:, None, :, None], 0)
+        return out + centred_conv(values, self.conv.weight[:, 0, :, 0])
 
 
 @CARD.loads("transformers", "NystromformerSelfAttention")
