@@ -126,7 +126,7 @@ def _chunked(
     else:
         g = in_blocks(g.expand(-1, -1, T, -1), C, 2)
         if g.shape[4] > 1:
-            alike, weights = _per_feature(k, k, g), _per_feature(q, k, g)
+            alike, weights = _per_feature(torch.stack([k, q]), k, g).unbind(0)
         else:
             between = _between(g[..., 0]).exp()
             alike, weights = (k @ k.mT) * between, (q @ k.mT) * between

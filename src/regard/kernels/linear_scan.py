@@ -211,8 +211,9 @@ def _per_feature(
     n = q.shape[-2]
     if n == 1:
         return (q * k).sum(-1, keepdim=True)
-    odd = n % 2
-    q, k, g = (F.pad(z, (0, 0, 0, odd)).unflatten(-2, (2, -1)) for z in (q, k, g))
+    if n % 2:  # F.pad copies even where it adds nothing
+        q, k, g = (F.pad(z, (0, 0, 0, 1)) for z in (q, k, g))
+    q, k, g = (z.unflatten(-2, (2, -1)) for z in (q, k, g))
     inner = _per_feature(q, k, g)
     early, late = g.unbind(-3)
     cross = (q.select(-3, 1) * late.cumsum(-2).exp()) @ (k.select(-3, 0) * _until_end(early).exp()).mT
