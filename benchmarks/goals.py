@@ -48,6 +48,8 @@ GOALS: dict[str, Goal] = {
     ),
     "neighborhood": Goal("2-D neighborhood 7 x 7", 20, "faster than natten", "neighborhood", "higher"),
     "block sparse": Goal("block-sparse at density d", None, "<= 1.1 d + 0.02 of dense SDPA", "block_sparse"),
+    "routing": Goal("chosen by content, T = 8k, density <= 10 %, choosing included", 0.7, "SDPA", "routing"),
+    "routing moba": Goal("the same, MoBA", 0.3, "SDPA", "routing"),
     "patterns": Goal("patterns by head at density d, T = 16k", None, "<= 1.1 d + 0.02 of dense SDPA", "patterns"),
     "bias memory": Goal("any score bias, T = 16k, memory, inference", 59, "below eager", "memory", "higher"),
     "bias memory training": Goal("any score bias, T = 16k, memory, training", 32, "below eager", "memory", "higher"),

@@ -33,6 +33,7 @@ TINY: dict[str, dict[str, Any]] = {
     "paged": {"lengths": (64,), "batches": (1, 2)},
     "patterns": {"length": 512, "heads": 4},
     "plain": {"shape": (1, 2, 64, 16), "calls": 2},
+    "routing": {"length": 256, "side": 16},
     "prefix_tree": {"cases": ((2, 128, 64),)},
     "recompiles": {"lengths": (128, 200)},
     "score_mod": {"length": 128, "heads": 2},

@@ -61,7 +61,9 @@ def test_starting_values() -> None:
     scale = module.log_decay_scale.exp()
     assert 0.01 <= scale.min() < 0.6
     assert 15 < scale.max() <= 16
-    assert torch.equal(module.decay_bias, torch.ones(128))
+    step = torch.nn.functional.softplus(module.decay_bias)
+    assert 0.001 <= step.min() < 0.0015
+    assert 0.07 < step.max() <= 0.1
     assert torch.equal(module.norm_weight, torch.ones(4))
     assert not [name for name, _ in module.named_parameters() if name.endswith("proj.bias")]
 

@@ -77,52 +77,55 @@ def _past(
     p: Problem, tiles: Bool[Tensor, "B H T n"], bk: int
 ) -> tuple[Float[Tensor, "B H T c V"], Float[Tensor, "B H T c"]]:
     """What each query gets from each of its blocks alone, and the log-sum-exp; -inf where it has fewer blocks."""
-    B, H, T, _ = tiles.shape
-    chosen = int(tiles.sum(3).max()) if tiles.numel() else 0
-    if chosen == 0:
+    B, H, T, n = tiles.shape
+    bh, t, block = tiles.flatten(0, 1).nonzero().unbind(1)  # few of all pairs, and those of a query side by side
+    if len(t) == 0:
         return nothing(p, B, H, T, 1, p.v.shape[3]), torch.full((B, H, T, 1), -torch.inf, device="cpu")
-    row, total, walk = _groups(tiles, bk, p.k.shape[2])
-    slot = tiles.cumsum(3) - 1
-    # One slot and one row too many, for what is not chosen.
-    where = torch.full((B, H, T, chosen + 1), total, device="cpu")
-    where.scatter_(3, slot.masked_fill(~tiles, chosen), row.masked_fill(~tiles, total))
-    where = where[..., :chosen]
-    query = torch.zeros(B, H, total + 1, dtype=torch.long, device="cpu")
-    query.scatter_(2, where.flatten(2), torch.arange(T, device="cpu")[:, None].expand(B, H, T, chosen).flatten(2))
-    q = p.q.gather(2, query[..., :total, None].expand(-1, -1, -1, p.q.shape[3]))
-    out, lse = native.with_lse(replace(p, q=q, mask=None), walk)
+    query, group = bh * T + t, bh * n + block
+    slot, most = _places(query, B * H * T)
+    order = group.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order], _ = _places(group[order], B * H * n)
+    size = -(-group.bincount(minlength=B * H * n).view(B * H, n) // GROUP)  # of each group, in blocks of rows
+    row = (size.cumsum(1) - size).flatten()[group] * GROUP + rank
+    total = int(size.sum(1).max()) * GROUP
+    where = torch.full((B * H * T, most), total, device="cpu")  # one row too many, for what is not chosen
+    where[query, slot] = row
+    where = where.view(B, H, T, most)
+    asked = torch.zeros(B * H, total, dtype=torch.long, device="cpu")
+    asked[bh, row] = t
+    q = p.q.gather(2, asked.view(B, H, total, 1).expand(-1, -1, -1, p.q.shape[3]))
+    out, lse = native.with_lse(replace(p, q=q, mask=None), _walk(size, (B, H), bk, p.k.shape[2]))
     lse = torch.cat([lse, lse.new_full((B, H, 1), -torch.inf)], 2).gather(2, where.flatten(2)).view(where.shape)
     at = where.clamp(max=total - 1).flatten(2)[..., None].expand(-1, -1, -1, out.shape[3])
-    out = out.gather(2, at).view(B, H, T, chosen, out.shape[3])
+    out = out.gather(2, at).view(B, H, T, most, out.shape[3])
     return out, lse
 
 
-def _groups(tiles: Bool[Tensor, "B H T n"], bk: int, S: int) -> tuple[Int[Tensor, "B H T n"], int, native.Walk]:
-    """The row of each (query, block) pair among gathered queries, how many rows there are, and the walk over them."""
-    B, H, _, n = tiles.shape
-    count = tiles.sum(2)
-    size = -(-count // GROUP)  # of each group, in blocks of rows
-    start = size.cumsum(2) - size
-    rows = int(size.sum(2).max())
-    row = start[:, :, None] * GROUP + tiles.cumsum(2) - 1
+def _places(sorted_: Int[Tensor, " n"], kinds: int) -> tuple[Int[Tensor, " n"], int]:
+    """The place of each among those of its kind, which stand together, and the largest number of one kind."""
+    count = sorted_.bincount(minlength=kinds)
+    return torch.arange(len(sorted_), device="cpu") - (count.cumsum(0) - count)[sorted_], int(count.max())
+
+
+def _walk(size: Int[Tensor, "BH n"], heads: tuple[int, int], bk: int, S: int) -> native.Walk:
+    """Over gathered queries, `size` blocks of rows for each block of keys."""
+    (B, H), n, rows = heads, size.shape[1], int(size.sum(1).max())
     # Every block of rows sees the pieces of its one block of keys.
     piece = next(w for w in (256, 128, 64, native.PANEL) if bk % w == 0)
     each = bk // piece
     owner = torch.full((B * H, rows), n, device="cpu")
-    pairs = size.flatten(0, 1)
-    block = torch.arange(n, device="cpu").repeat(B * H).repeat_interleave(pairs.flatten())
-    bh = torch.arange(B * H, device="cpu").repeat_interleave(pairs.sum(1))
-    at = torch.arange(len(block), device="cpu") - (pairs.sum(1).cumsum(0) - pairs.sum(1))[bh]
+    block = torch.arange(n, device="cpu").repeat(B * H).repeat_interleave(size.flatten())
+    bh = torch.arange(B * H, device="cpu").repeat_interleave(size.sum(1))
+    at, _ = _places(bh, B * H)
     owner[bh, at] = block
     cols = owner[..., None] * each + torch.arange(min(each, -(-S // piece)), device="cpu")
     stored = cols * piece < S
     row_ptr = torch.nn.functional.pad(stored.sum(2).flatten().cumsum(0), (1, 0))
     cols = cols[stored]
     shape, tile = (B, H, rows, -(-S // piece)), torch.full_like(cols, -1, dtype=torch.int32)
-    walk = native.walk(
-        (GROUP, piece), shape, row_ptr, cols, tile, torch.empty(0, GROUP, piece, dtype=torch.bool, device="cpu")
-    )
-    return row, rows * GROUP, walk
+    empty = torch.empty(0, GROUP, piece, dtype=torch.bool, device="cpu")
+    return native.walk((GROUP, piece), shape, row_ptr, cols, tile, empty)
 
 
 def _choice(p: Problem) -> Chosen | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import divides, flag, whole
 from regard.kernels.linear_scan import Scan
+from regard.linear._recurrence import step_sizes
 from regard.linear._scanned import Past, ScannedMixer
 from regard.linear.deltanet import delta_rule, unit
 from regard.shapes import head_shape
@@ -35,7 +36,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps) * silu(x_t W_z)), each head by itse
     claim="One token may empty the memory, after which nothing before it is read, and what is written again is "
     "replaced: tests/linear/test_gated_deltanet.py::test_forgetting_comes_before_the_error.",
     differs=(
-        "It starts as Qwen3-Next does; the authors' code draws d such that softplus(d) is between 0.001 and 0.1.",
+        "It starts as the authors' code does. transformers' layer has d = 1, from which no memory lasts three tokens.",
     ),
     verified="third-party",
     tries={"num_key_heads": 3},
@@ -99,10 +100,10 @@ class GatedDeltaNet(ScannedMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A between 0.01 and 16, d = 1; the rest as of every such layer."""
+        """A between 0.01 and 16, softplus(d) between 0.001 and 0.1; the rest as of every such layer."""
         super().reset_parameters()
         self.log_decay_scale.uniform_(0.01, 16).log_()
-        nn.init.ones_(self.decay_bias)
+        step_sizes(self.decay_bias)
 
     def told(self, x: Tensor) -> Tensor:
         return torch.cat([self.rate_proj(x), self.decay_proj(x)], -1)

@@ -1,6 +1,5 @@
 """Kimi delta attention: the delta rule on a memory whose features forget each at a rate of its own."""
 
-import math
 from typing import Any, Unpack
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import divides, flag, whole
 from regard.kernels.linear_scan import Scan
+from regard.linear._recurrence import step_sizes
 from regard.linear._scanned import Past, ScannedMixer
 from regard.linear.deltanet import delta_rule, unit
 from regard.linear.gated_deltanet import convolved
@@ -108,7 +108,7 @@ class KimiDeltaAttention(ScannedMixer):
         """A between 1 and 16, and d so that softplus(d) is between 0.001 and 0.1, even in its logarithm."""
         super().reset_parameters()
         self.log_decay_scale.uniform_(1, 16).log_()
-        self.decay_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()
+        step_sizes(self.decay_bias)
 
     def told(self, x: Tensor) -> Tensor:
         return torch.cat([self.rate_proj(x), self.decay_proj(x)], -1)

@@ -4,14 +4,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from regard.masks import Mask, causal
+from regard.masks import Mask, causal, full
 from regard.masks.algebra import And
 from regard.masks.tensors import Kept, Lengths
 
 
 def hides_keys_only(mask: Mask | None) -> bool:
     """Whether the mask is made of causality and padding alone, so that past keys are there for all or for nobody."""
-    return all(part == causal() or isinstance(part, Kept | Lengths) for part in _parts(mask))
+    return all(part in (causal(), full()) or isinstance(part, Kept | Lengths) for part in _parts(mask))
 
 
 def real_keys(mask: Mask | None, S: int, device: torch.device) -> Bool[Tensor, "#B 1 S"] | None:

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard import masks
 from regard.kernels.check import check_inputs
+from regard.masks import Mask
 from regard.pipeline.function import attention
 
 
@@ -36,7 +38,10 @@ def clustered_attention(
     keep: Bool[Tensor, "B S"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H T V"]:
-    """Attention from each cluster's queries to its keys; the mean over the clusters that hold a query, else 0."""
+    """Attention from each cluster's queries to its keys; the mean over the clusters that hold a query, else 0.
+
+    `queries` and `keys` are each cluster's tokens in order of time, as `nearest` gives them.
+    """
     check_inputs(q, k, v)
     (B, H, T, _), C = q.shape, queries.shape[2]
 
@@ -45,17 +50,20 @@ def clustered_attention(
         rows = z.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, z.shape[3]))
         return rows.unflatten(2, index.shape[2:]).flatten(1, 2)
 
-    allowed: Tensor | None = None
-    if causal or keep is not None:
+    mask: Mask | Tensor | None = None
+    if causal and keys is queries and keep is None:
+        mask = masks.causal()  # clusters stand in order of time
+    elif causal or keep is not None:
         last = queries if causal else torch.full_like(queries, k.shape[2])
         allowed = keys[..., None, :] <= last[..., None]
         if keep is not None:
             allowed = allowed & keep[:, None, None].expand(-1, H, C, -1).gather(3, keys)[..., None, :]
+        mask = allowed.flatten(1, 2)
     out = attention(
         gathered(q, queries),
         gathered(k, keys),
         gathered(v, keys),
-        mask=None if allowed is None else allowed.flatten(1, 2),
+        mask=mask,
         scale=scale,
     )
     out = out.unflatten(1, (H, C)).flatten(2, 3)
