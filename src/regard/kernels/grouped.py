@@ -48,6 +48,15 @@ def cost(p: Problem) -> Cost:
     return Cost(products(p, pairs), copied, 150, words, io(p), "native")
 
 
+def apart(p: Problem) -> bool:
+    """Whether neighbouring queries chose so differently that blocks of them would see four times as many keys: then no
+    other kernel need be asked for its price, which takes as long as choosing."""
+    choice = _choice(p)
+    assert choice is not None
+    few = choice.tiles[:, :, : choice.T // GROUP * GROUP].unflatten(2, (-1, GROUP))
+    return few.numel() > 0 and int(few.sum()) * 4 < int(few.any(3).sum()) * GROUP
+
+
 def run(p: Problem) -> Tensor:
     """(B, H, T, V)."""
     if p.q.is_meta:
@@ -58,19 +67,24 @@ def run(p: Problem) -> Tensor:
     bk = choice.block[1]
     tiles = choice.tiles.expand(B, H, T, -1)
     i, first = torch.arange(S - T, S, device="cpu")[:, None], torch.arange(tiles.shape[3], device="cpu") * bk
-    whole = tiles
-    parts = []
-    if isinstance(p.mask, And):  # causal
-        whole = tiles & (first + bk <= i + 1)
-        own = tiles & (first <= i) & (first + bk > i + 1)
-        out, lse = native.with_lse(replace(p, mask=CAUSAL & blocks(bk)))
-        parts.append((out[:, :, :, None], lse.masked_fill(~own.any(3), -torch.inf)[..., None]))
-    parts.insert(0, _past(p, whole, bk))
-    outs, lses = (torch.cat(x, 3) for x in zip(*parts, strict=True))
-    top = lses.detach().amax(3, keepdim=True)
-    weights = (lses - top.masked_fill(top == -torch.inf, 0)).exp()
-    weights = weights / weights.sum(3, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    return (weights[..., None, :] @ outs.to(weights.dtype)).squeeze(3).to(p.v.dtype)
+    if not isinstance(p.mask, And):
+        out, lse = _past(p, tiles, bk)
+        share = _shares(lse)
+        return (share[..., None, :] @ out.to(share.dtype)).squeeze(3).to(p.v.dtype)
+    # Causal: apart from the others goes the block in which a query stands.
+    out, lse = _past(p, tiles & (first + bk <= i + 1), bk)
+    own = tiles & (first <= i) & (first + bk > i + 1)
+    near, near_lse = native.with_lse(replace(p, mask=CAUSAL & blocks(bk)))
+    share = _shares(torch.cat([lse, near_lse.masked_fill(~own.any(3), -torch.inf)[..., None]], 3))
+    past = (share[..., None, :-1] @ out.to(share.dtype)).squeeze(3)
+    return (past + share[..., -1:] * near.to(share.dtype)).to(p.v.dtype)
+
+
+def _shares(lse: Float[Tensor, "B H T c"]) -> Float[Tensor, "B H T c"]:
+    """What each part counts; nothing where all are empty."""
+    top = lse.detach().amax(3, keepdim=True)
+    share = (lse - top.masked_fill(top == -torch.inf, 0)).exp()
+    return share / share.sum(3, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
 
 
 def _past(
@@ -92,14 +106,13 @@ def _past(
     where = torch.full((B * H * T, most), total, device="cpu")  # one row too many, for what is not chosen
     where[query, slot] = row
     where = where.view(B, H, T, most)
-    asked = torch.zeros(B * H, total, dtype=torch.long, device="cpu")
-    asked[bh, row] = t
-    q = p.q.gather(2, asked.view(B, H, total, 1).expand(-1, -1, -1, p.q.shape[3]))
+    asked = torch.arange(0, B * H * T, T, device="cpu")[:, None].repeat(1, total)
+    asked[bh, row] = query
+    q = p.q.flatten(0, 2).index_select(0, asked.flatten()).view(B, H, total, -1)
     out, lse = native.with_lse(replace(p, q=q, mask=None), _walk(size, (B, H), bk, p.k.shape[2]))
     lse = torch.cat([lse, lse.new_full((B, H, 1), -torch.inf)], 2).gather(2, where.flatten(2)).view(where.shape)
-    at = where.clamp(max=total - 1).flatten(2)[..., None].expand(-1, -1, -1, out.shape[3])
-    out = out.gather(2, at).view(B, H, T, most, out.shape[3])
-    return out, lse
+    at = where.clamp(max=total - 1) + torch.arange(0, B * H * total, total, device="cpu").view(B, H, 1, 1)
+    return out.flatten(0, 2).index_select(0, at.flatten()).view(B, H, T, most, -1), lse
 
 
 def _places(sorted_: Int[Tensor, " n"], kinds: int) -> tuple[Int[Tensor, " n"], int]:

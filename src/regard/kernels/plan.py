@@ -171,6 +171,8 @@ def _auto(p: Problem) -> ModuleType:
     if few.banded(p.mask) and p.q.size(2) <= few.MOST and not few.why_not(p):
         return few  # who reads the cache once and needs no more is the cheapest
     if not _plain(p):
+        if p.q.size(2) > few.MOST and not grouped.why_not(p) and grouped.apart(p):
+            return grouped
         return KERNELS[_chosen(p).kernel]
     if p.q.numel() * p.k.size(2) <= few.TINY:
         return sdpa
