@@ -38,6 +38,7 @@ from regard.linear.lln import lln_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.linear.retnet import retention
+from regard.linear.yoso import yoso_attention
 from regard.mixers.combiner import combiner_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
@@ -189,6 +190,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
+    "yoso_attention": yoso_attention,
     "probabilistic_attention": probabilistic_attention,
     "path_attention": lambda q, k, v: path_attention(q, k, v, k, k[..., 0])[0],
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
@@ -219,7 +221,7 @@ OTHERWISE = {
 """Those of nodes, or of one query."""
 INNER = {"check_inputs", "problem", "triton_decode", "triton_scan", "over", "launch", "call", "able", "decode", "quick"}
 INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
-INNER |= {"finite", "posed"}
+INNER |= {"finite", "posed", "sampled_sum"}
 """What stands behind those, or is no way to a kernel."""
 
 

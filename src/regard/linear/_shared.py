@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
@@ -63,6 +63,14 @@ def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     """Weighted sums over the sum of weights; 0 where no weight is left."""
     total = out[..., -1:]
     return out[..., :-1] / torch.where(total == 0, 1.0, total)
+
+
+def value_conv(who: object, heads: int, width: int) -> nn.Conv2d:
+    """A depthwise convolution over tokens, one kernel a head, for values (B, H, T, D)."""
+    whole(who, conv_width=width)
+    if width % 2 == 0:
+        refuse(who, "conv_width", "is even", width, "an odd int, or None")
+    return nn.Conv2d(heads, heads, (width, 1), padding=(width // 2, 0), groups=heads, bias=False)
 
 
 def first_state(
