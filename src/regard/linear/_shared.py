@@ -40,18 +40,20 @@ def feature_attention(
     causal: bool,
     state: Float[Tensor, "B H K V1"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
+    normalise: bool = True,
 ) -> Scan:
     """sum_j w_ij v_j / sum_j w_ij with w_ij = phi_q_i . phi_k_j, in time and memory linear in T and S.
 
     The denominator is one more column of v, full of ones, in the state too. A row whose weights are all 0 gives 0.
+    Not to `normalise` is to leave denominator and column out.
     """
-    v = with_ones(v)
+    v = with_ones(v) if normalise else v
     if causal:
         out, state = linear_scan(phi_q, phi_k, v, decay, state=state, starts=starts)
     else:
         state = over_keys(phi_k.mT, v)
         out = phi_q @ state
-    return Scan(ratio(out), state)
+    return Scan(ratio(out) if normalise else out, state)
 
 
 def with_ones(v: Float[Tensor, "B H S V"]) -> Float[Tensor, "B H S V1"]:
