@@ -131,7 +131,7 @@ class Cosformer(RecurrentMixer):
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: CosformerState | None
     ) -> tuple[Tensor, CosformerState]:
-        first, past = (0, None) if state is None else (state.length, state.sums)
+        first, past = 0 if state is None else state.length, None if state is None else state.sums
         out, sums = cosformer_attention(
             q, k, v, self.max_length, causal=self.causal, keep=keep, eps=self.eps, first=first, state=past
         )

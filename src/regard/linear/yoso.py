@@ -138,7 +138,7 @@ def yoso_attention(
         axes = "#B H m tau D" if fast is None else "#B H 3 P W"
         fits("yoso_attention", axes, {"B": len(q), "H": H, "tau": length, "D": q.shape[3]}, hashes=hashes)
         found = [dense_codes(z, hashes) if fast is None else fast_codes(z, hashes, length, fast) for z in (q, k)]
-        y = sampled_sum(q, k, v, Codes(*found, length), gradient)
+        y = sampled_sum(q, k, v, Codes(found[0], found[1], length), gradient)
     return F.normalize(y, dim=-1, eps=1e-12).to(dtype)
 
 
