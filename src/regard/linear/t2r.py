@@ -32,6 +32,7 @@ out_i = phi_q(q_i) sum_j phi_k(k_j)^T v_j / (phi_q(q_i) . sum_j phi_k(k_j)),   j
         "W is no part of q_proj and k_proj; a trained layer may have them multiplied.",
     ),
     verified="third-party",
+    example={"num_features": 5},
     defaults={
         "bias": "ours",
         "context_dim": "ours, as wide as dim",
