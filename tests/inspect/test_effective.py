@@ -171,6 +171,8 @@ NO_MATRIX = {
     "kdgqa": "heads of values are averaged and dealt out",
     "kdgqa_sequence": "the same",
     "pgqa": "less noise as strong as the outputs themselves",
+    "yoso": "outputs of norm 1",
+    "yoso_e": "the same",
 }
 
 

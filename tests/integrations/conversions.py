@@ -338,6 +338,11 @@ def nystrom(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x), theirs(x)[0]
 
 
+def yoso(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    x = normal(2, 2, 11, M)
+    return ours(x), theirs(x, torch.ones(2, 11))[0]
+
+
 def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(2, 2, 11, M)
     return ours(x), theirs(x)[0]
@@ -482,6 +487,8 @@ def of_transformers(name: str) -> Case:
     if name == "NystromformerSelfAttention":
         more = {"num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7, "inv_coeff_init_option": False}
         return Case(filled(module_of(name, **more)), nystrom)
+    if name == "YosoSelfAttention":
+        return Case(filled(module_of(name, hash_code_len=5, conv_window=3)), yoso)
     if name == "LongformerSelfAttention":
         config = importlib.import_module("transformers").LongformerConfig
         made = config(hidden_size=M, num_attention_heads=H, attention_window=[4], attention_probs_dropout_prob=0.0)

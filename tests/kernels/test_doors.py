@@ -26,6 +26,7 @@ from regard.kernels.triton_decode import decode_batch
 from regard.kernels.two_phase import Shares, two_phase
 from regard.linear.agent import agent_attention
 from regard.linear.conserved_flow import causal_flow_attention, flow_attention
+from regard.linear.cosformer import cosformer_attention
 from regard.linear.deltanet import delta_rule
 from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
@@ -38,6 +39,7 @@ from regard.linear.lln import lln_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.linear.retnet import retention
+from regard.linear.yoso import yoso_attention
 from regard.mixers.combiner import combiner_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
@@ -88,6 +90,7 @@ PAST_IT = {
     "cache/prefix_tree.py": "two_phase",  # of a pool of keys, not of batches of them
     "linear/_shared.py": "linear_scan",
     "linear/conserved_flow.py": "linear_scan",
+    "linear/cosformer.py": "linear_scan",
     "linear/fast.py": "linear_scan",
     "linear/gla.py": "linear_scan",
     "linear/latte.py": "linear_scan",
@@ -181,6 +184,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fast_attention": fast_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
+    "cosformer_attention": lambda q, k, v: cosformer_attention(q, k, v, N),
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),
     "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
     "gated_linear_attention": lambda q, k, v: gated_linear_attention(q, k, v, -torch.ones(B, H, N, D)),
@@ -189,6 +193,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
+    "yoso_attention": yoso_attention,
     "probabilistic_attention": probabilistic_attention,
     "path_attention": lambda q, k, v: path_attention(q, k, v, k, k[..., 0])[0],
     "selective_attention": lambda q, k, v: selective_attention(q, k, v)[0],
@@ -231,7 +236,7 @@ INNER = {
     "quick",
 }
 INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
-INNER |= {"finite", "posed"}
+INNER |= {"finite", "posed", "sampled_sum"}
 """What stands behind those, or is no way to a kernel."""
 
 

@@ -16,6 +16,7 @@ ELEMENTWISE = {
     "fenchel_young": "it works on scores, entry by entry",
     "pointer": "its score adds query and key within a tanh",
     "sentinel": "likewise",
+    "yoso": "its tables are sums",
 }
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {

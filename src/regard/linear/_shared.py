@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.checks import refuse, tokens, whole
 from regard.kernels.linear_scan import Scan, linear_scan
@@ -40,18 +40,20 @@ def feature_attention(
     causal: bool,
     state: Float[Tensor, "B H K V1"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
+    normalise: bool = True,
 ) -> Scan:
     """sum_j w_ij v_j / sum_j w_ij with w_ij = phi_q_i . phi_k_j, in time and memory linear in T and S.
 
     The denominator is one more column of v, full of ones, in the state too. A row whose weights are all 0 gives 0.
+    Not to `normalise` is to leave denominator and column out.
     """
-    v = with_ones(v)
+    v = with_ones(v) if normalise else v
     if causal:
         out, state = linear_scan(phi_q, phi_k, v, decay, state=state, starts=starts)
     else:
         state = over_keys(phi_k.mT, v)
         out = phi_q @ state
-    return Scan(ratio(out), state)
+    return Scan(ratio(out) if normalise else out, state)
 
 
 def with_ones(v: Float[Tensor, "B H S V"]) -> Float[Tensor, "B H S V1"]:
@@ -63,6 +65,14 @@ def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     """Weighted sums over the sum of weights; 0 where no weight is left."""
     total = out[..., -1:]
     return out[..., :-1] / torch.where(total == 0, 1.0, total)
+
+
+def value_conv(who: object, heads: int, width: int) -> nn.Conv2d:
+    """A depthwise convolution over tokens, one kernel a head, for values (B, H, T, D)."""
+    whole(who, conv_width=width)
+    if width % 2 == 0:
+        refuse(who, "conv_width", "is even", width, "an odd int, or None")
+    return nn.Conv2d(heads, heads, (width, 1), padding=(width // 2, 0), groups=heads, bias=False)
 
 
 def first_state(

@@ -4,13 +4,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import checked, choice, refuse, whole
+from regard.checks import checked, choice, whole
 from regard.kernels.check import check_inputs
 from regard.kernels.short_conv import centred_conv
-from regard.linear._shared import repeat_heads
+from regard.linear._shared import repeat_heads, value_conv
 from regard.normalizers.softmax import softmax
 from regard.pipeline.head_mixer import HeadMixer
 from regard.tracing import as_it_is, exporting
@@ -181,13 +181,7 @@ class NystromAttention(HeadMixer):
         choice(self, get_args(Coefficient), coefficient=coefficient)
         self.num_landmarks, self.iterations = num_landmarks, iterations
         self.coefficient: Coefficient = coefficient
-        self.conv: nn.Conv2d | None = None
-        if conv_width is not None:
-            whole(self, conv_width=conv_width)
-            if conv_width % 2 == 0:
-                refuse(self, "conv_width", "is even", conv_width, "an odd int, or None")
-            (H, K), around = (num_heads, conv_width), (conv_width // 2, 0)
-            self.conv = nn.Conv2d(H, H, (K, 1), padding=around, groups=H, bias=False)
+        self.conv = None if conv_width is None else value_conv(self, num_heads, conv_width)
 
     def mix(
         self,
