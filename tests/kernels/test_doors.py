@@ -96,6 +96,7 @@ PAST_IT = {
     "linear/mamba2.py": "linear_scan",
     "linear/lln.py": "linear_scan",
     "linear/retnet.py": "linear_scan",
+    "linear/rwkv6.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
 KERNEL_NAMES = {"linear_scan", "triton_scan", "triton_decode", "two_phase", "with_lse", "scaled_dot_product_attention"}
