@@ -104,7 +104,7 @@ def wkv(
     weight = (written - tops).exp()
     if keep is not None:
         weight = weight.masked_fill(~keep[..., None], 0)
-    given, fades = torch.cat([weight * v, weight], -1), before + lost - tops
+    given, fades = torch.cat([weight * v, weight], -1), (before - tops) + lost
     past = torch.cat([numerator, denominator], -1).to(k.dtype)
     sums, end = channel_scan(given, torch.cat([fades, fades], -1), state=past, starts=starts)
     numerator, denominator = _before(sums, past, starts, 0.0).chunk(2, -1)
