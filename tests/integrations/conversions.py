@@ -435,7 +435,9 @@ def state_module(name: str) -> nn.Module:
     made = importlib.import_module("transformers")
     if name == "xLSTMLayer":
         sizes = {"num_heads": 2, "qk_dim_factor": 0.5, "v_dim_factor": 1.5, "inference_state_dtype": "float64"}
-        return cls(name)(made.xLSTMConfig(hidden_size=M, num_hidden_layers=2, vocab_size=16, **sizes))
+        from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
+
+        return xLSTMLayer(made.xLSTMConfig(hidden_size=M, num_hidden_layers=2, vocab_size=16, **sizes))
     config = made.RwkvConfig(hidden_size=M, attention_hidden_size=20, num_hidden_layers=3, vocab_size=16)
     return cls(name)(config, 1)
 

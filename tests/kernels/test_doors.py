@@ -37,6 +37,7 @@ from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.linformer import linformer_attention
 from regard.linear.lln import lln_attention
+from regard.linear.mlstm import matrix_memory
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.linear.retnet import retention
@@ -99,6 +100,7 @@ PAST_IT = {
     "linear/lln.py": "linear_scan",
     "linear/retnet.py": "linear_scan",
     "linear/gsa.py": "linear_scan",
+    "linear/mlstm.py": "linear_scan",
     "linear/rwkv6.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
@@ -189,6 +191,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),
     "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
     "gated_linear_attention": lambda q, k, v: gated_linear_attention(q, k, v, -torch.ones(B, H, N, D)),
+    "matrix_memory": lambda q, k, v: matrix_memory(q, k, v, *2 * (torch.ones(B, H, N),)),
     "slot_attention": lambda q, k, v: slot_attention(q, k, v, *2 * (-torch.ones(B, H, N, 5),)),
     "retention": lambda q, k, v: retention(q, k, v, -torch.ones(H)),
     "hrr_attention": hrr_attention,

@@ -96,6 +96,11 @@ def wkv6(
     return Scan(out + own, state)
 
 
+def _linear(x: Float[Tensor, "*n I"], layer: nn.Linear) -> Float[Tensor, "*n O"]:
+    """In x's dtype: what decides on decays is not rounded to half precision."""
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
 class RWKV6State(NamedTuple):
     """All the past leaves behind, whatever its length."""
 
@@ -184,16 +189,15 @@ class RWKV6(TimeMixer):
         with as_it_is(x.device):
             (wide,) = widened(x)
             before, last = token_before(wide, state=past, keep=keep, starts=starts)
-            probe = torch.lerp(wide, before, self.mix_x.to(wide.dtype)).to(x.dtype)
-        low = torch.tanh(self.mix_down(probe)).unflatten(-1, (5, -1)).permute(2, 0, 1, 3)
-        shifts = low @ self.mix_up[:, None].to(low.dtype)
-        with as_it_is(x.device):
-            shares = self.mix[:, None, None] + shifts
-            for_w, for_k, for_v, for_r, for_g = torch.lerp(wide, before, shares.to(wide.dtype)).to(x.dtype)
-        faded = self.decay_up(torch.tanh(self.decay_down(for_w)))
+            probe = torch.lerp(wide, before, self.mix_x.to(wide.dtype))
+            low = torch.tanh(_linear(probe, self.mix_down)).unflatten(-1, (5, -1)).permute(2, 0, 1, 3)
+            shares = self.mix[:, None, None] + low @ self.mix_up[:, None].to(low.dtype)
+            mixed = torch.lerp(wide, before, shares.to(wide.dtype))
+            faded = _linear(torch.tanh(_linear(mixed[0], self.decay_down)), self.decay_up)
+            for_k, for_v, for_r, for_g = mixed[1:].to(x.dtype)
         k, v, r, g = self.k_proj(for_k), self.v_proj(for_v), self.r_proj(for_r), self.gate_proj(for_g)
         with as_it_is(x.device):
-            decay = -(widened(faded)[0] + self.log_rate).exp()
+            decay = -(faded + self.log_rate).exp()
             heads = [z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in (r, k, v, decay)]
             out, s = wkv6(heads[0], heads[1], heads[2], heads[3], self.bonus, keep=keep, state=s, starts=starts)
             out = self.normed(out) * F.silu(g)
