@@ -434,7 +434,7 @@ def state_module(name: str) -> nn.Module:
     """Recurrences that know no padding."""
     made = importlib.import_module("transformers")
     if name == "xLSTMLayer":
-        sizes = {"num_heads": 2, "qk_dim_factor": 0.5, "v_dim_factor": 1.5, "inference_state_dtype": "float64"}
+        sizes = {"num_heads": 2, "qk_dim_factor": 0.5, "v_dim_factor": 1.5}
         from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
 
         return xLSTMLayer(made.xLSTMConfig(hidden_size=M, num_hidden_layers=2, vocab_size=16, **sizes))

@@ -129,7 +129,7 @@ def test_keys_are_no_logits() -> None:
 
 
 def test_hidden_tokens_and_documents_anywhere() -> None:
-    layer, x = filled(3, channel_mix=6), normal(1, 1, 9, 6)
+    layer, x = filled(3, channel_mix=6, head_dim=4), normal(1, 1, 9, 6)
     real = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1, 0]]).bool()
     close(layer(x, mask=real)[real].detach(), layer(x[real][None])[0].detach())
     got = layer(x, mask=masks.packed(torch.tensor([0, 3, 5, 7, 9])) & masks.padding(real))
