@@ -1,4 +1,4 @@
-"""Gated slot attention: softmax over a few slots, of which each is a moving average of keys and values."""
+"""Gated slot attention: softmax over a few slots, each a moving average of keys and values."""
 
 import math
 from collections.abc import Callable

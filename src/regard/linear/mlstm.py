@@ -1,4 +1,4 @@
-"""mLSTM: a matrix memory with an exponential input gate and a forget gate, kept in bounds by its running maximum."""
+"""mLSTM: a matrix memory with exponential input gates, kept in bounds by a running maximum."""
 
 import math
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""RWKV-4: each channel takes a mean of its values, by weights that fade at a rate of its own, in a constant state."""
+"""RWKV-4: each channel takes a mean of its values, by weights that fade at a rate of its own."""
 
 import math
 from typing import Any, NamedTuple

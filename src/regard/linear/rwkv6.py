@@ -1,4 +1,4 @@
-"""RWKV-6 (Finch): a memory of a matrix a head, whose features fade and whose inputs mix as every token says."""
+"""RWKV-6: a memory of a matrix a head, whose features fade, and inputs mix, as tokens say."""
 
 from typing import NamedTuple
 
