@@ -166,6 +166,7 @@ NO_MATRIX = {
     "gated_deltanet": "the same",
     "kda": "the same",
     "gla": "the same",
+    "gsa": "the same",
     "retnet": "the same",
     "hrrformer": "weights by how alike values are to what is recalled",
     "kdgqa": "heads of values are averaged and dealt out",

@@ -435,6 +435,18 @@ def recurrent_module(name: str) -> nn.Module:
     return Mixer(config, 0)
 
 
+def state_module(name: str) -> nn.Module:
+    """Recurrences that know no padding."""
+    made = importlib.import_module("transformers")
+    if name == "xLSTMLayer":
+        sizes = {"num_heads": 2, "qk_dim_factor": 0.5, "v_dim_factor": 1.5}
+        from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
+
+        return xLSTMLayer(made.xLSTMConfig(hidden_size=M, num_hidden_layers=2, vocab_size=16, **sizes))
+    config = made.RwkvConfig(hidden_size=M, attention_hidden_size=20, num_hidden_layers=3, vocab_size=16)
+    return cls(name)(config, 1)
+
+
 def deformable_module(name: str) -> nn.Module:
     kind = cls(name)
     stem = name.removesuffix("MultiscaleDeformableAttention")
@@ -450,6 +462,9 @@ def of_transformers(name: str) -> Case:
         return Case(filled(deformable_module(name)), deformable)
     if name in ("MambaMixer", "Mamba2Mixer", "RecurrentGemmaRecurrentBlock"):
         return Case(filled(recurrent_module(name)), recurrent, fp32=True)
+    if name in ("RwkvSelfAttention", "xLSTMLayer"):
+        x = normal(2, 2, T, M)
+        return Case(filled(state_module(name)), lambda ours, theirs: (ours(x), theirs(x)[0]), fp32=True)
     if name == "ConditionalDetrDecoderCrossAttention":
         from transformers import ConditionalDetrConfig
 

@@ -20,6 +20,7 @@ from regard.integrations.timm_attend import attend
 from regard.integrations.torch_mha import MultiheadAttention
 from regard.integrations.transformers_call import read
 from regard.kernels import KERNELS, Problem, choose, execute
+from regard.kernels.column_scan import column_scan
 from regard.kernels.delta_scan import delta_scan
 from regard.kernels.linear_scan import linear_scan
 from regard.kernels.triton_decode import decode_batch
@@ -31,11 +32,13 @@ from regard.linear.deltanet import delta_rule
 from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
 from regard.linear.gla import gated_linear_attention
+from regard.linear.gsa import slot_attention
 from regard.linear.hrr import hrr_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.linformer import linformer_attention
 from regard.linear.lln import lln_attention
+from regard.linear.mlstm import matrix_memory
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.linear.retnet import retention
@@ -99,6 +102,9 @@ PAST_IT = {
     "linear/mamba2.py": "linear_scan",
     "linear/lln.py": "linear_scan",
     "linear/retnet.py": "linear_scan",
+    "linear/gsa.py": "linear_scan",
+    "linear/mlstm.py": "linear_scan",
+    "linear/rwkv6.py": "linear_scan",
 }
 """Who calls a kernel of its own, and which; these kernels ask by themselves."""
 KERNEL_NAMES = {"linear_scan", "triton_scan", "triton_decode", "two_phase", "with_lse", "scaled_dot_product_attention"}
@@ -173,6 +179,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"attention, {name}": lambda q, k, v, n=name: regard.attention(q, k, v, kernel=n) for name in KERNELS},
     "attend": lambda q, k, v: attend(Parts({}), q, k, v, None, scale=1.0),
     "linear_scan": linear_scan,
+    "column_scan": lambda q, k, v: column_scan(q, k, v, -torch.ones(B, H, N, D)),
     "delta_scan": lambda q, k, v: delta_scan(q, k, v, torch.ones(B, H, N)),
     "delta_rule": lambda q, k, v: delta_rule(q, k, v, torch.ones(B, H, N)),
     "agent_attention": lambda q, k, v: agent_attention(q, X[:, :, :2], k, v),
@@ -188,6 +195,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),
     "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
     "gated_linear_attention": lambda q, k, v: gated_linear_attention(q, k, v, -torch.ones(B, H, N, D)),
+    "matrix_memory": lambda q, k, v: matrix_memory(q, k, v, *2 * (torch.ones(B, H, N),)),
+    "slot_attention": lambda q, k, v: slot_attention(q, k, v, *2 * (-torch.ones(B, H, N, 5),)),
     "retention": lambda q, k, v: retention(q, k, v, -torch.ones(H)),
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,

@@ -58,7 +58,7 @@ def channel_scan(
         ValueError: shapes that don't fit together; a form that can't run here.
     """
     choice(WHO, FORMS, form=form)
-    _check(x, decay, state, starts)
+    check_channels(WHO, x, decay, state, starts)
     if autocasts(x.device):
         with as_it_is(x.device):
             return channel_scan(x, decay, state=state, starts=starts, form=form)
@@ -110,20 +110,20 @@ def _chunked(y: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return from_blocks(out, T, 1), state
 
 
-def _check(x: Tensor, decay: Tensor, state: Tensor | None, starts: Tensor | None) -> None:
+def check_channels(who: str, x: Tensor, decay: Tensor, state: Tensor | None, starts: Tensor | None) -> None:
+    """Refuse what no scan of channels can take."""
     if x.dim() != 3 or not x.dtype.is_floating_point:
-        refuse(
-            WHO, "x", "has the wrong shape or dtype", f"{x.dtype} {tuple(x.shape)}", "floats (batch, tokens, channels)"
-        )
+        got = f"{x.dtype} {tuple(x.shape)}"
+        refuse(who, "x", "has the wrong shape or dtype", got, "floats (batch, tokens, channels)")
     if decay.shape != x.shape or not decay.dtype.is_floating_point:
         got = f"{decay.dtype} {tuple(decay.shape)}"
-        refuse(WHO, "decay", "does not fit x", got, f"floats of shape {tuple(x.shape)}")
+        refuse(who, "decay", "does not fit x", got, f"floats of shape {tuple(x.shape)}")
     devices = {z.device for z in (x, decay, state, starts) if z is not None}
     if len(devices) > 1:
-        refuse(WHO, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
+        refuse(who, "tensors", "are on different devices", ", ".join(sorted(map(str, devices))), "one; move them")
     B, T, C = x.shape
     if state is not None:
-        fits(WHO, "B C", {"B": B, "C": C}, state=state)
+        fits(who, "B C", {"B": B, "C": C}, state=state)
     if starts is not None and (starts.dtype != torch.bool or tuple(starts.shape) not in ((1, T), (B, T))):
         got = f"{starts.dtype} {tuple(starts.shape)}"
-        refuse(WHO, "starts", "does not fit x", got, f"bool {(B, T)} or {(1, T)}, True where a document starts")
+        refuse(who, "starts", "does not fit x", got, f"bool {(B, T)} or {(1, T)}, True where a document starts")

@@ -114,6 +114,18 @@ def conv_of_real(
     return Convolved(_taken(out, order.argsort(dim=1)).masked_fill(~keep[..., None], 0), last)
 
 
+def token_before(
+    x: Float[Tensor, "B T C"],
+    *,
+    state: Float[Tensor, "B one C"] | None = None,
+    keep: Bool[Tensor, "B T"] | None = None,
+    starts: Bool[Tensor, "#B T"] | None = None,
+) -> Convolved:
+    """The real token before each one, 0 before the first of a document; and the last, which the next ones need."""
+    taps = x.new_tensor([1.0, 0.0]).expand(x.shape[2], 2)
+    return conv_of_real(x, taps, state=state, keep=keep, starts=starts)
+
+
 def _taken(x: Float[Tensor, "B T C"], at: Tensor) -> Float[Tensor, "B n C"]:
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
 
