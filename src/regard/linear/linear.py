@@ -1,21 +1,25 @@
 """Linear attention: phi(q) . phi(k) in place of exp(q . k), so one sum over keys serves all queries."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.cards import PLAIN, Card, Cost, Paper
+from regard.checks import choice
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan
 from regard.linear._shared import RecurrentMixer, feature_attention, hide, repeat_heads, widened
+from regard.linear.based import taylor_attention
+from regard.pipeline.head_mixer import Projections
 
 CARD = Card(
     "linear",
     equation="""out_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)),   phi(x) = elu(x) + 1
 j <= i when causal
-streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) . z)""",
+streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) . z)
+feature="taylor2":  phi(x) = (1, x, x_a x_b / sqrt(2)) of x = q / sqrt(D) and k, as in `based`""",
     papers=(
         Paper(
             "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
@@ -35,8 +39,10 @@ streaming:  S <- S + phi(k)^T v,   z <- z + phi(k),   out = phi(q) S / (phi(q) .
     verified="reconstructed",
     tasks=("profile",),
     exceptions={"L25": "below -87 exp(k) leaves float32, so gradients through a sum of nothing else are not finite"},
-    defaults={"bias": "ours", "context_dim": "ours, as wide as dim"},
+    defaults={"feature": "paper", "bias": "ours", "context_dim": "ours, as wide as dim"},
 )
+
+Feature = Literal["elu", "taylor2"]
 
 
 def linear_attention(
@@ -75,9 +81,20 @@ class LinearState(NamedTuple):
 
 @CARD.module
 class LinearAttention(RecurrentMixer):
-    """Multi-head linear attention with phi = elu + 1; arguments as of `HeadMixer`."""
+    """Multi-head linear attention.
+
+    Args:
+        dim, num_heads, rest: as of `HeadMixer`.
+        feature: phi, "elu" for elu + 1, or "taylor2", whose weights are exp's Taylor polynomial of second order; its
+            state has 1 + D + D (D + 1) / 2 rows.
+    """
 
     resets = True
+
+    def __init__(self, dim: int, num_heads: int, *, feature: Feature = "elu", **rest: Unpack[Projections]) -> None:
+        super().__init__(dim, num_heads, **rest)
+        choice(self, get_args(Feature), feature=feature)
+        self.feature: Feature = feature
 
     def run(
         self,
@@ -90,9 +107,13 @@ class LinearAttention(RecurrentMixer):
         starts: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
         past = None if state is None else state.sums
-        out, sums = linear_attention(q, k, v, causal=self.causal, keep=keep, state=past, starts=starts)
+        if self.feature == "elu":
+            out, sums = linear_attention(q, k, v, causal=self.causal, keep=keep, state=past, starts=starts)
+        else:
+            out, sums = taylor_attention(q, k, v, causal=self.causal, keep=keep, eps=0.0, state=past, starts=starts)
         return out, LinearState(sums)
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LinearState:
         D = self.head_dim
-        return LinearState(torch.zeros(batch_size, self.num_heads, D, D + 1, device=device, dtype=dtype))
+        rows = D if self.feature == "elu" else 1 + D + D * (D + 1) // 2
+        return LinearState(torch.zeros(batch_size, self.num_heads, rows, D + 1, device=device, dtype=dtype))
