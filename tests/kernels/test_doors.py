@@ -25,6 +25,7 @@ from regard.kernels.linear_scan import linear_scan
 from regard.kernels.triton_decode import decode_batch
 from regard.kernels.two_phase import Shares, two_phase
 from regard.linear.agent import agent_attention
+from regard.linear.based import taylor_attention
 from regard.linear.conserved_flow import causal_flow_attention, flow_attention
 from regard.linear.deltanet import delta_rule
 from regard.linear.efficient import efficient_attention
@@ -179,6 +180,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "combiner_attention": combiner_attention,
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
+    "taylor_attention": taylor_attention,
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),

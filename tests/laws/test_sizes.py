@@ -25,7 +25,7 @@ SIZED = ((49, 97), (48, 96), (49, 121))
 """Pairs to see growth in, which some options allow and others don't; 49 and 121 are squares."""
 OTHERS = {
     "context_dim": "the width of tokens, which go with it",
-    "based.feature_dim": "F features have F^2 / 2 products, each with a row in the state: that is what the paper trades",
+    "based.feature_dim": "a state has a row for each product of two features, which is what the paper trades",
 }
 
 

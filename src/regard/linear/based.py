@@ -18,7 +18,7 @@ from regard.pipeline.head_mixer import Projections
 CARD = Card(
     "based",
     equation="""out_i = sum_j w_ij v_j / (sum_j w_ij + eps),   w_ij = 1 + s + s^2 / 2,   s = q_i . k_j / sqrt(F)
-j <= i when causal;   w_ij = phi(q_i / sqrt(F)) . phi(k_j),   phi(x) = (1, x, x_a x_b / sqrt(2)),   F = 16 features of queries and keys
+w_ij = phi(q_i / sqrt(F)) . phi(k_j),   phi(x) = (1, x, x_a x_b / sqrt(2)),   F = 16;   j <= i when causal
 a model has layers of this and of a small exact window in turn: `regard.models.window_and_based`""",
     papers=(
         Paper(
