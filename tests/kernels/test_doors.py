@@ -32,6 +32,7 @@ from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
 from regard.linear.gla import gated_linear_attention
 from regard.linear.hrr import hrr_attention
+from regard.linear.infini import infini_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.linformer import linformer_attention
@@ -181,6 +182,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
     "taylor_attention": taylor_attention,
+    "infini_attention": lambda q, k, v: infini_attention(q, k, v, torch.zeros(H))[0],
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),

@@ -70,7 +70,7 @@ def all_segments(
     qs, ks, vs = (in_blocks(z, C, 2) for z in (q, k, v))
     at = torch.arange(C, device=q.device)
     rotated = (z.transpose(1, 2).flatten(0, 1) for z in (_turned(qs, at, w), _turned(ks, at, w), vs))
-    out = attention(*rotated, mask=causal()).unflatten(0, (len(q), -1)).transpose(1, 2)
+    out = attention(*rotated, mask=causal()).unflatten(0, (len(q), qs.shape[2])).transpose(1, 2)
     if not one:
         places = torch.arange(qs.shape[2] * C, device=q.device).expand(len(q), -1)
         real = (places < count).unflatten(1, (-1, C))[:, None, :, :, None]
@@ -86,7 +86,10 @@ def all_segments(
 def _memories(phi: Float[Tensor, "B G N C D"], v: Float[Tensor, "B G N C V"], delta: bool) -> Tensor:
     """(B, G, N, D, V1): the memory before each segment."""
     new = phi.mT @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    before = new.cumsum(2) - new
+    if exporting():  # a slice would tie the graph to a length; here a later token can change the last digit
+        before = new.cumsum(2) - new
+    else:
+        before = torch.cat([torch.zeros_like(new[:, :, :1]), new[:, :, :-1].cumsum(2)], 2)
     if not delta:
         return before
     weights = phi / (phi @ before[..., -1:]).clamp(min=LEAST)

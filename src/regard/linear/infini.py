@@ -34,7 +34,10 @@ delta:  v - sigma(k) M / (sigma(k) z) in place of v""",
     ),
     supports={"causal", "padding", "packed", "gqa", "streaming", "compile"},
     traits={"normalised", "nonnegative", "linear_in_values", "shift_invariant", "head_independent"},
-    cost=Cost("B*H*T*D*(2*min(S, segment) + 2*(D + 1))", "2*G*D*(D + 1 + min(S, segment))"),
+    cost=Cost(
+        "B*T*D*(H*(min(S, segment) + 1) + (H + G)*(D + 1)*min(1, max(0, S - segment)))",
+        "2*G*D*(D + 1 + min(S, segment))",
+    ),
     claim="A fact of segments ago is read from a state that has stopped growing: "
     "tests/linear/test_infini.py::test_a_fact_of_segments_ago.",
     differs=(
