@@ -40,6 +40,7 @@ from regard.linear.lln import lln_attention
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.linear.retnet import retention
+from regard.linear.ttt_linear import taught_linear
 from regard.mixers.combiner import combiner_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
@@ -189,6 +190,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "linformer_attention": lambda q, k, v: linformer_attention(q, k, v, torch.ones(16, 2)),
     "gated_linear_attention": lambda q, k, v: gated_linear_attention(q, k, v, -torch.ones(B, H, N, D)),
     "retention": lambda q, k, v: retention(q, k, v, -torch.ones(H)),
+    "taught_linear": lambda q, k, v: taught_linear(q, k, v, torch.ones(B, H, N), torch.ones(B, H, N), None)[0],
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,

@@ -49,7 +49,7 @@ delta:  v - sigma(k) M / (sigma(k) z) in place of v""",
     verified="third-party",
     example={"segment": 5, "gate_init": 0.5},
     defaults={
-        "segment": "paper, by accounts",
+        "segment": "ours, the paper's by accounts",
         "delta": "code, infini-transformer-pytorch",
         "rotary_base": "code, infini-transformer-pytorch",
         "gate_init": "code, infini-transformer-pytorch",
