@@ -171,6 +171,7 @@ NO_MATRIX = {
     "hrrformer": "weights by how alike values are to what is recalled",
     "kdgqa": "heads of values are averaged and dealt out",
     "kdgqa_sequence": "the same",
+    "ttt_linear": "values teach a model that is read through a norm",
     "pgqa": "less noise as strong as the outputs themselves",
     "yoso": "outputs of norm 1",
     "yoso_e": "the same",

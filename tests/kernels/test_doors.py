@@ -26,6 +26,7 @@ from regard.kernels.linear_scan import linear_scan
 from regard.kernels.triton_decode import decode_batch
 from regard.kernels.two_phase import Shares, two_phase
 from regard.linear.agent import agent_attention
+from regard.linear.based import taylor_attention
 from regard.linear.conserved_flow import causal_flow_attention, flow_attention
 from regard.linear.cosformer import cosformer_attention
 from regard.linear.deltanet import delta_rule
@@ -34,6 +35,7 @@ from regard.linear.fast import fast_attention
 from regard.linear.gla import gated_linear_attention
 from regard.linear.gsa import slot_attention
 from regard.linear.hrr import hrr_attention
+from regard.linear.infini import infini_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.linformer import linformer_attention
@@ -42,6 +44,7 @@ from regard.linear.mlstm import matrix_memory
 from regard.linear.nystrom import nystrom_attention
 from regard.linear.performer import performer_attention
 from regard.linear.retnet import retention
+from regard.linear.ttt_linear import taught_linear
 from regard.linear.yoso import yoso_attention
 from regard.mixers.combiner import combiner_attention
 from regard.mixers.grouped import grouped_attention
@@ -189,6 +192,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "combiner_attention": combiner_attention,
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
+    "taylor_attention": taylor_attention,
+    "infini_attention": lambda q, k, v: infini_attention(q, k, v, torch.zeros(H))[0],
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "cosformer_attention": lambda q, k, v: cosformer_attention(q, k, v, N),
@@ -198,6 +203,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "matrix_memory": lambda q, k, v: matrix_memory(q, k, v, *2 * (torch.ones(B, H, N),)),
     "slot_attention": lambda q, k, v: slot_attention(q, k, v, *2 * (-torch.ones(B, H, N, 5),)),
     "retention": lambda q, k, v: retention(q, k, v, -torch.ones(H)),
+    "taught_linear": lambda q, k, v: taught_linear(q, k, v, torch.ones(B, H, N), torch.ones(B, H, N), None)[0],
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,

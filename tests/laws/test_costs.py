@@ -21,6 +21,7 @@ ELEMENTWISE = {
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {
     "fftnet": {"max_length": 1024},
+    "infini": {"segment": 64},
     "linformer": {"max_length": 1024},
     "masked_mixer": {"max_length": 1024},
     "deformable_v2": {"points": 4},

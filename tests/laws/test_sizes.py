@@ -23,7 +23,10 @@ ENOUGH = (96, 97, 100)
 """Beyond the dozen tokens, and the 8 x 8 pixels, of the laws' small inputs."""
 SIZED = ((49, 97), (48, 96), (49, 121))
 """Pairs to see growth in, which some options allow and others don't; 49 and 121 are squares."""
-OTHERS = {"context_dim": "the width of tokens, which go with it"}
+OTHERS = {
+    "context_dim": "the width of tokens, which go with it",
+    "based.feature_dim": "a state has a row for each product of two features, which is what the paper trades",
+}
 
 
 def is_whole(hint: Any) -> bool:
@@ -36,7 +39,10 @@ def options() -> Iterator[tuple[str, str]]:
     for name in regard.mechanisms():
         card = regard.card(name)
         for option in card.options:
-            if is_whole(card.made.signature.parameters[option].annotation) and option not in OTHERS:
+            if (
+                is_whole(card.made.signature.parameters[option].annotation)
+                and not {option, f"{name}.{option}"} & OTHERS.keys()
+            ):
                 yield name, option
 
 

@@ -135,7 +135,7 @@ def _chunked(
     both = torch.cat([b * v, b * since_start], -1)
     new, reads = _solved(b * alike.tril(-1), both).split((v.shape[-1], k.shape[-1]), -1)
     if exporting():
-        before, state = _all_states(new, reads, by_end, keep, state)
+        before, state = all_states(new, reads, by_end, keep, state)
         added = new - reads @ before
         return from_blocks(asking @ before + weights @ added, T, 2), state
     outs = []
@@ -155,7 +155,7 @@ def _solved(lower: Float[Tensor, "*b n n"], right: Float[Tensor, "*b n m"]) -> F
     )
 
 
-def _all_states(
+def all_states(
     new: Tensor, reads: Tensor, by_end: Tensor, keep: Tensor | None, state: Float[Tensor, "B H K V"]
 ) -> tuple[Float[Tensor, "B H N K V"], Float[Tensor, "B H K V"]]:
     """The states before each chunk, and the last one, in one graph for any number of chunks.

@@ -61,9 +61,9 @@ def with_ones(v: Float[Tensor, "B H S V"]) -> Float[Tensor, "B H S V1"]:
     return torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
 
 
-def ratio(out: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
-    """Weighted sums over the sum of weights; 0 where no weight is left."""
-    total = out[..., -1:]
+def ratio(out: Float[Tensor, "B H T V1"], eps: float = 0.0) -> Float[Tensor, "B H T V"]:
+    """Weighted sums over the sum of weights and eps; 0 where no weight is left."""
+    total = out[..., -1:] + eps
     return out[..., :-1] / torch.where(total == 0, 1.0, total)
 
 

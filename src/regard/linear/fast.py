@@ -82,12 +82,17 @@ def fast_attention(
     order: int = 2,
     causal: bool = False,
     keep: Bool[Tensor, "B S"] | None = None,
+    divide: bool = True,
+    eps: float = 0.0,
     state: Float[Tensor, "B H K V1"] | None = None,
     starts: Bool[Tensor, "#B T"] | None = None,
 ) -> Scan:
     """Polynomial attention on q and k as they are (`normalise` comes first), and the moments psi(k)^T [v, 1].
 
     Hand the moments back in as `state` to go on causally. `starts` are those of `linear_scan`, where causal.
+
+    Args:
+        divide: whether sums are divided by the sum of weights and `eps`.
     """
     check_inputs(q, k, v)
     whole("fast_attention", most=2, order=order)
@@ -118,7 +123,8 @@ def fast_attention(
     if not causal:
         for part in segments(q.shape[2]):
             outs.append(lean(lambda q, m: taylor(q, order) @ m, q[:, :, part], state, length=q.shape[2]))
-    return Scan(ratio(torch.cat(outs, 2)), state)
+    out = torch.cat(outs, 2)
+    return Scan(ratio(out, eps) if divide else out[..., :-1], state)
 
 
 def _causal_part(
