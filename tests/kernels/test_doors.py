@@ -31,6 +31,7 @@ from regard.linear.efficient import efficient_attention
 from regard.linear.fast import fast_attention
 from regard.linear.gla import gated_linear_attention
 from regard.linear.hrr import hrr_attention
+from regard.linear.lada import lada_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.linformer import linformer_attention
@@ -179,6 +180,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "combiner_attention": combiner_attention,
     "efficient_attention": efficient_attention,
     "fast_attention": fast_attention,
+    "lada_attention": lambda q, k, v: lada_attention(q, k, v, torch.ones(B, H, N)),
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "lln_attention": lambda q, k, v: lln_attention(q, k, v, 1.0, 1.0),
