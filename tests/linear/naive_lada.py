@@ -23,7 +23,7 @@ def norm(vec, weight=None, bias=None, eps=1e-5):
 def lada_attention(q, k, v, scores, *, keep=None, causal=False):
     """q, k, v (B,H,T,D), scores (B,H,T) before the 1/sqrt(D) -> out (B,H,T,D), a (B,H,T) or (B,H,T,T) if causal.
 
-    keep (B,T): padding out of the softmax; causal: a running softmax average (both inferred in the sheet).
+    keep (B,T): padding out of the softmax; causal: a running softmax average (both inferred; their code has no mask).
     """
     batch, heads, length, d = q.shape
     outs, ws = [], []
@@ -41,7 +41,7 @@ def lada_attention(q, k, v, scores, *, keep=None, causal=False):
 
 
 def mixer(x, p, heads, *, keep=None, causal=False):
-    """Eq. 1-5. x (B,T,M); p: parameters by the sheet's names (to_qkv_weight, ...) -> out (B,T,M), a."""
+    """x (B,T,M); p: parameters by the authors' names (to_qkv_weight, ...) -> out (B,T,M), a."""
     batch, length, _ = x.shape
     rows = [linear(x[b, t], p["to_qkv_weight"], p["to_qkv_bias"]) for b in range(batch) for t in range(length)]
     q, k, v = torch.stack(rows).reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -65,7 +65,7 @@ def each(f, x):
 
 
 def ladaformer(x, p, heads, eps=1e-5):
-    """Eq. 6."""
+    """With two residuals."""
     x = x + mixer(each(lambda r, b: norm(r, p["ln_1_weight"], p["ln_1_bias"], eps), x), under(p, "attn_"), heads)[0]
     return x + each(lambda r, b: mlp(norm(r, p["ln_2_weight"], p["ln_2_bias"], eps), p), x)
 
@@ -77,6 +77,6 @@ def modulated(row, z, p, eps=1e-6):
 
 
 def sm_ladaformer(x, z, p, heads):
-    """Eq. 7, z (B,Z): no second residual."""
+    """z (B,Z): no second residual."""
     x = x + mixer(each(lambda r, b: modulated(r, z[b], under(p, "ln_1_")), x), under(p, "attn_"), heads)[0]
     return each(lambda r, b: mlp(modulated(r, z[b], under(p, "ln_2_")), p), x)
