@@ -51,7 +51,7 @@ W1 x + b1: the head's query; or `width` numbers of a map of its own""",
     exceptions=UNREAD,
     verified="equation",
     example={"max_length": 80},
-    tries={"max_length": ...},
+    tries={"max_length": 90},
     defaults={"max_length": "code", "width": "code, the queries'"},
 )
 
@@ -143,7 +143,7 @@ score[i, j] = a[j mod factor] b[j // factor]      not scaled""",
     exceptions=UNREAD,
     verified="reconstructed",
     example={"max_length": 80, "factor": 8},
-    tries={"max_length": ..., "factor": 5},
+    tries={"max_length": 160, "factor": 5},
     defaults={"max_length": "code", "factor": "ours"},
 )
 

@@ -1,14 +1,14 @@
 """A mixture of Synthesizers, and of plain dot products: their scores, weighed by learned numbers."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost
-from regard.checks import choice, refuse
+from regard.checks import choice, refuse, whole
 from regard.scores.synthesizer import (
     DIFFERS,
     LACKS,
@@ -45,7 +45,7 @@ score_k: q . k / sqrt(D), or that of a Synthesizer""",
     defaults={"parts": "code", "max_length": "code"},
 )
 
-Part = Literal["dot", "dense", "random", "random_fixed", "dense_factorized", "random_factorized"]
+PARTS = ("dot", "dense", "random", "random_fixed", "dense_factorized", "random_factorized")
 
 
 @CARD.fills("score")
@@ -66,15 +66,16 @@ class SynthesizerMix(Score):
         num_heads: int,
         head_dim: int,
         *,
-        parts: Sequence[Part] = ("random", "dot"),
+        parts: Sequence[str] = ("random", "dot"),
         max_length: int = 512,
     ) -> None:
         super().__init__()
         if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts:
-            refuse(self, "parts", "are no names of parts", repr(parts), f"some of {', '.join(get_args(Part))}")
+            refuse(self, "parts", "are no names of parts", repr(parts), f"some of {', '.join(PARTS)}")
         for part in parts:
-            choice(self, get_args(Part), parts=part)
+            choice(self, PARTS, parts=part)
         size = {"max_length": max_length}
+        whole(self, **size)
         build: dict[str, Any] = {
             "dense": lambda: SynthesizerDense(dim, num_heads, head_dim, **size),
             "random": lambda: SynthesizerRandom(num_heads, **size),
@@ -82,7 +83,7 @@ class SynthesizerMix(Score):
             "dense_factorized": lambda: SynthesizerDenseFactorized(num_heads, head_dim, **size),
             "random_factorized": lambda: SynthesizerRandomFactorized(num_heads, **size),
         }
-        self.names = tuple(parts)
+        self.names, self.max_length = tuple(parts), max_length
         self.needs = frozenset({"scores"}) if "dot" in parts else frozenset()
         self.scores = nn.ModuleList(build[part]() for part in parts if part != "dot")
         self.logits = nn.Parameter(torch.empty(len(parts)))
@@ -102,4 +103,4 @@ class SynthesizerMix(Score):
         return out
 
     def extra_repr(self) -> str:
-        return ", ".join(self.names)
+        return f"{', '.join(self.names)}, max_length={self.max_length}"
