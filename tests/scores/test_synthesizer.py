@@ -207,7 +207,8 @@ def test_starting_values() -> None:
     bound(created("random").table, 512, 512)
     fixed = created("random_fixed")
     assert not list(fixed.parameters())
-    bound(fixed.state_dict()["table"], 512, 512)
+    assert torch.equal(fixed.table, fixed.table.bfloat16().float()), "no dtype changes it"
+    assert fixed.table.abs().max().item() == pytest.approx(math.sqrt(6 / 1024), rel=0.02)
     both = created("dense_factorized")
     assert (both.within_weight.shape, both.block_weight.shape) == ((4, 16, 16), (4, 32, 16))
     bound(both.block_weight, 32, 16)

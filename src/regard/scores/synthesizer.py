@@ -31,6 +31,7 @@ DIFFERS = (
 UNREAD = {
     "L43 every_parameter_has_a_gradient": "the layer's map of keys, and of queries where no token is read, goes unused"
 }
+UNSCALED = {"L14 scale": "its scores are no products of queries and keys, and not scaled"}
 
 CARD = Card(
     "synthesizer_dense",
@@ -140,7 +141,7 @@ score[i, j] = a[j mod factor] b[j // factor]      not scaled""",
         "both; the authors' code has no such form.",
         "Both maps read the head's query, as the dense form does in the authors' code.",
     ),
-    exceptions=UNREAD,
+    exceptions=UNREAD | UNSCALED,
     verified="reconstructed",
     example={"max_length": 80, "factor": 8},
     tries={"max_length": 160, "factor": 5},

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost
 from regard.checks import fits, flag, whole
-from regard.scores.synthesizer import DIFFERS, LACKS, PAPER, SUPPORTS, TRAITS, UNREAD, glorot, inside, widened
+from regard.scores.synthesizer import DIFFERS, LACKS, PAPER, SUPPORTS, TRAITS, UNREAD, UNSCALED, glorot, inside, widened
 from regard.stages import Rows, Score
 
 LEANER = "`factored` with normalizer='softmax' is the same layer without maps of queries and keys."
+
+EXCEPTIONS = UNREAD | UNSCALED
 
 CARD = Card(
     "synthesizer_random",
@@ -22,11 +24,11 @@ CARD = Card(
     claim="Weights are the same for every input: "
     "tests/scores/test_synthesizer.py::test_weights_do_not_depend_on_the_input.",
     differs=(DIFFERS[0], "The layer's maps of queries and keys are there and not read; the paper has none.", LEANER),
-    exceptions=UNREAD | {"L14 scale": "its scores are no products of queries and keys, and not scaled"},
+    exceptions=EXCEPTIONS,
     verified="equation",
     example={"max_length": 80},
     tries={"max_length": 90},
-    defaults={"max_length": "code"},
+    defaults={"max_length": "code", "trained": "paper"},
 )
 
 
@@ -51,11 +53,14 @@ class SynthesizerRandom(Score):
             self.table = nn.Parameter(table)
         else:
             self.register_buffer("table", table)
+        self.trained = trained
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Glorot uniform."""
+        """Glorot uniform; a table that is never trained in few digits, so that no dtype changes it."""
         glorot(self.table)
+        if not self.trained:
+            self.table.copy_(self.table.bfloat16())
 
     def forward(self, rows: Rows, scale: float) -> Float[Tensor, "B H t s"]:
         inside(self, rows, self.max_length)
@@ -72,6 +77,7 @@ FIXED = CARD.variant(
     "Fixed random Synthesizer: scores are a table of two places, as it was drawn.",
     preset={"trained": False},
     equation="score[i, j] = R[i, j]      for each head, i, j < max_length; never trained, not scaled",
+    exceptions=EXCEPTIONS,
 )
 
 FACTORIZED = Card(
@@ -86,7 +92,7 @@ FACTORIZED = Card(
     claim="Weights are the same for every input, of scores of low rank: "
     "tests/scores/test_synthesizer.py::test_a_factorized_table_has_low_rank.",
     differs=(DIFFERS[0], "The layer's maps of queries and keys are there and not read; the paper has none."),
-    exceptions=UNREAD | {"L14 scale": "its scores are no products of queries and keys, and not scaled"},
+    exceptions=EXCEPTIONS,
     verified="equation",
     example={"max_length": 80, "rank": 3},
     tries={"max_length": 90},
