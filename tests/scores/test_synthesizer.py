@@ -13,6 +13,8 @@ from regard.laws.agreement import close
 from scores import naive_synthesizer as naive
 
 M, H, D, N = 6, 3, 2, 8
+CARDS = ["synthesizer_dense", "synthesizer_dense_factorized", "synthesizer_random", "synthesizer_random_fixed"]
+CARDS += ["synthesizer_random_factorized", "synthesizer_mix"]
 DENSE = ["dense", "dense_factorized"]
 RANDOM = ["random", "random_fixed", "random_factorized"]
 OWN = {"dense_factorized": {"factor": 2}, "random_factorized": {"rank": 1}}
@@ -24,7 +26,8 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 
 def filled(name: str, **options) -> regard.Attention:
     options = {"max_length": N, "bias": True, **OWN.get(name, {}), **options}
-    layer = regard.create(f"synthesizer_{name}", dim=M, num_heads=H, **options).double().eval()
+    (card,) = (card for card in CARDS if card == f"synthesizer_{name}")
+    layer = regard.create(card, dim=M, num_heads=H, **options).double().eval()
     with torch.no_grad():
         for n, p in enumerate([*layer.parameters(), *layer.buffers()]):
             p.copy_(0.6 * normal(*p.shape, seed=100 + n))

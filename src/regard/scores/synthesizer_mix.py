@@ -39,7 +39,7 @@ score_k: q . k / sqrt(D), or that of a Synthesizer""",
         "Weights are a softmax of as many numbers, by account alone; the authors' code has the sigmoid of one for two "
         "parts, which starts as evenly, and a form that adds them unweighed.",
     ),
-    verified="equation",
+    verified="reconstructed",
     example={"max_length": 80},
     tries={"max_length": 90, "parts": ("dot", "dense", "random_fixed")},
     defaults={"parts": "code", "max_length": "code"},
