@@ -101,6 +101,8 @@ class Stage(nn.Module):
     """Of {"scores", "tokens"}: what it reads of `Rows` beyond q, k and the positions."""
     tied: tuple[str, ...] = ()
     """Names of parameters and submodules that the paper has once for all layers; see `regard.share`."""
+    placed: bool = False
+    """True where it counts places from the first token of a row: packed documents are then run one by one."""
 
     def prepare(self, tokens: Tokens) -> Made:
         """What this stage makes of the tokens, before the pipeline runs; most need nothing."""

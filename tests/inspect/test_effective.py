@@ -168,6 +168,7 @@ NO_MATRIX = {
     "gla": "the same",
     "gsa": "the same",
     "retnet": "the same",
+    "lada": "features of a value weighed by those of its key",
     "hrrformer": "weights by how alike values are to what is recalled",
     "kdgqa": "heads of values are averaged and dealt out",
     "kdgqa_sequence": "the same",

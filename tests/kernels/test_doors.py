@@ -36,6 +36,7 @@ from regard.linear.gla import gated_linear_attention
 from regard.linear.gsa import slot_attention
 from regard.linear.hrr import hrr_attention
 from regard.linear.infini import infini_attention
+from regard.linear.lada import lada_attention
 from regard.linear.lightning import lightning_attention
 from regard.linear.linear import linear_attention
 from regard.linear.linformer import linformer_attention
@@ -53,6 +54,7 @@ from regard.mixers.path import path_attention
 from regard.mixers.probabilistic import probabilistic_attention
 from regard.mixers.selective import selective_attention
 from regard.mixers.sparse_correction import delta_attention
+from regard.mixers.triadic import triadic_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
 from regard.stages import HeadMap
@@ -194,6 +196,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fast_attention": fast_attention,
     "taylor_attention": taylor_attention,
     "infini_attention": lambda q, k, v: infini_attention(q, k, v, torch.zeros(H))[0],
+    "lada_attention": lambda q, k, v: lada_attention(q, k, v, torch.ones(B, H, N)),
     "lightning_attention": lambda q, k, v: lightning_attention(q, k, v, torch.ones(H)),
     "linear_attention": linear_attention,
     "cosformer_attention": lambda q, k, v: cosformer_attention(q, k, v, N),
@@ -232,6 +235,7 @@ OTHERWISE = {
     "decode_batch": lambda q, k, v: decode_batch(q[..., 0, :], k, v, torch.full((B,), 4)),
     "two_phase": lambda q, k, v: two_phase(q[0].transpose(0, 1), k[0], v[0], Shares([], []), scale=1.0),
     "edge_attention": lambda q, k, v: edge_attention(*(z[0].transpose(0, 1) for z in (q, k, v)), *edges(H, D)),
+    "triadic_attention": lambda q, k, v: triadic_attention(q[:, 0], k[:, 0], v[:, 0]),
     "vector_attention": lambda q, k, v: vector_attention(
         q[0, 0], k[0, 0], v[0, 0], edges(D)[0], nn.Identity(), edges()[1]
     ),

@@ -284,7 +284,7 @@ def guesses(card: regard.Card, option: str, now: Any) -> list[Any]:
         found += [now + 1, now - 1, now + 2, 2 * now, now // 2, 3, 2, 1, 0]
     elif isinstance(now, float):
         found += [now / 2, 2 * now, now + 0.25, 0.9, 0.5, 4.0]
-    elif isinstance(now, tuple):
+    elif isinstance(now, tuple) and not any(isinstance(n, str) for n in now):
         found += [tuple(n + by for n in now) for by in (1, -1)]
     elif "float" in kinds:
         found += [0.5, 2.0]

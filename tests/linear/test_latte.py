@@ -42,6 +42,19 @@ def test_equals_the_loops(causal: bool, sizes: tuple[int, ...], hidden: bool) ->
         close(g, w)
 
 
+def test_forwards_where_scores_lie_far_apart() -> None:
+    """torch's own logarithms of running sums lose all digits there; hidden keys come first."""
+    a, b, v = normal(1, 2, 3, 12, 2), normal(2, 2, 3, 12, 2, size=20), normal(3, 2, 3, 12, 4)
+    keep = torch.arange(12) > torch.tensor([[-1], [2]])
+    given, ways = [z.detach() for z in (a, b, v)], [normal(n, *z.shape).detach() for n, z in enumerate((a, b, v), 5)]
+    out = causal_latte_attention(a, b, v, keep=keep)[0]
+    got, forwards = torch.func.jvp(lambda *z: causal_latte_attention(*z, keep=keep)[0], tuple(given), tuple(ways))
+    close(got, out.detach())
+    direction = normal(4, *out.shape).detach()
+    back = torch.autograd.grad((out * direction).sum(), [a, b, v])
+    close((forwards * direction).sum(), sum((g * way).sum() for g, way in zip(back, ways, strict=True)))
+
+
 def test_gradients_where_the_first_keys_are_hidden() -> None:
     """As if the hidden tokens were not there."""
     a, b, v = normal(1, 1, 2, 7, 3), normal(2, 1, 2, 7, 3), normal(3, 1, 2, 7, 4)

@@ -70,6 +70,7 @@ def one_query_of_a_million_keys(s: Subject) -> None:
     float64, and weights that sum to 1 whatever it likes.
     """
     f, generator = formed(s), torch.Generator().manual_seed(3)
+    not_beyond(f, MANY)
     (H, G, D) = f.shape.num_heads, f.shape.num_kv_heads, f.shape.head_dim
     q, k = torch.randn(1, H, 1, D, generator=generator), torch.randn(1, G, MANY, D, generator=generator)
     ones = torch.ones_like(k)
@@ -84,6 +85,13 @@ def one_query_of_a_million_keys(s: Subject) -> None:
         if "normalised" in s.traits and "values" not in changes(f):
             off = float((f(q, k, ones, kernel=kernel).double() - 1).abs().max())
             hold(off <= OFF, f"kernel {kernel}: weights of {MANY} keys sum to 1 up to {off:.2g}")
+
+
+def not_beyond(f: Form, length: int) -> None:
+    """Parts with a table of places end with it."""
+    for part in f.parts.values():
+        if getattr(part, "max_length", length) < length:
+            does_not_apply(f"it takes at most {part.max_length} tokens")
 
 
 def changes(f: Form) -> list[str]:
@@ -177,6 +185,7 @@ def chunks_take_little_memory(s: Subject) -> None:
     The matrix is measured at a quarter of the length, where it takes 1/16.
     """
     f, sizes = formed(replace(s, dim=s.width, heads=1)), {}
+    not_beyond(f, LONG)
     for part in f.parts.values():
         if isinstance(part, nn.Module):
             part.float()

@@ -228,9 +228,10 @@ def moves_freely(s: Subject, module: Any) -> bool:
 
 
 def placed(module: Any) -> bool:
-    """Whether its own mask counts places from the first of a row, padding among them."""
+    """Whether its own mask or a stage counts places from the first of a row, padding among them."""
     mask = getattr(module, "mask", None)
-    return isinstance(mask, Mask) and not mask.is_shift_invariant
+    counts = any(part.placed for part in module.children() if isinstance(part, Stage))
+    return counts or (isinstance(mask, Mask) and not mask.is_shift_invariant)
 
 
 def pairs(batch: int, length: int) -> Tensor:

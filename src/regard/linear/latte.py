@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import checked, whole
+from regard.kernels.channel_scan import channel_scan
 from regard.kernels.linear_scan import linear_scan
 from regard.linear._shared import RecurrentMixer, widened
 from regard.normalizers.softmax import softmax
@@ -99,10 +100,15 @@ def _log_sums(z: Float[Tensor, "B H T L"]) -> Float[Tensor, "B H T L"]:
     """log sum_{s<=t} exp(z_s)."""
     if not transformed(z):
         return z.logcumsumexp(2)
-    # Forwards through backward, torch's (2.13) is wrong behind a -inf; so low a number is as good as that.
-    low = torch.finfo(z.dtype).min / 4
-    sums = z.clamp(min=low).logcumsumexp(2)
-    return sums.masked_fill(sums <= low / 2, -torch.inf)
+    # Forwards, torch's (2.13) is wrong where scores lie far apart, and behind a -inf; so the sums are a scan over what
+    # is relative to the largest score so far, which has no gradient: it cancels.
+    top = z.detach().cummax(2).values
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    before = torch.cat([top[:, :, :1], top[:, :, :-1]], 2)
+    added, decay = ((y.transpose(1, 2).flatten(2)) for y in ((z - top).exp(), (before - top).clamp(max=0)))
+    sums = channel_scan(added, decay).out.unflatten(2, (z.shape[1], -1)).transpose(1, 2)
+    held = sums > 0
+    return torch.where(held, top + torch.where(held, sums, 1.0).log(), -torch.inf)
 
 
 @CARD.module

@@ -108,13 +108,8 @@ def selective_scan(
         again = torch.is_grad_enabled() and any(z.requires_grad for z in (u, dt, a, b, c, state))
         for t in range(0, T, chunk):
             given = [z[:, t : t + chunk] for z in (u, dt, b, c)]
-            part: tuple[Any, ...] = (
-                *given[:2],
-                a,
-                *given[2:],
-                state,
-                None if begin is None else begin[:, t : t + chunk],
-            )
+            begins = None if begin is None else begin[:, t : t + chunk]
+            part: tuple[Any, ...] = (*given[:2], a, *given[2:], state, begins)
             out, state = checkpoint(_chunk, *part, use_reentrant=False) if again else _chunk(*part)
             outs.append(out)
         out = torch.cat(outs, 1)
@@ -138,8 +133,59 @@ class MambaState(NamedTuple):
     """The last inputs of the convolution."""
 
 
+class Selective(nn.Module):
+    """What each direction of a scan has for itself: convolution, choices, rates and skip. `hold` makes the parameters.
+
+    Shapes: u (B, T, I) -> (B, T, I).
+    """
+
+    def hold(self, inner: int, state_dim: int, dt_rank: int, conv_size: int, conv_bias: bool, chunk: int) -> None:
+        self.inner, self.state_dim, self.dt_rank, self.chunk = inner, state_dim, dt_rank, chunk
+        self.taps = nn.Parameter(torch.empty(inner, conv_size))
+        self.taps_bias = nn.Parameter(torch.empty(inner)) if conv_bias else None
+        self.select_weight = nn.Parameter(torch.empty(dt_rank + 2 * state_dim, inner))
+        self.dt_weight = nn.Parameter(torch.empty(inner, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.log_rate = nn.Parameter(torch.empty(inner, state_dim))
+        self.skip = nn.Parameter(torch.empty(inner))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Rates 1 .. N, steps between 0.001 and 0.1, all else 1 or as torch has it; projections reset themselves."""
+        torch_taps(self.taps, self.taps_bias)
+        nn.init.uniform_(self.select_weight, -(self.inner**-0.5), self.inner**-0.5)
+        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        step_sizes(self.dt_bias)
+        self.log_rate.copy_(torch.arange(1.0, self.state_dim + 1, device=self.log_rate.device).log())
+        nn.init.ones_(self.skip)
+
+    def selected(
+        self, u: Tensor, state: MambaState | None, keep: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, MambaState]:
+        """o of what is projected, and the state after it."""
+        s, past = (None, None) if state is None else state
+        u, inputs = conv_of_real(u, self.taps, self.taps_bias, state=past, keep=keep, starts=starts)
+        u = F.silu(u)
+        each = (self.dt_rank, self.state_dim, self.state_dim)
+        d, b, c = F.linear(u, self.select_weight.to(u.dtype)).split(each, -1)
+        dt = F.softplus(F.linear(d, self.dt_weight.to(u.dtype), self.dt_bias.to(u.dtype)))
+        if keep is not None:
+            dt = dt.masked_fill(~keep[..., None], 0)
+        a = -self.log_rate.to(u.dtype).exp()
+        out, s = selective_scan(u, dt, a, b, c, self.skip.to(u.dtype), state=s, starts=starts, chunk=self.chunk)
+        return out, MambaState(s, inputs)
+
+
+def rank(who: object, dim: int, expand: int, state_dim: int, dt_rank: int | None, conv_size: int, chunk: int) -> int:
+    """R, M / 16 rounded up where it isn't told; refuses sizes that are none."""
+    whole(who, dim=dim, expand=expand, state_dim=state_dim, conv_size=conv_size, chunk=chunk)
+    dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
+    whole(who, dt_rank=dt_rank)
+    return dt_rank
+
+
 @CARD.module
-class Mamba(Recurrence):
+class Mamba(Recurrence, Selective):
     """The Mamba token mixer.
 
     Args:
@@ -167,32 +213,13 @@ class Mamba(Recurrence):
         chunk: int = CHUNK,
     ) -> None:
         super().__init__()
-        whole(self, dim=dim, expand=expand, state_dim=state_dim, conv_size=conv_size, chunk=chunk)
-        dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
-        whole(self, dt_rank=dt_rank)
+        dt_rank = rank(self, dim, expand, state_dim, dt_rank, conv_size, chunk)
         flag(self, conv_bias=conv_bias, bias=bias)
-        inner = expand * dim
-        self.dim, self.inner, self.state_dim, self.dt_rank, self.chunk = dim, inner, state_dim, dt_rank, chunk
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
-        self.taps = nn.Parameter(torch.empty(inner, conv_size))
-        self.taps_bias = nn.Parameter(torch.empty(inner)) if conv_bias else None
-        self.select_weight = nn.Parameter(torch.empty(dt_rank + 2 * state_dim, inner))
-        self.dt_weight = nn.Parameter(torch.empty(inner, dt_rank))
-        self.dt_bias = nn.Parameter(torch.empty(inner))
-        self.log_rate = nn.Parameter(torch.empty(inner, state_dim))
-        self.skip = nn.Parameter(torch.empty(inner))
-        self.o_proj = nn.Linear(inner, dim, bias=bias)
+        self.dim = dim
+        self.in_proj = nn.Linear(dim, 2 * expand * dim, bias=bias)
+        self.hold(expand * dim, state_dim, dt_rank, conv_size, conv_bias, chunk)
+        self.o_proj = nn.Linear(expand * dim, dim, bias=bias)
         self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Rates 1 .. N, steps between 0.001 and 0.1, all else 1 or as torch has it; projections reset themselves."""
-        torch_taps(self.taps, self.taps_bias)
-        nn.init.uniform_(self.select_weight, -(self.inner**-0.5), self.inner**-0.5)
-        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        step_sizes(self.dt_bias)
-        self.log_rate.copy_(torch.arange(1.0, self.state_dim + 1, device=self.log_rate.device).log())
-        nn.init.ones_(self.skip)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, inner={self.inner}, state_dim={self.state_dim}, dt_rank={self.dt_rank}"
@@ -203,18 +230,9 @@ class Mamba(Recurrence):
         projected = self.in_proj(x)
         with as_it_is(x.device):
             u, z = widened(projected)[0].chunk(2, -1)
-            s, past = (None, None) if state is None else state
-            u, inputs = conv_of_real(u, self.taps, self.taps_bias, state=past, keep=keep, starts=starts)
-            u = F.silu(u)
-            each = (self.dt_rank, self.state_dim, self.state_dim)
-            d, b, c = F.linear(u, self.select_weight.to(u.dtype)).split(each, -1)
-            dt = F.softplus(F.linear(d, self.dt_weight.to(u.dtype), self.dt_bias.to(u.dtype)))
-            if keep is not None:
-                dt = dt.masked_fill(~keep[..., None], 0)
-            a = -self.log_rate.to(u.dtype).exp()
-            out, s = selective_scan(u, dt, a, b, c, self.skip.to(u.dtype), state=s, starts=starts, chunk=self.chunk)
+            out, state = self.selected(u, state, keep, starts)
             out = (out * F.silu(z)).to(projected.dtype)
-        return self.o_proj(out), MambaState(s, inputs)
+        return self.o_proj(out), state
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> MambaState:
         s, inputs = (batch_size, self.inner, self.state_dim), (batch_size, self.taps.shape[1] - 1, self.inner)

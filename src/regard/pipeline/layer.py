@@ -370,6 +370,7 @@ class Attention(nn.Module):
         """Whether a part groups or mixes neighbouring tokens, which packed documents make of others' tokens, or counts
         places from the first token of a row, where a document has its own."""
         placed = self.mask is not None and not self.mask.is_shift_invariant
+        placed = placed or any(stage.placed for stage in self._stages().values())
         return placed or self.selector is not None or self._halo() > 0
 
     def _reads_tokens(self) -> bool:
