@@ -47,8 +47,7 @@ out_t = g1 o1 + g2 o2 + g3 o3,   (g1, g2, g3) = sigmoid(x_t W_g) in each head"""
     ),
     claim="It costs less than the square of the length, and with all blocks chosen and only their gate open it is full "
     "attention: tests/routing/test_nsa.py::test_four_times_the_tokens_cost_far_less_than_sixteen_times, "
-    "tests/routing/test_nsa.py::test_all_blocks_are_full_attention. Training the brief blocks teaches the choice: "
-    "tests/routing/test_nsa.py::test_training_teaches_which_block_holds_the_needle.",
+    "tests/routing/test_nsa.py::test_all_blocks_are_full_attention.",
     differs=(
         "Defaults are those of flash-linear-attention, whose three branches share keys and values and whose blocks in "
         'brief are means; compress="mlp" and own_kv=True are the paper\'s.',
