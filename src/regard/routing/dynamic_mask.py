@@ -1,4 +1,4 @@
-"""Dynamic mask attention: values say which keys matter; a query sees the w that matter most of those so far.
+"""Dynamic mask attention: values say which keys matter; a query sees the w best of those so far.
 
 What a key scores depends on itself alone, so a key that is not among the best w is out for good: w keys are all that a
 state holds of the past. Where all score alike, as at the start, they are the last w.
