@@ -79,7 +79,7 @@ def test_chooses_as_transformers_does() -> None:
     indexer = LightningIndexer(10, num_index_heads=2, index_dim=6, topk=3, rope_dim=4, q_dim=5).double()
     indexer.load_state_dict({name: z[name] for name in indexer.state_dict()})
     made, allow = indexer.features(z["x"], z["q_latent"], torch.arange(7)), z["allow"]
-    scores = indexer._scores(made, torch.arange(7), masks.causal())
+    scores = indexer._scores(made.query, made.key, torch.arange(7), masks.causal())
     close(scores[allow], z["scores"][allow], "scores")
     nothing = torch.zeros(2, 1, 7, 1).double()
     tiles = indexer(nothing, nothing, masks.causal(), made).tiles[:, 0]

@@ -165,11 +165,10 @@ class LightningIndexer(Selector):
         self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None, made: Made | None = None
     ) -> Mask:
         T, S = q.shape[2], k.shape[2]
-        if made is None or made.query is None or made.key is None:
-            refuse(self, "made", "is missing", made, "what prepare gives, as regard.Attention asks")
+        query, key = self._given(made)
         if q.numel() == 0 or k.numel() == 0 or (not exporting() and self.topk >= S):
             return full()
-        scores = (self._scores(made, rows, mask) for rows in self._chunks(made))
+        scores = (self._scores(query, key, rows, mask) for rows in self._chunks(query, key))
         tiles = [best(I, self.topk) & (-math.inf != I) for I in scores]
         return Chosen(torch.cat(tiles, 1).unsqueeze(1), T, S, (1, 1))
 
@@ -194,11 +193,12 @@ class LightningIndexer(Selector):
         if p.stages:
             names = ", ".join(type(stage).__name__ for stage in p.stages)
             refuse(self, "layer", "does more than softmax of dot products", names, "no stages but rotation")
-        made, seen, q, k = (p.made or {})["selector"], p.mask if chosen else allowed, p.q.detach(), p.k.detach()
+        query, key = self._given((p.made or {}).get("selector"))
+        seen, q, k = p.mask if chosen else allowed, p.q.detach(), p.k.detach()
         i, j = (torch.arange(n, device=x.device) for n in (q.shape[2], k.shape[2]))
 
         def run(rows: Tensor) -> tuple[Tensor, Tensor]:
-            I = self._scores(made, rows, seen)
+            I = self._scores(query, key, rows, seen)
             sees = None if seen is None else seen.at(i[rows], j)
             target = softmax(dots(q[:, :, rows], k) * p.scale, sees).mean(1).to(I.dtype)
             alive = (-math.inf != I).any(-1, keepdim=True)
@@ -206,7 +206,7 @@ class LightningIndexer(Selector):
             terms = torch.where(target > 0, target.clamp(min=torch.finfo(I.dtype).tiny).log() - guess, 0.0) * target
             return terms.masked_fill(~alive, 0).sum(), alive.sum()
 
-        chunks = self._chunks(made)
+        chunks = self._chunks(query, key)
         if torch.is_grad_enabled():  # scores of all index heads are formed again in backward
             sums = [checkpoint(run, rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
         else:
@@ -214,18 +214,22 @@ class LightningIndexer(Selector):
         total, count = (torch.stack(z).sum() for z in zip(*sums))
         return total / count.clamp(min=1)
 
-    def _chunks(self, made: Made) -> list[Tensor]:
+    def _given(self, made: Made | None) -> tuple[Float[Tensor, "B h T D1"], Float[Tensor, "B 1 S D"]]:
+        if made is None or made.query is None or made.key is None:
+            refuse(self, "made", "is missing", made, "what prepare gives, as regard.Attention asks")
+        return made.query, made.key
+
+    def _chunks(self, query: Tensor, key: Tensor) -> list[Tensor]:
         """Query rows that are scored together."""
-        (B, h, T, _), S = made.query.shape, made.key.shape[2]  # type: ignore[union-attr]
-        rows = torch.arange(T, device=made.key.device)  # type: ignore[union-attr]
+        (B, h, T, _), S = query.shape, key.shape[2]
+        rows = torch.arange(T, device=key.device)
         return [rows] if exporting() else list(rows.split(max(1, PAIRS // max(1, B * h * S))))
 
-    def _scores(self, made: Made, rows: Tensor, mask: Mask | None) -> Float[Tensor, "B t S"]:
+    def _scores(self, query: Tensor, key: Tensor, rows: Tensor, mask: Mask | None) -> Float[Tensor, "B t S"]:
         """I of these rows; -inf where no head may see a key."""
-        query, key = made.query, made.key
-        T, S = query.shape[2], key.shape[2]  # type: ignore[union-attr]
-        q, w = query[:, :, rows].tensor_split((self.index_dim,), -1)  # type: ignore[index]
-        scores = index_scores(q, key, w.squeeze(-1).mT)  # type: ignore[arg-type]
+        q, w = query[:, :, rows].tensor_split((self.index_dim,), -1)
+        T, S = query.shape[2], key.shape[2]
+        scores = index_scores(q, key, w.squeeze(-1).mT)
         if mask is None:
             return scores
         return scores.masked_fill(~mask.at(rows + S - T, torch.arange(S, device=rows.device)).any(1), -math.inf)

@@ -82,11 +82,12 @@ def dynamic_mask_attention(
         delta_, real_ = torch.cat([past.delta, delta[..., at]], -1), torch.cat([past.held, real[..., at]], -1)
         n = past.k.shape[2]
         mask: Mask | Tensor
+        stays: Tensor | None = None
         if size <= room and not exporting() and n == 0:
-            mask, stays = causal() if keep is None else causal() & padding(keep[:, at]), None
+            mask = causal() if keep is None else causal() & padding(keep[:, at])
         else:
-            mask, stays = standing(delta_.detach(), real_, size, window)
-            mask = mask.repeat_interleave(H // G, 1)
+            seen, stays = standing(delta_.detach(), real_, size, window)
+            mask = seen.repeat_interleave(H // G, 1)
         again = torch.is_grad_enabled() and size < T and not transformed(q, k, v, delta)
         given = (q[:, :, at], k_, v_, delta_, mask)
         if again:  # keys gathered for each chunk are many times the inputs
