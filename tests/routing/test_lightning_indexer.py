@@ -82,7 +82,7 @@ def test_chooses_as_transformers_does() -> None:
     scores = indexer._scores(made.query, made.key, torch.arange(7), masks.causal())
     close(scores[allow], z["scores"][allow], "scores")
     nothing = torch.zeros(2, 1, 7, 1).double()
-    tiles = indexer(nothing, nothing, masks.causal(), made).tiles[:, 0]
+    tiles = indexer(nothing, nothing, masks.causal(), made).dense(7)[:, 0]
     assert torch.equal(tiles, torch.zeros_like(tiles).scatter(2, z["topk"], True) & allow)
 
 

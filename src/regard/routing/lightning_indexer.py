@@ -16,8 +16,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import divides, flag, refuse, whole
 from regard.kernels.blocks import greatest
 from regard.kernels.problem import dots
-from regard.masks import Mask, full
-from regard.masks.selection import Chosen
+from regard.masks import Mask, dense, full
 from regard.normalizers.softmax import softmax
 from regard.positions.rotary import Rotary
 from regard.stages import Made, Selector, Tokens
@@ -94,7 +93,7 @@ def best(scores: Float[Tensor, "*n S"], k: int) -> Bool[Tensor, "*n S"]:
     least = greatest(scores, k).values[..., -1:]
     above, equal = scores > least, scores == least
     room = k - above.sum(-1, keepdim=True)
-    return above | scores.isnan() | (equal & (equal.flip(-1).cumsum(-1).flip(-1) <= room))
+    return above | scores.isnan() | (equal & (equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= room))
 
 
 @CARD.fills("selector", closed=("q_dim",))
@@ -164,13 +163,13 @@ class LightningIndexer(Selector):
     def forward(
         self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None, made: Made | None = None
     ) -> Mask:
-        T, S = q.shape[2], k.shape[2]
+        S = k.shape[2]
         query, key = self._given(made)
         if q.numel() == 0 or k.numel() == 0 or (not exporting() and self.topk >= S):
             return full()
         scores = (self._scores(query, key, rows, mask) for rows in self._chunks(query, key))
         tiles = [best(I, self.topk) & (-math.inf != I) for I in scores]
-        return Chosen(torch.cat(tiles, 1).unsqueeze(1), T, S, (1, 1))
+        return dense(torch.cat(tiles, 1).unsqueeze(1))
 
     def divergence(
         self,
