@@ -233,6 +233,16 @@ class Selector(nn.Module):
     streams: bool = True
     """False where what a query sees depends on later queries, so that steps could differ from the full pass."""
 
+    def prepare(self, tokens: Tokens) -> Made:
+        """What it makes of the tokens, before the pipeline runs; most need nothing. One that overrides this is given it
+        as `forward(q, k, mask, made)`, uncut, `made.key` of all keys."""
+        return Made()
+
+    @classmethod
+    def prepares(cls) -> bool:
+        """Whether this class overrides `prepare`."""
+        return cls.prepare is not Selector.prepare
+
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
         """What to keep, usually `masks.chosen`. The pipeline also applies `mask`; keys that it hides must not count."""
         raise NotImplementedError

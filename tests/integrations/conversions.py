@@ -130,6 +130,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Exaone4Attention": TYPES,
     "ExaoneMoeAttention": TYPES,
     "CwmAttention": TYPES,
+    "DogeAttention": {**EAGER, "keep_window_size": 3},
     "Dots1Attention": TYPES,
     "Qwen3Attention": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
     "MistralAttention": {"sliding_window": 3},
@@ -281,6 +282,13 @@ def tokens(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
         given["shared_kv_states"] = {}
     seeing = allowed.any(-1)[:, 0] if hasattr(theirs, "attn_logit_softcapping") else slice(None)  # else theirs is NaN
     return ours(x, mask=masks.padding(real), positions=at)[seeing], theirs(x, **given)[0][seeing]
+
+
+def doge(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Self-attention of padded sequences; a layer that takes no positions."""
+    x, real = normal(2, 2, T, M), keep()
+    allowed = torch.ones(T, T, dtype=torch.bool).tril() & real[:, None, None]
+    return ours(x, mask=masks.padding(real)), theirs(x, attention_mask=allowed, **rotated(theirs, x))[0]
 
 
 def picture(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
@@ -525,6 +533,8 @@ def of_transformers(name: str) -> Case:
     theirs = filled(module_of(name))
     if name == "BloomAttention":
         return Case(theirs, bloom, fp32=True)
+    if name == "DogeAttention":
+        return Case(theirs, doge, fp32=True)
     exact = name not in ("Gemma3Attention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
     rotary = "position_embeddings" in inspect.signature(theirs.forward).parameters
     return Case(theirs, across if "Cross" in name else tokens, fp32=rotary or not exact, exact=exact)

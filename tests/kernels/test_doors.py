@@ -57,6 +57,8 @@ from regard.mixers.sparse_correction import delta_attention
 from regard.mixers.triadic import triadic_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
+from regard.routing.nsa_branches import Brief, native_sparse_attention, read_in_full
+from regard.routing.running_best import dynamic_mask_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
@@ -169,6 +171,7 @@ def squared(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 EDGES = torch.tensor([[0, 1, 2], [0, 1, 2]])
+BLOCKS = {"block": 4, "count": 3, "window": 2}
 
 
 def edges(*shape: int) -> tuple[Tensor, Tensor]:
@@ -218,6 +221,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "grouped_attention": grouped_attention,
     "grouping_attention": lambda q, k, v: grouping_attention(q, k, v, size=(2, 2), stride=2),
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
+    "native_sparse_attention": lambda q, k, v: native_sparse_attention(
+        q, k, v, torch.ones(B, H, N, 3), Brief(X[:, :, :2], X[:, :, :2], torch.ones(1, 2).bool(), 4, 4), **BLOCKS
+    ),
+    "dynamic_mask_attention": lambda q, k, v: dynamic_mask_attention(q, k, v, torch.ones(k.shape[:3]), window=3)[0],
+    "read_in_full": lambda q, k, v: read_in_full(
+        q, k, v, torch.ones(B, H, N, 2).bool(), block=4, count=3, mask=masks.causal()
+    ),
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),
     "attend_to_some": lambda q, k, v: attend_to_some(q, k, v, torch.arange(3)),
     "attend_in_windows": lambda q, k, v: attend_in_windows(q, k, v, torch.arange(N), 2),

@@ -131,7 +131,7 @@ PARTS: dict[type, dict[str, Callable[..., Any]]] = {
     Mix: {"forward": lambda self, z, rows: z},
     HeadMap: {"forward": lambda self, q, k, v: (q, k, v), "along": HeadMap.along},
     Gate: {"forward": lambda self, z, x, at: z},
-    Selector: {"forward": lambda self, q, k, mask: masks.full() if mask is None else mask},
+    Selector: {"forward": lambda self, q, k, mask, made=None: masks.full() if mask is None else mask},
 }
 
 

@@ -203,7 +203,9 @@ def why_not(slots: Mapping[str, Any], about: About, supports: frozenset[str]) ->
         check_beside_memory("swap", slots)
         if about.rotary:
             reasons.append("its memory is read by queries before rotation, and the model has rotated them already")
-    if any("tokens" in stage.needs or stage.prepares() for stage in stages):
+    selector = slots.get("selector")
+    reads = selector is not None and selector.prepares()
+    if reads or any("tokens" in stage.needs or stage.prepares() for stage in stages):
         reasons.append("it reads the tokens behind the keys, which a layer with a cache no longer has")
     if gate is not None and gate.site != "output":
         reasons.append(f"its gate sits at {gate.site!r}, and only the heads' output is in reach")

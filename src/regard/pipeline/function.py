@@ -24,7 +24,7 @@ from regard.masks.checks import cumulative
 from regard.masks.varlen import Varlen
 from regard.pairwise import as_mask, as_parts
 from regard.slots import InnerSlots
-from regard.stages import Normalizer, Selector, Stage
+from regard.stages import Made, Normalizer, Selector, Stage
 
 P = ParamSpec("P")
 
@@ -192,6 +192,9 @@ def problem(
             raise ValueError(
                 f"attention: {name} {type(stage).__name__} reads the tokens behind q and k; use it in regard.Attention"
             )
+    if selector is not None and selector.prepares():
+        who = type(selector).__name__
+        raise ValueError(f"attention: selector {who} reads the tokens behind q and k; use it in regard.Attention")
     if "normalizer" in filled:
         filled["normalizer"] = unless_softmax(filled["normalizer"])
     p = Problem(
@@ -213,12 +216,17 @@ def problem(
     return p if selector is None else replace(p, mask=selected(selector, p.q, p.k, p.mask))
 
 
-def selected(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None) -> Mask | None:
-    """The pairs that the selector keeps, of those the mask allows. Without data (meta tensors), all of these."""
+def selected(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, made: Made | None = None) -> Mask | None:
+    """The pairs that the selector keeps, of those the mask allows. Without data (meta tensors), all of these.
+
+    Args:
+        made: what it made of the tokens, if it does.
+    """
     if q.is_meta:
         return mask
     with torch.no_grad():
-        kept = selector(q.detach(), k.detach(), mask)
+        told = (made,) if selector.prepares() else ()
+        kept = selector(q.detach(), k.detach(), mask, *told)
     if not isinstance(kept, Mask):
         raise TypeError(f"attention: selector {type(selector).__name__} must return a Mask, got {type(kept).__name__}")
     return kept if mask is None else mask & kept

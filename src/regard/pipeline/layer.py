@@ -273,7 +273,7 @@ class Attention(nn.Module):
             k=k,
             v=v,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
-            mask=mask if self.selector is None else selected(self.selector, q, k, mask),
+            mask=mask if self.selector is None else selected(self.selector, q, k, mask, (made or {}).get("selector")),
             dropout=self.dropout if self.training else 0.0,
             x=x if reads else None,
             context=context if reads else None,
@@ -376,8 +376,11 @@ class Attention(nn.Module):
     def _reads_tokens(self) -> bool:
         return any("tokens" in stage.needs for stage in self._stages().values())
 
-    def _preparing(self) -> dict[str, Stage]:
-        return {name: stage for name, stage in self._stages().items() if stage.prepares()}
+    def _preparing(self) -> dict[str, Stage | Selector]:
+        found: dict[str, Stage | Selector] = {name: part for name, part in self._stages().items() if part.prepares()}
+        if self.selector is not None and self.selector.prepares():
+            found["selector"] = self.selector
+        return found
 
     def _positions(self, positions: Tensor | None, B: int, T: int, device: torch.device, first: int = 0) -> Tensor:
         if positions is None:

@@ -1,0 +1,103 @@
+"""The w keys of largest score so far, the same for all queries of a head: who is in, and attention to them."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regard.kernels.check import check_inputs
+from regard.masks import Mask, causal, padding
+from regard.pipeline.function import attention
+from regard.tracing import exporting, transformed
+
+CHUNK = 128
+"""Queries worked on together once keys must go."""
+
+
+class DynamicMaskState(NamedTuple):
+    """The keys that later queries may see, in order."""
+
+    k: Float[Tensor, "B G n D"]
+    v: Float[Tensor, "B G n V"]
+    delta: Float[Tensor, "B G n"]
+    held: Bool[Tensor, "B G n"]
+    """False for hidden tokens."""
+    length: int
+    """Tokens so far."""
+
+
+def standing(
+    delta: Float[Tensor, "B G m"], real: Bool[Tensor, "B G m"], new: int, window: int
+) -> tuple[Bool[Tensor, "B G C m"], Bool[Tensor, "B G m"]]:
+    """Of m keys in order, the last C = `new` of which come one by one with their queries: which each query sees, and
+    which are among the best `window` of all."""
+    m, at = delta.shape[-1], torch.arange(delta.shape[-1], device=delta.device)
+    delta = delta.masked_fill(~real, -torch.inf)
+    order = (m - 1) - delta.flip(-1).argsort(dim=-1, descending=True, stable=True)  # of equals, the latest first
+    place = order.argsort(dim=-1)
+    mine, theirs = delta[..., m - new :, None], delta[..., None, :]
+    beats = (mine > theirs) | ((mine == theirs) & (at[m - new :, None] > at))
+    beaten = beats.to(torch.int32).cumsum(-2)  # by how many of those that have come
+    ahead = place.unsqueeze(-2) - beaten[..., -1:, :] + beaten
+    seen = (ahead < window) & (at <= at[m - new :, None]) & real.unsqueeze(-2)
+    return seen, place < window
+
+
+def dynamic_mask_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T V"],
+    delta: Float[Tensor, "B G T"],
+    keep: Bool[Tensor, "B T"] | None = None,
+    *,
+    window: int,
+    dropout: float = 0.0,
+    state: DynamicMaskState | None = None,
+) -> tuple[Float[Tensor, "B H T V"], DynamicMaskState]:
+    """Causal attention to the `window` keys of largest delta so far, delta added to scores; and the state after it.
+
+    Args:
+        keep: True = a real token.
+    """
+    check_inputs(q, k, v)
+    (B, H, T, _), G = q.shape, k.shape[1]
+    real = q.new_ones(B, G, T, dtype=torch.bool) if keep is None else keep[:, None].expand(-1, G, -1)
+    delta = delta.masked_fill(~real, 0.0)
+    fresh = DynamicMaskState(k[:, :, :0], v[:, :, :0], delta[..., :0], real[..., :0], 0)
+    past = fresh if state is None else state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, mask: Mask | Tensor) -> Tensor:
+        most = torch.finfo(q.dtype).max / 4
+        bias = delta.clamp(-most, most).to(q.dtype).repeat_interleave(H // G, 1).unsqueeze(-2)
+        return attention(q, k, v, mask=mask, bias=bias, dropout=dropout)
+
+    outs: list[Tensor] = []
+    done = 0
+    while done < T or (T == 0 and not outs):
+        room = window - past.k.shape[2]
+        size = T - done if exporting() else min(T - done, room if room > 0 else CHUNK)
+        at = slice(done, done + size)
+        k_, v_ = (torch.cat([old, z[:, :, at]], 2) for old, z in ((past.k, k), (past.v, v)))
+        delta_, real_ = torch.cat([past.delta, delta[..., at]], -1), torch.cat([past.held, real[..., at]], -1)
+        n = past.k.shape[2]
+        mask: Mask | Tensor
+        stays: Tensor | None = None
+        if size <= room and not exporting() and n == 0:
+            mask = causal() if keep is None else causal() & padding(keep[:, at])
+        else:
+            seen, stays = standing(delta_.detach(), real_, size, window)
+            mask = seen.repeat_interleave(H // G, 1)
+        again = torch.is_grad_enabled() and size < T and not transformed(q, k, v, delta)
+        given = (q[:, :, at], k_, v_, delta_, mask)
+        if again:  # keys gathered for each chunk are many times the inputs
+            outs.append(checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=dropout > 0))
+        else:
+            outs.append(attend(*given))
+        if stays is not None and not exporting() and k_.shape[2] > window:
+            best = (~stays).to(torch.int8).argsort(dim=-1, stable=True)[..., :window].sort(-1).values
+            k_, v_ = (z.gather(2, best[..., None].expand(-1, -1, -1, z.shape[3])) for z in (k_, v_))
+            delta_, real_ = delta_.gather(2, best), real_.gather(2, best)
+        past, done = DynamicMaskState(k_, v_, delta_, real_, past.length + size), done + size
+    return torch.cat(outs, 2), past
