@@ -1,7 +1,7 @@
-"""What selectors share: which keys a mask hides from everybody."""
+"""What selectors share: which keys a mask hides from everybody, and where the tokens of a row end."""
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from regard.masks import Mask, causal
@@ -23,6 +23,11 @@ def real_keys(mask: Mask | None, S: int, device: torch.device) -> Bool[Tensor, "
             keep = part.at(last[-1:], last)[:, :, 0]
             real = keep if real is None else real & keep
     return real
+
+
+def ends(real: Bool[Tensor, "b 1 S"]) -> Int[Tensor, "b 1"]:
+    """The number of tokens up to the last real one of each row."""
+    return (real * torch.arange(1, real.shape[2] + 1, device=real.device)).amax(2)
 
 
 def _parts(mask: Mask | None) -> tuple[Mask, ...]:
