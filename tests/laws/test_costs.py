@@ -19,6 +19,7 @@ ELEMENTWISE = {
 }
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {
+    "anchor_stripes": {"block": 16, "step": 2},
     "fftnet": {"max_length": 1024},
     "flex_prefill": {"block": 64},
     "linformer": {"max_length": 1024},

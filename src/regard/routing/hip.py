@@ -1,8 +1,9 @@
-"""HiP: a tree search finds the keys that a block of queries scores highest, at the price of T log T scores.
+"""HiP: a search through halved branches of keys finds those that a block of queries scores highest.
 
 The keys before a window are cut into branches. Each round halves every branch, scores a child by the one block of keys
 that represents it, and keeps the best half. That rests on attention being alike at near keys: a lone strong key that
-represents no branch is lost. Training-free: put it into a layer that was trained with full attention.
+represents no branch is lost. It costs T log T scores. Training-free: put it into a layer that was trained with full
+attention.
 """
 
 import math
@@ -26,6 +27,8 @@ from regard.tracing import exporting
 
 Stands = Literal["first", "center", "last"]
 TOGETHER = "a block of queries searches together, so later queries of the block can change the choice"
+PLACES = "key blocks and branches are cut from the first place of a row, padding among them"
+ROUNDED = "the search takes a round more for every doubling of the length, and is compiled anew for it"
 
 CARD = Card(
     "hip",
@@ -37,7 +40,7 @@ seen by query t: keys j <= t in the first block of a branch left, or t - window 
 all R keys where R <= mask_k""",
     papers=(
         Paper(
-            "A Training-Free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention",
+            "HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Pruning",
             "Lee et al.",
             2024,
             "2406.09827",
@@ -47,12 +50,15 @@ all R keys where R <= mask_k""",
     supports={"causal", "padding", "packed", "gqa", "dropout", "compile"},
     lacks={"streaming": "a block of queries searches together; the mechanism hip_each streams"},
     traits={"normalised", "nonnegative", "linear_in_values", "head_independent", "sparse", "routed"},
-    cost=Cost("2*B*H*T*D*min(S, mask_k + window + sinks)", ""),
-    claim="Where scores are smooth along the keys, the tree finds most of the best keys and nearly all of the attention; "
-    "among keys without any order little more than chance: tests/routing/test_hip.py::test_finds_what_lies_together.",
+    cost=Cost(
+        "B*H*T*D*(min(S, 2*(mask_k + window + sinks)) + 2*mask_k/query_stride*max(0, log2(S/(mask_k + window))))", ""
+    ),
+    claim="Where scores are smooth along the keys, the tree finds most of the best keys, and nearly all of the "
+    "attention; among keys without any order, little more than chance: "
+    "tests/routing/test_hip.py::test_finds_what_lies_together.",
     differs=(
-        "The representatives first, center and last are here; the code also has random, by position, and an oracle that "
-        "scores all keys. Bounds of grouped keys for scores, rotation that is extended within the search, masks "
+        "The representatives first, center and last are here; the code also has random, by position, and an oracle "
+        "that scores all keys. Bounds of grouped keys for scores, rotation that is extended within the search, masks "
         "kept for some steps of decoding, and unions over heads are left out.",
         "A last block too short for a sampled query takes its last one, where the authors' plain reference ends.",
         "Branches are cut in whole numbers, where the code's are rounded from floats.",
@@ -61,8 +67,8 @@ all R keys where R <= mask_k""",
         "Exported with a free length, the search runs for more rounds than it needs, which change nothing.",
     ),
     verified="equation",
-    example={"mask_k": 4, "block_q": 2, "block_k": 1, "window": 2, "sinks": 1},
-    exceptions={"L4": TOGETHER, "L6": TOGETHER},
+    example={"mask_k": 2, "block_q": 2, "block_k": 1, "window": 2, "sinks": 1},
+    exceptions={"L4": TOGETHER, "L6": TOGETHER, "L32 compiled_for_any_length": ROUNDED},
     defaults={
         "mask_k": "code",
         "block_q": "code",
@@ -76,14 +82,15 @@ all R keys where R <= mask_k""",
 CARD.variant(
     "hip_each",
     "HiP where every query searches for itself, as in decoding; it streams.",
-    preset={"block_q": 1},
+    preset={"block_q": 1, "query_stride": 1},
     supports={"causal", "padding", "packed", "gqa", "streaming", "dropout", "compile"},
     lacks={},
-    cost=Cost("2*B*H*T*D*min(S, mask_k + window + sinks)", "2*S*G*D"),
-    example={"mask_k": 4, "block_k": 1, "window": 2, "sinks": 1},
+    cost=Cost("B*H*T*D*(min(S, 2*(mask_k + window + sinks)) + 2*mask_k*max(0, log2(S/(mask_k + window))))", "2*S*G*D"),
+    exceptions={"L18 left_padded_stream": PLACES, "L32 compiled_for_any_length": ROUNDED},
+    example={"mask_k": 2, "block_k": 1, "window": 2, "sinks": 1},
 )
 
-ROOM = 2**24
+ROOM = 2**21
 """Numbers of keys gathered together."""
 ROUNDS = 24
 """Of a search whose length nobody may look at."""
@@ -97,7 +104,7 @@ def tree_topk(
     representative: Stands = "center",
     most: int | None = None,
 ) -> Int[Tensor, "*n keep"]:
-    """About the `keep` best of `num_blocks` blocks, by 2 keep log2(num_blocks / keep) scores; all, if there are no more.
+    """About the `keep` best of `num_blocks` blocks, by 2 keep log2(num_blocks / keep) scores; or all there are.
 
     Args:
         scores_of: the scores of these blocks.
@@ -168,9 +175,11 @@ def hip_blocks(
 
         def scores_of(block: Int[Tensor, "B H c w"]) -> Float[Tensor, "B H c w"]:
             near = keys[(row + block)].unflatten(4, (block_k, D)).flatten(3, 4)
-            scores = (queries @ near.mT).masked_fill(~who[..., None], torch.finfo(wide).min).amax(3)
-            away = hidden[b[..., None, None] * n + block] | (block[..., None] * block_k + inside >= limit[..., None, None])
-            return scores.masked_fill(away.flatten(3), torch.finfo(wide).min).unflatten(3, (-1, block_k)).amax(4)
+            scores = (queries @ near.mT).masked_fill(~who[..., None], -math.inf).amax(3)
+            away = hidden[b[..., None, None] * n + block] | (
+                block[..., None] * block_k + inside >= limit[..., None, None]
+            )
+            return scores.masked_fill(away.flatten(3), -math.inf).unflatten(3, (-1, block_k)).amax(4)
 
         blocks = (limit + block_k - 1).div(block_k, rounding_mode="floor").expand(B, H, -1)
         return tree_topk(scores_of, blocks, mask_k // block_k, representative=representative, most=most)
@@ -179,7 +188,7 @@ def hip_blocks(
     parts = [I] if exporting() else I.split(step)
     tops = [-(-max(0, min((s + 1) * step * block_q + S - T, S) - window) // block_k) for s in range(len(parts))]
     index = torch.cat([found(part, most) for part, most in zip(parts, tops, strict=True)], 2)
-    tiles = torch.zeros(*index.shape[:3], n, dtype=torch.bool, device=q.device).scatter(3, index, True)
+    tiles = torch.zeros(*index.shape[:3], n, dtype=torch.bool, device=q.device).scatter(3, index, 1)
     return tiles & (torch.arange(n, device=q.device) * block_k < reach[..., None])
 
 
