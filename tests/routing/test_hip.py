@@ -13,7 +13,8 @@ import regard
 from regard import masks
 from regard.laws.agreement import close
 from regard.routing import kept
-from regard.routing.hip import HiP, hip, hip_blocks, tree_topk
+from regard.routing.hip import HiP, hip, hip_blocks
+from regard.routing.tree import tree_topk
 from routing import naive_hip as naive
 
 

@@ -1,4 +1,4 @@
-"""AnchorAttention: a run of queries takes single keys whose pooled score comes within theta of near the largest.
+"""AnchorAttention: a run of queries takes single keys whose pooled scores come near the largest.
 
 The largest score over the first block and the run's own past stands for that over all keys: the anchor. Whatever is
 below it by more than theta has hardly any weight; no sorting is needed to tell. What a run takes are stripes, one key
@@ -6,7 +6,7 @@ wide. Training-free: put it into a layer that was trained with full attention, f
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ out_t = softmax over R_t and the keys taken by the run of t""",
     example={"block": 2, "step": 2, "theta": 0.5},
     tries={"local": {"local": 2, "block": 1}},
     exceptions={"L4": TOGETHER, "L6": TOGETHER},
-    defaults={"theta": "code", "block": "code", "step": "code", "init": "code", "local": "code"},
+    defaults=dict.fromkeys(("theta", "block", "step", "init", "local"), "code"),
 )
 
 PAIRS = 2**22
@@ -189,19 +189,10 @@ class AnchorStripes(Selector):
         super().__init__()
         number(self, theta=theta)
         whole(self, block=block, step=step, init=init, local=local)
-        self.theta, self.block, self.step, self.init, self.local = theta, block, step, init, local
+        self.options: dict[str, Any] = {"theta": theta, "block": block, "step": step, "init": init, "local": local}
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
-        return anchor_mask(
-            q,
-            k,
-            theta=self.theta,
-            block=self.block,
-            step=self.step,
-            init=self.init,
-            local=self.local,
-            mask=mask,
-        )
+        return anchor_mask(q, k, mask=mask, **self.options)
 
     def extra_repr(self) -> str:
-        return f"theta={self.theta}, block={self.block}, step={self.step}, init={self.init}, local={self.local}"
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())

@@ -1,4 +1,4 @@
-"""FlexPrefill: each head is sparse in its own way, told from its last queries, and keeps what holds a share gamma.
+"""FlexPrefill: each head keeps what holds a share gamma, in a pattern told from its last queries.
 
 Where pooled queries and keys foretell how the last queries attend (by the Jensen-Shannon distance), a head keeps the
 best blocks of the pooled map; else it keeps vertical lines (blocks of keys that all see) and slashes (distances in
@@ -6,7 +6,7 @@ blocks at which all look). Training-free: put it into a layer that was trained w
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from regard.kernels.blocks import in_blocks
 from regard.kernels.problem import dots
 from regard.masks import Mask, causal
 from regard.masks.selection import Chosen
-from regard.routing._shared import ends, hides_keys_only, real_keys
+from regard.routing._shared import block_means, ends, hides_keys_only, real_keys, softmax
 from regard.stages import Selector
 from regard.tracing import exporting
 
@@ -63,13 +63,7 @@ kept always: the best blocks of V, for all later rows; the best sums of b distan
     example={"block": 2, "gamma": 0.6, "tau": 0.4},
     tries={"min_budget": {"min_budget": 4, "block": 1}},
     exceptions={"L4": TOGETHER, "L6": TOGETHER},
-    defaults={
-        "gamma": "code",
-        "tau": "code",
-        "block": "code",
-        "min_budget": "code",
-        "max_budget": "code",
-    },
+    defaults=dict.fromkeys(("gamma", "tau", "block", "min_budget", "max_budget"), "code"),
 )
 
 
@@ -120,7 +114,7 @@ def flex_blocks(
     last = q.gather(2, place[..., None].expand(q.shape[0], q.shape[1], -1, D)).masked_fill(~counts[..., None], 0.0)
     many = counts.sum(2).clamp(min=1)
     token = torch.arange(S, device=q.device)
-    P = _softmax(dots(last, k) / math.sqrt(D), key[:, :, None] & (token <= at[..., None]) & counts[..., None])
+    P = softmax(dots(last, k) / math.sqrt(D), key[:, :, None] & (token <= at[..., None]) & counts[..., None])
     P = P / many[..., None, None]
     vertical, slash = P.sum(2), _slashes(P)
 
@@ -135,9 +129,9 @@ def flex_blocks(
     V, Sl = (in_blocks(line, block, 2).sum(3) for line in (vertical, slash))
 
     # Whether means foretell how they attend.
-    means, some = _means(k, key, block)
+    means, some = block_means(k, key, block)
     here = some & (column < n[..., None])
-    est = _softmax(dots(last.sum(2, keepdim=True) / many[..., None, None], means)[:, :, 0] / math.sqrt(D), here)
+    est = softmax(dots(last.sum(2, keepdim=True) / many[..., None, None], means)[:, :, 0] / math.sqrt(D), here)
     middle = ((est + V) / 2).clamp(min=torch.finfo(wide).tiny)
     JS = (torch.xlogy(est, est / middle) + torch.xlogy(V, V / middle)).sum(2) / 2
     distance = JS.clamp(min=0).sqrt()
@@ -146,7 +140,7 @@ def flex_blocks(
     budgets = [torch.where(aware, low, budget) for budget in budgets]
 
     front = (S - T) % block
-    means_q, asked = _means(F.pad(q, (0, 0, front, 0)), F.pad(query, (front, 0)), block)
+    means_q, asked = block_means(F.pad(q, (0, 0, front, 0)), F.pad(query, (front, 0)), block)
     own = torch.arange(means_q.shape[2], device=q.device)[:, None] + (S - T - front) // block
     past = (column <= own) & (own < n[..., None, None])
     # Vertical lines, and chunks of the slash vector, of which the last is the diagonal.
@@ -158,7 +152,7 @@ def flex_blocks(
     tiles = lines[:, :, None] | chunks.gather(2, chunk.flatten(2)).view(chunk.shape) | (own + column == 0)
     # The pooled map of query-aware heads, cut once for all of its rows.
     seen = past & some[:, :, None] & asked[..., None]
-    A = _softmax(dots(means_q, means) / math.sqrt(D), seen).flatten(2)
+    A = softmax(dots(means_q, means) / math.sqrt(D), seen).flatten(2)
     order = A.argsort(stable=True, dim=2, descending=True)
     within = A.gather(2, order).cumsum(2) <= gamma * seen.any(3).sum(2, keepdim=True)
     pooled = torch.zeros_like(within).scatter(2, order, within).view(tiles.shape) & seen
@@ -197,12 +191,6 @@ def flex_prefill(
     return kept if mask is not None and mask.is_causal else causal() & kept
 
 
-def _softmax(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Over the last axis; 0 where nothing is allowed."""
-    some = allowed.any(-1, keepdim=True)
-    return scores.masked_fill(~allowed & some, -math.inf).softmax(-1).masked_fill(~allowed, 0.0)
-
-
 def _slashes(P: Float[Tensor, "B H r S"]) -> Float[Tensor, "B H S"]:
     """Sums along diagonals: [S' - 1 - d] holds those at distance d, S' being where the last row stands, plus 1."""
     rows, S = P.shape[2:]
@@ -220,14 +208,6 @@ def _best(z: Float[Tensor, "B H n"], count: Int[Tensor, "B H"]) -> Bool[Tensor, 
     order = z.argsort(stable=True, dim=2, descending=True)
     taken = torch.arange(z.shape[2], device=z.device) < count[..., None]
     return torch.zeros_like(z, dtype=torch.bool).scatter(2, order, taken.expand(z.shape)) & (z != -math.inf)
-
-
-def _means(
-    z: Float[Tensor, "B H T D"], counts: Bool[Tensor, "b 1 T"], block: int
-) -> tuple[Float[Tensor, "B H n D"], Bool[Tensor, "b 1 n"]]:
-    """The mean of each block over what counts in it, 0 where nothing does; and whether anything does."""
-    many = in_blocks(counts, block, 2).sum(3)
-    return in_blocks(z, block, 2).sum(3) / many.clamp(min=1)[..., None], many > 0
 
 
 @CARD.fills("selector")
@@ -260,20 +240,10 @@ class FlexPrefill(Selector):
         whole(self, block=block, **{name: value for name, value in given.items() if value is not None})
         if min_budget is not None and max_budget is not None and max_budget < min_budget:
             refuse(self, "max_budget", "is below min_budget", max_budget, f"at least {min_budget}")
-        self.gamma, self.tau, self.block = gamma, tau, block
-        self.min_budget, self.max_budget = min_budget, max_budget
+        self.options: dict[str, Any] = {"gamma": gamma, "tau": tau, "block": block, **given}
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
-        return flex_prefill(
-            q,
-            k,
-            gamma=self.gamma,
-            tau=self.tau,
-            block=self.block,
-            min_budget=self.min_budget,
-            max_budget=self.max_budget,
-            mask=mask,
-        )
+        return flex_prefill(q, k, mask=mask, **self.options)
 
     def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, tau={self.tau}, block={self.block}"
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())

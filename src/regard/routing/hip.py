@@ -7,8 +7,7 @@ attention.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,10 @@ from regard.masks import Mask, causal, prefix
 from regard.masks import window as near
 from regard.masks.selection import Chosen
 from regard.routing._shared import ends, hides_keys_only, real_keys
+from regard.routing.tree import Stands, tree_topk
 from regard.stages import Selector
 from regard.tracing import exporting
 
-Stands = Literal["first", "center", "last"]
 TOGETHER = "a block of queries searches together, so later queries of the block can change the choice"
 PLACES = "key blocks and branches are cut from the first place of a row, padding among them"
 ROUNDED = "the search takes a round more for every doubling of the length, and is compiled anew for it"
@@ -66,18 +65,12 @@ all R keys where R <= mask_k""",
         "What is chosen is held for each block of queries and keys, which grows as T S / (block_q block_k) bits.",
         "Exported with a free length, the search runs for more rounds than it needs, which change nothing.",
     ),
-    verified="equation",
+    verified="reconstructed",
     example={"mask_k": 2, "block_q": 2, "block_k": 1, "window": 2, "sinks": 1},
     exceptions={"L4": TOGETHER, "L6": TOGETHER, "L32 compiled_for_any_length": ROUNDED},
-    defaults={
-        "mask_k": "code",
-        "block_q": "code",
-        "block_k": "code",
-        "window": "code",
-        "sinks": "code",
-        "representative": "code",
-        "query_stride": "code",
-    },
+    defaults=dict.fromkeys(
+        ("mask_k", "block_q", "block_k", "window", "sinks", "representative", "query_stride"), "code"
+    ),
 )
 CARD.variant(
     "hip_each",
@@ -92,44 +85,6 @@ CARD.variant(
 
 ROOM = 2**21
 """Numbers of keys gathered together."""
-ROUNDS = 24
-"""Of a search whose length nobody may look at."""
-
-
-def tree_topk(
-    scores_of: Callable[[Int[Tensor, "*n c"]], Float[Tensor, "*n c"]],
-    num_blocks: Int[Tensor, "*n"],
-    keep: int,
-    *,
-    representative: Stands = "center",
-    most: int | None = None,
-) -> Int[Tensor, "*n keep"]:
-    """About the `keep` best of `num_blocks` blocks, by 2 keep log2(num_blocks / keep) scores; or all there are.
-
-    Args:
-        scores_of: the scores of these blocks.
-        num_blocks: for each search; where it is 0, what comes back means nothing.
-        representative: which block of a branch is scored.
-        most: no number of blocks is greater; None looks at them.
-
-    Returns:
-        Blocks in their order; some may be there twice.
-    """
-    edges = num_blocks[..., None] * torch.arange(keep + 1, device=num_blocks.device)
-    edges = edges.div(keep, rounding_mode="floor")
-    first, end = edges[..., :-1], edges[..., 1:]
-    most = int(num_blocks.max()) if most is None else most
-    for halved in range(ROUNDS if exporting() else max(0, math.ceil(math.log2(max(most, 1) / keep)))):
-        middle = first + (end - first).div(2, rounding_mode="floor")
-        firsts, ends_ = torch.stack([first, middle], -1).flatten(-2), torch.stack([middle, end], -1).flatten(-2)
-        half = (ends_ - firsts).div(2, rounding_mode="floor")
-        stands = {"first": firsts, "center": firsts + half, "last": ends_ - 1}[representative]
-        stands = torch.minimum(stands.clamp(min=0), (num_blocks[..., None] - 1).clamp(min=0))
-        scores = scores_of(stands).masked_fill(ends_ <= firsts, -math.inf)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort().values
-        wide = (num_blocks > keep * 2**halved)[..., None]  # branches are wider than 1, as planned
-        first, end = (torch.where(wide, z.gather(-1, best), now) for z, now in ((firsts, first), (ends_, end)))
-    return first
 
 
 def hip_blocks(
@@ -217,16 +172,9 @@ def hip(
         return causal()
     block_q = block_q if exporting() else min(block_q, T)
     tiles = hip_blocks(
-        q,
-        k,
-        mask_k=mask_k,
-        block_q=block_q,
-        block_k=block_k,
-        window=window,
-        representative=representative,
-        query_stride=query_stride,
-        real=real_keys(mask, S, k.device),
-    )
+        q, k, mask_k=mask_k, block_q=block_q, block_k=block_k, window=window, representative=representative,
+        query_stride=query_stride, real=real_keys(mask, S, k.device),
+    )  # fmt: skip
     kept = Chosen(tiles, T, S, (block_q, block_k)) | near(window, ahead=1)
     kept = kept | prefix(sinks) if sinks else kept
     return kept if mask is not None and mask.is_causal else causal() & kept
@@ -262,25 +210,14 @@ class HiP(Selector):
         whole(self, 0, sinks=sinks)
         divides(self, block_k=block_k, mask_k=mask_k)
         choice(self, ("first", "center", "last"), representative=representative)
-        self.mask_k, self.block_q, self.block_k = mask_k, block_q, block_k
-        self.window, self.sinks = window, sinks
-        self.representative: Stands = representative
-        self.query_stride = query_stride
+        self.options: dict[str, Any] = {
+            "mask_k": mask_k, "block_q": block_q, "block_k": block_k, "window": window, "sinks": sinks,
+            "representative": representative, "query_stride": query_stride,
+        }  # fmt: skip
         self.streams = block_q == 1
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], mask: Mask | None) -> Mask:
-        return hip(
-            q,
-            k,
-            mask_k=self.mask_k,
-            block_q=self.block_q,
-            block_k=self.block_k,
-            window=self.window,
-            sinks=self.sinks,
-            representative=self.representative,
-            query_stride=self.query_stride,
-            mask=mask,
-        )
+        return hip(q, k, mask=mask, **self.options)
 
     def extra_repr(self) -> str:
-        return f"mask_k={self.mask_k}, block_q={self.block_q}, block_k={self.block_k}, window={self.window}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
