@@ -141,6 +141,16 @@ def test_padding_is_not_judged(tau: float) -> None:
     assert not (got[1:, :, :13] - regard.attention(q, k, v, mask=mask)[1:, :, :13]).abs().max() < 1e-3
 
 
+def test_a_nan_stays_to_be_seen() -> None:
+    q, k, v = (z.detach() for z in heads(7, 20))
+    k[0, 0, 6] = torch.nan
+    out = regard.attention(q, k, v, mask=masks.causal(), selector=FlexPrefill(block=2, gamma=0.6, tau=0.4))
+    assert out[0, :2, 6:].isnan().all()
+    assert not out[0, :2, :6].isnan().any()
+    assert not out[0, 2:].isnan().any()
+    assert not out[1].isnan().any()
+
+
 @pytest.mark.parametrize("T", [9, 8, 2])
 def test_the_last_queries_choose_as_in_the_whole_pass(T: int) -> None:
     """Where they hold a whole last block: lines and slashes are theirs alone."""

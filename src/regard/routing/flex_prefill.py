@@ -137,6 +137,7 @@ def flex_blocks(
     distance = JS.clamp(min=0).sqrt()
     dense = end <= max(2 * block, low * block)
     aware = (distance < tau) & ~dense
+    dense = dense | distance.isnan()  # where nothing is known, all is kept, so that the NaN stays to be seen
     budgets = [torch.where(aware, low, budget) for budget in budgets]
 
     front = (S - T) % block
@@ -149,7 +150,7 @@ def flex_blocks(
     chunks = _best(Sl.masked_fill(column == final, math.inf).masked_fill(column > final, -math.inf), budgets[1])
     chunk = (final[..., None] - (own - column)).clamp(0, column.shape[0] - 1)
     chunk = chunk.expand(*chunks.shape[:2], -1, -1)
-    tiles = lines[:, :, None] | chunks.gather(2, chunk.flatten(2)).view(chunk.shape) | (own + column == 0)
+    tiles = lines[:, :, None] | chunks.gather(2, chunk.flatten(2)).view(chunk.shape)
     # The pooled map of query-aware heads, cut once for all of its rows.
     seen = past & some[:, :, None] & asked[..., None]
     A = softmax(dots(means_q, means) / math.sqrt(D), seen).flatten(2)
