@@ -60,7 +60,8 @@ all R keys where R <= mask_k""",
         "that scores all keys. Bounds of grouped keys for scores, rotation that is extended within the search, masks "
         "kept for some steps of decoding, and unions over heads are left out.",
         "A last block too short for a sampled query takes its last one, where the authors' plain reference ends.",
-        "Branches are cut in whole numbers, where the code's are rounded from floats.",
+        "Branches are those of the authors' plain reference, cut in whole numbers. Their kernels search behind the "
+        "sinks, and cut at multiples of a power of two.",
         "The search ends with the last real token of a row; keys that padding hides, and their queries, don't count.",
         "What is chosen is held for each block of queries and keys, which grows as T S / (block_q block_k) bits.",
         "Exported with a free length, the search runs for more rounds than it needs, which change nothing.",
