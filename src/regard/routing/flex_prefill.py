@@ -63,7 +63,7 @@ kept always: the best blocks of V, for all later rows; the best sums of b distan
     example={"block": 2, "gamma": 0.6, "tau": 0.4},
     tries={"min_budget": {"min_budget": 4, "block": 1}},
     exceptions={"L4": TOGETHER, "L6": TOGETHER},
-    defaults=dict.fromkeys(("gamma", "tau", "block", "min_budget", "max_budget"), "code"),
+    defaults={"gamma": "code, its experiments", **dict.fromkeys(("tau", "block", "min_budget", "max_budget"), "code")},
 )
 
 
