@@ -20,15 +20,17 @@ ELEMENTWISE = {
 }
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {
+    "anchor_stripes": {"block": 16, "step": 2},
     "fftnet": {"max_length": 1024},
     "infini": {"segment": 64},
+    "flex_prefill": {"block": 64},
     "linformer": {"max_length": 1024},
     "masked_mixer": {"max_length": 1024},
     "deformable_v2": {"points": 4},
     "unidirectional_block": {"block": 8},
     "long_range_grouping": {"size": (8, 8), "stride": 4},
 }
-"""Where the defaults are too short, or the example has no one number to put into the formula."""
+"""Where the defaults are too short or too long, or the example has no one number to put into the formula."""
 NAMES = [n for n in regard.mechanisms() if not regard.card(n).is_part or "routed" in regard.card(n).traits]
 
 

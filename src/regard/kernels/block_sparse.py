@@ -24,6 +24,8 @@ from regard.masks.selection import Chosen
 BLOCK = 128
 SMALLEST = 16
 """Blocks of fewer queries or keys are not worth a call each."""
+MANY = 128
+"""So many queries in a block are worth gathering single keys for."""
 GATHER_BYTES = 64 * 2**20
 """Keys and values gathered at once stay within this."""
 
@@ -31,6 +33,8 @@ GATHER_BYTES = 64 * 2**20
 def block_of(mask: Mask) -> tuple[int, int]:
     """The blocks to cut this mask into: its own grain where it has one, else `BLOCK`."""
     q, k = mask.grain or (BLOCK, BLOCK)
+    if q >= MANY:
+        return q, k
     return q if q >= SMALLEST else BLOCK, k if k >= SMALLEST else BLOCK
 
 

@@ -29,8 +29,8 @@ class Chosen(Mask):
         if nq == 0 or nk == 0:
             return in_row & in_column & False
         row, column = (t // bq).clamp(0, nq - 1), (j // bk).clamp(0, nk - 1)
-        if i.dim() and i.shape[-1] == 1 and j.dim() and (j.dim() < 2 or j.shape[-2] == 1):
-            # Rows against columns, as kernels ask: no index is made for every pair.
+        if i.dim() and i.shape[-1] == 1 and j.dim() and (j.dim() < 2 or j.shape[-2] == 1) and nk <= 8 * j.shape[-1]:
+            # Rows against columns, as kernels ask: no index is made for every pair, but whole rows of tiles are.
             rows = tiles[b if B > 1 else 0, h if H > 1 else 0, row].squeeze(-2) & in_row
             return rows.gather(-1, column.expand(*rows.shape[:-1], column.shape[-1])) & in_column
         index = row * nk + column

@@ -3,7 +3,6 @@
 One softmax over all of them. The first and the last block see everything, so that any two tokens are two steps apart.
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import flag, refuse, whole
 from regard.masks import Mask, bigbird
 from regard.masks.random_blocks import Draw
-from regard.routing._shared import real_keys
+from regard.routing._shared import ends, real_keys
 from regard.stages import Selector
 
 CARD = Card(
@@ -127,7 +126,7 @@ class BigBird(Selector):
         real = real_keys(mask, S, k.device)
         if real is None:
             return self._mask(T, q.shape[1]).to(q.device)
-        last = (real[:, 0] * torch.arange(1, S + 1, device=k.device)).amax(-1)
+        last = ends(real)[:, 0]
         return self._mask(T, q.shape[1], last)
 
     def extra_repr(self) -> str:
