@@ -20,6 +20,8 @@ ELEMENTWISE = {
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {
     "fftnet": {"max_length": 1024},
+    "flat_cross_feed_forward": {"max_length": 1024, "hidden": 40},
+    "flat_feed_forward": {"max_length": 1024, "hidden": 40},
     "linformer": {"max_length": 1024},
     "masked_mixer": {"max_length": 1024},
     "deformable_v2": {"points": 4},
