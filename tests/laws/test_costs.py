@@ -19,6 +19,7 @@ ELEMENTWISE = {
 }
 """Cards whose work no counter sees, or not the most of it."""
 OPTIONS = {
+    "extractor": {"max_length": 1024},
     "fftnet": {"max_length": 1024},
     "flat_cross_feed_forward": {"max_length": 1024, "hidden": 40},
     "flat_feed_forward": {"max_length": 1024, "hidden": 40},
