@@ -1,4 +1,4 @@
-"""Feed-forward nets that stand for attention: all tokens of a sentence in one row, through one hidden layer."""
+"""Shallow nets that stand for attention: a whole sentence in one row, through one hidden layer."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
