@@ -20,7 +20,7 @@ PAPER = Paper(
     "abstract; official code",
 )
 
-SIZES = {"max_length": "code", "hidden": "ours, the smallest size of the code, where the net is no larger than dim^2"}
+SIZES = {"max_length": "code", "hidden": "ours, the smallest of the code's sizes"}
 
 Size = Literal["XS", "S", "M", "L", "XL"]
 
