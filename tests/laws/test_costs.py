@@ -25,7 +25,6 @@ OPTIONS = {
     "infini": {"segment": 64},
     "flex_prefill": {"block": 64},
     "extractor": {"max_length": 1024},
-    "fftnet": {"max_length": 1024},
     "flat_cross_feed_forward": {"max_length": 1024, "hidden": 40},
     "flat_feed_forward": {"max_length": 1024, "hidden": 40},
     "linformer": {"max_length": 1024},

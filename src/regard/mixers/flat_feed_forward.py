@@ -1,7 +1,7 @@
 """Shallow nets that stand for attention: a whole sentence in one row, through one hidden layer."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,11 +133,12 @@ class FlatFeedForward(FlatLayer):
         return spoil(self._out(y, keep), bad, bad, field if keep is None else field & padding(keep))
 
     def _next(self, x: Tensor, keep: Tensor | None, state: FlatState) -> tuple[Tensor, FlatState]:
+        nets = cast(list[FlatNet], list(self.nets))
         with as_it_is(x.device):
             x = x if keep is None else x.masked_fill(~keep[..., None], 0)
-            rows, state = running(self.nets, x, state, self.max_length)  # type: ignore[arg-type]
-        narrow = self.nets[0].up.weight.dtype
-        outs = [net.rest(z.to(narrow)) for net, z in zip(self.nets, rows, strict=True)]  # type: ignore[operator]
+            rows, state = running(nets, x, state, self.max_length)
+        narrow = nets[0].up.weight.dtype
+        outs = [net.rest(z.to(narrow)) for net, z in zip(nets, rows, strict=True)]
         return torch.cat(outs, -1), state
 
     def _empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> FlatState:
