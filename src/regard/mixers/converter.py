@@ -1,4 +1,4 @@
-"""Converter: tokens are filtered in a unitary transform that they make themselves; no weights of pairs."""
+"""Converter: tokens are filtered in a unitary transform of their own making; no weights of pairs."""
 
 import math
 from typing import Any, Literal, get_args
