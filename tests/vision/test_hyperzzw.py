@@ -83,7 +83,8 @@ def test_the_gates_are_the_definition() -> None:
 
 def test_the_block_joins_ten_maps_and_earlier_ones() -> None:
     """Each is what the parts give; the last ones are the caller's, repeated."""
-    layer = built("hyperzzw_block", grid=3, hidden=4, kernel_sizes=(1, 3, 1, 3), earlier=(1, 3), expansion=2)
+    sizes = (1, 3, 1, 3)
+    layer: Any = filled(HyperZZWBlock(C, grid=3, hidden=4, kernel_sizes=sizes, earlier=(1, 3), expansion=2))
     x, a, b = (normal(n, 2, c, 3, 3) for n, c in ((1, C), (2, 1), (3, 3)))
     K = x * wanted(layer.branch.slow)
     fast = standardised(layer.branch.slow_gate(K) + layer.branch.fast_gate(x))

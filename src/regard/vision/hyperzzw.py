@@ -1,4 +1,4 @@
-"""HyperZZW, global: rows of the pixels times a kernel of coordinates meet columns, by one matrix product a channel."""
+"""HyperZZW, global: a map times a kernel of coordinates meets a map, in a matrix product a channel."""
 
 from typing import Literal, get_args
 

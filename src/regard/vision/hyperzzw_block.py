@@ -26,7 +26,7 @@ out = dropout(gelu(IN(1 x 1 of all maps)) + b)""",
     supports={"bidirectional", "dropout", "compile"},
     traits={"straight_through"},
     cost=Cost(
-        "B*Y*X*M*((5 + 10*expansion)*M + 3*X + 164) + 2*Y*X*hidden*(layers*hidden + M)",
+        "B*Y*X*M*(15*M + 3*X + 164) + 2*Y*X*hidden*(layers*hidden + M)",
         "",
     ),
     claim="Maps of the block's inside have mean 0, and without any residual ten blocks keep a signal's size: "
@@ -45,14 +45,13 @@ out = dropout(gelu(IN(1 x 1 of all maps)) + b)""",
     exceptions={
         "L10 batch_rows_do_not_meet": COUPLED,
         "L10 batch_rows_do_not_meet_in_training": COUPLED,
+        "L50 mapped_over_the_batch": COUPLED,
         **dict.fromkeys(("L23", "L24", "L51"), STOPPED),
     },
     tries={"grid": 6, "kernel_sizes": (3, 3, 5, 5)},
     defaults={
         "grid": "code",
         "kernel_sizes": "code",
-        "expansion": "ours, a layer as wide as its input",
-        "earlier": "code, the first block",
         "hidden": "code",
         "layers": "code",
         "frequency": SLOW,
@@ -85,7 +84,7 @@ def slow_loss(kernels: Sequence[Float[Tensor, "_c S S"]]) -> Float[Tensor, ""]:
     return total
 
 
-@CARD.module
+@CARD.module(closed=("earlier", "expansion"))
 class HyperZZWBlock(nn.Module):
     """The branches, joined.
 
@@ -93,8 +92,8 @@ class HyperZZWBlock(nn.Module):
         dim: C.
         grid: of the slow kernel, grid x grid; maps are square, of any size.
         kernel_sizes: of the four local branches.
-        expansion: times C, the outputs; 1 makes it a layer.
-        earlier: channels of earlier maps that `forward` is given, repeated to C each.
+        expansion: times C, the outputs; only 1 makes it a layer, and so no option of the mechanism.
+        earlier: channels of earlier maps that `forward` is given, repeated to C each; no option likewise.
         hidden, layers, frequency: of the slow network of the global kernel; local ones have half as many channels.
         dropout: of whole maps, in training.
 

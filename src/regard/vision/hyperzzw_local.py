@@ -36,6 +36,7 @@ out = gelu(BN(L depthwise(x, W))) + b      BN: mean 0 and variance 1 a channel, 
     exceptions={
         "L10 batch_rows_do_not_meet": COUPLED,
         "L10 batch_rows_do_not_meet_in_training": COUPLED,
+        "L50 mapped_over_the_batch": COUPLED,
         **dict.fromkeys(("L23", "L24", "L51"), STOPPED),
     },
     defaults={"kernel_size": "code, the first of four", "hidden": "code", "layers": "code", "frequency": SLOW},
@@ -48,7 +49,7 @@ class LocalHyperZZW(nn.Module):
 
     Args:
         dim: C.
-        kernel_size: K, odd.
+        kernel_size: K, odd; at most 31, for the slow network is K^2 times as wide as its channels.
         hidden, layers, frequency: of the slow network, see `CoordinateKernel`.
 
     Shapes: x (B, C, Y, X) -> (B, C, Y, X).
@@ -58,7 +59,8 @@ class LocalHyperZZW(nn.Module):
         self, dim: int, *, kernel_size: int = 3, hidden: int = 32, layers: int = 2, frequency: float = 1.0
     ) -> None:
         super().__init__()
-        whole(self, dim=dim, kernel_size=kernel_size)
+        whole(self, dim=dim)
+        whole(self, most=31, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             refuse(self, "kernel_size", "is even, and has no centre", kernel_size, "an odd int")
         self.dim, self.kernel_size = dim, kernel_size
