@@ -216,7 +216,7 @@ def test_the_interaction_gates_pixels() -> None:
 def test_blocks_without_residuals_keep_the_size() -> None:
     """Ten, one behind another, on maps that begin a hundred times too small or too large."""
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(regard.create("hyperzzw_block", dim=8, num_heads=1, grid=6, hidden=8) for _ in range(10)))
+    blocks = nn.Sequential(*(HyperZZWBlock(8, grid=6, hidden=8) for _ in range(10)))
     for size in (0.01, 1, 100):
         y = blocks(size * normal(1, 2, 8, 6, 6).float())
         assert 0.3 < float(y.detach().square().mean().sqrt()) < 1
@@ -234,7 +234,7 @@ def test_other_sizes() -> None:
     layer = built("hyperzzw", grid=3, hidden=4)
     assert layer(normal(1, 2, C, 5, 5)).shape == (2, C, 5, 5)
     assert layer(normal(1, 0, C, 3, 3)).shape == (0, C, 3, 3)
-    assert built("hyperzzw_block", grid=4, hidden=4)(normal(1, 2, C, 1, 1)).isfinite().all()
+    assert filled(HyperZZWBlock(C, grid=4, hidden=4))(normal(1, 2, C, 1, 1)).isfinite().all()
 
 
 def test_slow_loss() -> None:
@@ -288,6 +288,6 @@ def test_refuses_other_maps() -> None:
     with pytest.raises(ValueError, match="x is no square"):
         built("hyperzzw", grid=3)(normal(1, 1, C, 3, 4))
     with pytest.raises(ValueError, match="earlier are other maps"):
-        built("hyperzzw_block", grid=3)(normal(1, 1, C, 3, 3), normal(1, 1, C, 3, 3))
+        filled(HyperZZWBlock(C, grid=3))(normal(1, 1, C, 3, 3), normal(1, 1, C, 3, 3))
     with pytest.raises(ValueError, match="x has the wrong shape"):
         built("hyper_interaction", grid=3)(normal(1, 1, C, 3, 3), normal(1, 1, C, 3, 4))

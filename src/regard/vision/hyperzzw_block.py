@@ -1,4 +1,14 @@
-"""HyperZZW's block: ten maps, global, local and gated, side by side in one bottleneck; no residual."""
+"""HyperZZW's block: ten maps, global, local and gated, side by side in one bottleneck; no residual.
+
+    K = x * W,   fast = IN(RGU_a(K) + RGU_b(x)),   m = IN(L x),   h = IN(channel gate(x)),   o = K @ fast
+    maps: o, local_2(h; x), fast, K @ m, local_1(x; h), sigmoid(o) o, local_3(m; x), K @ h, local_4(x; m),
+          interaction(o, x), and earlier blocks' maps        local(a; b): b under the kernel that a makes
+    out = dropout(gelu(IN(1 x 1 of all maps)) + b)
+
+The group standardisation in front of the activation was not in what could be read of the author's code: each map is
+standardised by itself. GELU stands in the place of an activation that the code leaves to a setting. The author's blocks
+widen, by 4, 3, 2, 2 and 2; the network around them is left to the caller.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,55 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.cards import Card, Cost
 from regard.checks import checked, number, refuse, whole
 from regard.vision.coordinate_kernel import standardised
-from regard.vision.hyper_gates import PAPER, SLOW, HyperChannelGate, HyperInteraction
+from regard.vision.hyper_gates import HyperChannelGate, HyperInteraction
 from regard.vision.hyperzzw import GlobalHyperZZW, hyper_product
-from regard.vision.hyperzzw_local import COUPLED, STOPPED, LocalHyperZZW
-
-CARD = Card(
-    "hyperzzw_block",
-    equation="""K = x * W,   fast = IN(RGU_a(K) + RGU_b(x)),   m = IN(L x),   h = IN(channel gate(x))
-o = K @ fast,   maps: o, local_2(h; x), fast, K @ m, local_1(x; h), sigmoid(o) o, local_3(m; x), K @ h, local_4(x; m),
-interaction(o, x), and earlier blocks' maps        local(a; b): b under the kernel that a makes
-out = dropout(gelu(IN(1 x 1 of all maps)) + b)""",
-    papers=(PAPER,),
-    protocol="FeatureMixer",
-    supports={"bidirectional", "dropout", "compile"},
-    traits={"straight_through"},
-    cost=Cost(
-        "B*Y*X*M*(15*M + 3*X + 164) + 2*Y*X*hidden*(layers*hidden + M)",
-        "",
-    ),
-    claim="Maps of the block's inside have mean 0, and without any residual ten blocks keep a signal's size: "
-    "tests/vision/test_hyperzzw.py::test_blocks_without_residuals_keep_the_size.",
-    differs=(
-        "The group standardisation in front of the activation was not in what could be read: each map is standardised "
-        "by itself.",
-        "GELU stands in the place of an activation that the code leaves to a setting.",
-        "As wide as its input by default, so that it is a layer; the author's blocks widen, by 4, 3, 2, 2 and 2.",
-        "Dropout is that of whole maps, as in the code.",
-        "Maps of a batch meet, in training and at test time, as in the code.",
-        "The network around the blocks and the author's optimizer are left to the caller.",
-    ),
-    verified="reconstructed",
-    example={"grid": 8, "hidden": 8},
-    exceptions={
-        "L10 batch_rows_do_not_meet": COUPLED,
-        "L10 batch_rows_do_not_meet_in_training": COUPLED,
-        "L50 mapped_over_the_batch": COUPLED,
-        **dict.fromkeys(("L23", "L24", "L51"), STOPPED),
-    },
-    tries={"grid": 6, "kernel_sizes": (3, 3, 5, 5)},
-    defaults={
-        "grid": "code",
-        "kernel_sizes": "code",
-        "hidden": "code",
-        "layers": "code",
-        "frequency": SLOW,
-    },
-)
+from regard.vision.hyperzzw_local import LocalHyperZZW
 
 
 class Blocked(NamedTuple):
@@ -84,7 +50,6 @@ def slow_loss(kernels: Sequence[Float[Tensor, "_c S S"]]) -> Float[Tensor, ""]:
     return total
 
 
-@CARD.module(closed=("earlier", "expansion"))
 class HyperZZWBlock(nn.Module):
     """The branches, joined.
 
@@ -92,8 +57,8 @@ class HyperZZWBlock(nn.Module):
         dim: C.
         grid: of the slow kernel, grid x grid; maps are square, of any size.
         kernel_sizes: of the four local branches.
-        expansion: times C, the outputs; only 1 makes it a layer, and so no option of the mechanism.
-        earlier: channels of earlier maps that `forward` is given, repeated to C each; no option likewise.
+        expansion: times C, the outputs.
+        earlier: channels of earlier maps that `forward` is given, repeated to C each.
         hidden, layers, frequency: of the slow network of the global kernel; local ones have half as many channels.
         dropout: of whole maps, in training.
 

@@ -21,7 +21,6 @@ out = gelu(BN(L depthwise(x, W))) + b      BN: mean 0 and variance 1 a channel, 
     papers=(PAPER,),
     protocol="FeatureMixer",
     supports={"bidirectional", "compile"},
-    traits={"straight_through"},
     cost=Cost("B*Y*X*M*(M + kernel_size**2) + kernel_size**2*hidden*(2*layers*hidden + hidden + M + B*M)", ""),
     claim="One kernel for all maps of a batch, which changes with the batch: "
     "tests/vision/test_hyperzzw.py::test_a_local_kernel_is_the_batchs.",
