@@ -227,7 +227,7 @@ def test_starting_values_and_loss() -> None:
     assert layer.conv.coefficients.tolist() == [0.25, 0.5, 0.5, 0.5]
     assert float(layer.conv.real_proj.weight.detach().std()) == pytest.approx(0.5**0.5, rel=0.02)
     for net in (layer.conv.turns, layer.conv.spectrum):
-        assert 0.99 * (6 / 128) ** 0.5 < float(net.inner.weight.abs().max()) <= (6 / 128) ** 0.5
+        assert 0.99 * (6 / 128) ** 0.5 < float(net.inner.weight.detach().abs().max()) <= (6 / 128) ** 0.5
         assert not net.inner.bias.any()
     assert layer.real_gate.weight.shape == (512, 128)
     assert float(layer.share) == 1
