@@ -1,5 +1,6 @@
 """What this room's recurrent mechanisms share: attention through features, repeated key heads, and streaming."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ def value_conv(who: object, heads: int, width: int) -> nn.Conv2d:
 def first_state(
     layer: Any, batch_size: int, capacity: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> Any:
-    """What `init_state` of a layer with `empty_state` gives, in float32 at least; parameters tell what is not told."""
+    """What `init_state` of a layer with `empty_state` gives, in float32 at least, else as the parameters."""
     whole(layer, 0, batch_size=batch_size)
     whole(layer, capacity=capacity)
-    weight = next(layer.parameters())
+    weight = next(itertools.chain(layer.parameters(), layer.buffers()))
     wide = torch.promote_types(dtype or weight.dtype, torch.float32)
     return layer.empty_state(batch_size, device=torch.device(device or weight.device), dtype=wide)
 
