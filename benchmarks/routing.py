@@ -18,13 +18,19 @@ from benchmarks.goals import goal
 from benchmarks.harness import Benchmark, Figure, Run, agree, command, compared, race
 from regard import masks
 from regard.masks import Mask
+from regard.routing.anchor_stripes import AnchorStripes
 from regard.routing.biformer import region_attention, route_regions
 from regard.routing.clusters import clustered_attention, nearest
+from regard.routing.flex_prefill import FlexPrefill
+from regard.routing.hip import HiP
 from regard.routing.moba import MoBA
+from regard.routing.nsa_branches import Brief, cut, mean, native_sparse_attention
 from regard.routing.report import kept
+from regard.routing.running_best import dynamic_mask_attention
 from regard.routing.xattention import XAttention
 from regard.stages import Selector
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 RUN = 128
 """Tokens of a topic."""
 
@@ -36,6 +42,31 @@ def selectors(length: int) -> dict[str, tuple[Callable[[], Selector], Mask]]:
         "moba": (lambda: MoBA(block=min(RUN, length // 4), topk=3), causal),
         "xattention": (lambda: XAttention(block=min(RUN, length // 4), stride=8, threshold=0.4), causal),
         "xattention, full": (lambda: XAttention(block=min(RUN, length // 4), stride=8, threshold=0.4), masks.full()),
+        "flex_prefill": (lambda: FlexPrefill(block=min(RUN, length // 4), gamma=0.4), causal),
+        "anchor_stripes": (lambda: AnchorStripes(theta=8.0, block=min(RUN, length // 4), step=4), causal),
+        "hip": (lambda: HiP(mask_k=min(256, length // 4), window=min(RUN, length // 4)), causal),
+    }
+
+
+def layers(length: int, heads: int, width: int) -> dict[str, tuple[Attend, str]]:
+    """What chooses in the middle of its own sums, and the share of pairs that it reads in full."""
+    g, block, window = torch.Generator().manual_seed(3), 64, length // 20
+    gates = torch.rand(1, heads, length, 3, generator=g)
+    delta = torch.randn(1, heads, length, generator=g)
+
+    def nsa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cuts = (cut(z, block, block) for z in (k, v))
+        means = [mean(z) for z in cuts]
+        brief = Brief(*means, torch.ones(1, means[0].shape[2], dtype=torch.bool), block, block)
+        return native_sparse_attention(q, k, v, gates, brief, block=block, count=4, window=window)
+
+    def dynamic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dynamic_mask_attention(q, k, v, delta, window=window)[0]
+
+    chosen = 2 * (4 * block + window) / length
+    return {
+        "nsa": (nsa, f"4 blocks of {block} and a window of {window}: {chosen:.1%} of the pairs"),
+        "dynamic_mask": (dynamic, f"{window} keys a query: {2 * window / length:.1%} of the pairs"),
     }
 
 
@@ -74,6 +105,13 @@ def measure(*, repeats: int, length: int = 8192, heads: int = 2, width: int = 64
             times = race(runs, repeats=repeats, seconds=6)
             limit = goal("routing moba") if name == "moba" else goal("routing")
             result.add(compared(name, times, "regard", "SDPA", note=shares(q, k, selected, mask), **limit))
+        for name, (attend, note) in layers(length, heads, width).items():
+            runs = {
+                "regard": partial(attend, q, k, v),
+                "SDPA": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+            }
+            times = race(runs, repeats=repeats, seconds=6)
+            result.add(compared(name, times, "regard", "SDPA", note=note, **goal("routing")))
         result.add(clusters(q, v, repeats), regions(side, heads, width, repeats))
     return result
 

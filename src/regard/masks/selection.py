@@ -10,7 +10,7 @@ from regard.masks import checks
 from regard.masks.algebra import Index, Mask
 from regard.masks.layout import BlockLayout, pair
 from regard.masks.stamp import made_of
-from regard.masks.verdict import Tiles, Verdict
+from regard.masks.verdict import Tiles, Verdict, corners, counted
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,27 +41,12 @@ class Chosen(Mask):
         return tiles.reshape(-1)[index] & in_row & in_column
 
     def judge(self, tiles: Tiles) -> Verdict:
-        (bq, bk), (nq, nk) = self.block, self.tiles.shape[2:]
-        shift = self.S - self.T
-        t_lo, t_hi = (tiles.i_lo - shift).clamp(min=0), (tiles.i_hi - shift).clamp(max=self.T - 1)
-        j_lo, j_hi = tiles.j_lo.clamp(min=0), tiles.j_hi.clamp(max=self.S - 1)
-        inside = (t_lo == tiles.i_lo - shift) & (t_hi == tiles.i_hi - shift)
-        inside = inside & (j_lo == tiles.j_lo) & (j_hi == tiles.j_hi)
-        top, bottom = (t_lo // bq).clamp(0, nq), (t_hi // bq + 1).clamp(0, nq)
-        left, right = (j_lo // bk).clamp(0, nk), (j_hi // bk + 1).clamp(0, nk)
-        before = self._before
-        count = (
-            before[..., bottom, right] - before[..., top, right] - before[..., bottom, left] + before[..., top, left]
-        )
-        area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
-        count = count.reshape(*self.tiles.shape[:2], *area.shape[-2:])
-        area, inside = (z.expand(area.shape).reshape(area.shape[-2:]) for z in (area, inside))
-        return Verdict.exact((count > 0) & (area > 0), (count == area) & (area > 0) & inside)
+        return counted(self._before, tiles, self.T, self.S, self.block)
 
     @made_of("tiles")
     def _before(self) -> Tensor:
         """(B, H, nq + 1, nk + 1): how many tiles above and left of a corner are chosen."""
-        return torch.nn.functional.pad(self.tiles.cpu().int().cumsum(2).cumsum(3), (1, 0, 1, 0))
+        return corners(self.tiles)
 
     @property
     def batch(self) -> int:

@@ -14,7 +14,7 @@ from regard.masks import checks
 from regard.masks.algebra import And, Index, Joined, Mask
 from regard.masks.patterns import Prefix
 from regard.masks.stamp import made_of
-from regard.masks.verdict import Tiles, Verdict
+from regard.masks.verdict import Tiles, Verdict, corners, counted
 
 
 def _never(index: Index) -> Bool[Tensor, "..."]:
@@ -246,6 +246,10 @@ def padding(keep: Bool[Tensor, "B S"] | None = None, *, lengths: Int[Tensor, " B
     return Kept(checks.tensor("padding: keep", keep, (2,), "bool"))
 
 
+CORNERS = 2**22
+"""Entries of a tensor mask, at most, for which four bytes each are kept."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
     """A ready-made tensor, bottom-right aligned: its rows are the last T of its S positions."""
@@ -264,6 +268,15 @@ class Dense(Mask):
         if B > 1:
             index = b * (H * T * S) + index
         return self.tensor.to(j.device).reshape(-1)[index] & (row == t) & (column == j)
+
+    def judge(self, tiles: Tiles) -> Verdict:
+        before = self._before
+        return Verdict.unknown(tiles) if before is None else counted(before, tiles, *self.tensor.shape[2:])
+
+    @made_of("tensor")
+    def _before(self) -> Tensor | None:
+        """Its `corners`, as long as they are few: looking at every entry of a tile takes ten times as long."""
+        return corners(self.tensor) if 0 < self.tensor.numel() <= CORNERS else None
 
     @property
     def batch(self) -> int:

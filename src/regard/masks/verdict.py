@@ -52,3 +52,31 @@ class Verdict:
 
     def __or__(self, other: "Verdict") -> "Verdict":
         return ~(~self & ~other)
+
+
+def corners(cells: Bool[Tensor, "B H nq nk"]) -> Int[Tensor, "B H nq_1 nk_1"]:
+    """How many cells above and left of each corner are True, on the CPU."""
+    narrow = torch.int32 if cells.shape[2] * cells.shape[3] < 2**31 else torch.int64
+    return torch.nn.functional.pad(cells.cpu().cumsum(3, dtype=narrow).cumsum(2, dtype=narrow), (1, 0, 1, 0))
+
+
+def counted(
+    before: Int[Tensor, "B H nq_1 nk_1"], tiles: Tiles, T: int, S: int, block: tuple[int, int] = (1, 1)
+) -> Verdict:
+    """What is certain about tiles where cells of `block` are allowed whole or not at all, by their `corners`.
+
+    The last T of S positions are the queries; beyond them, and beyond the keys, nothing is allowed.
+    """
+    (bq, bk), (nq, nk) = block, (before.shape[2] - 1, before.shape[3] - 1)
+    shift = S - T
+    t_lo, t_hi = (tiles.i_lo - shift).clamp(min=0), (tiles.i_hi - shift).clamp(max=T - 1)
+    j_lo, j_hi = tiles.j_lo.clamp(min=0), tiles.j_hi.clamp(max=S - 1)
+    inside = (t_lo == tiles.i_lo - shift) & (t_hi == tiles.i_hi - shift)
+    inside = inside & (j_lo == tiles.j_lo) & (j_hi == tiles.j_hi)
+    top, bottom = (t_lo // bq).clamp(0, nq), (t_hi // bq + 1).clamp(0, nq)
+    left, right = (j_lo // bk).clamp(0, nk), (j_hi // bk + 1).clamp(0, nk)
+    count = before[..., bottom, right] - before[..., top, right] - before[..., bottom, left] + before[..., top, left]
+    area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
+    count = count.reshape(*before.shape[:2], *area.shape[-2:])
+    area, inside = (z.expand(area.shape).reshape(area.shape[-2:]) for z in (area, inside))
+    return Verdict.exact((count > 0) & (area > 0), (count == area) & (area > 0) & inside)
