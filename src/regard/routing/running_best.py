@@ -12,7 +12,7 @@ from regard.masks import Mask, causal, padding
 from regard.pipeline.function import attention
 from regard.tracing import exporting, transformed
 
-CHUNK = 128
+CHUNK = 512
 """Queries worked on together once keys must go."""
 
 
