@@ -12,7 +12,7 @@ from regard.cards import PLAIN, Card, Cost, Paper
 from regard.checks import choice, refuse, whole
 from regard.kernels.check import check_inputs
 from regard.kernels.linear_scan import Scan, linear_scan
-from regard.linear._shared import RecurrentMixer, hide, ratio, repeat_heads, widened, with_ones
+from regard.linear._shared import RecurrentMixer, hide, pair_products, ratio, repeat_heads, widened, with_ones
 from regard.pipeline.head_mixer import Projections
 from regard.tracing import exporting
 
@@ -165,12 +165,8 @@ def lean(f: Callable[..., Any], *given: Tensor | None, length: int) -> Any:
 
 def monomials(x: Float[Tensor, "B H T D"], order: int) -> Float[Tensor, "B H T K"]:
     """psi: 1, x_a, and x_a x_b for a <= b."""
-    rows = x.mT.contiguous()  # whole rows of tokens are quicker to gather than single numbers
-    parts = [x.new_ones(*x.shape[:2], 1, x.shape[2]), rows]
-    if order == 2:
-        a, b = torch.triu_indices(x.shape[3], x.shape[3], device=x.device)
-        parts.append(rows.index_select(2, a) * rows.index_select(2, b))
-    return torch.cat(parts, 2).mT
+    parts = [torch.ones_like(x[..., :1]), x]
+    return torch.cat([z.mT for z in (parts if order == 1 else [*parts, pair_products(x)])], 2).mT
 
 
 def taylor(x: Float[Tensor, "B H T D"], order: int) -> Float[Tensor, "B H T K"]:
