@@ -40,6 +40,8 @@ context="min":   y_t = min(p_t, min_{s <= t} x_s)""",
         "Inferred: the first token is compared with itself, the average is added to the pair, and it is that of "
         "tokens up to now. The account has a mean over all tokens, which would show a language model the future.",
         'So read, context="min" is the running minimum alone, whatever the pair: no pair is below it.',
+        "Where its loss is smaller: on a chain of second order that is nearly certain, in 80 steps. On prose it was a "
+        "tie, and on words of five letters attention was better (1.61 against 1.84 nats at 120 steps).",
         "That the average lowers the loss further does not hold in our small trainings, so that it is off.",
         "Hidden tokens are passed over: the token before is the last real one.",
         "Streaming keeps the sum in float32 at least.",
