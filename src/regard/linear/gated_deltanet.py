@@ -36,7 +36,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps) * silu(x_t W_z)), each head by itse
     claim="One token may empty the memory, after which nothing before it is read, and what is written again is "
     "replaced: tests/linear/test_gated_deltanet.py::test_forgetting_comes_before_the_error.",
     differs=(
-        "It starts as the authors' code does. transformers' layer has d = 1, with which most heads forget within a token.",
+        "It starts as the authors' code does. transformers' layer has d = 1: most heads forget at once.",
     ),
     verified="third-party",
     tries={"num_key_heads": 3},
