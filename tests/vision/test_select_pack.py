@@ -16,7 +16,9 @@ from vision.shared import filled, gradients, leaves, normal
 
 
 def layer(**options: Any) -> SelectPackAttention:
-    return filled(SelectPackAttention(4, 2, **{"length": 5, **options}))
+    part = SelectPackAttention(4, 2, **{"length": 5, **options})
+    filled(part)
+    return part
 
 
 def loops(part: SelectPackAttention, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """SeqBoat's attention: active tokens packed together, a window among them, and back to where they stood."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -88,7 +89,7 @@ class PackedAttention(nn.Module):
             refuse("SeqBoat", "qk_dim", "is odd", qk_dim, "an even int, as rotary turns channels in pairs")
         self.qk_dim, self.value_dim, self.window, self.causal = qk_dim, value_dim, window, causal
         self.weighting, self.dropout = weighting, dropout
-        self.normalizer = softmax if weighting == "softmax" else SquaredRelu()
+        self.normalizer: Callable[..., Tensor] = softmax if weighting == "softmax" else SquaredRelu()
         self.mx_proj = nn.Linear(dim, qk_dim + 2 * value_dim)  # z, r, v
         self.gamma = nn.Parameter(torch.empty(2, qk_dim))
         self.beta = nn.Parameter(torch.empty(2, qk_dim))
