@@ -168,7 +168,7 @@ class SelectPackAttention(nn.Module):
         shift: by how many pixels the map is rolled before it is packed, both ways.
         align: whether images that fit into a container are kept whole, for more padding.
         threshold: of the probability above which a token is chosen; lower keeps more.
-        temperature: of the Gumbel noise, in training.
+        temperature: in training, of the sigmoid whose gradient the choice passes on.
         bias: of queries, keys, values and outputs.
     """
 
