@@ -35,9 +35,7 @@ y_t = W_o (w * o_t / sqrt(mean(o_t^2) + eps) * silu(x_t W_z)), each head by itse
     cost=Cost("B*T*H*(2*M + M*D + 192*D + 3*D*D)", "H*D*D + 9*M"),
     claim="One token may empty the memory, after which nothing before it is read, and what is written again is "
     "replaced: tests/linear/test_gated_deltanet.py::test_forgetting_comes_before_the_error.",
-    differs=(
-        "It starts as the authors' code does. transformers' layer has d = 1: most heads forget at once.",
-    ),
+    differs=("It starts as the authors' code does. transformers' layer has d = 1: most heads forget at once.",),
     verified="third-party",
     tries={"num_key_heads": 3},
     defaults={
