@@ -137,35 +137,33 @@ def test_rows_of_other_lengths_are_as_by_themselves(options: dict[str, Any]) -> 
     out = module(x.masked_fill(~keep[..., None], torch.nan), mask=masks.padding(keep))
     for row, n in enumerate((32, 13, 3)):
         close(out[row, :n], module(x[row : row + 1, :n])[0], f"{n} tokens")
-    assert not out[3].any()
+    assert not module(x, mask=masks.padding(keep))[3].any()
 
 
 def test_more_rounds_come_nearer_to_all_keys() -> None:
-    z, v = normal(0, 1, 1, 128, 8), normal(1, 1, 1, 128, 8)
-    k = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() / 8**0.5
-    full = regard.attention(z, k, v, scale=1.0, mask=~torch.eye(128, dtype=torch.bool))
-    errors = []
+    x, errors = normal(0, 1, 128, 12), []
     for rounds in (1, 4, 16):
-        rotations = normal(2, 1, 8, rounds, 4)
-        out = lsh_attention(z, v, rotations, chunk=8, buckets=8, exclude_duplicates=True)
-        errors.append(float((out - full).norm() / full.norm()))
+        module = layer(chunk=8, buckets=8, rounds=rounds, exclude_duplicates=True)
+        z, v = (heads(x, p.weight) for p in (module.q_proj, module.v_proj))
+        k = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() / z.shape[3] ** 0.5
+        full = regard.attention(z, k, v, scale=1.0, mask=~torch.eye(128, dtype=torch.bool)[None, None])
+        full = module.o_proj(full.transpose(1, 2).flatten(2))
+        errors.append(float((module(x) - full).norm() / full.norm()))
     assert errors[0] > 1.3 * errors[1] > 1.69 * errors[2], errors
-    close(lsh_attention(z, v, rotations, chunk=128), full, "one chunk holds all")
+    close(layer(chunk=128)(x), full, "one chunk holds all")
 
 
 def test_equal_tokens_share_buckets() -> None:
-    """Of 32 tokens, 8 of each kind, in chunks of 8: each sees its own kind alone, which plain attention doesn't."""
-    kinds = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]).double()
-    kind = torch.arange(32) % 4
-    out = lsh_attention(
-        kinds[kind][None, None],
-        kinds[kind][None, None],
-        torch.eye(2).double()[None, :, None],
-        chunk=8,
-        buckets=4,
-        before=0,
-    )
-    close(out[0, 0], kinds[kind])
+    """Of 128 tokens each sees at most 16 in a head, and its copy mostly, wherever that stands."""
+    module = layer(chunk=8, buckets=32)
+    x = normal(0, 64, 12).repeat(2, 1)
+    slopes = torch.autograd.functional.jacobian(lambda x: module(x[None])[0].square().sum(-1), x)
+    seen = slopes.abs().amax(2) > 0
+    assert seen.sum(1).max() <= 32, "two heads"
+    assert seen[torch.arange(64), torch.arange(64) + 64].sum() >= 57
+    z = heads(x[None], module.q_proj.weight)
+    found = hashed(z, normal(1, 2, 6, 3, 16), halves(32, torch.tensor([128]), 8), torch.ones(1, 128, dtype=torch.bool))
+    assert torch.equal(found[..., :64], found[..., 64:])
 
 
 def test_a_token_sees_itself_only_where_it_sees_nothing_else() -> None:
@@ -197,3 +195,13 @@ def test_what_a_hash_of_one_head_is() -> None:
 def test_buckets_must_be_even(buckets: Any) -> None:
     with pytest.raises(ValueError, match="Reformer: buckets"):
         Reformer(12, 2, buckets=buckets)
+
+
+def test_tensors_must_fit() -> None:
+    z, rotations = normal(0, 1, 2, 8, 4), normal(1, 2, 4, 1, 2)
+    for more, said in (
+        ({"keep": torch.ones(1, 7, dtype=torch.bool)}, "keep"),
+        ({"rotations": rotations[:1]}, "rotations"),
+    ):
+        with pytest.raises(ValueError, match=f"lsh_attention: {said}"):
+            lsh_attention(z, z, **{"rotations": rotations, "chunk": 4, "buckets": 4, **more})

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import choice, flag, refuse, whole
+from regard.checks import checked, choice, flag, refuse, whole
 from regard.kernels.blocks import in_blocks
 from regard.pipeline.head_mixer import HeadMixer
 from regard.routing._lsh import columns, halves, hashed, met, near_chunks, together
@@ -56,7 +56,7 @@ out_i = softmax over r and j in P_r(i), j != i (j < i when causal) of z_i . k_j,
         "No decoding from a cache, which hashes new tokens into old chunks.",
     ),
     verified="third-party",
-    example={"chunk": 2, "rounds": 2, "draws": "kept"},
+    example={"chunk": 3, "rounds": 2, "bias": True, "draws": "kept"},
     tries={"buckets": (2, 4), "before": 0, "after": 1},
     exceptions={"L4": SHARE, "L6": SHARE},
     defaults={
@@ -65,11 +65,12 @@ out_i = softmax over r and j in P_r(i), j != i (j < i when causal) of z_i . k_j,
         "bias": "code, transformers",
     },
 )
-PAIRS = 2**24
+PAIRS = 2**20
 """Scores formed together while no gradient is asked for."""
 Draws = Literal["fresh", "kept"]
 
 
+@checked()
 def lsh_attention(
     z: Float[Tensor, "B H T D"],
     v: Float[Tensor, "B H T V"],
