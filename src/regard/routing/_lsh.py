@@ -103,3 +103,24 @@ def met(bucket: Tensor, chunk: Tensor, near: Tensor, i: Tensor, j: Tensor, same:
             found = near[..., w].gather(2, seen).view(i.shape)[..., None] == its
             total = total + (found & together(bucket, here, i, j) if same else found)
     return total
+
+
+def gathered(z: Float[Tensor, "B H T D"], index: Int[Tensor, "B H n w"]) -> Float[Tensor, "B H n w D"]:
+    return z.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, z.shape[3])).unflatten(2, index.shape[2:])
+
+
+def one_softmax(
+    parts: list[tuple[Tensor, Tensor, Tensor]], rank: Int[Tensor, "B H R T"]
+) -> tuple[Float[Tensor, "B H T 1"], Float[Tensor, "B H T V"]]:
+    """Sums of weights, and of weights times values, of all rounds; `rank`: where each token was sorted to.
+
+    `parts`, of some chunks each: the largest score of each row, and both sums relative to it.
+    """
+    R, T = rank.shape[2:]
+    top, total, mixed = (
+        torch.take_along_dim(torch.cat(t, 2).flatten(2, 3).unflatten(2, (R, T)), rank[..., None], 3)
+        for t in zip(*parts, strict=True)
+    )
+    most = top.amax(2, keepdim=True)
+    share = (top - most.masked_fill(most == -math.inf, 0)).exp()
+    return (share * total).sum(2), (share * mixed).sum(2)

@@ -1,8 +1,7 @@
-"""Reformer: tokens are sorted by a random hash of shared queries and keys, and see the chunks that they fall into.
+"""Reformer: tokens sorted by random hashes see the chunk that they fall into, and the one before.
 
-Each round of hashing sorts all tokens by bucket and cuts them into chunks; a token sees its own chunk and the one
-before. Rounds count as one softmax over all that was seen in any of them. A token sees itself only where it sees
-nothing else. Buckets and chunks are found without gradient.
+Queries and keys are one. Each round of hashing sorts all tokens by bucket and cuts them into chunks. Rounds count as
+one softmax over all that was seen in any. A token sees itself only where it sees nothing else. No gradient of a bucket.
 
 Causality: no value, and no gradient, of a later token reaches an earlier output. But all tokens of a sequence share
 the chunks, so a later one can change which keys an earlier one sees; a prefix alone can give other outputs.
@@ -12,14 +11,14 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, flag, refuse, whole
 from regard.kernels.blocks import in_blocks
 from regard.pipeline.head_mixer import HeadMixer
-from regard.routing._lsh import columns, halves, hashed, met, near_chunks, together
+from regard.routing._lsh import columns, gathered, halves, hashed, met, near_chunks, one_softmax, together
 from regard.tracing import as_it_is, exporting
 from regard.weights import Loaded, same
 
@@ -60,9 +59,8 @@ out_i = softmax over r and j in P_r(i), j != i (j < i when causal) of z_i . k_j,
     tries={"buckets": (2, 4), "before": 0, "after": 1},
     exceptions={"L4": SHARE, "L6": SHARE},
     defaults={
-        **dict.fromkeys(("chunk", "rounds", "buckets", "before", "after", "draws"), "code, transformers"),
+        **dict.fromkeys(("chunk", "rounds", "buckets", "before", "after", "bias", "draws"), "code, transformers"),
         **dict.fromkeys(("same_bucket_only", "exclude_duplicates"), "code, transformers, which has no such choice"),
-        "bias": "code, transformers",
     },
 )
 PAIRS = 2**20
@@ -119,7 +117,7 @@ def lsh_attention(
     places = torch.arange(R * N, device=z.device)
     for some in [places] if torch.compiler.is_compiling() or torch.is_grad_enabled() else places.split(step):
         i, j = queries[:, :, some], keys[:, :, some]
-        scores = _rows(z, i) @ _rows(k, j).mT
+        scores = gathered(z, i) @ gathered(k, j).mT
         allowed = (j[..., None, :] < i[..., :, None]) if causal else (j[..., None, :] != i[..., :, None])
         allowed = allowed & torch.take_along_dim(real[:, None, None], j, 3)[..., None, :]
         counts = once[:, some]
@@ -132,20 +130,10 @@ def lsh_attention(
             scores = scores - times.clamp(min=1).to(wide).log()
         top = scores.detach().masked_fill(~allowed, -math.inf).amax(4, keepdim=True)
         e = (scores - top.masked_fill(top == -math.inf, 0)).masked_fill(~allowed, -math.inf).exp()
-        parts.append((top, e.sum(4, keepdim=True), e @ _rows(v, j)))
-    # Back in order, and all rounds together as one softmax.
-    top, total, mixed = (
-        torch.take_along_dim(torch.cat(t, 2).flatten(2, 3).unflatten(2, (R, N * chunk)), rank[..., None], 3)
-        for t in zip(*parts, strict=True)
-    )
-    share = (top - top.amax(2, keepdim=True).masked_fill((top == -math.inf).all(2, keepdim=True), 0)).exp()
-    total, mixed = (share * total).sum(2), (share * mixed).sum(2)
+        parts.append((top, e.sum(4, keepdim=True), e @ gathered(v, j)))
+    total, mixed = one_softmax(parts, rank)
     out = torch.where(total > 0, mixed / total.clamp(min=torch.finfo(wide).tiny), v * real[:, None, :, None])
     return out[:, :, :T].to(dtype)
-
-
-def _rows(z: Float[Tensor, "B H T D"], index: Int[Tensor, "B H n w"]) -> Float[Tensor, "B H n w D"]:
-    return z.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, z.shape[3])).unflatten(2, index.shape[2:])
 
 
 @CARD.module
@@ -246,17 +234,11 @@ def _transformers(theirs: Any) -> Loaded:
     """Theirs has no output projection, and draws rotations in each call, from a seed if the config has one."""
 
     def build() -> Reformer:
+        names = {"chunk": "chunk_length", "rounds": "num_hashes", "head_dim": "attention_head_size"}
+        names |= {"before": "num_chunks_before", "after": "num_chunks_after", "causal": "is_decoder"}
+        told: dict[str, Any] = {ours: getattr(theirs, name) for ours, name in names.items()}
         number = theirs.num_buckets
-        return Reformer(
-            theirs.hidden_size,
-            theirs.num_attention_heads,
-            head_dim=theirs.attention_head_size,
-            causal=theirs.is_decoder,
-            chunk=theirs.chunk_length,
-            rounds=theirs.num_hashes,
-            buckets=tuple(number) if isinstance(number, list) else number,
-            before=theirs.num_chunks_before,
-            after=theirs.num_chunks_after,
-        )
+        told["buckets"] = tuple(number) if isinstance(number, list) else number
+        return Reformer(theirs.hidden_size, theirs.num_attention_heads, **told)
 
     return Loaded(build, same(theirs, {"q_proj": "query_key", "v_proj": "value"}))
