@@ -47,6 +47,7 @@ from regard.mixers.selective import selective_attention
 from regard.mixers.sparse_correction import delta_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
+from regard.routing.sinkhorn import sinkhorn_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
@@ -195,6 +196,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "grouped_attention": grouped_attention,
     "grouping_attention": lambda q, k, v: grouping_attention(q, k, v, size=(2, 2), stride=2),
     "performer_attention": lambda q, k, v: performer_attention(q, k, v, normal(5, D)),
+    "sinkhorn_attention": sinkhorn_attention,
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),
     "attend_to_some": lambda q, k, v: attend_to_some(q, k, v, torch.arange(3)),
     "attend_in_windows": lambda q, k, v: attend_in_windows(q, k, v, torch.arange(N), 2),

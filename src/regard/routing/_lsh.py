@@ -117,10 +117,8 @@ def one_softmax(
     `parts`, of some chunks each: the largest score of each row, and both sums relative to it.
     """
     R, T = rank.shape[2:]
-    top, total, mixed = (
-        torch.take_along_dim(torch.cat(t, 2).flatten(2, 3).unflatten(2, (R, T)), rank[..., None], 3)
-        for t in zip(*parts, strict=True)
-    )
+    joined = (torch.cat(z, 2).flatten(2, 3).unflatten(2, (R, T)) for z in zip(*parts, strict=True))
+    top, total, mixed = (z.gather(3, rank[..., None].expand(-1, -1, -1, -1, z.shape[4])) for z in joined)
     most = top.amax(2, keepdim=True)
     share = (top - most.masked_fill(most == -math.inf, 0)).exp()
     return (share * total).sum(2), (share * mixed).sum(2)

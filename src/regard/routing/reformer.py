@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, flag, refuse, whole
-from regard.kernels.blocks import in_blocks
+from regard.kernels.blocks import first, in_blocks
 from regard.pipeline.head_mixer import HeadMixer
 from regard.routing._lsh import columns, gathered, halves, hashed, met, near_chunks, one_softmax, together
 from regard.tracing import as_it_is, exporting
@@ -100,7 +100,7 @@ def lsh_attention(
     z, v, real = (
         in_blocks(t, chunk, axis).flatten(axis, axis + 1) for t, axis in ((z.to(wide), 2), (v.to(wide), 2), (real, 1))
     )
-    if chunk == T and not exporting():  # all tokens share a chunk: nothing need be sorted
+    if not exporting() and chunk == T:  # all tokens share a chunk: nothing need be sorted
         bucket, before, after = (~real[:, None, None]).long().expand(B, H, 1, -1), 0, 0
     else:
         bucket = hashed(z, rotations, halves(buckets, count, chunk), real)
@@ -109,7 +109,8 @@ def lsh_attention(
     R, N = order.shape[2], order.shape[3] // chunk
     queries = order.unflatten(3, (N, chunk)).flatten(2, 3)
     near, once = near_chunks(count, R, N, chunk, before, after)
-    keys = torch.take_along_dim(queries[:, :, :, None], near[:, None, ..., None], 2).flatten(3)
+    keys = queries.gather(2, near.flatten(1)[:, None, :, None].expand(B, H, -1, chunk))
+    keys = keys.unflatten(2, near.shape[1:]).flatten(3)
     rank = order.argsort(3)
     k = z * torch.rsqrt(z.square().mean(3, keepdim=True) + 1e-6) / math.sqrt(D)
     parts = []
@@ -119,7 +120,7 @@ def lsh_attention(
         i, j = queries[:, :, some], keys[:, :, some]
         scores = gathered(z, i) @ gathered(k, j).mT
         allowed = (j[..., None, :] < i[..., :, None]) if causal else (j[..., None, :] != i[..., :, None])
-        allowed = allowed & torch.take_along_dim(real[:, None, None], j, 3)[..., None, :]
+        allowed = allowed & real.expand(B, -1).gather(1, j.flatten(1)).view(j.shape)[..., None, :]
         counts = once[:, some]
         if same_bucket_only:
             counts = counts & (near[:, some] // N == (some // N)[:, None])  # hashed in the query's round
@@ -133,7 +134,7 @@ def lsh_attention(
         parts.append((top, e.sum(4, keepdim=True), e @ gathered(v, j)))
     total, mixed = one_softmax(parts, rank)
     out = torch.where(total > 0, mixed / total.clamp(min=torch.finfo(wide).tiny), v * real[:, None, :, None])
-    return out[:, :, :T].to(dtype)
+    return first(out, T, 2).to(dtype)
 
 
 @CARD.module
