@@ -151,3 +151,11 @@ def test_options_are_checked() -> None:
     for wrong in ({"block": 0}, {"temperature": 0.0}, {"iterations": -1}):
         with pytest.raises(ValueError, match=f"Sinkhorn: {next(iter(wrong))}"):
             layer(**wrong)
+    q, k, v = inputs(6)
+    for more, said in (
+        ({"k": k[:, :, :3], "v": v[:, :, :3]}, "k has other tokens"),
+        ({"keep": torch.ones(2, 5, dtype=torch.bool)}, "keep"),
+        ({"gumbel": normal(3, 2, 2, 4, 4)}, "gumbel"),
+    ):
+        with pytest.raises(ValueError, match=f"sinkhorn_attention: {said}"):
+            sinkhorn_attention(**{"q": q, "k": k, "v": v, "block": 3, **more})

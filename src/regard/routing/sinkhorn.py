@@ -11,13 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
-from regard.checks import flag, number, whole
+from regard.checks import fits, flag, number, refuse, whole
 from regard.kernels.blocks import from_blocks, in_blocks
 from regard.kernels.check import check_inputs
 from regard.kernels.problem import dots
 from regard.pipeline.function import attention
 from regard.pipeline.head_mixer import HeadMixer
-from regard.tracing import as_it_is
+from regard.tracing import as_it_is, exporting
 
 CARD = Card(
     "sinkhorn",
@@ -41,8 +41,7 @@ out_u = softmax(q_u . [k'_u ; k_u] / sqrt(D)) [v'_u ; v_u]""",
     traits={"nonnegative", "linear_in_values", "head_independent"},
     cost=Cost("B*H*D*(4*T*block + 2*T*T/block + (T/block)**2)", ""),
     claim="A query reads its own block and one more, which fits it best of all: "
-    "tests/routing/test_sinkhorn.py::test_a_query_reads_its_own_block_and_the_best_other, and the soft order is nearly "
-    "a permutation's: tests/routing/test_sinkhorn.py::test_rows_and_columns_sum_to_one.",
+    "tests/routing/test_sinkhorn.py::test_a_query_reads_its_own_block_and_the_best_other.",
     differs=(
         "Blocks are scored by mean queries and keys, as in the port; the paper has a small network with an output for "
         "each block, which ties a layer to one number of blocks.",
@@ -103,16 +102,21 @@ def sinkhorn_attention(
     check_inputs(q, k, v)
     (B, H, T, D), dtype = q.shape, q.dtype
     if k.shape[2] != T:
-        raise ValueError(f"sinkhorn_attention: k has other tokens than q (got {k.shape[2]}); expected {T}")
+        refuse("sinkhorn_attention", "k", "has other tokens than q", k.shape[2], f"{T} tokens")
+    if keep is not None:
+        fits("sinkhorn_attention", "B T", {"B": B, "T": T}, keep=keep)
     if T == 0:
         return q.new_zeros(B, H, 0, v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
-    block = min(block, T)
+    block = block if exporting() else min(block, T)
     real = torch.ones(1, T, dtype=torch.bool, device=q.device) if keep is None else keep
     q, k, v = (z.masked_fill(~real[:, None, :, None], 0.0) for z in (q, k, v))
     k, v = (z.repeat_interleave(H // z.shape[1], 1) for z in (k, v))
     (q, k, v), real = (in_blocks(z, block, 2) for z in (q, k, v)), in_blocks(real, block, 1)  # (B, H, n, b, D)
     wide = torch.promote_types(dtype, torch.float32)
     count = real.sum(2).clamp(min=1)[:, None, :, None]
+    n = real.shape[1]
+    if isinstance(gumbel, Tensor):
+        fits("sinkhorn_attention", "#B #H n n", {"B": B, "H": H, "n": n}, gumbel=gumbel)
     scores = dots(*(z.to(wide).sum(3) / count for z in (q, k))) / math.sqrt(D)
     there = real.any(2)
     if hard:
