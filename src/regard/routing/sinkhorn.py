@@ -1,4 +1,4 @@
-"""Sparse Sinkhorn attention: blocks of keys are sorted softly, and a query sees its own and the sorted one.
+"""Sparse Sinkhorn attention: blocks of keys are sorted softly; a query sees its own and a sorted one.
 
 Which block goes where is a nearly doubly stochastic matrix, made from scores between mean queries and mean keys of
 blocks by Sinkhorn's normalisation of rows and columns in turn. Blocks are counted from the first place of a row.
