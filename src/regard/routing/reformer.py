@@ -55,7 +55,7 @@ out_i = softmax over r and j in P_r(i), j != i (j < i when causal) of z_i . k_j,
         "No decoding from a cache, which hashes new tokens into old chunks.",
     ),
     verified="third-party",
-    example={"chunk": 3, "rounds": 2, "bias": True, "draws": "kept"},
+    example={"chunk": 3, "rounds": 2, "buckets": 2, "bias": True, "draws": "kept"},
     tries={"buckets": (2, 4), "before": 0, "after": 1},
     exceptions={"L4": SHARE, "L6": SHARE},
     defaults={
