@@ -351,6 +351,15 @@ def yoso(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return ours(x), theirs(x, torch.ones(2, 11))[0]
 
 
+def reformer(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Both draw their rotations from one seed."""
+    x = normal(2, 2, 12, M)
+    torch.manual_seed(3)
+    mine = ours(x)
+    torch.manual_seed(3)
+    return mine, theirs(x).hidden_states
+
+
 def convbert(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     x = normal(2, 2, 11, M)
     return ours(x), theirs(x)[0]
@@ -512,6 +521,12 @@ def of_transformers(name: str) -> Case:
         return Case(filled(module_of(name, **more)), nystrom)
     if name == "YosoSelfAttention":
         return Case(filled(module_of(name, hash_code_len=5, conv_window=3)), yoso)
+
+    if name == "LSHSelfAttention":
+        config = importlib.import_module("transformers").ReformerConfig
+        sizes = {"hidden_size": M, "num_attention_heads": H, "attention_head_size": D, "lsh_attn_chunk_length": 4}
+        rest = {"num_hashes": 2, "lsh_attention_probs_dropout_prob": 0.0, "is_decoder": True}
+        return Case(filled(cls(name)(config(**sizes, **rest))), reformer)
     if name == "LongformerSelfAttention":
         config = importlib.import_module("transformers").LongformerConfig
         made = config(hidden_size=M, num_attention_heads=H, attention_window=[4], attention_probs_dropout_prob=0.0)

@@ -59,6 +59,7 @@ from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
 from regard.routing.nsa_branches import Brief, native_sparse_attention, read_in_full
 from regard.routing.running_best import dynamic_mask_attention
+from regard.routing.sinkhorn import sinkhorn_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
@@ -228,6 +229,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "read_in_full": lambda q, k, v: read_in_full(
         q, k, v, torch.ones(B, H, N, 2).bool(), block=4, count=3, mask=masks.causal()
     ),
+    "sinkhorn_attention": sinkhorn_attention,
     "clustered_attention": lambda q, k, v: clustered_attention(q, k, v, *2 * (torch.zeros(B, H, 1, 2).long(),)),
     "attend_to_some": lambda q, k, v: attend_to_some(q, k, v, torch.arange(3)),
     "attend_in_windows": lambda q, k, v: attend_in_windows(q, k, v, torch.arange(N), 2),
