@@ -60,6 +60,7 @@ from regard.routing.clusters import clustered_attention
 from regard.routing.nsa_branches import Brief, native_sparse_attention, read_in_full
 from regard.routing.running_best import dynamic_mask_attention
 from regard.routing.sinkhorn import sinkhorn_attention
+from regard.routing.token_aggregation import group_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
 from regard.vision.davit import channel_attention, window_attention
@@ -240,6 +241,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "neighborhood_attention": squared(neighborhood_attention, window=1),
     "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),
     "neighborhood_with_lse": squared(neighborhood_with_lse, window=1),
+    "group_attention": lambda q, k, v: group_attention(q, k, v, torch.zeros(B, N).long(), size=2),
     "region_attention": squared(region_attention, regions=torch.zeros(B, 2, 1).long()),
 }
 """Every public function of queries, keys and values of batches and heads."""
