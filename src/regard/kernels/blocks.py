@@ -52,4 +52,4 @@ def among(z: Tensor, k: int) -> Tensor:
     """Whether each is one of the k greatest along the last axis; of equals the first, however long the row is."""
     least = greatest(z, k).values[..., -1:]
     above, equal = (z > least) | z.isnan(), z == least
-    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
