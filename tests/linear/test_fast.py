@@ -177,3 +177,10 @@ def test_causal_queries_are_the_keys_own_tokens() -> None:
     for T, S in ((3, 5), (5, 3)):
         with pytest.raises(ValueError, match=f"another length than k .got {T}.; expected {S} tokens"):
             fast_attention(q[:, :, :T], k[:, :, :S], k[:, :, :S], causal=True)
+
+
+def test_a_context_of_another_width_is_missed() -> None:
+    layer = FastAttention(8, 2, context_dim=6)
+    assert layer(torch.zeros(1, 3, 8), torch.zeros(1, 5, 6)).shape == (1, 3, 8)
+    with pytest.raises(ValueError, match=r"context is missing, and x is of another width .*expected \(B, S, 6\)"):
+        layer(torch.zeros(1, 3, 8))
