@@ -85,3 +85,11 @@ def test_exponential_sums_are_exported_with_their_states(turning: bool) -> None:
         return out, torch.view_as_real(state) if turning else state
 
     right_at_any_length(total)
+
+
+def test_of_equals_the_first_are_chosen_however_long_the_row_is() -> None:
+    for n in (5, 30, 33, 300):
+        z = torch.zeros(2, n).index_fill(1, torch.tensor([2]), 1.0).index_fill(1, torch.tensor([0]), float("nan"))
+        assert among(z, 4).nonzero()[:, 1].tolist() == [0, 1, 2, 3] * 2
+    assert among(torch.zeros(2, 3), 4).all()
+    assert among(torch.full((1, 6), float("-inf")), 2).tolist() == [[True] * 2 + [False] * 4]

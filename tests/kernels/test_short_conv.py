@@ -144,3 +144,7 @@ def test_centred_taps_are_torchs_grouped_convolution(taps: int, T: int) -> None:
     close(got, want, "out")
     for a, b in zip(*(torch.autograd.grad(z.sin().sum(), (x, weight)) for z in (got, want)), strict=True):
         close(a, b, "gradient")
+
+
+def test_no_tokens_are_convolved_to_none() -> None:
+    assert centred_conv(torch.zeros(2, 3, 0, 4), torch.zeros(3, 9)).shape == (2, 3, 0, 4)

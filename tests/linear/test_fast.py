@@ -161,3 +161,26 @@ def test_refusals() -> None:
         fast_attention(*(torch.zeros(1, 1, 2, 2) for _ in "qkv"), order=0)
     with pytest.raises(ValueError, match="norm"):
         regard.create("fast", dim=8, num_heads=2, causal=True, norm="sequence")
+
+
+def test_no_tokens_pass_the_state_on() -> None:
+    q = k = v = normal(0, 2, 3, 5, 4)
+    state = fast_attention(q, k, v, causal=True).state
+    none, starts = q[:, :, :0], torch.zeros(2, 0, dtype=torch.bool)
+    out, after = fast_attention(none, none, none, causal=True, state=state, starts=starts)
+    assert out.shape == none.shape
+    close(after, state, "state")
+
+
+def test_causal_queries_are_the_keys_own_tokens() -> None:
+    q = k = normal(0, 1, 2, 5, 4)
+    for T, S in ((3, 5), (5, 3)):
+        with pytest.raises(ValueError, match=f"another length than k .got {T}.; expected {S} tokens"):
+            fast_attention(q[:, :, :T], k[:, :, :S], k[:, :, :S], causal=True)
+
+
+def test_a_context_of_another_width_is_missed() -> None:
+    layer = FastAttention(8, 2, context_dim=6)
+    assert layer(torch.zeros(1, 3, 8), torch.zeros(1, 5, 6)).shape == (1, 3, 8)
+    with pytest.raises(ValueError, match=r"context is missing, and x is of another width .*expected \(B, S, 6\)"):
+        layer(torch.zeros(1, 3, 8))

@@ -156,3 +156,11 @@ def test_refusals() -> None:
         FLARE(8, 2, key_ratio=0.1)
     with pytest.raises(ValueError, match=r"latents has the wrong shape \(got \(1, 3, 2, 4\)\); expected "):
         flare_attention(torch.zeros(3, 2, 4), *(torch.zeros(1, 2, 5, 4) for _ in "kv"))
+
+
+@pytest.mark.parametrize("options", [{"key_layers": -1}, {"value_layers": -1}, {"qk_norm": True, "value_ratio": 0.5}])
+def test_autocast_may_widen_either_of_keys_and_values(options: dict) -> None:
+    layer, x = FLARE(12, 2, **{"key_ratio": 0.5, "value_ratio": 0.5, **options}), normal(0, 2, 5, 12).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    torch.testing.assert_close(got.float(), layer(x), atol=0.05, rtol=0.05)

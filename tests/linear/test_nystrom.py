@@ -222,3 +222,9 @@ def test_refusals():
         NystromAttention(8, 2, coefficient="mean")
     with pytest.raises(ValueError, match=r"means has the wrong shape \(got \(1, 2, 4\)\); expected \(.*, m, T = 5\)"):
         nystrom_attention(*qkv(1, 1, 5, 2, 2), means_of(4, 2))
+
+
+def test_no_tokens_with_a_mask():
+    layer = regard.create("nystromformer", dim=12, num_heads=2)
+    for B in (0, 2):
+        assert layer(torch.zeros(B, 0, 12), mask=torch.zeros(B, 0, dtype=torch.bool)).shape == (B, 0, 12)

@@ -211,3 +211,11 @@ def test_nothing_at_all() -> None:
     assert module(normal(0, 0, 5, 8)).shape == (0, 5, 8)
     assert module(normal(0, 2, 0, 8)).shape == (2, 0, 8)
     assert module(normal(0, 2, 9, 8), mask=torch.zeros(2, 9, dtype=torch.bool)).eq(0).all()
+
+
+def test_hidden_tokens_of_a_new_layer_make_no_mask_of_its_terms() -> None:
+    module, x = layer(noise=0.0, keep_window=4), normal(1, 2, 6, 8)
+    keep = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    out = module(x, mask=masks.padding(keep))
+    close(out[:1, :4], module(x[:1, :4]), "without them")
+    close(out[1:], module(x[1:]), "the other row")

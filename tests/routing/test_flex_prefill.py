@@ -184,3 +184,11 @@ def test_refuses_masks_lengths_and_steps() -> None:
         regard.attention(q, k[:, :, 3:], v[:, :, 3:], mask=masks.causal(), selector=FlexPrefill(block=4))
     with pytest.raises(ValueError, match="stream"):
         regard.create("flex_prefill", dim=8, num_heads=2, causal=True).init_state(1, 8)
+
+
+@pytest.mark.parametrize("tau", [0.0, 2.0])
+def test_a_gamma_of_1_keeps_all_however_shares_are_rounded(tau: float) -> None:
+    for seed in range(20):
+        q, k, _ = heads(seed, 33)
+        tiles = flex_blocks(q, k, gamma=1.0, tau=tau, block=1).tiles
+        assert torch.equal(tiles, torch.ones_like(tiles).tril())

@@ -254,3 +254,18 @@ def test_nothing_at_all() -> None:
     assert module(normal(0, 2, 0, 8)).shape == (2, 0, 8)
     hidden = module(normal(0, 2, 9, 8), mask=torch.zeros(2, 9, dtype=torch.bool))
     assert hidden.eq(0).all()
+
+
+def test_equal_blocks_are_chosen_alike_in_every_length() -> None:
+    """Before a brief block is complete no block stands out, and more of them than are read in full are equal."""
+    torch.manual_seed(0)
+    options = {"block": 1, "count": 5, "window": 2, "compress": "mlp", "length": 32, "stride": 16}
+    layer = NativeSparseAttention(16, 2, **options).double()
+    x = normal(1, 2, 33, 16)
+    whole, state, steps = layer(x), layer.init_state(2, 33), []
+    for token in x.split(1, 1):
+        out, state = layer.step(token, state)
+        steps.append(out)
+    close(torch.cat(steps, 1), whole, "stream")
+    for T in (17, 30):
+        close(layer(x[:, :T]), whole[:, :T], "prefix")

@@ -49,7 +49,7 @@ def greatest(z: Tensor, k: int, **options: bool) -> torch.return_types.topk:
 
 
 def among(z: Tensor, k: int) -> Tensor:
-    """Whether each is one of the k greatest along the last axis."""
-    best, n = greatest(z, k).indices, z.shape[-1]
-    room = z.new_zeros(*z.shape[:-1], n + k if exporting() else n, dtype=torch.bool)
-    return room.scatter(-1, best, 1)[..., :n]
+    """Whether each is one of the k greatest along the last axis; of equals the first, however long the row is."""
+    least = greatest(z, k).values[..., -1:]
+    above, equal = (z > least) | z.isnan(), z == least
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))

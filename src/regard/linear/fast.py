@@ -96,6 +96,8 @@ def fast_attention(
     """
     check_inputs(q, k, v)
     whole("fast_attention", most=2, order=order)
+    if causal and q.shape[2] != k.shape[2]:
+        refuse("fast_attention", "q", "has another length than k", q.shape[2], f"{k.shape[2]} tokens where causal")
     q, k, v = widened(q, k, v)
     k, v = repeat_heads(k, q.shape[1]), with_ones(repeat_heads(v, q.shape[1]))
 
@@ -140,7 +142,7 @@ def _causal_part(
         weights = weights.masked_fill((document[:, :, None] != document[:, None])[:, None], 0.0)
         kept = hide(v, here)
         if state is not None:
-            past = state.masked_fill((document[:, -1] > 0)[:, None, None, None], 0.0)
+            past = state.masked_fill(begins.any(1)[:, None, None, None], 0.0)
     out = weights @ v
     if state is not None:
         read = taylor(q, order) @ state

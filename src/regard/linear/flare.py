@@ -160,7 +160,8 @@ class FLARE(HeadMixer):
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in (self.k_proj(x), self.v_proj(x)))
         k = self.k_norm(k)
-        return k, k, v
+        wide = torch.promote_types(k.dtype, v.dtype)  # autocast leaves what a residual or a norm gives in float32
+        return k.to(wide), k.to(wide), v.to(wide)
 
     def mix(
         self,

@@ -139,7 +139,7 @@ def nystrom_attention(
         real = None if keep is None else means[:, 0].ne(0).any(-1)
         q_marks, k_marks = means @ query, means @ key
         # Up to m tokens are their own landmarks: reading them directly is softmax attention.
-        if keep is None and q.shape[2] <= m:
+        if q.shape[2] == 0 or (keep is None and q.shape[2] <= m):
             held = means @ value
         else:
             options: dict[str, Any] = {"real": real, "keep": keep, "iterations": iterations, "coefficient": coefficient}

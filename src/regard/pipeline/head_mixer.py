@@ -59,6 +59,7 @@ class HeadMixer(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim, self.causal = dim, num_heads, G, D, causal
         context_dim = dim if context_dim is None else context_dim
         whole(type(self).__name__, context_dim=context_dim)
+        self.context_dim = context_dim
         self.q_proj = nn.Linear(dim, num_heads * D, bias=bias)
         self.k_proj = nn.Linear(context_dim, G * D, bias=bias)
         self.v_proj = nn.Linear(context_dim, G * D, bias=bias)
@@ -97,6 +98,8 @@ class HeadMixer(nn.Module):
         tokens(self, "x", x, self.dim)
         if context is not None:
             self._check_context(x, context)
+        elif self.context_dim != self.dim:
+            refuse(self, "context", "is missing, and x is of another width", "none", f"(B, S, {self.context_dim})")
         source = x if context is None else context
         if mask is not None and "padding" not in self.supports:
             refuse(

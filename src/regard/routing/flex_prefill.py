@@ -98,6 +98,8 @@ def flex_blocks(
     """
     (_, _, T, D), S = q.shape, k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
+    if gamma == 1:
+        gamma = 2.0  # all is kept, also where shares that are rounded add up to more than 1
     key = torch.ones(1, 1, S, dtype=torch.bool, device=q.device) if real is None else real
     query = key[:, :, S - T :]
     q, k = q.to(wide).masked_fill(~query[..., None], 0.0), k.to(wide).masked_fill(~key[..., None], 0.0)

@@ -64,7 +64,7 @@ def dynamic_mask_attention(
     check_inputs(q, k, v)
     (B, H, T, _), G = q.shape, k.shape[1]
     real = q.new_ones(B, G, T, dtype=torch.bool) if keep is None else keep[:, None].expand(-1, G, -1)
-    delta = delta.masked_fill(~real, 0.0)
+    delta = delta.masked_fill(~real, -1.0)  # no 0 beside the ones of exp(0): terms of 0 and 1 are taken for a mask
     fresh = DynamicMaskState(k[:, :, :0], v[:, :, :0], delta[..., :0], real[..., :0], 0)
     past = fresh if state is None else state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
 
