@@ -162,7 +162,7 @@ def test_each_mechanism_costs_what_its_eager_kernel_does(
 ) -> None:
     """Less the pairs that its mask forbids: 2 (D + V) for each, 2 V where its own scores replace dot products."""
     card = regard.card(name)
-    options = {**card.example, **({"max_positions": length} if "max_positions" in card.options else {})}
+    options = {**card.example, **{n: length for n in ("max_positions", "max_length") if n in card.options}}
     problems: list[Problem] = []
     real = Attention._prepare
     monkeypatch.setattr(Attention, "_prepare", lambda *a: problems.append((found := real(*a))[0]) or found)
@@ -191,7 +191,8 @@ def test_work_grows_with_the_length_for_softmax_and_stays_for_what_is_linear() -
         assert four - one == 4 * 32 * (1024 - 256) / 2, name
     assert per_token("window", 1024, window=32) < 1.02 * per_token("window", 256, window=32)
     for name in ("linear", "lightning", "fast", "performer"):
-        assert per_token(name, 1024) < 1.05 * per_token(name, 256), name
+        # From where all but the first chunk or part ask what stood before.
+        assert per_token(name, 4096) < 1.05 * per_token(name, 1024), name
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -239,7 +240,9 @@ def test_scans_cost_their_chunked_form() -> None:
         assert found == plainly(both)
 
 
-@pytest.mark.parametrize("name", [n for n in PARTS if regard.card(n).made.slot != "selector"])
+@pytest.mark.parametrize(
+    "name", [n for n in PARTS if (card := regard.card(n)).made.slot != "selector" and "routed" not in card.traits]
+)
 def test_cards_of_the_pipeline_say_what_is_counted(name: str) -> None:
     """Within a tenth at heads of 64 and 4096 tokens: formulas may add elementwise work, which nobody counts."""
     card, length = regard.card(name), 4096

@@ -8,7 +8,7 @@ the chunks, so a later one can change which keys an earlier one sees; a prefix a
 """
 
 import math
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -217,16 +217,15 @@ class Reformer(HeadMixer):
         return z, z, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Bool[Tensor, "B T"] | None) -> Float[Tensor, "B H T D"]:
-        rotations, T = self.rotations, cast("int | None", q.shape[2])
-        if keep is not None or torch.compiler.is_compiling():  # lengths differ from row to row, or call to call
-            T = None
+        T = None if keep is not None or torch.compiler.is_compiling() else q.shape[2]
+        rotations = self.rotations
         if rotations is None:
             wide = torch.promote_types(q.dtype, torch.float32)
             rotations = self.draw(T, q.device, dtype=wide)
         elif self.buckets is None and T is not None:
             rotations = rotations[..., : columns(None, T, self.chunk)]
-        told: dict[str, Any] = {n: getattr(self, n) for n in ("chunk", "buckets", "before", "after", "causal")}
-        told |= {n: getattr(self, n) for n in ("same_bucket_only", "exclude_duplicates")}
+        names = ("chunk", "buckets", "before", "after", "causal", "same_bucket_only", "exclude_duplicates")
+        told: dict[str, Any] = {n: getattr(self, n) for n in names}
         with as_it_is(q.device):
             return lsh_attention(q, v, rotations, keep=keep, **told)
 
