@@ -43,14 +43,14 @@ def selectors(length: int) -> dict[str, tuple[Callable[[], Selector], Mask]]:
         "xattention": (lambda: XAttention(block=min(RUN, length // 4), stride=8, threshold=0.4), causal),
         "xattention, full": (lambda: XAttention(block=min(RUN, length // 4), stride=8, threshold=0.4), masks.full()),
         "flex_prefill": (lambda: FlexPrefill(block=min(RUN, length // 4), gamma=0.4), causal),
-        "anchor_stripes": (lambda: AnchorStripes(theta=8.0, block=min(RUN, length // 4), step=4), causal),
+        "anchor_stripes": (lambda: AnchorStripes(theta=0.0, block=min(RUN, length // 4), step=4), causal),
         "hip": (lambda: HiP(mask_k=min(256, length // 4), window=min(RUN, length // 4)), causal),
     }
 
 
 def layers(length: int, heads: int, width: int) -> dict[str, tuple[Attend, str]]:
     """What chooses in the middle of its own sums, and the share of pairs that it reads in full."""
-    g, block, window = torch.Generator().manual_seed(3), 64, length // 20
+    g, block, window = torch.Generator().manual_seed(3), 64, length // 32
     gates = torch.rand(1, heads, length, 3, generator=g)
     delta = torch.randn(1, heads, length, generator=g)
 
@@ -58,14 +58,14 @@ def layers(length: int, heads: int, width: int) -> dict[str, tuple[Attend, str]]
         cuts = (cut(z, block, block) for z in (k, v))
         means = [mean(z) for z in cuts]
         brief = Brief(*means, torch.ones(1, means[0].shape[2], dtype=torch.bool), block, block)
-        return native_sparse_attention(q, k, v, gates, brief, block=block, count=4, window=window)
+        return native_sparse_attention(q, k, v, gates, brief, block=block, count=3, window=window)
 
     def dynamic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return dynamic_mask_attention(q, k, v, delta, window=window)[0]
 
-    chosen = 2 * (4 * block + window) / length
+    chosen = 2 * (3 * block + window) / length
     return {
-        "nsa": (nsa, f"4 blocks of {block} and a window of {window}: {chosen:.1%} of the pairs"),
+        "nsa": (nsa, f"3 blocks of {block} and a window of {window}: {chosen:.1%} of the pairs"),
         "dynamic_mask": (dynamic, f"{window} keys a query: {2 * window / length:.1%} of the pairs"),
     }
 

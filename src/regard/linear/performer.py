@@ -135,8 +135,9 @@ def softmax_features(
     x: Float[Tensor, "B H T D"], z: Float[Tensor, "B H T r"], top: Float[Tensor, "B H #T 1"], eps: float
 ) -> Float[Tensor, "B H T r"]:
     """r^(-1/2) (exp(z - |x~|^2 / 2 - top) + eps), z = w . x~."""
-    half = 0.5 * x.square().sum(-1, keepdim=True) * int(x.shape[-1]) ** -0.5
-    return ((z - half - top).exp() + eps) * int(z.shape[-1]) ** -0.5
+    r, half = int(z.shape[-1]), 0.5 * x.square().sum(-1, keepdim=True) * int(x.shape[-1]) ** -0.5
+    phi = (z - (half + top + 0.5 * math.log(r))).exp_()  # few passes over (T, r), and few new tensors
+    return phi + eps * r**-0.5 if phi.requires_grad else phi.add_(eps * r**-0.5)
 
 
 def relu_features(
