@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.tracing import exporting
+from regard.tracing import exporting, readable
 
 
 def in_blocks(z: Tensor, size: int, dim: int) -> Tensor:
@@ -51,5 +51,14 @@ def greatest(z: Tensor, k: int, **options: bool) -> torch.return_types.topk:
 def among(z: Tensor, k: int) -> Tensor:
     """Whether each is one of the k greatest along the last axis; of equals the first, however long the row is."""
     least = greatest(z, k).values[..., -1:]
+    if not readable(z):
+        return _first_of_equals(z, least, k)
+    taken = ~(z < least)  # so is NaN
+    tied = taken.sum(-1) > k  # a few rows
+    taken[tied] = _first_of_equals(z[tied], least[tied], k)
+    return taken
+
+
+def _first_of_equals(z: Tensor, least: Tensor, k: int) -> Tensor:
     above, equal = (z > least) | z.isnan(), z == least
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
