@@ -89,7 +89,7 @@ def attention(x, Wq, bq, Wk, bk, Wv, bv, mask, kinds, padding=None, empty="code"
 
 
 def pal(x, W1, b1, W2, b2, attend):
-    """GELU(W2 A(W1 x)); attend: (B, T, R) -> (B, T, R). Biases may be None (the sheet writes none)."""
+    """GELU(W2 A(W1 x)); attend: (B, T, R) -> (B, T, R). Biases may be None (the account writes none)."""
     low = attend(torch.stack([torch.stack([linear(t, W1, b1) for t in row]) for row in x]))
     return torch.nn.functional.gelu(torch.stack([torch.stack([linear(t, W2, b2) for t in row]) for row in low]))
 

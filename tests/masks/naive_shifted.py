@@ -98,4 +98,4 @@ def allowed_groups(length, group, heads, shifted=None, sinks=0, wrap="cut"):
     )
 
 
-# Doubts: odd H (here the last H // 2 heads are shifted); a length that the group does not divide (the sheet refuses).
+# Doubts: odd H (here the last H // 2 heads are shifted); a length that the group does not divide (the account refuses).

@@ -49,7 +49,7 @@ def norm(x, weight, bias, eps=1e-6):
 
 
 def log_psi(spins, p, side, patch, blocks, grid):
-    """spins (B, side*side) -> complex (B,). p: parameters by the flax names of the sheet; kernels (in, out)."""
+    """spins (B, side*side) -> complex (B,). p: parameters by the flax names of the account; kernels (in, out)."""
 
     def dense(x, name):
         return linear(x, p[name + ".kernel"].T, p[name + ".bias"])

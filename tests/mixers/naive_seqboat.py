@@ -1,8 +1,8 @@
-"""Oracle A110: SeqBoat, sparse modular activation. Equations 1-7 of the sheet; compression per sample.
+"""Oracle A110: SeqBoat, sparse modular activation. Equations 1-7 of the account; compression per sample.
 
 Its author has read neither the code nor its tests.
 Largest difference to the golden numbers: values 4.5e-15, gradients 2.0e-14, active tokens equal (`whole` needs
-original_places; compressed, its samples 0 and 2 differ by 6e-3, as the sheet says).
+original_places; compressed, its samples 0 and 2 differ by 6e-3, as the account says).
 """
 
 import math

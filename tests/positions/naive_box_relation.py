@@ -86,4 +86,4 @@ def box_attention(x, box, wq, bq, wk, bk, wv, bv, wo, bo, wg, bg, keep=None, pen
     return torch.stack(outs).reshape(x.shape), torch.stack(ws).reshape(batch, n, heads, n).transpose(1, 2)
 
 
-# The paper's form as the sheet recalls it: size_offset = 0 and paper_ratio = True.
+# The paper's form as the account recalls it: size_offset = 0 and paper_ratio = True.

@@ -49,7 +49,7 @@ def allowed(length, block, random):
 def bigbird(q, k, v, block, random, keep=None, multiset=False, penalty=None):
     """q, k (B,H,T,D), v (B,H,T,V) -> (B,H,T,V); one softmax over the union.
 
-    multiset: a block listed twice counts twice (the code read for the sheet).
+    multiset: a block listed twice counts twice (the code read for the account).
     keep (B,T): padded keys are left out (penalty None) or get `penalty` added; padded queries give 0.
     """
     batch, heads, length, d = q.shape

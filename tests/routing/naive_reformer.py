@@ -1,7 +1,7 @@
-"""Oracle S-reformer: LSH attention with shared query and key. Equations 1-6 of the sheet and the paper's two options.
+"""Oracle S-reformer: LSH attention with shared query and key. Equations 1-6 of the account and the paper's two options.
 
-Written from the sheet alone; its author has read neither the code nor its tests. Largest difference to the golden
-numbers: values 2.7e-15, gradients 1.3e-14 (case b, sheet's trap 1: 9.5e-13 and 1.0e-12); all buckets equal.
+Written from the account alone; its author has read neither the code nor its tests. Largest difference to the golden
+numbers: values 2.7e-15, gradients 1.3e-14 (case b, account's trap 1: 9.5e-13 and 1.0e-12); all buckets equal.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Oracle S-sinkhorn: sparse Sinkhorn attention, bidirectional, with learned block sorting. Equations 1-5 of the sheet.
+"""Oracle S-sinkhorn: sparse Sinkhorn attention, bidirectional, with learned block sorting. Equations 1-5 of the account.
 
-Written from the sheet alone; its author has read neither the code nor its tests. Largest difference to the golden
+Written from the account alone; its author has read neither the code nor its tests. Largest difference to the golden
 numbers: values 8.9e-16, gradients 1.8e-15.
 """
 
@@ -85,4 +85,4 @@ def sinkhorn_attention(q, k, v, *, block, hard=False, iterations=8, tau=0.75, gu
 
 
 # Doubts: with padding the block means of eq. 1 still divide by the block size and include what stands at padded places,
-# and soft mixing still adds padded tokens: the sheet only speaks of the mask. The causal form is not in the sheet.
+# and soft mixing still adds padded tokens: the account only speaks of the mask. The causal form is not in the account.

@@ -18,7 +18,7 @@ def score(q, k, distance, alpha=0.1, theta=0.5, phase="quadratic"):
     for c in range(da, d):
         if phase == "quadratic":
             f = f + q[c] * k[c] / math.sqrt(dp)
-        else:  # "linear"; over the phase parts: the sheet calls this inferred
+        else:  # "linear"; over the phase parts: the account calls this inferred
             f = f + (q[c] + k[c]) / math.sqrt(dp)
     far = 0.0 if distance == 0 else distance**alpha
     return amp * torch.cos(2 * math.pi * far * f)

@@ -30,7 +30,7 @@ def filled(seed: int, *, num_features: int = 3, length: int = 5, num_layers: int
 
 
 def weights(model: SAITS) -> tuple[dict[str, Tensor], tuple[list[dict[str, Tensor]], ...]]:
-    """Under the names of the sheet's equations, as the oracle takes them."""
+    """Under the names of the account's equations, as the oracle takes them."""
 
     def linear(letter: str, proj: nn.Linear) -> dict[str, Tensor]:
         return {"W" + letter: proj.weight, "b" + letter: proj.bias}
