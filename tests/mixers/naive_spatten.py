@@ -55,7 +55,7 @@ def local_value_topk(p, ratio, alive=None):
 def progressive(q, k, *, bits=(8, 4), threshold=0.1, causal=False):
     """Eq. 5. q (H,T,D), k (H,S,D) -> weights (H,T,S), which rows fetched the low bits (H,T) bool.
 
-    One scale per tensor (not in the account): integers of bits[0] + bits[1] bits, the coarse form drops the low bits[1].
+    One scale per tensor (not in it): integers of bits[0] + bits[1] bits, the coarse form drops the low bits[1].
     """
     low = 2 ** bits[1]
     units = [x.abs().max() / (2 ** (sum(bits) - 1) - 1) for x in (q, k)]

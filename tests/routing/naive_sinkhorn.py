@@ -1,4 +1,4 @@
-"""Oracle S-sinkhorn: sparse Sinkhorn attention, bidirectional, with learned block sorting. Equations 1-5 of the account.
+"""Oracle S-sinkhorn: sparse Sinkhorn attention, bidirectional, with learned block sorting. Equations 1-5.
 
 Written from the account alone; its author has read neither the code nor its tests. Largest difference to the golden
 numbers: values 8.9e-16, gradients 1.8e-15.

@@ -1,4 +1,4 @@
-"""Oracle A043 (B105 is the same mechanism): Select and Pack Attention. Equations 1-8 of the account (no golden numbers).
+"""Oracle A043 (B105 is the same mechanism): Select and Pack Attention. Equations 1-8 (no golden numbers).
 
 Its author has read neither the code nor its tests.
 There are no golden numbers; images that are not split equal attention over their chosen tokens to 9e-15.

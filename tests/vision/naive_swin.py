@@ -38,7 +38,7 @@ def region(p, L, w, s):
 def shifted_window(x, Wqkv, bqkv, Wo, bo, table, *, heads, window, shift=0, mask_value=-100.0):
     """x (B, Y, X, C) -> same; table ((2w-1)^2, H). mask_value -100 as timm (it leaks at large scores), float("-inf") is
     clean, 0 is the official flash path, which drops the mask. Sides must be multiples of the window.
-    A side not larger than the window: timm takes window = side, shift = 0; pass these yourself (the account does not say
+    A side not larger than the window: timm takes window = side, shift = 0; pass these yourself (it does not say
     whether per axis or for both, nor what becomes of the table: here window is one number)."""
     B, Y, X, C = x.shape
     w, s, D = window, shift, C // heads
