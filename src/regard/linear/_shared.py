@@ -68,9 +68,9 @@ def ratio(out: Float[Tensor, "B H T V1"], eps: float = 0.0) -> Float[Tensor, "B 
     return out[..., :-1] / torch.where(total == 0, 1.0, total)
 
 
-def pair_products(x: Float[Tensor, "*n T D"], apart: int = 0) -> Float[Tensor, "*n T P"]:
-    """x_a x_b for all a + apart <= b."""
-    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], apart, device=x.device)
+def pair_products(x: Float[Tensor, "*n T D"]) -> Float[Tensor, "*n T P"]:
+    """x_a x_b for all a <= b."""
+    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     rows = x.mT.contiguous()  # whole rows of tokens are quicker to gather than single numbers
     return (rows.index_select(-2, a) * rows.index_select(-2, b)).mT
 

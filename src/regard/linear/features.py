@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.checks import choice, number, refuse, whole
-from regard.linear._shared import pair_products
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -31,7 +30,9 @@ def dpfp(x: Float[Tensor, "*n D"], nu: int) -> Float[Tensor, "*n F"]:
 
 def squares(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Float[Tensor, "*n P"]]:
     """x_i^2, and x_i x_j of all i < j."""
-    return x.square(), pair_products(x, 1)
+    # Not by whole rows, as `pair_products` does: compiled, those have other strides.
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device).unbind()
+    return x.square(), x[..., i] * x[..., j]
 
 
 def taylor(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n F"]:
