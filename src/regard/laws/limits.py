@@ -127,7 +127,7 @@ def long_inputs_in_float32(s: Subject) -> None:
 
 
 def long_inputs(s: Subject, causal: bool | None) -> tuple[Any, tuple[Tensor, ...]]:
-    """A module in float64, as narrow as it can be, and tokens much alike, of which each counts."""
+    """A module in float64, as narrow as it can be, and tokens much alike, of which each counts; float32 holds them."""
     if s.given is not None:
         does_not_apply("its inputs have their own sizes")
     try:
@@ -138,7 +138,7 @@ def long_inputs(s: Subject, causal: bool | None) -> tuple[Any, tuple[Tensor, ...
         module = s.build(causal=causal, noise=0.02)
 
     def alike(n: int, seed: int = 2) -> Tensor:
-        return 0.1 * s.tokens(1, n, seed=seed) + 1
+        return (0.1 * s.tokens(1, n, seed=seed) + 1).float().double()
 
     if s.protocol == "FeatureMixer":
         if not linear(s):

@@ -1,6 +1,6 @@
 """What RWKV layers share: inputs mixed with those of the token before, and the channel mix behind the time mix."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ def mixed(
     keep: Bool[Tensor, "B T"] | None,
     starts: Bool[Tensor, "#B T"] | None,
 ) -> tuple[list[Float[Tensor, "B T M"]], Float[Tensor, "B one M"]]:
-    """m x_t + (1 - m) x_{t-1} for each share m, and the last token."""
+    """m x_t + (1 - m) x_{t-1} for each share m, in the shares' dtype, and the last token."""
     with as_it_is(x.device):
         (wide,) = widened(x)
         before, last = token_before(wide, state=state, keep=keep, starts=starts)
-        return [torch.lerp(before, wide, m.to(wide.dtype)).to(x.dtype) for m in shares], last
+        return [torch.lerp(before, wide, m.to(wide.dtype)).to(m.dtype) for m in shares], last
 
 
 class ChannelMix(nn.Module):
@@ -95,11 +95,24 @@ class TimeMixer(Recurrence):
     def run(self, x: Tensor, state: Any, keep: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Any]:
         if self.ffn is None or self.norms is None:
             return self.time_mix(x, state, keep, starts)
-        first, second = self.norms
-        out, after = self.time_mix(first(x), state, keep, starts)
+        first, second = (cast(nn.LayerNorm, norm) for norm in self.norms)
+        out, after = self.time_mix(_normed(first, x), state, keep, starts)
         x = x + out
-        out, last = self.ffn(second(x), None if state is None else state.channel, keep, starts)
+        out, last = self.ffn(_normed(second, x), None if state is None else state.channel, keep, starts)
         return (x + out).to(out.dtype), after._replace(channel=last)
+
+
+def standard(z: Float[Tensor, "*n V"], eps: float) -> Float[Tensor, "*n V"]:
+    """z less its mean, over its deviation. The mean goes first: torch's takes it off last, from what was multiplied."""
+    z = z - z.mean(-1, keepdim=True)
+    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
+
+
+def _normed(norm: nn.LayerNorm, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+    """In at least float32: rounded once only, when it is mixed with the token before."""
+    with as_it_is(x.device):
+        wide, weight, bias = widened(x, norm.weight, norm.bias)
+        return standard(wide, norm.eps) * weight + bias
 
 
 def ramp(like: Float[Tensor, " n"], last: int = 0) -> Float[Tensor, " n"]:

@@ -11,7 +11,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, number, whole
 from regard.kernels.linear_scan import Scan, linear_scan
 from regard.linear._recurrence import token_before
-from regard.linear._rwkv import TimeMixer, ramp, zigzag
+from regard.linear._rwkv import TimeMixer, ramp, standard, zigzag
 from regard.linear._shared import hide, widened
 from regard.shapes import head_shape
 from regard.tracing import as_it_is
@@ -194,7 +194,7 @@ class RWKV6(TimeMixer):
             shares = self.mix[:, None, None] + low @ self.mix_up[:, None].to(low.dtype)
             mixed = torch.lerp(wide, before, shares.to(wide.dtype))
             faded = _linear(torch.tanh(_linear(mixed[0], self.decay_down)), self.decay_up)
-            for_k, for_v, for_r, for_g = mixed[1:].to(x.dtype)
+            for_k, for_v, for_r, for_g = mixed[1:].to(self.mix.dtype)
         k, v, r, g = self.k_proj(for_k), self.v_proj(for_v), self.r_proj(for_r), self.gate_proj(for_g)
         with as_it_is(x.device):
             decay = -(faded + self.log_rate).exp()
@@ -205,9 +205,7 @@ class RWKV6(TimeMixer):
 
     def normed(self, out: Float[Tensor, "B H T V"]) -> Float[Tensor, "B T A"]:
         """Each head less its mean, over its deviation."""
-        out = out - out.mean(-1, keepdim=True)
-        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + self.eps)
-        return out.transpose(1, 2).flatten(2) * self.norm_weight + self.norm_bias
+        return standard(out, self.eps).transpose(1, 2).flatten(2) * self.norm_weight + self.norm_bias
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> RWKV6State:
         s = torch.zeros(batch_size, self.num_heads, self.head_dim, self.head_dim, device=device, dtype=dtype)
