@@ -514,6 +514,9 @@ def of_transformers(name: str) -> Case:
         return Case(filled(module_of(name, **sizes)), picture, fp32=True)
     if name in ("DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention"):
         return Case(filled(module_of(name, **LATENT)), tokens, fp32=True)
+    if name == "DeepseekV32Attention":
+        sizes = {"index_topk": 3, "index_n_heads": 8, "index_head_dim": 6}
+        return Case(filled(module_of(name, **LATENT, **sizes)), tokens, fp32=True)
     if name == "SwiftFormerEfficientAdditiveAttention":
         return Case(filled(cls(name)(None, M)), whole)
     if name == "NystromformerSelfAttention":

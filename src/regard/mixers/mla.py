@@ -6,7 +6,7 @@ latent's side (the absorbed form): attention with one head of keys of width C + 
 numbers.
 """
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,9 @@ from regard.kernels.check import check_mask
 from regard.masks import Mask
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.layer import Attention
-from regard.pipeline.streaming import check_streams
+from regard.pipeline.streaming import MADE, check_streams
 from regard.positions.rotary import Rotary, Scaling
+from regard.stages import Made
 from regard.tracing import autocasts
 
 CARD = Card(
@@ -87,6 +88,21 @@ def absorb(q: Float[Tensor, "B H t D"], up: Float[Tensor, "H NV C"], nope_dim: i
 def _normed(norm: nn.RMSNorm, z: Tensor) -> Tensor:
     """In the dtype of its weight, as autocast projects to fewer bits."""
     return norm(z.to(norm.weight.dtype)).to(z.dtype)
+
+
+class Latents(TypedDict, total=False):
+    """The keywords that every layer of latents has."""
+
+    kv_rank: int
+    nope_dim: int
+    value_dim: int
+    interleaved: bool
+    absorb: bool
+    eps: float
+    bias: bool
+    dropout: float
+    scale: float | None
+    kernel: str
 
 
 @CARD.module(closed=("scaling", "scale", "kernel"))
@@ -198,6 +214,8 @@ class MultiHeadLatentAttention(Attention):
         check_mask(mask, B, self.num_heads, t, length, x.device)
         where = self._positions(positions, B, t, x.device, state.length)
         q, new = self._queries(x, where), dict(zip(("c", "k_r"), self._latent(x, where)))
+        made = self._made(x, x, where) or {}
+        new |= {MADE + name: value.key for name, value in made.items() if value.key is not None}
         if autocasts(x.device):  # the state keeps the dtype that it was made with
             new = {name: z.to(state.buffers[name].dtype) for name, z in new.items() if name in state.buffers}
         held, state = state.append(**new)
@@ -207,7 +225,8 @@ class MultiHeadLatentAttention(Attention):
             q, k, v = absorb(q, up, self.nope_dim), torch.cat([c, k_r], -1)[:, None], c[:, None]
         else:
             k, v = expand(c, k_r, up, self.nope_dim)
-        p = self._problem(q, k, v, None, None, self._static(mask), positions=positions)
+        made = {name: Made(value.query, held.get(MADE + name), value.whole) for name, value in made.items()}
+        p = self._problem(q, k, v, None, None, self._static(mask), made=made, positions=positions)
         out = execute(p, self.kernel)
         return self._finish(out @ up[:, self.nope_dim :].mT if absorbs else out, x), state
 
@@ -218,9 +237,13 @@ class MultiHeadLatentAttention(Attention):
         return self._queries(x, turn), k, v, x, source
 
     def _queries(self, x: Float[Tensor, "B t M"], where: Tensor) -> Float[Tensor, "B H t D"]:
-        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(_normed(self.q_a_layernorm, self.q_a_proj(x)))
+        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self._squeezed(x))
         q_n, q_r = self._split(q, self.num_heads).tensor_split((self.nope_dim,), -1)
         return torch.cat([q_n, self._turned(q_r, where)], -1)
+
+    def _squeezed(self, x: Float[Tensor, "B t M"]) -> Float[Tensor, "B t q_rank"]:
+        """What queries are made of, where there is a `q_rank`."""
+        return _normed(self.q_a_layernorm, self.q_a_proj(x))
 
     def _latent(
         self, x: Float[Tensor, "B S M"], where: Tensor

@@ -5,6 +5,8 @@ from typing import Any
 from regard.checks import refuse
 from regard.mixers.differential import CARD as DIFFERENTIAL
 from regard.mixers.differential import DifferentialAttention
+from regard.mixers.dsa import CARD as DSA
+from regard.mixers.dsa import DeepseekSparseAttention
 from regard.mixers.mla import CARD as MLA
 from regard.mixers.mla import MultiHeadLatentAttention
 from regard.positions.pretrained import said_of, scaling_of
@@ -19,24 +21,42 @@ _LATENT = (
 @MLA.loads("transformers", "DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention")
 def _deepseek(theirs: Any) -> Loaded:
     """V2 turns neighbours and does not say so."""
-    config, said = theirs.config, said_of(theirs)
-    options = {
+    config = theirs.config
+    options = _latents(theirs) | {
+        "interleaved": getattr(config, "rope_interleave", True),
+        "causal": theirs.is_causal,
+    }
+    moves = same(theirs, {name: name for name in _LATENT})
+    return Loaded(lambda: MultiHeadLatentAttention(theirs.hidden_size, theirs.num_heads, **options), moves)
+
+
+@DSA.loads("transformers", "DeepseekV32Attention")
+def _sparse_deepseek(theirs: Any) -> Loaded:
+    indexer = theirs.indexer
+    options = _latents(theirs) | {
+        "num_index_heads": indexer.n_heads,
+        "index_dim": indexer.head_dim,
+        "topk": indexer.index_topk,
+    }
+    moves = same(theirs, {name: name for name in _LATENT} | {"selector": "indexer"})
+    return Loaded(lambda: DeepseekSparseAttention(theirs.hidden_size, theirs.num_heads, **options), moves)
+
+
+def _latents(theirs: Any) -> dict[str, Any]:
+    said = said_of(theirs)
+    return {
         "q_rank": theirs.q_lora_rank,
         "kv_rank": theirs.kv_lora_rank,
         "nope_dim": theirs.qk_nope_head_dim,
         "rope_dim": theirs.qk_rope_head_dim,
         "value_dim": theirs.v_head_dim,
         "base": float(said["rope_theta"]),
-        "interleaved": getattr(config, "rope_interleave", True),
         "scaling": scaling_of(theirs, said),
         "scale": theirs.scaling,
         "eps": theirs.kv_a_layernorm.variance_epsilon,
-        "bias": config.attention_bias,
-        "causal": theirs.is_causal,
+        "bias": theirs.config.attention_bias,
         "dropout": theirs.attention_dropout,
     }
-    moves = same(theirs, {name: name for name in _LATENT})
-    return Loaded(lambda: MultiHeadLatentAttention(theirs.hidden_size, theirs.num_heads, **options), moves)
 
 
 @DIFFERENTIAL.loads("transformers", "DiffLlamaAttention")

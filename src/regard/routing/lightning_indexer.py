@@ -18,7 +18,7 @@ from regard.kernels.blocks import greatest
 from regard.kernels.problem import dots
 from regard.masks import Mask, dense, full
 from regard.normalizers.softmax import softmax
-from regard.positions.rotary import Rotary
+from regard.positions.rotary import Rotary, Scaling
 from regard.stages import Made, Selector, Tokens
 from regard.tracing import exporting
 
@@ -55,8 +55,7 @@ loss = mean over t of KL( attention of t summed over heads, / H  ||  softmax ove
     differs=(
         "Choosing costs T^2 in the paper, too, for small heads; here all that it chose is a byte for each pair, and "
         "attention to single keys runs as a mask does, which spares no time.",
-        "In V3.2 queries are made of the latent of `mla`, as `features` takes it, and the layer is that one, which has "
-        "no selector here; over other layers they are made of the tokens.",
+        "In V3.2 queries are made of the latent of `mla`, as in `dsa`; over other layers they are made of the tokens.",
         "Numbers are as wide as the layer's, where the authors quantise queries and keys to 8 bits behind a Hadamard "
         "transform, which changes no exact score.",
         "Pairs are half of rope_dim apart, as in transformers and the authors' later code; the first had neighbours.",
@@ -100,7 +99,7 @@ def best(scores: Float[Tensor, "*n S"], k: int) -> Bool[Tensor, "*n S"]:
     return above | scores.isnan() | (equal & (equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= room))
 
 
-@CARD.fills("selector", closed=("q_dim",))
+@CARD.fills("selector", closed=("q_dim", "scaling"))
 class LightningIndexer(Selector):
     """Chooses keys for all heads of a layer alike.
 
@@ -111,6 +110,7 @@ class LightningIndexer(Selector):
         rope_dim: features that turn with their place, an even number of them; 0 for none.
         base: of the rotation.
         q_dim: width of what queries are made of in `features`, where it is not the tokens.
+        scaling: of the rotation, as in `regard.positions.Rotary`.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class LightningIndexer(Selector):
         rope_dim: int = 64,
         base: float = 10000.0,
         q_dim: int | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
         whole(self, dim=dim, num_index_heads=num_index_heads, index_dim=index_dim, topk=topk)
@@ -131,7 +132,7 @@ class LightningIndexer(Selector):
         q_dim = dim if q_dim is None else q_dim
         whole(self, q_dim=q_dim)
         self.num_index_heads, self.index_dim, self.topk = num_index_heads, index_dim, topk
-        self.rotary = Rotary(rope_dim, base=base) if rope_dim else None
+        self.rotary = Rotary(rope_dim, base=base, scaling=scaling) if rope_dim else None
         self.wq_b = nn.Linear(q_dim, num_index_heads * index_dim, bias=False)
         self.wk = nn.Linear(dim, index_dim, bias=False)
         self.k_norm = nn.LayerNorm(index_dim, eps=1e-6)
