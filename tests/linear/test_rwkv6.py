@@ -110,10 +110,14 @@ def test_a_block_in_bfloat16_rounds_only_after_norm_and_mix() -> None:
         layer = filled(seed, channel_mix=7, layers=3, layer=1).bfloat16()
         exact, early = copy.deepcopy(layer).double()(x.double()), copy.deepcopy(layer)
         for mix, own in ((early, "time_mix"), (early.ffn, "forward")):
-            setattr(mix, own, lambda z, *rest, run=getattr(mix, own): run(z.bfloat16(), *rest))
+            setattr(mix, own, of_bfloat16(getattr(mix, own)))
         off += (layer(x) - exact).abs().mean()
         rounded += (early(x) - exact).abs().mean()
     assert off < 0.95 * rounded
+
+
+def of_bfloat16(run):
+    return lambda z, *rest: run(z.bfloat16(), *rest)
 
 
 def test_a_token_may_empty_the_memory() -> None:

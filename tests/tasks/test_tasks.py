@@ -117,6 +117,8 @@ def test_unknown_names_and_options_are_refused():
     [
         ("mqar", "softmax", None),
         ("mqar", "gated+rotary", None),
+        ("mqar", "mamba2", None),
+        ("mqar", "retnet", None),
         ("mqar", "etc", "cannot be causal"),
         ("mqar", "polarized", "a FeatureMixer; mqar takes TokenMixers"),
         ("mqar", "softmax(head_dim=4096)", "cannot be matched in params"),

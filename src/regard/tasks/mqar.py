@@ -7,7 +7,10 @@ Language Models" (arXiv 2312.04927); the format is that of the authors' generato
 
 Differs from the paper: one model learns all numbers of pairs together, and is tested on each; every mechanism has a
 short convolution before it and none gets positions, where the paper gives learned positions to attention alone; the
-layers have MLPs, whose width makes the budgets equal.
+layers have MLPs, whose width makes the budgets equal: wide ones, so that Mamba-2's large layers fit.
+
+About 1/n right at n pairs is what a model gets that names some value of the list, as all do before they find out which
+belongs to which: with too few steps, or decays that start too strong, it says nothing of how much a state holds.
 """
 
 from collections.abc import Iterator
@@ -65,6 +68,7 @@ class MultiQueryRecall(Labelled):
         depth=2,
         heads=2,
         lr=1e-2,
+        mlp=8,
     )
 
     vocab: int = 64
