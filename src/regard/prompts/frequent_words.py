@@ -69,7 +69,7 @@ class FrequentWords(Prompts):
     """Nearer to 1, more of the text are other words."""
     syllables: int = 3
     form: str = "sentences"
-    """"sentences", or "lines" `ab=xy` that give one key values, of which the commonest, on a third of them, is asked for."""
+    """"sentences", or "lines" `ab=xy` of one key: its commonest value, that of a third, is asked for."""
 
     def __post_init__(self) -> None:
         whole(self, asked=self.asked, syllables=self.syllables)

@@ -20,7 +20,6 @@ from regard.checks import choice, refuse, whole
 from regard.prompts._text import NOISE, digits, hidden, letters, most, words
 from regard.prompts.asking import Count, Prompts, Question
 
-
 KEYS = 600
 """Of two letters; few more are left to draw."""
 

@@ -78,13 +78,13 @@ class Absence(Labelled):
     name: ClassVar[str] = "absence"
     gist: ClassVar[str] = "Say which elements of a sequence a copy of it lacks."
     metric: ClassVar[Metric] = Metric("F1", "F1", better=1, main="mean", along="gone", loss="bits", percent=True)
-    defaults: ClassVar[Defaults] = Defaults(steps=600, batch=32, dim=48, depth=2, heads=4, lr=5e-3)
+    defaults: ClassVar[Defaults] = Defaults(steps=800, batch=64, dim=64, depth=2, heads=4, lr=5e-3)
     positions: ClassVar[bool] = True
     answers: ClassVar[int | None] = 2
 
-    vocab: int = 64
-    elements: int = 24
-    gone: tuple[int, ...] = (10, 30)
+    vocab: int = 32
+    elements: int = 16
+    gone: tuple[int, ...] = (20, 50)
     """Percentages of the elements."""
     edit: str = "missing"
     """"missing", or a control: "placeholder" or "needle"."""
