@@ -1,6 +1,7 @@
 """Absence, small form and in words. The oracle's author saw only the paper's account, neither code nor test."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_a_perfect_an_empty_and_a_whole_answer(order):
     assert kind.mark(question, "\n".join(question.answers)) == 1
     assert kind.mark(question, "") == 0
     assert kind.mark(question, "\n".join(original)) == pytest.approx(2 * share / (1 + share))
-    steps = {int(b) - int(a) for a, b in zip(original, original[1:], strict=False)}
+    steps = {int(b) - int(a) for a, b in pairwise(original)}
     assert (len(steps) == 1) == (order != "random")
 
 
