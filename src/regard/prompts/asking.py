@@ -144,7 +144,7 @@ def _classes() -> dict[str, type[Prompts]]:
 
     paths = (path for _, path, _ in pkgutil.iter_modules(room.__path__) if not path.startswith("_"))
     every = (value for path in paths for value in vars(importlib.import_module(f"{room.__name__}.{path}")).values())
-    return {kind.name: kind for kind in every if isinstance(kind, type) and getattr(kind, "name", None)}
+    return {k.name: k for k in every if isinstance(k, type) and issubclass(k, Prompts) and k is not Prompts}
 
 
 def ask(
