@@ -109,5 +109,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from regard.rooms import FAMILIES
 
-    rooms = (name for name in (*FAMILIES, "integrations", "tasks") if find_spec(f"{__name__}.{name}") is not None)
+    rooms = (
+        name for name in (*FAMILIES, "integrations", "prompts", "tasks") if find_spec(f"{__name__}.{name}") is not None
+    )
     return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *rooms})

@@ -27,7 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("integrations",),
     ("inspect",),
     ("steer",),
-    ("tasks",),
+    ("tasks", "prompts"),
     ("bench",),
     ("doctor", "cli"),
 )

@@ -29,7 +29,7 @@ def made(name):
 def test_text_is_the_first_of_all_tasks():
     assert tasks.names()[0] == "text"
     recall = {"mqar", "retrieval", "copying", "selective_copying"}
-    assert {*recall, "digits", "nodes", "imputation", "boxes", "nearest_point"} == set(NAMES)
+    assert {*recall, "absence", "digits", "shapes", "nodes", "imputation", "boxes", "nearest_point"} == set(NAMES)
     for name in tasks.names():
         task = tasks.find(name)
         assert issubclass(task, Task)
@@ -99,7 +99,7 @@ def test_names_of_tasks_are_known_without_torch():
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(TaskError, match=r"task is unknown \(got 'digit'\); expected .*; did you mean 'digits'\?"):
         tasks.find("digit")
-    with pytest.raises(TaskError, match=r"task is unknown \(got '_labelled'\); expected one of text, boxes, "):
+    with pytest.raises(TaskError, match=r"task is unknown \(got '_labelled'\); expected one of text, absence, boxes, "):
         tasks.find("_labelled")
     with pytest.raises(
         TaskError, match=r"task 'copying' has no such option \(got 'symbol'\); .*; did you mean 'symbols'\?"
@@ -128,6 +128,12 @@ def test_unknown_names_and_options_are_refused():
         ("digits", "efficient_probing", None),
         ("digits", "moba", "can only be causal"),
         ("digits", "attention_gate", "needs inputs that digits has not: 'g'"),
+        ("shapes", "etc", None),
+        ("shapes", "swin", None),
+        ("shapes", "efficient_probing", None),
+        ("shapes", "moba", "can only be causal"),
+        ("absence", "mega", None),
+        ("absence", "etc", "cannot be causal"),
         ("imputation", "diagonal_masked", None),
         ("nodes", "gatv2", None),
         ("nodes", "softmax", "a TokenMixer; nodes takes GraphMixers"),

@@ -30,6 +30,8 @@ class Labelled(Task):
     loss_scale: ClassVar[float] = 1 / math.log(2)
     positions: ClassVar[bool] = False
     """Whether the host brings learned positions."""
+    answers: ClassVar[int | None] = None
+    """How many answers there are; None: the symbols."""
 
     vocab: int
     heldout: int = field(default=512, kw_only=True)
@@ -38,7 +40,7 @@ class Labelled(Task):
     def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
         made = layers(mechanism, dim=size.dim, num_heads=size.heads, depth=size.depth, causal=True)
         mixers = [AfterConvolution(mixer, size.dim) for mixer in made]
-        read, tell = nn.Embedding(self.vocab, size.dim), nn.Linear(size.dim, self.vocab, bias=False)
+        read, tell = nn.Embedding(self.vocab, size.dim), nn.Linear(size.dim, self.answers or self.vocab, bias=False)
         places = self.tokens if self.positions else 0
         return TokenModel(read, mixers, tell, dim=size.dim, mlp_dim=size.mlp_dim, positions=places)
 

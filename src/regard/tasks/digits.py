@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.checks import number
-from regard.models.mixer import Mechanism, Stack, build, layers, parse, protocol
-from regard.models.tokens import Mean, OnMaps, TokenModel
+from regard.models.mixer import Mechanism
 from regard.tasks import ACCURACY, Batch, Defaults, Metric, Size, Task, TaskError
+from regard.tasks._pictures import classifier
 
 SIDE = 8
 CLASSES = 10
@@ -85,16 +85,7 @@ class Digits(Task):
         return {**super().settings(), "fingerprint": digest}
 
     def model(self, mechanism: Mechanism, size: Size) -> nn.Module:
-        pools = [spec for spec in mechanism.kinds if protocol(spec) == "Pooler"]
-        if pools and isinstance(mechanism, Stack):
-            raise ValueError(f"{pools[0]} stands behind the layers, once, and is none of them")
-        mixed = parse(self.baseline) if pools else mechanism
-        made = layers(mixed, dim=size.dim, num_heads=size.heads, depth=size.depth)
-        kinds = map(protocol, mixed.layers(size.depth))
-        mixers = [OnMaps(m, (SIDE, SIDE)) if kind == "FeatureMixer" else m for kind, m in zip(kinds, made)]
-        pool = build(pools[0], size.dim, size.heads, causal=False) if pools else Mean()
-        read, tell = nn.Linear(1, size.dim), nn.Linear(size.dim, CLASSES)
-        return TokenModel(read, mixers, tell, dim=size.dim, mlp_dim=size.mlp_dim, positions=self.tokens, pool=pool)
+        return classifier(mechanism, size, nn.Linear(1, size.dim), SIDE, CLASSES, baseline=self.baseline)
 
     def example(self) -> Batch:
         return (images()[0][:1],)

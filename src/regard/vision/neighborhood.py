@@ -75,7 +75,7 @@ R (NAT) has one value for each head and difference, and needs odd windows and s 
     verified="third-party",
     example={"window": 3},
     tries={"causal_axes": (True, False), "small_maps": {"window": 16}},
-    tasks=("digits",),
+    tasks=("digits", "shapes"),
     defaults={
         "axes": "code, NAT",
         "window": "code, the released models",

@@ -34,7 +34,7 @@ q is one channel, v, q' and v' have M / 2: the first gate keeps channels and col
         "sequential one has W = W2 ReLU(LayerNorm(W1 c)) of inner width M / 8 and s_n = q . softmax_n(v'_n).",
     ),
     verified="third-party",
-    tasks=("digits",),
+    tasks=("digits", "shapes"),
     defaults={"layout": "ours", "form": "ours, the code's spatial gate hardly leaves 1/2"},
 )
 
