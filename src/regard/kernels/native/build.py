@@ -37,7 +37,7 @@ SYMBOLS = (
         "regard_attention_backward",
     ),
     *("regard_entmax", "regard_entmax_backward", "regard_topk", "regard_paged", "regard_decode"),
-    *("regard_listed", "regard_listed_backward", "regard_lasting", "regard_greatest"),
+    *("regard_listed", "regard_listed_backward", "regard_lasting", "regard_greatest", "regard_indexed"),
 )
 """What a library must have before any of it is used."""
 SWITCH = "REGARD_NATIVE"

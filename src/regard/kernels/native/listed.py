@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard.kernels.native import build
+from regard.kernels.native.blocks import PANEL
 from regard.kernels.native.struct import _View, _view
 
 FAR = 2**40
@@ -113,6 +114,39 @@ def greatest(
     at = (ctypes.c_void_p(t.data_ptr()) for t in (q, keys, index, out))
     build.library().regard_greatest(*at, *sizes, torch.get_num_threads())
     return out
+
+
+class _Indexed(ctypes.Structure):
+    """`Indexed` of indexed.cpp, field by field."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("B", "H", "T", "S", "D", "k", "causal", "threads")),
+        *((n, ctypes.c_void_p) for n in ("q", "w", "keys", "keep")),
+        *(("Bk", ctypes.c_int64), ("turned", ctypes.c_void_p), ("out", ctypes.c_void_p)),
+    ]
+
+
+def indexed(
+    q: Float[Tensor, "B h T D"],
+    w: Float[Tensor, "B h T"],
+    keys: Float[Tensor, "B S D"],
+    k: int,
+    *,
+    causal: bool,
+    keep: Bool[Tensor, "b S"] | None,
+) -> Int[Tensor, "B T k"] | None:
+    """The k keys of largest sum over h of w relu(q . key), of equals the last, -1 where there are fewer; the last
+    query stands where the last key does. None where a score is NaN. Only for what is `ready`."""
+    (B, H, T, D), S = q.shape, keys.shape[1]
+    q, w, keys = q.contiguous(), w.contiguous(), keys.contiguous()
+    out = torch.empty(B, T, k, dtype=torch.int32, device="cpu")
+    turned = torch.empty(B, -(-S // PANEL) * PANEL, D, device="cpu")
+    p = _Indexed(B=B, H=H, T=T, S=S, D=D, k=k, causal=causal, threads=torch.get_num_threads())
+    p.q, p.w, p.keys, p.turned, p.out = (t.data_ptr() for t in (q, w, keys, turned, out))
+    if keep is not None:
+        keep = keep.contiguous()
+        p.keep, p.Bk = keep.data_ptr(), len(keep)
+    return None if build.library().regard_indexed(ctypes.byref(p)) else out
 
 
 def ready(x: Tensor) -> bool:
