@@ -20,7 +20,7 @@ from regard.kernels.problem import Problem, nothing, softmax
 from regard.masks import Mask
 from regard.masks.algebra import And, Or
 from regard.masks.content import remembered
-from regard.masks.listed import Lasting, Listed
+from regard.masks.lists import Lasting, Listed
 from regard.masks.patterns import Diagonals, Prefix
 from regard.masks.selection import Chosen
 from regard.masks.tensors import Kept, Lengths
@@ -46,8 +46,11 @@ class Found(NamedTuple):
 
 def why_not(p: Problem) -> list[str]:
     """Single keys that were picked, perhaps with a window and first keys; plain softmax, perhaps with a bias."""
-    if found_in(p.mask) is None:
+    found = found_in(p.mask)
+    if found is None:
         return ["no mask in which queries picked single keys"]
+    if not isinstance(found.source, Lasting) and (found.source.T, found.source.S) != tuple(p.shape[3:]):
+        return [f"what was picked is for {found.source.T} queries and {found.source.S} keys"]
     reasons = [f"{type(s).__name__}: only plain softmax" for s in p.stages]
     if p.device_kind not in ("cpu", "meta"):
         reasons.append(f"tensors on {p.device_kind}, not on the CPU")
@@ -171,13 +174,8 @@ def _whole(n: float) -> int:
 def _of(source: Listed | Lasting | Chosen, T: int, S: int, ahead: int) -> Lists:
     heads = (source.batch, source.heads)
     if isinstance(source, Listed):
-        held = source.keys
-        if (source.T, source.S) != (T, S):  # of another call's: the mask tells where its own places are
-            raise ValueError(f"listed: lists of {source.T} queries and {source.S} keys (got {T} and {S})")
-        return Lists(source.run, heads, held.int().contiguous(), most=held.shape[3])
+        return Lists(source.run, heads, source.keys.int().contiguous(), most=source.keys.shape[3])
     if isinstance(source, Chosen):
-        if (source.T, source.S) != (T, S):
-            raise ValueError(f"chosen: tiles of {source.T} queries and {source.S} keys (got {T} and {S})")
         tiles, (bq, bk) = source.tiles, source.block
         ptr = F.pad(tiles.sum(3).flatten().cumsum(0), (1, 0)) * bk
         cols = tiles.flatten().nonzero()[:, 0].remainder(max(1, tiles.shape[3])).int()
@@ -275,7 +273,7 @@ def _keys(lists: Lists, runs: Tensor, T: int, S: int) -> tuple[Int[Tensor, "b h 
         ptr = lists.ptr.view(-1)
         line = torch.arange(Bm * Hm, device="cpu").view(Bm, Hm, 1) * n + runs
         count = ptr[line + 1] - ptr[line]
-        place = torch.arange(int(count.max()) if count.numel() else 0, device="cpu")
+        place = torch.arange(-(-int(count.max()) // RUN) * RUN if count.numel() else 0, device="cpu")
         at = (ptr[line][..., None] + place).clamp(max=max(0, len(lists.cols) - 1))
         held = torch.where(place < count[..., None], lists.cols[at].long() if len(lists.cols) else at, -1)
     back, ahead = lists.near
@@ -283,9 +281,11 @@ def _keys(lists: Lists, runs: Tensor, T: int, S: int) -> tuple[Int[Tensor, "b h 
     first = torch.arange(min(lists.prefix, S), device="cpu").expand(*held.shape[:3], -1)
     band = (runs[:, None] * lists.run + S - T + away).expand(*held.shape[:2], -1, -1)
     free = torch.arange(held.shape[3] + first.shape[3] + band.shape[3], device="cpu") < held.shape[3] + first.shape[3]
-    keys, order = torch.cat([held, first, band], 3).sort(dim=3, stable=True)  # of equals, what all see comes first
+    keys = torch.cat([held, first, band], 3)
+    # In their order, so that what is to come moves nothing; of equals, what all see comes first.
+    keys, order = keys.masked_fill((keys < 0) | (keys >= S), S).sort(dim=3, stable=True)
     again = F.pad(keys[..., 1:] == keys[..., :-1], (1, 0))
-    return torch.where(again | (keys < 0) | (keys >= S), -1, keys), free[order]
+    return keys.masked_fill(again | (keys == S), -1), free[order]
 
 
 def _allowed(lists: Lists, j: Tensor, free: Tensor, t: Tensor, T: int, S: int) -> Bool[Tensor, "b h n run k"]:

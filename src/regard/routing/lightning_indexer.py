@@ -56,8 +56,8 @@ loss = mean over t of KL( attention of t summed over heads, / H  ||  softmax ove
     "tests/routing/test_lightning_indexer.py::test_sees_the_best_keys_alone, "
     "tests/routing/test_lightning_indexer.py::test_training_finds_what_attention_reads.",
     differs=(
-        "Choosing costs T^2 in the paper, too, for small heads; here all that it chose is a byte for each pair, and "
-        "attention to single keys runs as a mask does, which spares no time.",
+        "Choosing costs T^2 in the paper, too, for small heads. Compiled and exported, all that it chose is a byte for "
+        "each pair, and attention to it runs as with any mask, which spares no time.",
         "In V3.2 queries are made of the latent of `mla`, as `features` takes it, and the layer is that one, which has "
         "no selector here; over other layers they are made of the tokens.",
         "Numbers are as wide as the layer's, where the authors quantise queries and keys to 8 bits behind a Hadamard "

@@ -13,7 +13,7 @@ from regard.kernels.check import check_inputs
 from regard.kernels.native import build
 from regard.kernels.native import listed as native
 from regard.masks import Mask, causal, padding
-from regard.masks.listed import Lasting
+from regard.masks.lists import Lasting
 from regard.pipeline.function import attention
 from regard.tracing import exporting, readable, transformed
 
@@ -98,7 +98,7 @@ def dynamic_mask_attention(
         bias = delta.clamp(-most, most).to(q.dtype).repeat_interleave(H // G, 1).unsqueeze(-2)
         return attention(q, k, v, mask=mask, bias=bias, dropout=dropout)
 
-    if T > FEW and past.k.shape[2] + T > window and delta.is_cpu and readable(q, k, v, delta):
+    if readable(q, k, v, delta) and delta.is_cpu and T > FEW and past.k.shape[2] + T > window:
         k_, v_ = (torch.cat([old, z], 2) for old, z in ((past.k, k), (past.v, v)))
         delta_, real_ = torch.cat([past.delta, delta], -1), torch.cat([past.held, real], -1)
         until = lasting(delta_.detach(), real_, window)
