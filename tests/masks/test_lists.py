@@ -20,7 +20,10 @@ def holds(mask: Mask, want: torch.Tensor) -> None:
     """In all forms: as a tensor, one entry at a time, by blocks of several sizes, counted, turned round, in a word."""
     T, S = want.shape[2:]
     assert torch.equal(mask.dense(T, S).expand_as(want), want)
-    b, h, i, j = (want.new_zeros(want.shape, dtype=torch.long) + z for z in torch.meshgrid(*map(torch.arange, want.shape), indexing="ij"))
+    b, h, i, j = (
+        want.new_zeros(want.shape, dtype=torch.long) + z
+        for z in torch.meshgrid(*map(torch.arange, want.shape), indexing="ij")
+    )
     b, h = (z if n > 1 else 0 for z, n in ((b, mask.batch), (h, mask.heads)))
     assert torch.equal(mask(b, h, i + S - T, j), want)
     own = want[: mask.batch, : mask.heads]

@@ -5,6 +5,7 @@ What the queries of a run see of one key is an interval, so that causality, wind
 sight for good need no mask of pairs.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +119,9 @@ def found_in(mask: Mask | None) -> Found | None:
             every.append(part)
             continue
         joined = list(part.parts) if isinstance(part, Or) else [part]
-        picked = [m for m in joined if isinstance(m, Listed | Lasting) or (isinstance(m, Chosen) and m.block[1] < PANEL)]
+        picked = [
+            m for m in joined if isinstance(m, Listed | Lasting) or (isinstance(m, Chosen) and m.block[1] < PANEL)
+        ]
         others = [m for m in joined if m not in picked]
         if source is not None or len(picked) != 1 or (others and isinstance(picked[0], Lasting)):
             return None
@@ -199,9 +202,7 @@ def _of(source: Listed | Lasting | Chosen, T: int, S: int, ahead: int) -> Lists:
 
 class _Listed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, p: Problem, lists: Lists, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, p: Problem, lists: Lists, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = outputs(p.scale, lists, bias, q, k, v)
         ctx.problem, ctx.lists = p, lists
         ctx.save_for_backward(bias, q, k, v, out, lse)
@@ -221,8 +222,10 @@ class _Listed(torch.autograd.Function):
 
 def plain(p: Problem, lists: Lists) -> Tensor:
     """The same by torch's own operations, keys gathered for some runs at a time."""
-    B, H, _, T, S = p.shape
+    (B, H, _, T, S), dtype = p.shape, p.v.dtype
     n = -(-T // lists.run)
+    wide = torch.promote_types(p.q.dtype, torch.float32)  # gradients of keys are summed in it, too
+    p = replace(p, q=p.q.to(wide), k=p.k.to(wide), v=p.v.to(wide))
     longest = lists.most if lists.ptr is None else int(lists.ptr.diff().max()) if len(lists.ptr) > 1 else 0
     longest = max(1, longest + lists.prefix + max(0, sum(lists.near) + lists.run))
     each = 4 * B * H * longest * (p.q.shape[3] + p.v.shape[3] + 2 * lists.run)
@@ -233,7 +236,7 @@ def plain(p: Problem, lists: Lists) -> Tensor:
         else:
             out = _some(p, lists, runs)
         outs.append(out)
-    return torch.cat(outs, 2) if outs else nothing(p, *p.q.shape[:3], p.v.shape[3])
+    return (torch.cat(outs, 2) if outs else nothing(p, *p.q.shape[:3], p.v.shape[3])).to(dtype)
 
 
 def _some(p: Problem, lists: Lists, runs: Int[Tensor, " n"]) -> Float[Tensor, "B H t V"]:
@@ -245,13 +248,12 @@ def _some(p: Problem, lists: Lists, runs: Int[Tensor, " n"]) -> Float[Tensor, "B
     at = j.clamp(0, S - 1).expand(B, H, -1, -1)
     row = torch.arange(B, device="cpu")[:, None] * G + torch.arange(H, device="cpu") // (H // G)
     flat = ((row * S)[..., None, None] + at).flatten()
-    wide = torch.promote_types(p.q.dtype, torch.float32)
-    keys, values = (z.flatten(0, 2).index_select(0, flat).view(*at.shape, -1).to(wide) for z in (p.k, p.v))
+    keys, values = (z.flatten(0, 2).index_select(0, flat).view(*at.shape, z.shape[3]) for z in (p.k, p.v))
     first, end = int(t[0, 0]), min(T, int(t[-1, -1]) + 1)
-    q = F.pad(p.q[:, :, first:end].to(wide), (0, 0, 0, t.numel() - (end - first))).unflatten(2, t.shape)
+    q = F.pad(p.q[:, :, first:end], (0, 0, 0, t.numel() - (end - first))).unflatten(2, t.shape)
     scores = q @ keys.mT * p.scale
     if p.bias is not None:
-        bias = p.bias.to(wide).expand(B, H, -1, S)
+        bias = p.bias.to(p.q.dtype).expand(B, H, -1, S)
         if bias.shape[2] == 1:
             scores = scores + bias[:, :, 0].gather(2, at.flatten(2)).view(at.shape).unsqueeze(3)
         else:
@@ -261,7 +263,7 @@ def _some(p: Problem, lists: Lists, runs: Int[Tensor, " n"]) -> Float[Tensor, "B
     weights = softmax(scores.masked_fill(gone, 0.0), allowed & ~gone)
     if p.dropout:
         weights = F.dropout(weights, p.dropout)
-    return (weights @ values).flatten(2, 3)[:, :, : end - first].to(p.v.dtype)
+    return (weights @ values).flatten(2, 3)[:, :, : end - first]
 
 
 def _keys(lists: Lists, runs: Tensor, T: int, S: int) -> tuple[Int[Tensor, "b h n k"], Bool[Tensor, "b h n k"]]:

@@ -109,7 +109,12 @@ def greatest(
     if not (ready(q) and ready(keys)):
         near = keys.index_select(0, index.flatten()).view(*index.shape[:-1], c * b, D)
         return (q @ near.mT).amax(-2).unflatten(-1, (c, b))
-    out, q, keys, index = torch.empty(*index.shape, b, device="cpu"), q.contiguous(), keys.contiguous(), index.contiguous()
+    out, q, keys, index = (
+        torch.empty(*index.shape, b, device="cpu"),
+        q.contiguous(),
+        keys.contiguous(),
+        index.contiguous(),
+    )
     sizes = (ctypes.c_int64(n) for n in (index.numel() // max(1, c), r, c, b, D))
     at = (ctypes.c_void_p(t.data_ptr()) for t in (q, keys, index, out))
     build.library().regard_greatest(*at, *sizes, torch.get_num_threads())
