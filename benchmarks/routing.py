@@ -64,7 +64,8 @@ def layers(length: int, heads: int, width: int) -> dict[str, tuple[Attend, str]]
     def dynamic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return dynamic_mask_attention(q, k, v, delta, window=window)[0]
 
-    indexer = LightningIndexer(heads * width, num_index_heads=4, index_dim=16, topk=window, rope_dim=0)
+    sizes = {"num_index_heads": 4, "index_dim": 16, "topk": window, "rope_dim": 0}
+    indexer = LightningIndexer(heads * width, **sizes)
     small = Made(torch.randn(1, 4, length, 17, generator=g), torch.randn(1, 1, length, 16, generator=g))
 
     def indexed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,8 +78,8 @@ def layers(length: int, heads: int, width: int) -> dict[str, tuple[Attend, str]]
         "dynamic_mask": (dynamic, f"{window} keys a query: {2 * window / length:.1%} of the pairs"),
         "lightning_indexer": (
             indexed,
-            f"{window} keys a query: {2 * window / length:.1%} of the pairs; as in the paper, 4 small heads of 16 score "
-            "all pairs for that",
+            f"{window} keys a query: {2 * window / length:.1%} of the pairs; as in the paper, 4 small heads of 16 "
+            "score every pair to choose them, in O(T^2)",
         ),
     }
 

@@ -127,7 +127,8 @@ def test_queries_without_keys(form: str) -> None:
         assert torch.equal(out[:, :, ~seen], torch.zeros_like(out[:, :, ~seen]))
         assert torch.equal(out[:, :, seen], given[2][:, :, 7:8].expand_as(out[:, :, seen]))
         dq, dk, dv = torch.autograd.grad(out.sum(), given)
-        assert not dq.any() and not dk.any()
+        assert not dq.any()
+        assert not dk.any()
         assert torch.equal(dv[0, 0, :, 0].nonzero().flatten(), torch.tensor([7]))
 
 

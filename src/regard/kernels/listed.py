@@ -50,8 +50,9 @@ def why_not(p: Problem) -> list[str]:
     found = found_in(p.mask)
     if found is None:
         return ["no mask in which queries picked single keys"]
-    if not isinstance(found.source, Lasting) and (found.source.T, found.source.S) != tuple(p.shape[3:]):
-        return [f"what was picked is for {found.source.T} queries and {found.source.S} keys"]
+    source, sizes = found.source, tuple(p.shape[3:])
+    if not isinstance(source, Lasting) and sizes != (source.T, source.S):
+        return [f"what was picked is for {source.T} queries and {source.S} keys"]
     reasons = [f"{type(s).__name__}: only plain softmax" for s in p.stages]
     if p.device_kind not in ("cpu", "meta"):
         reasons.append(f"tensors on {p.device_kind}, not on the CPU")
@@ -222,8 +223,8 @@ class _Listed(torch.autograd.Function):
 
 def plain(p: Problem, lists: Lists) -> Tensor:
     """The same by torch's own operations, keys gathered for some runs at a time."""
-    (B, H, _, T, S), dtype = p.shape, p.v.dtype
-    n = -(-T // lists.run)
+    B, H, _, T, _ = p.shape
+    n, dtype = -(-T // lists.run), p.v.dtype
     wide = torch.promote_types(p.q.dtype, torch.float32)  # gradients of keys are summed in it, too
     p = replace(p, q=p.q.to(wide), k=p.k.to(wide), v=p.v.to(wide))
     longest = lists.most if lists.ptr is None else int(lists.ptr.diff().max()) if len(lists.ptr) > 1 else 0

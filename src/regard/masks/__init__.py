@@ -40,6 +40,7 @@ __all__ = [
     "from_mask_mod",
     "full",
     "global_tokens",
+    "listed",
     "multi_window",
     "near_blocks",
     "neighborhood",
