@@ -112,6 +112,8 @@ def in_cpp(p: Problem) -> bool:
 
 def found_in(mask: Mask | None) -> Found | None:
     """The parts of a mask of single keys; None where it is none, or more than the lists can say."""
+    if mask is None:
+        return None
     source: Listed | Lasting | Chosen | None = None
     every: list[Mask] = []
     besides: list[Mask] = []

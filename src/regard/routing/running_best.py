@@ -103,8 +103,8 @@ def dynamic_mask_attention(
         delta_, real_ = torch.cat([past.delta, delta], -1), torch.cat([past.held, real], -1)
         until = lasting(delta_.detach(), real_, window)
         out = attend(q, k_, v_, delta_, causal() & Lasting(until.repeat_interleave(H // G, 1)))
-        stays = until == until.shape[-1]
-        return out, left(DynamicMaskState(k_, v_, delta_, real_ & stays, past.length + T), stays, window)
+        last = until == until.shape[-1]
+        return out, left(DynamicMaskState(k_, v_, delta_, real_ & last, past.length + T), last, window)
 
     outs: list[Tensor] = []
     done = 0
