@@ -164,6 +164,7 @@ def test_refusals() -> None:
     assert any("Alibi" in reason for reason in listed.why_not(alibi))
 
 
+@pytest.mark.skipif(bool(build.why_not()), reason="no C++ kernels here")
 def test_plan_takes_it_where_little_is_picked() -> None:
     """By its price, and at once where that leaves no doubt; not where half of all is picked."""
     q = torch.randn(1, 1, 2048, 32, generator=drawn())

@@ -77,7 +77,7 @@ def cost(p: Problem) -> Cost:
     gathered = 4.0 * B * H * pairs / min(run, 2 * RUN) * (p.q.shape[3] + p.v.shape[3])
     words = f"{pairs / max(1, T * S):.1%} of the pairs, picked key by key"
     if not in_cpp(p):
-        return Cost(products(p, pairs), 6 * gathered, 100, words, io(p), "unfused")
+        return Cost(products(p, pairs), (6 if run >= ALONE else 40) * gathered, 100, words, io(p), "unfused")
     if run < ALONE:
         return Cost(products(p, pairs), 0, 60, words, io(p), "single keys")
     return Cost(products(p, pairs), gathered, 60, words, io(p), "listed")
