@@ -23,12 +23,13 @@ from regard.routing.biformer import region_attention, route_regions
 from regard.routing.clusters import clustered_attention, nearest
 from regard.routing.flex_prefill import FlexPrefill
 from regard.routing.hip import HiP
+from regard.routing.lightning_indexer import LightningIndexer
 from regard.routing.moba import MoBA
 from regard.routing.nsa_branches import Brief, cut, mean, native_sparse_attention
 from regard.routing.report import kept
 from regard.routing.running_best import dynamic_mask_attention
 from regard.routing.xattention import XAttention
-from regard.stages import Selector
+from regard.stages import Made, Selector
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 RUN = 128
@@ -63,10 +64,23 @@ def layers(length: int, heads: int, width: int) -> dict[str, tuple[Attend, str]]
     def dynamic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return dynamic_mask_attention(q, k, v, delta, window=window)[0]
 
+    sizes = {"num_index_heads": 4, "index_dim": 16, "topk": window, "rope_dim": 0}
+    indexer = LightningIndexer(heads * width, **sizes)
+    small = Made(torch.randn(1, 4, length, 17, generator=g), torch.randn(1, 1, length, 16, generator=g))
+
+    def indexed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = masks.causal()
+        return regard.attention(q, k, v, mask=causal & indexer(q, k, causal, small))
+
     chosen = 2 * (3 * block + window) / length
     return {
         "nsa": (nsa, f"3 blocks of {block} and a window of {window}: {chosen:.1%} of the pairs"),
         "dynamic_mask": (dynamic, f"{window} keys a query: {2 * window / length:.1%} of the pairs"),
+        "lightning_indexer": (
+            indexed,
+            f"{window} keys a query: {2 * window / length:.1%} of the pairs; as in the paper, 4 small heads of 16 "
+            "score every pair to choose them, in O(T^2)",
+        ),
     }
 
 

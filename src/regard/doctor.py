@@ -82,10 +82,12 @@ def _kernels() -> list[Finding]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 160, 32, generator=generator)
     picks = masks.chosen(torch.rand(1, 2, 160, 5, generator=generator) < 0.5, 160, 160, (1, 32))
+    single = masks.listed(torch.randint(160, (1, 2, 160, 9), generator=generator), 160, 160)
     special = {
         "window": masks.causal() & masks.window(32),
         "neighborhood": masks.neighborhood((10, 16), 5),
         "grouped": masks.causal() & picks,
+        "listed": masks.causal() & single,
     }
     found = []
     for device in ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]:

@@ -269,7 +269,7 @@ INNER = {
     "quick",
 }
 INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
-INNER |= {"finite", "posed", "sampled_sum"}
+INNER |= {"finite", "posed", "sampled_sum", "outputs", "gradients"}
 """What stands behind those, or is no way to a kernel."""
 
 

@@ -108,7 +108,7 @@ def test_everything_occurs() -> None:
     wanted |= {f"bias {axis}" for axis in "BHTS1-"}
     wanted |= {f"bias lies {layout}" for layout in LAYOUTS} | {f"mask lies {layout}" for layout in RELAID}
     assert not wanted - occurs.keys(), "never drawn"
-    fewer = {**dict.fromkeys(SLOW, 2), "grouped": 4, "neighborhood": 4}
+    fewer = {**dict.fromkeys(SLOW, 2), "grouped": 4, "listed": 4, "neighborhood": 4}
     runs = {name: fewer.get(name, 12) for name in KERNELS if name != "paged"}  # which is asked by caches alone
     if native.build.why_not():
         runs = {name: count for name, count in runs.items() if name not in ("few", "native", "grouped")}

@@ -125,5 +125,5 @@ def test_a_rule_in_code_is_known_by_its_function() -> None:
 
 def test_every_kernel_that_takes_masks_is_tried_here() -> None:
     named = {"native", "block_sparse", "sdpa", "chunked", "eager"}
-    special = {"few", "paged", "grouped", "window", "neighborhood", "triton", "flex", "decode"}
+    special = {"few", "paged", "grouped", "listed", "window", "neighborhood", "triton", "flex", "decode"}
     assert set(KERNELS) == named | special

@@ -16,6 +16,7 @@ from regard.kernels import (
     few,
     flex,
     grouped,
+    listed,
     native,
     neighborhood,
     paged,
@@ -36,6 +37,7 @@ KERNELS: dict[str, ModuleType] = {
     "paged": paged,
     "sdpa": sdpa,
     "grouped": grouped,
+    "listed": listed,
     "native": native,
     "window": window,
     "neighborhood": neighborhood,
@@ -173,6 +175,8 @@ def _auto(p: Problem) -> ModuleType:
     if not _plain(p):
         if p.q.size(2) > few.MOST and not grouped.why_not(p) and grouped.apart(p):
             return grouped
+        if not listed.why_not(p) and listed.apart(p):
+            return listed
         return KERNELS[_chosen(p).kernel]
     if p.q.numel() * p.k.size(2) <= few.TINY:
         return sdpa

@@ -4,6 +4,7 @@ from regard.masks.algebra import Mask
 from regard.masks.flex import from_block_mask, from_mask_mod
 from regard.masks.grids import neighborhood
 from regard.masks.layout import BlockLayout
+from regard.masks.lists import listed
 from regard.masks.patterns import (
     blocks,
     causal,
@@ -39,6 +40,7 @@ __all__ = [
     "from_mask_mod",
     "full",
     "global_tokens",
+    "listed",
     "multi_window",
     "near_blocks",
     "neighborhood",

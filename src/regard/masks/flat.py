@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.masks import algebra, grids, patterns, rows, selection, shifted, structured, tensors, varlen, words
+from regard.masks import algebra, grids, lists, patterns, rows, selection, shifted, structured, tensors, varlen, words
 from regard.masks.algebra import Mask
 
 KINDS: dict[str, type] = {
     name: kind
-    for room in (algebra, grids, patterns, rows, selection, shifted, structured, tensors, varlen, words)
+    for room in (algebra, grids, lists, patterns, rows, selection, shifted, structured, tensors, varlen, words)
     for name, kind in vars(room).items()
     if inspect.isclass(kind) and kind.__module__ == room.__name__ and hasattr(kind, "__dataclass_fields__")
 }

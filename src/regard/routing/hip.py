@@ -17,6 +17,7 @@ from torch import Tensor
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, divides, refuse, whole
 from regard.kernels.blocks import in_blocks
+from regard.kernels.native.listed import greatest
 from regard.masks import Mask, causal, prefix
 from regard.masks import window as near
 from regard.masks.selection import Chosen
@@ -108,7 +109,7 @@ def hip_blocks(
     q, k = q.to(wide).masked_fill(~query[..., None], 0.0), k.to(wide).masked_fill(~key[..., None], 0.0)
     keys, hidden = in_blocks(k, block_k, 2), ~in_blocks(key, block_k, 2)[:, 0]
     n = keys.shape[2]
-    keys, hidden = keys.reshape(B * G * n, block_k * D), hidden.expand(B, -1, -1).reshape(B * n, block_k)
+    keys, hidden = keys.reshape(B * G * n, block_k, D), hidden.expand(B, -1, -1).reshape(B * n, block_k)
     b, h = torch.arange(B, device=q.device)[:, None], torch.arange(H, device=q.device)
     row = (b * G + h // (H // G))[..., None, None] * n
     end = ends(key).expand(B, 1)[..., None]  # (B, 1, 1)
@@ -122,20 +123,20 @@ def hip_blocks(
     place = (I[:, None] * block_q + offset).clamp(max=T - 1)  # (B, 1, nq, r)
     asked = query.expand(B, 1, T).gather(2, place.flatten(2)).view(place.shape)
     asked = asked | ~asked.any(3, keepdim=True)
+    place = torch.where(asked, place, place.gather(3, asked.int().argmax(3, keepdim=True)))  # others in their stead
     sample = q.gather(2, place.flatten(2)[..., None].expand(B, H, -1, D)).unflatten(2, place.shape[2:])
 
     def found(part: Int[Tensor, " c"], most: int) -> Tensor:
         """The blocks that these blocks of queries find."""
-        queries, limit, who = sample[:, :, part], reach[:, :, part], asked[:, :, part]
+        queries, limit = sample[:, :, part], reach[:, :, part]
         inside = torch.arange(block_k, device=q.device)
 
         def scores_of(block: Int[Tensor, "B H c w"]) -> Float[Tensor, "B H c w"]:
-            near = keys[(row + block)].unflatten(4, (block_k, D)).flatten(3, 4)
-            scores = (queries @ near.mT).masked_fill(~who[..., None], -math.inf).amax(3)
+            scores = greatest(queries, keys, row + block)
             away = hidden[b[..., None, None] * n + block] | (
                 block[..., None] * block_k + inside >= limit[..., None, None]
             )
-            return scores.masked_fill(away.flatten(3), -math.inf).unflatten(3, (-1, block_k)).amax(4)
+            return scores.masked_fill(away, -math.inf).amax(4)
 
         blocks = (limit + block_k - 1).div(block_k, rounding_mode="floor").expand(B, H, -1)
         return tree_topk(scores_of, blocks, mask_k // block_k, representative=representative, most=most)

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,12 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from regard.cards import Card, Cost, Paper
 from regard.checks import divides, flag, refuse, whole
 from regard.kernels.blocks import greatest
+from regard.kernels.native import build
+from regard.kernels.native.listed import indexed, ready
 from regard.kernels.problem import dots
-from regard.masks import Mask, dense, full
+from regard.masks import Mask, dense, full, listed
 from regard.normalizers.softmax import softmax
 from regard.positions.rotary import Rotary, Scaling
+from regard.routing._shared import hides_keys_only, real_keys
 from regard.stages import Made, Selector, Tokens
-from regard.tracing import exporting
+from regard.tracing import exporting, readable
 
 if TYPE_CHECKING:
     from regard.pipeline.layer import Attention
@@ -53,8 +57,8 @@ loss = mean over t of KL( attention of t summed over heads, / H  ||  softmax ove
     "tests/routing/test_lightning_indexer.py::test_sees_the_best_keys_alone, "
     "tests/routing/test_lightning_indexer.py::test_training_finds_what_attention_reads.",
     differs=(
-        "Choosing costs T^2 in the paper, too, for small heads; here all that it chose is a byte for each pair, and "
-        "attention to single keys runs as a mask does, which spares no time.",
+        "Choosing costs T^2 in the paper, too, for small heads. Compiled and exported, all that it chose is a byte for "
+        "each pair, and attention to it runs as with any mask, which spares no time.",
         "In V3.2 queries are made of the latent of `mla`, as in `dsa`; over other layers they are made of the tokens.",
         "Numbers are as wide as the layer's, where the authors quantise queries and keys to 8 bits behind a Hadamard "
         "transform, which changes no exact score.",
@@ -97,6 +101,21 @@ def best(scores: Float[Tensor, "*n S"], k: int) -> Bool[Tensor, "*n S"]:
     above, equal = scores > least, scores == least
     room = k - above.sum(-1, keepdim=True)
     return above | scores.isnan() | (equal & (equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= room))
+
+
+def _chosen(
+    I: Float[Tensor, "B t S"], top: Float[Tensor, "B t n"], at: Int[Tensor, "B t n"], k: int
+) -> Int[Tensor, "B t n"]:
+    """Where the k largest of each row stand, given the n = k + 1 largest in any order, or all; of equals the last, and
+    -1 for -inf."""
+    if top.shape[-1] > k:
+        least, last = top.min(-1, keepdim=True)
+        at = at.scatter(-1, last, -1)  # one too many
+        tied = (top == least).sum(-1).gt(1) & least.squeeze(-1).ne(-math.inf)
+        if bool(tied.any()):  # in these rows others may have to go
+            rows = best(I[tied], k)
+            at[tied] = F.pad(rows.nonzero()[:, 1].view(-1, k), (0, 1), value=-1)
+    return torch.where(top == -math.inf, -1, at).int()
 
 
 @CARD.fills("selector", closed=("q_dim", "scaling"))
@@ -172,9 +191,35 @@ class LightningIndexer(Selector):
         query, key = self._given(made)
         if q.numel() == 0 or k.numel() == 0 or (not exporting() and self.topk >= S):
             return full()
+        # By torch's own operations single keys are gathered more slowly than all are seen through a mask.
+        quick = readable(query, key) and key.is_cpu and not build.why_not()
+        found = self._listed(query, key, mask) if quick else None
+        if found is not None:
+            return listed(found.unsqueeze(1), query.shape[2], S)
         scores = (self._scores(query, key, rows, mask) for rows in self._chunks(query, key))
         tiles = [best(I, self.topk) & (-math.inf != I) for I in scores]
         return dense(torch.cat(tiles, 1).unsqueeze(1))
+
+    def _listed(self, query: Tensor, key: Tensor, mask: Mask | None) -> Int[Tensor, "B T n"] | None:
+        """The chosen keys of each query, -1 where there are fewer; None where a score is NaN."""
+        T, S = query.shape[2], key.shape[2]
+        causal = mask is not None and mask.is_causal
+        if hides_keys_only(mask) and ready(query) and ready(key):
+            q, w = query.tensor_split((self.index_dim,), -1)
+            real = real_keys(mask, S, key.device)
+            keep = None if real is None else real[:, 0]
+            scaled = q * self.index_dim**-0.5
+            return indexed(scaled, w.squeeze(-1), key[:, 0], self.topk, causal=causal, keep=keep)
+        lists = []
+        for rows in self._chunks(query, key):
+            end = min(S, max(1, int(rows[-1]) + 1 + S - T)) if causal else S
+            I = self._scores(query, key[:, :, :end], rows, mask, first=S - T)
+            top = I.topk(min(self.topk + 1, end), sorted=False)
+            if bool(top.values.isnan().any()):
+                return None
+            some = _chosen(I, top.values, top.indices, self.topk)
+            lists.append(F.pad(some, (0, self.topk + 1 - some.shape[-1]), value=-1))
+        return torch.cat(lists, 1)
 
     def divergence(
         self,
@@ -229,11 +274,14 @@ class LightningIndexer(Selector):
         rows = torch.arange(T, device=key.device)
         return [rows] if exporting() else list(rows.split(max(1, PAIRS // max(1, B * h * S))))
 
-    def _scores(self, query: Tensor, key: Tensor, rows: Tensor, mask: Mask | None) -> Float[Tensor, "B t S"]:
-        """I of these rows; -inf where no head may see a key."""
+    def _scores(
+        self, query: Tensor, key: Tensor, rows: Tensor, mask: Mask | None, first: int | None = None
+    ) -> Float[Tensor, "B t S"]:
+        """I of these rows, the first of which stands at `first`; -inf where no head may see a key."""
         q, w = query[:, :, rows].tensor_split((self.index_dim,), -1)
         T, S = query.shape[2], key.shape[2]
+        first = S - T if first is None else first
         scores = index_scores(q, key, w.squeeze(-1).mT)
         if mask is None:
             return scores
-        return scores.masked_fill(~mask.at(rows + S - T, torch.arange(S, device=rows.device)).any(1), -math.inf)
+        return scores.masked_fill(~mask.at(rows + first, torch.arange(S, device=rows.device)).any(1), -math.inf)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.tracing import exporting
+from regard.kernels.blocks import among
+from regard.tracing import exporting, readable
 
 Stands = Literal["first", "center", "last"]
 
@@ -46,7 +47,15 @@ def tree_topk(
         stands = {"first": firsts, "center": firsts + half, "last": ends_ - 1}[representative]
         stands = torch.minimum(stands.clamp(min=0), (num_blocks[..., None] - 1).clamp(min=0))
         scores = scores_of(stands).masked_fill(ends_ <= firsts, -math.inf)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort().values
+        best = _best(scores, keep)
         wide = (num_blocks > keep * 2**halved)[..., None]  # branches are wider than 1, as planned
         first, end = (torch.where(wide, z.gather(-1, best), now) for z, now in ((firsts, first), (ends_, end)))
     return first
+
+
+def _best(scores: Float[Tensor, "*n c"], keep: int) -> Int[Tensor, "*n keep"]:
+    """Where the `keep` best stand, in their order; of equals the first. NaN is as good as anything."""
+    if not readable(scores) or not scores.numel():
+        return scores.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort().values
+    taken = among(scores.masked_fill(scores.isnan(), math.inf), keep)
+    return taken.flatten(0, -2).nonzero()[:, 1].view(*scores.shape[:-1], keep)

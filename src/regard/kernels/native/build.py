@@ -1,6 +1,6 @@
 """Loads the C++ kernels: those that the wheel brought (`recipe.ready`), else such as are compiled here on first use.
 
-One call of the machine's own compiler on four files without any library's headers: a few seconds once, then the result
+One call of the machine's own compiler on a few files without any library's headers: a few seconds once, then the result
 lies in the user's cache folder (`cache`) under a name made of the source, the compiler and the processor. Nothing is
 compiled while `import regard` runs. Without a compiler, or with one that fails, hangs or makes something else,
 everything still works on torch's kernels, and `why_not` says why in one line.
@@ -37,6 +37,7 @@ SYMBOLS = (
         "regard_attention_backward",
     ),
     *("regard_entmax", "regard_entmax_backward", "regard_topk", "regard_paged", "regard_decode"),
+    *("regard_listed", "regard_listed_backward", "regard_lasting", "regard_greatest", "regard_indexed"),
 )
 """What a library must have before any of it is used."""
 SWITCH = "REGARD_NATIVE"

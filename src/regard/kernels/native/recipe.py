@@ -18,8 +18,8 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 READY = HERE / "ready"
 """Where a wheel has its libraries; a checkout has no such folder."""
-SOURCES = ("attention.cpp", "bf16.cpp", "decode.cpp", "paged.cpp", "rows.cpp")
-HEADERS = ("attention.h", "simd.h")
+SOURCES = ("attention.cpp", "bf16.cpp", "decode.cpp", "indexed.cpp", "listed.cpp", "paged.cpp", "rows.cpp")
+HEADERS = ("attention.h", "greatest.h", "simd.h")
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: linked in, it would make every thread of the process flush small numbers to zero."""
 

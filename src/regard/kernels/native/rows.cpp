@@ -6,10 +6,10 @@
 #include <cmath>
 #include <limits>
 
-#include "simd.h"
+#include "greatest.h"
 
 namespace {
-constexpr float INF = std::numeric_limits<float>::infinity(), EPS = 1.1920929e-7f;
+constexpr float EPS = 1.1920929e-7f;
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int STEPS = 24;
 enum { SOFTMAX = 2, HALFWAY = 3, SPARSEMAX = 4 };  // 2 alpha
@@ -86,31 +86,6 @@ void solve(const float* z, float* p, int64_t n, float* x) {
     });
     for (int64_t j = 0; j < n; j++) p[j] = x[j] * part;
 }
-
-// The k-th greatest of n numbers of which `high` is the greatest, by halving: each pass moves a bound to a number that is
-// there. Where there are fewer, something that none is below; -inf doesn't count as one. n is a multiple of W.
-float kth(const float* x, int64_t n, int64_t k, float high) {
-    float low = std::numeric_limits<float>::lowest(), mid = low;
-    while (low < high) {
-        vf count = {}, above = splat(INF), below = splat(-INF);
-        for (int64_t j = 0; j < n; j += W) {
-            vf y = load(x + j);
-            count += y >= mid ? splat(1.0f) : vf{};
-            above = y >= mid && y < above ? y : above;
-            below = y < mid && y > below ? y : below;
-        }
-        if (sum(count) < k)
-            high = most(below);
-        else
-            low = -most(-above);
-        if (sum(count) == k) break;
-        mid = low / 2 + high / 2;
-        if (!(mid > low)) mid = high;
-    }
-    return low;
-}
-
-int64_t groups(int64_t n, int64_t k) { return (std::min(n, 4 * k) + W - 1) / W * W; }
 
 // Softmax over the k greatest of a row and what equals the k-th. x holds 3 (n + groups) numbers.
 //
