@@ -9,8 +9,8 @@ from regard.checks import number
 
 CARD = Card(
     "adakv",
-    equation="""scores as of snapkv;   kept: each head's floor * budget highest, and of all others in a layer the highest,
-G budget together""",
+    equation="""scores as of snapkv;   kept: each head's floor * budget highest, and the highest of all
+others in the layer, G budget together""",
     papers=(
         Paper(
             "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference",

@@ -13,7 +13,7 @@ from regard.kinds import Turn
 
 CARD = Card(
     "expected_attention",
-    equation="""q ~ N(mu, C) over a prompt's queries before rotation;   R: the mean rotation of the next `future` positions
+    equation="""q ~ N(mu, C) over a prompt's queries before rotation;   R: the mean rotation of the `future` positions ahead
 score_j = |v_j| mean over the group's heads of softmax_j(k_j . R mu / sqrt(D) + k_j^T R C R^T k_j / (2 D))
 kept: the first `sinks`, and the highest scores""",
     papers=(
@@ -31,8 +31,8 @@ kept: the first `sinks`, and the highest scores""",
     claim="Keys that the prompt's queries ask for on the average are kept: "
     "tests/cache/test_policies.py::test_what_is_expected_stays.",
     differs=(
-        "The budget holds while tokens are generated too: the prompt's keys go by their scores, and generated ones stay "
-        "while there are any of these.",
+        "The budget holds while tokens are generated too: the prompt's keys go by their scores, and generated ones "
+        "stay while there are any of these.",
     ),
     verified="third-party",
     example={"budget": 5, "sinks": 1, "future": 4},

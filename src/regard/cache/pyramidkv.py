@@ -9,7 +9,8 @@ from regard.checks import number
 
 CARD = Card(
     "pyramidkv",
-    equation="""layer l of L: budget_l = most - l (most - least) / (L - 1),   least = budget / beta,   most = 2 budget - least
+    equation="""layer l of L: budget_l = most - l (most - least) / (L - 1)
+least = budget / beta,   most = 2 budget - least
 scores as of snapkv""",
     papers=(
         Paper(

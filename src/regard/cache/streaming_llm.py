@@ -26,8 +26,8 @@ CARD = Card(
     claim="The first tokens and the newest are kept, nothing between: "
     "tests/cache/test_policies.py::test_a_needle_survives_where_queries_ask_for_it.",
     differs=(
-        "Keys keep the rotation of where they stood in the text, and queries that of where they stand; the authors count "
-        "positions within the cache, which a rotary model then never leaves, and which moves keys nearer.",
+        "Keys keep the rotation of where they stood in the text, and queries that of where they stand; the authors "
+        "count positions within the cache, which a rotary model then never leaves, and which moves keys nearer.",
     ),
     verified="third-party",
     example={"budget": 5, "sinks": 1},

@@ -6,7 +6,7 @@ from regard.cards import Card, Cost, Paper
 
 CARD = Card(
     "tova",
-    equation="score_j = mean over all heads h of A_hTj of the last query T;   kept: the budget's highest, for every head",
+    equation="score_j = mean over all heads h of A_hTj of the last query T;   kept: the `budget` highest",
     papers=(
         Paper(
             "Transformers are Multi-State RNNs",

@@ -39,7 +39,7 @@ class KeptLayer(CacheLayerMixin):
     def __init__(self, policy: CachePolicy, keeping: "Keeping") -> None:
         self.policy, self.keeping = policy, keeping
         self.held: Any = None
-        self.length = 0
+        self.length = self.batch = 0
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -70,7 +70,7 @@ class KeptLayer(CacheLayerMixin):
     ) -> Kept:
         """Take tokens in: what their queries attend to."""
         kept, self.held = self.policy.update(self.held, k, v, q, keep=keep, scale=scale, turn=turn)
-        self.length += k.shape[2]
+        self.length, self.batch = self.length + k.shape[2], len(k)
         return kept
 
     def get_seq_length(self) -> int:
@@ -94,15 +94,14 @@ class KeptLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " B2"]) -> None:
         if self.held is not None:
-            self.held = self.policy.reorder(self.held, beam_idx)
+            self.held, self.batch = self.policy.reorder(self.held, beam_idx), len(beam_idx)
 
     def batch_select_indices(self, indices: Int[Tensor, " B2"]) -> None:
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.held is not None:
-            rows = torch.arange(self.held.shape[0] if hasattr(self.held, "shape") else self.keeping.batch)
-            self.reorder_cache(rows.repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         refuse(
@@ -118,7 +117,6 @@ class Keeping:
     numbers: tuple[int, ...]
     turns: dict[int, Turn | None] = field(default_factory=dict)
     lasts: bool = True
-    batch: int = 0
 
     def fill(self, cache: Any, config: Any) -> None:
         """Put layers of the policy's into an empty cache of transformers."""
@@ -199,7 +197,6 @@ def kept_call(layer: KeptLayer, module: nn.Module, q: Tensor, k: Tensor, v: Tens
     keep = _padding(module, mask, t)
     scale = options.get("scaling")
     turn = layer.keeping.turns.get(getattr(module, "layer_idx", -1))
-    layer.keeping.batch = B
     kept = layer.take(k, v, q, keep, D**-0.5 if scale is None else float(scale), turn)
     if first and t > 1:  # a prompt, which sees itself alone
         return read(module, q, k, v, mask, **options)
