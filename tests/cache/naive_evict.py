@@ -1,5 +1,5 @@
-"""Choosing which cached keys to keep, in plain loops. Its author saw only an account of the papers and of kvpress, neither
-this library's code nor its tests.
+"""Choosing which cached keys to keep, in plain loops. Its author saw only an account of the papers and of kvpress,
+neither this library's code nor its tests.
 
 q (B, H, S, D), k and v (B, G, S, D) after rotation; weights (B, H, S, S) causal softmax rows; scores (B, G, S).
 """

@@ -13,7 +13,8 @@ from regard.kinds import Turn
 
 CARD = Card(
     "expected_attention",
-    equation="""q ~ N(mu, C) over a prompt's queries before rotation;   R: the mean rotation of the `future` positions ahead
+    equation="""q ~ N(mu, C) over a prompt's queries before rotation
+R: the mean rotation of the `future` positions ahead
 score_j = |v_j| mean over the group's heads of softmax_j(k_j . R mu / sqrt(D) + k_j^T R C R^T k_j / (2 D))
 kept: the first `sinks`, and the highest scores""",
     papers=(
