@@ -59,8 +59,8 @@ def causal_weights(q, k):
 
 
 def snapkv(weights, num_kv_heads, window=64, kernel=5, reduce="mean", pooling="avg"):
-    """1. reduce over the last `window` queries of their weights to the keys before them (softmax over ALL visible keys),
-    pool over keys (odd kernel, zero padding counted), mean over the group; the window itself: max + 1.
+    """1. reduce over the last `window` queries of their weights to the keys before them (softmax over ALL visible
+    keys), pool over keys (odd kernel, zero padding counted), mean over the group; the window itself: max + 1.
     Paper (recalled): reduce "sum", pooling "max" or "avg", kernel 7. # OPEN: padding of the max pool (nothing here)."""
     B, H, S, _ = weights.shape
     G, n = num_kv_heads, S - window
@@ -209,7 +209,7 @@ def count(S, ratio):
 
 
 def keep(scores, n):
-    """scores (B,G,S) -> indices (B,G,n) sorted ascending. # OPEN: ties (StreamingLLM's ones) to the earlier key here."""
+    """scores (B,G,S) -> indices (B,G,n) sorted ascending. Ties (StreamingLLM's ones) to the earlier key here."""
     B, G, S = scores.shape
     return torch.tensor(
         [[sorted(sorted(range(S), key=lambda j: (-num(scores[b, g, j]), j))[:n]) for g in range(G)] for b in range(B)]
@@ -259,7 +259,7 @@ def evicting_prefill(q, k, v, prompt, kept):
     """8. Eviction once after the prompt. q (B,H,T,D), k, v (B,G,T,D) all tokens (rotary by TEXT position already in
     them); prompt length S; kept (B,G,n) indices from keep(). Prompt rows: full causal attention; later rows attend the
     kept prompt keys and every later key up to themselves. -> y (B,H,T,D)."""
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     G = k.shape[1]
     out = []
     for b in range(B):
@@ -275,8 +275,8 @@ def evicting_prefill(q, k, v, prompt, kept):
 
 
 def evicting_stream(q, k, v, budget, policy, sinks=4):
-    """when="step" (recalled forms): token by token from nothing; each query attends what is alive and itself; then, while
-    more than `budget` keys are alive in a key head, the worst one goes.
+    """when="step" (recalled forms): token by token from nothing; each query attends what is alive and itself; then,
+    while more than `budget` keys are alive in a key head, the worst one goes.
       "streaming": the oldest key that is not one of the first `sinks` positions
       "tova": the lowest weight of this query, mean over ALL heads, same keys for every key head; the newest never
       "h2o":  the lowest running SUM of weights (mean over the group), budget // 2 newest never
@@ -285,7 +285,7 @@ def evicting_stream(q, k, v, budget, policy, sinks=4):
     # OPEN: the library code evicts after prefill only; order within a step (attend, then evict) and "knorm" per step
     #   are choices here. Weights are over alive keys only, so sums depend on earlier evictions, as in H2O.
     """
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     G = k.shape[1]
     R = H // G
     y = [[[None] * T for _ in range(H)] for _ in range(B)]
@@ -305,7 +305,7 @@ def evicting_stream(q, k, v, budget, policy, sinks=4):
             for g in range(G):
                 while len(alive[g]) > budget:
                     if policy == "streaming":
-                        worst = [j for j in alive[g] if j >= sinks][0]
+                        worst = next(j for j in alive[g] if j >= sinks)
                     elif policy == "tova":
                         mean = {j: sum(last[m][j] for m in range(G)) / G for j in last[0]}
                         worst = min([j for j in alive[g] if j != i], key=lambda j: (mean[j], j))
