@@ -133,7 +133,7 @@ def create(
         dropout = sizes.get("dropout", dropout)
     number(f"create: {name}", least=0, most=1, dropout=dropout)
     supports = frozenset.intersection(*(frozenset(c.supports) for c in parts))
-    wanted = {"causal" if causal else "bidirectional": True, "dropout": dropout > 0}
+    wanted = {"causal" if causal else "bidirectional": parts[0].protocol not in NO_LAYERS, "dropout": dropout > 0}
     wanted["gqa"] = num_kv_heads not in (None, num_heads) and not any(_sets_heads(c) for c in parts)
     for feature, asked in wanted.items():
         if asked and feature not in supports:

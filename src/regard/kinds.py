@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -114,16 +114,19 @@ class Kept(NamedTuple):
     k: Float[Tensor, "B G n D"]
     v: Float[Tensor, "B G n V"]
     positions: Int[Tensor, "B G n"]
-    """Where each key stood; -1 = an empty place, not to be attended to."""
+    """Where each key stood in its own sequence, padding not counted; -1 = an empty place, not to be attended to."""
     bias: Float[Tensor, "B G n"] | None = None
     """What is added to the scores of each key, e.g. the logarithm of how many keys it stands for."""
+    full: bool = False
+    """True: no place is empty, so that nobody need look for them."""
 
 
 @runtime_checkable
 class CachePolicy(Protocol):
     """What is kept of past keys and values. The state is a value: handed in, handed back, never hidden.
 
-    By convention its option `budget` is the most keys a head that are kept; with room for all it is exact.
+    By convention its option `budget` is how many keys are kept: the most a head, on the average over a layer's heads,
+    or as a float the share of those seen; with room for all it is exact. `regard.cache.Evicting` is one to start from.
     """
 
     def init_state(self, batch_size: int, num_kv_heads: int, head_dim: int, *, value_dim: int | None = None) -> Any: ...
@@ -134,12 +137,37 @@ class CachePolicy(Protocol):
         k: Float[Tensor, "B G t D"],
         v: Float[Tensor, "B G t V"],
         q: Float[Tensor, "B H t D"] | None = None,
+        *,
+        keep: Bool[Tensor, "B t"] | None = None,
+        scale: float | None = None,
+        turn: "Turn | None" = None,
     ) -> tuple[Kept, Any]:
         """Take in t tokens: what their queries attend to (they among it), and the state after them.
 
-        `q` are their queries, for policies that judge keys by what is asked of them.
+        One token attends to what is kept with it. Several (a prompt) attend to all that was kept before and to one
+        another, which stand last, in their order; only then is the state brought to its budget.
+
+        Args:
+            q: their queries, for policies that judge keys by what is asked of them.
+            keep: which are tokens; padding is never kept, and counts for nothing.
+            scale: of scores, 1 / sqrt(D) by default.
+            turn: what rotates queries and keys by their positions, for policies that look at them before rotation.
         """
         ...
+
+    def reorder(self, state: Any, index: Int[Tensor, " B2"]) -> Any:
+        """The state of batch rows `index`, such as beams."""
+        ...
+
+    def at_layer(self, n: int, layers: int) -> "CachePolicy":
+        """The policy of the n-th of a model's layers, for budgets that differ between them."""
+        ...
+
+
+class Turn(Protocol):
+    """Rotates heads (B, H, T, D) that stand at positions (T,) or (B, T); negative ones turn them back."""
+
+    def __call__(self, z: Float[Tensor, "B H T D"], at: Int[Tensor, "*b T"], /) -> Float[Tensor, "B H T D"]: ...
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import regard
 from regard import index
 from regard.bench.auxiliary import auxiliary_losses
+from regard.laws.protocols import attend
 from regard.laws.subject import of, perturb, tokens
 from regard.models.mixer import Part, Spec, parse
 
@@ -52,6 +53,8 @@ def measure(spec: Spec, causal: bool) -> Row:
         module = regard.create(spec.name, causal=causal, **options)
     except REFUSALS as error:
         return row | {"start": [], "eval": type(error).__name__}
+    if regard.card(spec.name).protocol == "CachePolicy":
+        return row | {"start": []} | streamed(module)
     if not isinstance(module, nn.Module):
         return row | {"start": [f"{key} {value!r}" for key, value in sorted(vars(module).items())]}
     row["start"] = [f"{key} {_shape(t)} {_words(moments(t))}" for key, t in module.state_dict().items()]
@@ -80,6 +83,20 @@ def outputs(module: Any, given: Mapping[str, Any], spare: Mapping[str, Any]) -> 
                 module(**given, **spare)
                 trained.append(float(sum(losses())))
     return {"eval": numbers(projection(plain), moments(plain)[1]), "train": numbers(sum(trained))[0]}
+
+
+@torch.no_grad()
+def streamed(policy: Any) -> Row:
+    """Of a cache policy in the first of two layers: what queries get for a prompt and the tokens that follow it."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 16, 4, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    policy, found = policy.at_layer(0, 2), []
+    state = policy.init_state(2, 2, 4)
+    for at in (slice(0, 8), *(slice(t, t + 1) for t in range(8, 16))):
+        kept, state = policy.update(state, k[:, :, at], v[:, :, at], q[:, :, at])
+        found.append(attend(q[:, :, at][:, :, -1:], kept))
+    out = flat(found)
+    return {"eval": numbers(projection(out), moments(out)[1])}
 
 
 def arguments(name: str, module: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -34,7 +34,13 @@ OPTIONS = {
     "long_range_grouping": {"size": (8, 8), "stride": 4},
 }
 """Where the defaults are too short or too long, or the example has no one number to put into the formula."""
-NAMES = [n for n in regard.mechanisms() if not regard.card(n).is_part or "routed" in regard.card(n).traits]
+NAMES = [
+    n
+    for n, card in regard.catalog.cards().items()
+    if n in regard.mechanisms()
+    and card.protocol not in regard.catalog.NO_LAYERS
+    and (not card.is_part or "routed" in card.traits)
+]
 
 
 @pytest.mark.parametrize(("length", "width", "heads"), SIZES)

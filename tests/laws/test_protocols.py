@@ -198,6 +198,10 @@ def test_cache_policies(name: str) -> None:
     law.policy_with_room_is_exact(make(64), *qkv())
     law.policy_keeps_its_budget(make(4), 4, *qkv())
     law.policy_state_is_a_value(make(4), *qkv())
+    if name != "right":  # which is no more than the laws above need
+        law.policy_takes_a_prompt(make(4), 4, *qkv())
+        law.policy_follows_beams(make(4), *qkv())
+        law.policy_leaves_padding_out(make(4), *qkv())
 
 
 def test_wrong_cache_policies() -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from regard.catalog import create
 from regard.integrations.interface import Interception, Layer, check_model, interceptions, unique
 from regard.integrations.interface import layers as attention_layers
 from regard.integrations.slots import (
@@ -26,10 +27,13 @@ from regard.integrations.transformers_masks import formed_when_compiled, lazy_ma
 from regard.integrations.transformers_names import register
 from regard.integrations.transformers_report import Report, Row
 from regard.integrations.transformers_saved import save_swapped
+from regard.kinds import CachePolicy
 from regard.spec import Stack, parse_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from regard.integrations.transformers_kept import Keeping
 
 __all__ = ["Swap", "register", "scale_heads", "swap"]
 
@@ -41,8 +45,9 @@ Which = int | slice | Sequence[int] | Callable[[Layer], bool] | None
 
 def swap(
     model: "PreTrainedModel",
-    mechanism: Any,
+    mechanism: Any = None,
     *,
+    cache: CachePolicy | str | None = None,
     layers: Which = None,
     heads: Heads = None,
     check: bool | Mapping[str, Tensor] = True,
@@ -55,6 +60,9 @@ def swap(
             model.generate(...)
         print(swapped.report())
 
+        with regard.swap(model, cache=regard.create("snapkv", budget=512)):
+            model.generate(...)
+
     The model's projections, positions, caches and masks stay its own; only what happens to queries, keys and values
     changes. A mechanism with parameters gets new ones in each layer (`layer.regard`, where optimizers and state dicts
     see them), set to where the layer puts out what it did before, as nearly as the mechanism can; `notes` says how
@@ -64,7 +72,10 @@ def swap(
         mechanism: a name of the catalogue ("softmax", "window", "xattention", "gated", "gated+entmax", ...), a part
             (a Mask, Selector, Normalizer, Position, ...), a mapping of slots to parts, or several for the layers one
             after the other: "window(window=64)*3+softmax" repeats down `interface.layers(model)`, whichever of these
-            `layers` names.
+            `layers` names. None with a `cache`: the model's own attention.
+        cache: what is kept of past keys and values: a policy, or its name with options, "snapkv(budget=512)". Caches
+            that the model makes or is given empty (a DynamicCache) then hold that alone; layers with a sliding window
+            keep their own.
         layers: which of `regard.integrations.interface.layers(model)`: numbers, a slice, or a function of a Layer.
             Default: all that the mechanism can serve; `notes` names the others.
         heads: which heads; the other heads, and the other layers, go on as before.
@@ -76,6 +87,12 @@ def swap(
     Raises:
         TypeError, ValueError: what can't be swapped, with the reason. The model is then as it was before.
     """
+    if mechanism is None and cache is None:
+        raise TypeError("swap: mechanism is missing (got None); expected one, or a cache=, or both")
+    mechanism = "softmax" if mechanism is None else mechanism
+    if cache is not None and heads is not None:
+        raise ValueError(f"swap: heads can't be picked with a cache (got {heads!r}); expected None, for all heads")
+    policy = create(cache) if isinstance(cache, str) else cache
     stack = parse_stack(mechanism) if isinstance(mechanism, str) else None
     supports = {str(one): check_mechanism(one) for one in ([mechanism] if stack is None else map(str, stack.kinds))}
     if isinstance(stack, Stack) and (beside := sorted(options.keys() - {"kernel"})):
@@ -95,6 +112,12 @@ def swap(
     each = [mechanism] * len(all_layers) if stack is None else map(str, stack.layers(len(all_layers)))
     mine = {layer.name: one for layer, one in zip(all_layers, each)}
     chosen, notes = _fill(_wanted(model, layers), about, layers is not None, mine, options, supports)
+    told = None
+    if policy is not None:
+        from regard.integrations.transformers_kept import keeping
+
+        told, more = keeping(model, policy, chosen, about)
+        notes += more
     swapped = Swap(
         model,
         [
@@ -104,6 +127,7 @@ def swap(
         ],
         notes,
         measure,
+        told=told,
     )
     if checked is not None:
         try:
@@ -138,6 +162,7 @@ class Swap:
         notes: Sequence[str],
         measure: str,
         under: Sequence["Swap"] = (),
+        told: "Keeping | None" = None,
     ) -> None:
         self.model, self.notes, self.under = model, list(notes), tuple(under)
         self.layers = tuple(layer for layer, *_ in chosen)
@@ -149,13 +174,17 @@ class Swap:
             for layer, parts, about, here, named in chosen:
                 name, undo = _placed(layer.module, parts)
                 self._undo += undo
-                entry = Entry(name or parts, here, Row(layer.name), called, about, named)
+                entry = Entry(name or parts, here, Row(layer.name), called, about, named, told is not None)
                 setattr(layer.module, attending.place, entry)
                 self._undo.append(partial(delattr, layer.module, attending.place))
                 self._entries.append(entry)
                 if parts.gate is not None:
                     self._undo += fed(layer.module, attending.place)
             self._undo += listening(model, called)
+            if told is not None:
+                from regard.integrations.transformers_kept import giving
+
+                self._undo += giving(model, told)
             everywhere = all(parts.placeless for parts in self.parts.values())
             interception = Interception(model, attending, mask=formed_when_compiled if everywhere else lazy_mask)
             self._undo.append(interception.restore)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -14,6 +14,12 @@ from regard.integrations.slots import About, Parts
 from regard.integrations.transformers_call import compute, maps, read
 from regard.integrations.transformers_check import incoming
 from regard.integrations.transformers_report import Row, count
+
+if TYPE_CHECKING:
+    from regard.integrations.transformers_kept import KeptLayer
+
+PLACE = "_regard_kept"
+"""Under what a tensor of keys has the layer of a cache that keeps less, which they are for."""
 
 
 @dataclass(eq=False)
@@ -41,6 +47,8 @@ class Entry:
     about: About
     named: tuple[str, Mapping[str, Any]] | None
     """The mechanism's name and options as they were given; None where parts were handed in."""
+    keeps: bool = False
+    """Whether the swap came with a cache policy."""
 
     def parts(self, module: nn.Module) -> Parts:
         return getattr(module, self.held) if isinstance(self.held, str) else self.held
@@ -60,6 +68,9 @@ class Attending:
         self, original: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         entry = self.entry(module)
+        layer: "KeptLayer | None" = getattr(k, PLACE, None)
+        if layer is not None:
+            return self.kept(entry, layer, module, q, k, v, mask, **options)
         if entry is None:
             return original(module, q, k, v, mask, **options)
         if torch.compiler.is_compiling() and not entry.parts(module).placeless:
@@ -70,6 +81,28 @@ class Attending:
     def uncompiled(self, *given: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Places come from Python's numbers, which with a static cache are others at each token."""
         return self.attend(*given, **options)
+
+    @torch.compiler.disable
+    def kept(
+        self,
+        entry: Entry | None,
+        layer: "KeptLayer",
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Over what a policy keeps."""
+        assert entry is not None, "only layers that are swapped have such a cache"
+        from regard.integrations.transformers_kept import kept_call
+
+        call, parts = kept_call(layer, module, q, k, v, mask, options), entry.parts(module)
+        changed = parts.applied(call)
+        entry.row.calls += 1
+        out = parts.gated(compute(changed, parts.kernel))
+        return out, maps(changed, parts.kernel, changed.k) if call.wants_weights or entry.called.asked else None
 
     def attend(
         self, entry: Entry, original: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any

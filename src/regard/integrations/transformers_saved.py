@@ -57,6 +57,8 @@ def save_swapped(model: "PreTrainedModel", folder: str | Path) -> None:
     """
     folder = Path(folder)
     standing = _standing(model)
+    if any(entry.keeps for one in standing for _, entry in one.entries.values()):
+        raise ValueError("save: the swap came with a cache policy, which is no part of a model; swap without it")
     tensors: dict[str, Tensor] = {}
     try:
         swaps = [_swap_as_data(n, one, tensors) for n, one in enumerate(standing)]

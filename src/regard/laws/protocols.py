@@ -99,14 +99,17 @@ def policy_with_room_is_exact(policy: CachePolicy, q: Tensor, k: Tensor, v: Tens
 
 
 def policy_keeps_its_budget(policy: CachePolicy, budget: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Never more than `budget` keys a head; each place holds a position that was seen, and the newest is there."""
+    """Never more than `budget` keys a head, on the average over heads; each place holds a position that was seen, and
+    the newest is there."""
     state = policy.init_state(k.shape[0], k.shape[1], k.shape[3], value_dim=v.shape[3])
     for t in range(k.shape[2]):
         at = slice(t, t + 1)
         kept, state = policy.update(state, k[:, :, at], v[:, :, at], q[:, :, at])
-        assert kept.k.shape[2] <= budget, (
-            f"{kept.k.shape[2]} keys are kept after {t + 1} tokens, the budget is {budget}"
+        most = int((kept.positions >= 0).sum((1, 2)).max())
+        assert most <= budget * k.shape[1], (
+            f"{most} keys of {k.shape[1]} heads are kept after {t + 1} tokens, the budget is {budget}"
         )
+        assert not kept.full or int(kept.positions.min()) >= 0, "places are empty, and it says that none is"
         assert kept.k.shape[:3] == kept.v.shape[:3] == kept.positions.shape, "keys, values and positions don't match"
         assert int(kept.positions.max()) == t, "a query can't see its own token"
         assert int(kept.positions.min()) >= -1, "a position before the first"
@@ -121,11 +124,56 @@ def policy_state_is_a_value(policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor
         _, state = policy.update(state, k[:, :, at], v[:, :, at], q[:, :, at])
     at = slice(half, half + 1)
     first, _ = policy.update(state, k[:, :, at], v[:, :, at], q[:, :, at])
-    before = [z.clone() for z in first if z is not None]
+    before = [z.clone() for z in first if isinstance(z, Tensor)]
     policy.update(state, -k[:, :, at], -v[:, :, at], q[:, :, at])
     again, _ = policy.update(state, k[:, :, at], v[:, :, at], q[:, :, at])
-    equal([z for z in again if z is not None], before, "the second branch")
-    equal([z for z in first if z is not None], before, "what the first branch was given")
+    equal([z for z in again if isinstance(z, Tensor)], before, "the second branch")
+    equal([z for z in first if isinstance(z, Tensor)], before, "what the first branch was given")
+
+
+def policy_takes_a_prompt(policy: CachePolicy, budget: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The queries of a prompt get all of it; what is kept then is within the budget, of the prompt, in order."""
+    state, n = policy.init_state(k.shape[0], k.shape[1], k.shape[3], value_dim=v.shape[3]), k.shape[2] - 1
+    kept, state = policy.update(state, k[:, :, :n], v[:, :, :n], q[:, :, :n])
+    equal([kept.k, kept.v], [k[:, :, :n], v[:, :, :n]], "what a prompt's queries get")
+    kept, _ = policy.update(state, k[:, :, n:], v[:, :, n:], q[:, :, n:])
+    real = kept.positions >= 0
+    assert int(real.sum((1, 2)).max()) <= budget * k.shape[1], "more is kept than the budget"
+    places = kept.positions.long().clamp(min=0)[..., None]
+    for name, z, held in (("keys", k, kept.k), ("values", v, kept.v)):
+        want = z.gather(2, places.expand(-1, -1, -1, z.shape[3]))
+        equal(held[real], want[real], f"{name} that stood at these positions")
+    steps = kept.positions.long().diff(dim=2)
+    assert bool((steps > 0)[real[:, :, :-1]].all()), "positions are not in order"
+
+
+def policy_follows_beams(policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Rows that are reordered go on as they would have, where they stood."""
+    at, n = torch.arange(len(k)).flip(0).repeat_interleave(2), k.shape[2] // 2
+    state = policy.init_state(k.shape[0], k.shape[1], k.shape[3], value_dim=v.shape[3])
+    _, state = policy.update(state, k[:, :, :n], v[:, :, :n], q[:, :, :n])
+    beams = policy.reorder(state, at)
+    for t in range(n, k.shape[2]):
+        new = [z[:, :, t : t + 1] for z in (k, v, q)]
+        one, state = policy.update(state, *new)
+        two, beams = policy.update(beams, *(z[at] for z in new))
+        torch.testing.assert_close(attend(new[2][at], two), attend(new[2], one)[at])
+
+
+def policy_leaves_padding_out(policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """A row gets what it would alone, whatever stands before its first token."""
+    pads, n, rows = 2, k.shape[2] // 2 + 2, []
+    keep = torch.ones(len(k), k.shape[2], dtype=torch.bool)
+    keep[1:, :pads] = False
+    for row, start in [(slice(None), 0), (slice(0, 1), 0), *((slice(b, b + 1), pads) for b in range(1, len(k)))]:
+        state = policy.init_state(len(k[row]), k.shape[1], k.shape[3], value_dim=v.shape[3])
+        told, found = (keep if start == 0 and row == slice(None) else None), []
+        for at in (slice(start, n), *(slice(t, t + 1) for t in range(n, k.shape[2]))):
+            new = [z[row][:, :, at] for z in (k, v, q)]
+            kept, state = policy.update(state, *new, keep=None if told is None else told[:, at])
+            found.append(attend(new[2][:, :, -1:], kept))
+        rows.append(torch.cat(found, 2))
+    torch.testing.assert_close(rows[0], torch.cat(rows[1:]))
 
 
 # --- Steer and Training -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ x - project - position - score - bias - score mix - mask - normalise - weight mi
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,11 +15,13 @@ from regard.cards import FEATURES
 from regard.checks import called, fits, flag, refuse, tokens, whole
 from regard.kernels import Plan, Problem, choose, execute
 from regard.kernels.check import check_mask, check_options
+from regard.kinds import CachePolicy
 from regard.masks import Mask, causal, full
 from regard.masks.tensors import Kept, Lengths, unpacked
 from regard.pairwise import as_mask, as_parts
-from regard.pipeline import nearby, streaming
+from regard.pipeline import kept, nearby, streaming
 from regard.pipeline.function import selected, spelled_out, unless_softmax
+from regard.pipeline.kept import KeptCache
 from regard.pipeline.page_pool import PagePool
 from regard.pipeline.paged_cache import State
 from regard.pipeline.tokens import apart, key_mask, lacks_packed, quarantine, spoil
@@ -166,25 +168,46 @@ class Attention(nn.Module):
             return choose(streaming.ahead(self, x, state.fork(), mask)[0], self.kernel, device)
         return choose(self._prepare(x, context, mask, None)[0], self.kernel, device)
 
+    @overload
     def init_state(
         self,
         batch_size: int,
         capacity: int,
         *,
         pool: PagePool | None = None,
+        policy: None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> State:
+    ) -> State: ...
+
+    @overload
+    def init_state(self, batch_size: int, capacity: int, *, policy: CachePolicy) -> KeptCache: ...
+
+    def init_state(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        pool: PagePool | None = None,
+        policy: CachePolicy | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State | KeptCache:
         """An empty cache for `step`. A layer whose mask looks back only W tokens keeps only those and never fills up.
 
         Args:
             capacity: most tokens it will hold.
             pool: where its tokens are kept in pages, taken when they are needed (`regard.cache.PagePool`); the state is
                 then a `PagedKVCache`, whose forks and beams share what they have in common. Default: memory of its own.
+            policy: what is kept of the past, such as `regard.create("snapkv", budget=512)`; the state is then a
+                `KeptCache`, which never fills up. Queries see what is kept where it stood.
             device, dtype: default the projection's.
         """
+        if policy is not None:
+            return kept.init_state(self, batch_size, policy, pool)
         return streaming.init_state(self, batch_size, capacity, pool=pool, device=device, dtype=dtype)
 
+    @overload
     def step(
         self,
         x: Float[Tensor, "B t M"],
@@ -192,7 +215,26 @@ class Attention(nn.Module):
         *,
         mask: Mask | None = None,
         positions: Int[Tensor, "*b t"] | None = None,
-    ) -> tuple[Float[Tensor, "B t M"], State]:
+    ) -> tuple[Float[Tensor, "B t M"], State]: ...
+
+    @overload
+    def step(
+        self,
+        x: Float[Tensor, "B t M"],
+        state: KeptCache,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*b t"] | None = None,
+    ) -> tuple[Float[Tensor, "B t M"], KeptCache]: ...
+
+    def step(
+        self,
+        x: Float[Tensor, "B t M"],
+        state: State | KeptCache,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*b t"] | None = None,
+    ) -> tuple[Float[Tensor, "B t M"], State | KeptCache]:
         """The next t tokens: what `forward` would give at these positions, and the state with them in it.
 
         Args:
@@ -200,6 +242,8 @@ class Attention(nn.Module):
             positions: where the new tokens stand, as in `forward`; (t,), (B, t) or coordinates, default behind those
                 held, one place a token.
         """
+        if isinstance(state, KeptCache):
+            return kept.step(self, x, state, mask, positions)
         return streaming.step(self, x, state, mask, positions)
 
     def _prepare(
