@@ -86,7 +86,7 @@ def number(
         if isinstance(value, bool) or not isinstance(value, int | float):
             words = expected + _number_within(value)
             refuse(who, name, "has the wrong type", repr(value), words, error=TypeError)
-        inside = math.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
+        inside = -math.inf < value < math.inf and (above is None or value > above) and (least is None or value >= least)
         if not (inside and (below is None or value < below) and (most is None or value <= most)):
             refuse(who, name, "is out of range", value, expected)
 
@@ -285,6 +285,8 @@ def _plan(function: Callable[..., Any]) -> tuple[Plan, ...]:
 def checked(**letters: str) -> Callable[[F], F]:
     """Look at a function's tensors at every call, as their annotations say, before any work is done.
 
+    No layer takes a map without pixels, of height Y or width X 0.
+
     Args:
         letters: sizes that are known from the module: `@checked(C="dim")` demands C = self.dim.
     """
@@ -292,6 +294,7 @@ def checked(**letters: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         plan, is_method = _plan(function), "self" in inspect.signature(function).parameters
         name = function.__name__
+        is_layer = is_method and name == "forward"
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -306,6 +309,8 @@ def checked(**letters: str) -> Callable[[F], F]:
                 if value is None and optional:
                     continue
                 _look(args[0] if is_method else name, argument, value, forms, others, sizes)
+                if is_layer and (sizes.get("Y") == 0 or sizes.get("X") == 0 or 0 in sizes.get("*sizes", ())):
+                    refuse(args[0], argument, "is an empty map", tuple(value.shape), "a pixel at least")
             return function(*args, **kwargs)
 
         return typing.cast(F, wrapper)

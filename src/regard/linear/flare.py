@@ -140,7 +140,7 @@ class FLARE(HeadMixer):
         whole(self, num_latents=num_latents)
         whole(self, -1, key_layers=key_layers, value_layers=value_layers)
         hidden = {"key_ratio": int(key_ratio * dim), "value_ratio": int(value_ratio * dim)}
-        whole(self, **{f"int({name} M)": width for name, width in hidden.items()})
+        whole(self, most=2**31 - 1, **{f"int({name} M)": width for name, width in hidden.items()})
         flag(self, qk_norm=qk_norm)
         self.dropout, self.num_latents, self.scale = dropout, num_latents, scale
         del self.q_proj  # latents ask in its place

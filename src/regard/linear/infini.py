@@ -55,7 +55,6 @@ delta:  v - sigma(k) M / (sigma(k) z) in place of v""",
         "gate_init": "code, infini-transformer-pytorch",
         "pre_norm": "ours, the block around it norms",
         "bias": "code, infini-transformer-pytorch",
-        "context_dim": "ours, as wide as dim",
     },
 )
 
@@ -100,7 +99,7 @@ def infini_attention(
     return torch.cat(outs, 2), state
 
 
-@CARD.module
+@CARD.module(closed=("context_dim",))
 class Infini(RecurrentMixer):
     """Multi-head Infini-attention, causal alone; arguments as of `HeadMixer`.
 

@@ -55,8 +55,7 @@ eta_ij = max(0, 1 / i + p_i) base sigmoid(x_j W_e + b_e) / D;   y = W_o LN(out),
     tries={"conv_size": {"share_qk": True, "conv_size": 3}},
     defaults=dict.fromkeys(
         ("mini_batch", "base_rate", "form", "share_qk", "conv_size", "gate", "rotary_base", "bias"), "code"
-    )
-    | {"context_dim": "ours, as wide as dim"},
+    ),
 )
 
 Form = Literal["official", "fla"]
@@ -104,7 +103,7 @@ def taught_linear(
     return taught(q, k, v, reading, writing, affine, start, mini_batch, residual, keep, state)
 
 
-@CARD.module
+@CARD.module(closed=("context_dim",))
 class TTTLinear(RecurrentMixer):
     """The layer of TTT-Linear, causal alone; arguments as of `HeadMixer`, with as many key heads as query heads.
 

@@ -145,6 +145,8 @@ class GaussianGate(nn.Module):
             refuse(self, "x", f"has no line along axis {self.axis}", tuple(x.shape), "two axes, this among them")
         axis, H, how = self.axis % x.dim(), self.num_heads, self.how
         n = x.shape[axis]
+        if n == 0:
+            return x.to(work_dtype(x))
         if n < 2 * H:
             got = f"{n} along axis {self.axis}"
             refuse(self, "x", "has too few entries for a variance", got, f"2 or more for each of {H} heads")

@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from math import isfinite
+from math import inf
 from typing import Any, ParamSpec, Unpack
 
 import torch
@@ -80,7 +80,7 @@ def attention(
         ValueError, TypeError: inputs that don't fit together, before any work is done.
     """
     plain = kernel == "auto" and layout == "bhnd" and cu_seqlens is None and bias is None and not (dropout or slots)
-    if plain and (mask is None or mask is CAUSAL) and (scale is None or (type(scale) is float and isfinite(scale))):
+    if plain and (mask is None or mask is CAUSAL) and (scale is None or (type(scale) is float and abs(scale) < inf)):
         out = few.quick(q, k, v, causal=mask is not None, scale=scale)
         if out is not None:
             return out

@@ -52,6 +52,8 @@ out_i = softmax over r and j in P_r(i), j != i (j < i when causal) of z_i . k_j,
         "The mask to one bucket and the correction for keys met in several rounds are the paper's, told by others; "
         "the code has neither.",
         "draws='kept' keeps one set of rotations, so that a call can be repeated; the code draws in each call.",
+        "Where before + 1 + after chunks are more than there are, each is seen once; the code sees some twice.",
+        "With two factors a bucket is a pair of hashes, as in the code; the paper tells of one hash.",
         "No decoding from a cache, which hashes new tokens into old chunks.",
     ),
     verified="third-party",

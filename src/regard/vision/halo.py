@@ -78,18 +78,19 @@ def halo_attention(
     def slabs(z: Tensor) -> Float[Tensor, "blocks H keys d"]:
         padded = F.pad(z, (0, 0, halo, halo, halo, halo))
         views = padded.unfold(2, W, block).unfold(3, W, block)
-        return views.permute(0, 2, 3, 1, 5, 6, 4).reshape(B * down * across, H, W * W, -1)
+        return views.permute(0, 2, 3, 1, 5, 6, 4).reshape(B * down * across, H, W * W, views.shape[4])
 
-    tiles = q.reshape(B, H, down, b, across, b, D).permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, H, b, b, D)
+    tiles = q.reshape(B, H, down, b, across, b, D).permute(0, 2, 4, 1, 3, 5, 6).reshape(B * down * across, H, b, b, D)
     bias = None if tables is None else _position_terms(tiles, tables, W, stride if distances == "pixels" else 1)
     if bias is not None and scale_positions:
         bias = bias * D**-0.5
     mask = None
     if padding == "masked" and halo:
         seen = _inside(Y, block, halo, k.device)[:, None, :, None] & _inside(X, block, halo, k.device)[None, :, None]
-        mask = seen.expand(B, -1, -1, -1, -1).reshape(-1, 1, 1, W * W).expand(-1, -1, b * b, -1)
+        mask = seen.expand(B, -1, -1, -1, -1).reshape(B * down * across, 1, 1, W * W).expand(-1, -1, b * b, -1)
     out = attention(tiles.flatten(2, 3), slabs(k), slabs(v), mask=mask, bias=bias)
-    return out.view(B, down, across, H, b, b, -1).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, down * b, across * b, -1)
+    V = out.shape[-1]
+    return out.view(B, down, across, H, b, b, V).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, down * b, across * b, V)
 
 
 def _position_terms(

@@ -21,5 +21,5 @@ def in_windows(z: Shaped[Tensor, "B H Y X d"], window: tuple[int, int]) -> Shape
     """The windows that divide Y and X row by row, those of the first map first."""
     B, H, Y, X, _ = z.shape
     tall, wide = window
-    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, -1).permute(0, 2, 4, 1, 3, 5, 6)
-    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, -1)
+    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, z.shape[-1]).permute(0, 2, 4, 1, 3, 5, 6)
+    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, z.shape[-1])
