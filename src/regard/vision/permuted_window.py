@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, flag, number, refuse, whole
 from regard.pipeline.function import attention
-from regard.vision.maps import in_windows, to_map, to_tokens
+from regard.vision.maps import has_pixels, in_windows, to_map
 from regard.vision.swin import regions
 
 CARD = Card(
@@ -36,7 +36,9 @@ the mask is that of shifted windows, where a cell stands for its pixels""",
     protocol="FeatureMixer",
     supports={"bidirectional", "dropout", "compile"},
     cost=Cost(
-        "2*B*M*(ceil(Y/window)*window**2*ceil(X/window)*window**2)/reduction**2",
+        "2*B*M/reduction**2"
+        "*(ceil(Y/min(window, Y))*min(window, Y)**2 - 2*min(1, max(0, Y - window))*shift*(window - shift))"
+        "*(ceil(X/min(window, X))*min(window, X)**2 - 2*min(1, max(0, X - window))*shift*(window - shift))",
         "",
     ),
     claim="A quarter of the keys, of a quarter of their channels, at the same reach: "
@@ -50,7 +52,7 @@ the mask is that of shifted windows, where a cell stands for its pixels""",
         "A shift that splits cells is refused; the code gives such a cell to one of its two regions.",
     ),
     verified="third-party",
-    example={"window": 4, "shift": 2, "dim": 24},
+    example={"window": 4, "shift": 2},
     tries={"shift": 0},
     defaults={
         "window": "code, the larger models",
@@ -92,7 +94,7 @@ def permuted_window_attention(
     (B, H, Y, X, _), (down, across) = q.shape, k.shape[2:4]
     tall, wide = window if isinstance(window, tuple) else (window, window)
     r = Y // down if down else 1
-    if (Y, X) != (r * down, r * across):
+    if (r * down, r * across) != (Y, X):
         expected = "a map of which both sides are one multiple of its own"
         refuse("permuted_window_attention", "k", "has another map than q", tuple(k.shape), expected)
     if Y % tall or X % wide or tall % r or wide % r:
@@ -103,7 +105,8 @@ def permuted_window_attention(
     seen = None if mask is None else mask.repeat(B, 1, 1)[:, None]
     added = None if bias is None else bias[None]
     out = attention(queries, keys, values, bias=added, mask=seen, dropout=dropout)
-    return out.view(B, Y // tall, X // wide, H, tall, wide, -1).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
+    parts = out.view(B, Y // tall, X // wide, H, tall, wide, v.shape[-1])
+    return parts.permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, v.shape[-1])
 
 
 @CARD.module
@@ -160,6 +163,7 @@ class PermutedSelfAttention(nn.Module):
 
     @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
+        has_pixels(self, x)
         r, (Y, X) = self.reduction, x.shape[2:]
         window = tuple(max(r, min(self.window, size + -size % r)) for size in (Y, X))
         down, right = (0 if size <= self.window else self.shift for size in (Y, X))
@@ -167,9 +171,7 @@ class PermutedSelfAttention(nn.Module):
         sizes = z.shape[2:]
         z = (z.roll((-down, -right), (2, 3)) if down or right else z).movedim(1, -1)
         q = self.q_proj(z).unflatten(-1, (self.num_heads, -1)).movedim(3, 1)
-        k, v = (
-            cells(f(z), r).unflatten(-1, (self.num_heads, -1)).movedim(3, 1) for f in (self.k_proj, self.v_proj)
-        )
+        k, v = (cells(f(z), r).unflatten(-1, (self.num_heads, -1)).movedim(3, 1) for f in (self.k_proj, self.v_proj))
         told: dict[str, Any] = {"window": window, "bias": self._differences(*window)}
         if down or right:
             told["mask"] = cell_mask(sizes, window, (down, right), r, x.device)
