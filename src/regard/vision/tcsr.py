@@ -1,6 +1,6 @@
 """TCSR's block: neighborhood attention in a convolution's place, and a feed-forward whose hidden channels move."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -23,9 +23,10 @@ PAPERS = (
     ),
 )
 OPEN = (
-    "The abstract says that neighborhood attention stands in the convolution's place and that a spatial shift without "
-    "parameters stands in the feed-forward. Inferred are norms and residuals, that the shift stands after the "
-    "activation, the direction and number of its groups, its step, and that the maps around it have no bias.",
+    "The abstract says that neighborhood attention stands in the convolution's place, and a spatial shift without "
+    "parameters in the feed-forward. Inferred are norms and residuals, that the shift stands between the two maps, one "
+    "activation (on which side of the shift makes no difference), the directions and number of the shift's groups, its "
+    "step, and that the maps have no bias.",
 )
 
 BLOCK = Card(
@@ -72,12 +73,10 @@ shift: groups of r C // n_div channels move by `step` pixels left, right, up, do
         "ratio": "ours, recalled",
         "step": "ours",
         "n_div": "ours, so that some channels stay",
-        "activation": "ours, inferred",
+        "activations": "ours, inferred",
         "bias": "ours, inferred",
     },
 )
-
-Activation = Literal["before", "after", "both"]
 
 
 def shift_feed_forward(
@@ -87,12 +86,11 @@ def shift_feed_forward(
     *,
     step: int = 1,
     n_div: int = 5,
-    activation: Activation = "before",
+    activations: Literal[1, 2] = 1,
 ) -> Float[Tensor, "B C Y X"]:
-    """W2 shift(gelu(W1 x)), with weight and bias of both maps; `activation` as for `ShiftFeedForward`."""
-    h = F.conv2d(x, *up)
-    h = shift(h if activation == "after" else F.gelu(h), n_div=n_div, step=step)
-    return F.conv2d(h if activation == "before" else F.gelu(h), *down)
+    """W2 shift(gelu(W1 x)), with weight and bias of both maps; the rest as for `ShiftFeedForward`."""
+    h = shift(F.gelu(F.conv2d(x, *up)), n_div=n_div, step=step)
+    return F.conv2d(h if activations == 1 else F.gelu(h), *down)
 
 
 @FEED_FORWARD.module
@@ -104,7 +102,8 @@ class ShiftFeedForward(nn.Module):
         ratio: r, of hidden channels to C.
         step: how far channels move.
         n_div: 4 / n_div of the hidden channels move; from 4, where all do.
-        activation: whether a GELU stands before the shift, after it, or both.
+        activations: one GELU, or one on each side of the shift. On which side the one is makes no difference: it
+            leaves the zeros that come in.
         bias: of the maps.
     """
 
@@ -115,27 +114,27 @@ class ShiftFeedForward(nn.Module):
         ratio: int = 2,
         step: int = 1,
         n_div: int = 5,
-        activation: Activation = "before",
+        activations: Literal[1, 2] = 1,
         bias: bool = False,
     ) -> None:
         super().__init__()
         whole(self, dim=dim, ratio=ratio, step=step)
         whole(self, 4, most=dim * ratio, n_div=n_div)
-        choice(self, get_args(Activation), activation=activation)
+        choice(self, (1, 2), activations=activations)
         flag(self, bias=bias)
         self.dim, self.step, self.n_div = dim, step, n_div
-        self.activation: Activation = activation
+        self.activations: Literal[1, 2] = activations
         self.up, self.down = nn.Conv2d(dim, ratio * dim, 1, bias=bias), nn.Conv2d(ratio * dim, dim, 1, bias=bias)
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
         has_pixels(self, x)
         maps = ((conv.weight, conv.bias) for conv in (self.up, self.down))
-        how: dict[str, Any] = {"step": self.step, "n_div": self.n_div, "activation": self.activation}
+        how: dict[str, Any] = {"step": self.step, "n_div": self.n_div, "activations": self.activations}
         return shift_feed_forward(x, *maps, **how)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, step={self.step}, n_div={self.n_div}, activation={self.activation!r}"
+        return f"{self.dim}, step={self.step}, n_div={self.n_div}, activations={self.activations}"
 
 
 @BLOCK.module
