@@ -102,6 +102,10 @@ def test_the_weights_follow_the_sample() -> None:
     weights = layer.branch_weights(x)
     close(weights.sum(1), torch.ones(6, dtype=x.dtype))
     assert float(weights.detach()[:, 0].std()) > 0.01
+    h = torch.nn.functional.leaky_relu(layer.first(x), 0.2)
+    parts = (layer.attention(h), layer.plain(h))
+    both = sum(w[:, None, None, None] * part for w, part in zip(weights.unbind(1), parts, strict=True))
+    close(layer(x), x + layer.last(torch.nn.functional.leaky_relu(both, 0.2)))
     field = normal(2, 1, 8, 14, 14).requires_grad_()
     (far,) = torch.autograd.grad(layer(field)[0, :, -1, -1].sum(), field)
     assert (far[0, :, 0, 0] != 0).any(), "convolutions don't reach as far: the weights do"

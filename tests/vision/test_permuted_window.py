@@ -237,6 +237,19 @@ def test_starting_values() -> None:
     assert shifts == [0, 8, 0, 8]
 
 
+def test_weights_and_outputs_are_dropped_in_training() -> None:
+    layer, x = made(8, 2, window=4, dropout=0.5), normal(1, 2, 8, 8, 8)
+    plain = made(8, 2, window=4)
+    close(layer(x), plain(x))
+    torch.manual_seed(0)
+    out = layer.train()(x)
+    assert 0.4 < (out == 0).double().mean() < 0.6
+    kept = out != 0
+    assert (out[kept] - 2 * plain(x)[kept]).abs().max() > 0.1, "weights are dropped, too"
+    mean = torch.stack([layer(x) for _ in range(400)]).mean(0)
+    assert (mean - plain(x)).abs().mean() < 0.1 * plain(x).abs().mean()
+
+
 def test_paths_are_dropped_by_sample() -> None:
     torch.manual_seed(0)
     drop, x = DropPath(0.25), torch.ones(4000, 2, 1, 1)

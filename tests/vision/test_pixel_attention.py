@@ -158,6 +158,8 @@ def test_the_block_sees_a_few_pixels_around() -> None:
         layer, (x,) = made("scpa", 4, dilation=dilation), leaves(normal(1, 1, 4, 11, 11))
         seen = torch.autograd.grad(layer(x)[0, :, 5, 5].sum(), x)[0].ne(0).any(1)[0]
         assert (seen.nonzero() - 5).abs().max() == reach
+        C = 4 // 2
+        assert sum(p.numel() for p in layer.parameters()) == 4 * 4 * C + 28 * C**2 + C
 
 
 def test_cost_is_linear_in_pixels() -> None:

@@ -132,8 +132,12 @@ def test_half_of_the_weights_are_nothing() -> None:
     torch.manual_seed(0)
     layer, x = regard.create("sparse_channel", dim=48, num_heads=6), torch.randn(4, 48, 24, 24)
     assert (layer.temperature == 1).all()
-    nothing = (layer.weights(x) == 0).double().mean()
-    assert 0.4 < nothing < 0.6
+    weights = layer.weights(x)
+    assert 0.4 < (weights == 0).double().mean() < 0.6
+    q, k = torch.randn(2, 1, 6, 8, 576)
+    one_hot = torch.eye(8, 576).expand(1, 6, 8, 576)
+    weights = sparse_channel_attention(q, k, one_hot, layer.temperature)[..., :8]
+    assert 0.4 < (weights == 0).double().mean() < 0.6
     assert (regard.create("sparse_channel", dim=48, num_heads=6, activation="sigmoid").weights(x) > 0).all()
 
 

@@ -72,21 +72,8 @@ def test_the_network_equals_the_loops() -> None:
     agree(net(image), want, [image, *net.parameters()])
 
 
-def test_a_window_costs_no_weights() -> None:
-    counts = {}
-    for window in (3, 7, 13):
-        for relative in (False, True):
-            layer = TCSRBlock(32, 4, window=window, relative=relative)
-            counts[window, relative] = sum(p.numel() for p in layer.attention.parameters())
-            assert counts[window, relative] == naive.parameter_counts(32, 4, window, 2, relative=relative)[0]
-    assert {counts[w, False] for w in (3, 7, 13)} == {4224}
-    assert counts[13, True] == 6724
-    convolutions = [sum(p.numel() for p in nn.Conv2d(32, 32, w).parameters()) for w in (3, 7, 13)]
-    assert convolutions == [9248, 50208, 173088]
-
-
-def test_sees_its_window_and_one_pixel() -> None:
-    """Each layer sees w // 2 and `step` pixels further; at corners the window moves inward."""
+def test_a_large_window_costs_few_weights() -> None:
+    """Each layer sees w // 2 pixels and `step` further; at corners the window moves inward."""
     block, (x,) = made("tcsr", 4, 2, window=5, n_div=4), leaves(normal(1, 1, 4, 12, 12))
 
     def seen(y: int, i: int) -> Tensor:
@@ -99,6 +86,16 @@ def test_sees_its_window_and_one_pixel() -> None:
     corner = torch.zeros(12, 12, dtype=torch.bool)
     corner[:5, :5] = True
     assert torch.equal(seen(0, 0), corner)
+    counts = {}
+    for window in (3, 7, 13):
+        for relative in (False, True):
+            layer = TCSRBlock(32, 4, window=window, relative=relative)
+            counts[window, relative] = sum(p.numel() for p in layer.attention.parameters())
+            assert counts[window, relative] == naive.parameter_counts(32, 4, window, 2, relative=relative)[0]
+    assert {counts[w, False] for w in (3, 7, 13)} == {4224}
+    assert counts[13, True] == 6724
+    convolutions = [sum(p.numel() for p in nn.Conv2d(32, 32, w).parameters()) for w in (3, 7, 13)]
+    assert convolutions == [9248, 50208, 173088]
 
 
 def test_a_pixel_reaches_its_neighbours_without_parameters() -> None:

@@ -38,8 +38,7 @@ x = x + W2 shift(gelu(W1 norm(x)))      the shift is that of `shift_feed_forward
     supports={"bidirectional", "compile"},
     cost=Cost("2*B*Y*X*M*(window**2 + mlp_ratio*M)", ""),
     claim="A large window at parameters that hardly grow with it, where a convolution's are quadratic: "
-    "tests/vision/test_tcsr.py::test_a_window_costs_no_weights, "
-    "tests/vision/test_tcsr.py::test_sees_its_window_and_one_pixel.",
+    "tests/vision/test_tcsr.py::test_a_large_window_costs_few_weights.",
     differs=OPEN,
     verified="reconstructed",
     example={"window": 3},
