@@ -165,16 +165,16 @@ class PermutedSelfAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
         has_pixels(self, x)
         r, (Y, X) = self.reduction, x.shape[2:]
-        window = tuple(max(r, min(self.window, size + -size % r)) for size in (Y, X))
+        tall, wide = (max(r, min(self.window, size + -size % r)) for size in (Y, X))
         down, right = (0 if size <= self.window else self.shift for size in (Y, X))
-        z = F.pad(x, (0, -X % window[1], 0, -Y % window[0]))
+        z = F.pad(x, (0, -X % wide, 0, -Y % tall))
         sizes = z.shape[2:]
         z = (z.roll((-down, -right), (2, 3)) if down or right else z).movedim(1, -1)
         q = self.q_proj(z).unflatten(-1, (self.num_heads, -1)).movedim(3, 1)
         k, v = (cells(f(z), r).unflatten(-1, (self.num_heads, -1)).movedim(3, 1) for f in (self.k_proj, self.v_proj))
-        told: dict[str, Any] = {"window": window, "bias": self._differences(*window)}
+        told: dict[str, Any] = {"window": (tall, wide), "bias": self._differences(tall, wide)}
         if down or right:
-            told["mask"] = cell_mask(sizes, window, (down, right), r, x.device)
+            told["mask"] = cell_mask(sizes, (tall, wide), (down, right), r, x.device)
         if self.training:
             told["dropout"] = self.dropout
         out = permuted_window_attention(q, k, v, **told)
@@ -202,5 +202,5 @@ def cell_mask(
 ) -> Bool[Tensor, "windows pixels cells"]:
     """Which cells were neighbours of a window's pixels before the map was rolled by `shift`."""
     pixels = regions(sizes, window, shift, device)
-    coarse = (tuple(n // reduction for n in given) for given in (sizes, window, shift))
+    coarse = [(given[0] // reduction, given[1] // reduction) for given in (sizes, window, shift)]
     return pixels[:, :, None] == regions(*coarse, device)[:, None]
