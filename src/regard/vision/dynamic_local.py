@@ -1,5 +1,7 @@
 """Dynamic local attention (MHDLSA): each pixel makes a kernel for each group of channels, and convolves with it."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -57,7 +59,7 @@ def dynamic_convolution(
         ValueError: taps of no such kernel, or groups that don't divide the channels.
     """
     (_, C, Y, X), (G, taps) = values.shape, kernels.shape[1:3]
-    K = round(taps**0.5)
+    K = math.isqrt(int(taps))  # while torch.jit traces, sizes are tensors
     if taps != K * K or K % 2 == 0:
         refuse("dynamic_convolution", "kernels", "have no odd square of taps", taps, "1, 9, 25, ...")
     if G == 0 or C % G:
@@ -65,7 +67,7 @@ def dynamic_convolution(
     wide = torch.promote_types(values.dtype, torch.float32)
     padded = F.pad(values, (K // 2,) * 4).unflatten(1, (G, -1))
     out = torch.zeros(*padded.shape[:3], Y, X, dtype=wide, device=values.device)
-    for tap in range(taps):  # a window at a time: laid out side by side they would be K x K times as much
+    for tap in range(K * K):  # a window at a time: laid out side by side they would be K x K times as much
         a, e = divmod(tap, K)
         out = out + kernels[:, :, tap, None] * padded[..., a : a + Y, e : e + X]
     return out.flatten(1, 2).to(values.dtype)
