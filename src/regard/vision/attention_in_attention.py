@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, number, refuse, whole
 from regard.vision.maps import has_pixels
-from regard.vision.pixel_attention import PixelAttentionConv, pixel_attention_network
+from regard.vision.pixel_attention import KINKS, PixelAttentionConv, pixel_attention_network
 from regard.vision.super_resolution import SuperResolution
 
 CARD = Card(
@@ -40,6 +40,7 @@ y = x + P2 l(a_0 A + a_1 N)""",
         "there until the logits have grown much.",
     ),
     verified="third-party",
+    exceptions={"L51 gradients_are_slopes": KINKS},
     example={"temperature": 1.0},
     defaults={
         "reduction": "code",

@@ -26,6 +26,11 @@ PAPERS = (
     ),
 )
 
+KINKS = (
+    "a step along all inputs and parameters at once takes some of thousands of LeakyReLUs past its kink; along each by "
+    "itself gradients are slopes"
+)
+
 CARD = Card(
     "pixel_attention",
     equation="y = x * sigmoid(W x + b)      W 1 x 1, C to C: a gate for each channel of each pixel, from that pixel",
@@ -56,6 +61,7 @@ y = x + P [a; z]      P 1 x 1, no bias""",
         "reduction of 2 alone.",
     ),
     verified="third-party",
+    exceptions={"L51 gradients_are_slopes": KINKS},
     defaults={"reduction": "code", "dilation": "code", "slope": "code"},
 )
 
