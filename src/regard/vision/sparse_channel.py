@@ -153,7 +153,8 @@ class SparseChannelAttention(nn.Module):
         return sparse_channel_weights(q, k, self.temperature, activation=self.activation)
 
     def _attended(self, qkv: Float[Tensor, "B C3 Y X"]) -> Float[Tensor, "B C Y X"]:
-        out = sparse_channel_attention(*self._heads(qkv), self.temperature, activation=self.activation)
+        q, k, v = self._heads(qkv)
+        out = sparse_channel_attention(q, k, v, self.temperature, activation=self.activation)
         return out.flatten(1, 2).unflatten(2, qkv.shape[2:])
 
     def _in_tiles(self, qkv: Float[Tensor, "B C3 Y X"], tile: int) -> Float[Tensor, "B C Y X"]:
