@@ -202,5 +202,5 @@ def cell_mask(
 ) -> Bool[Tensor, "windows pixels cells"]:
     """Which cells were neighbours of a window's pixels before the map was rolled by `shift`."""
     pixels = regions(sizes, window, shift, device)
-    map_, side, rolled = ((given[0] // reduction, given[1] // reduction) for given in (sizes, window, shift))
-    return pixels[:, :, None] == regions(map_, side, rolled, device)[:, None]
+    area, side, rolled = ((given[0] // reduction, given[1] // reduction) for given in (sizes, window, shift))
+    return pixels[:, :, None] == regions(area, side, rolled, device)[:, None]
