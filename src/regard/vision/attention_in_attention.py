@@ -1,4 +1,4 @@
-"""Attention in attention (A2N): each sample decides how much its gated branch and its plain branch count."""
+"""Attention in attention (A2N): each sample says how much a gated and a plain branch count."""
 
 from typing import Literal
 

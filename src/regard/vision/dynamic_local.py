@@ -1,4 +1,4 @@
-"""Dynamic local attention (MHDLSA): each pixel makes a kernel for each group of channels, and convolves with it."""
+"""Dynamic local attention (MHDLSA): each pixel makes kernels for groups of channels."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""TCSR's block: neighborhood attention in a convolution's place, and a feed-forward whose hidden channels move."""
+"""TCSR's block: neighborhood attention, and a feed-forward whose hidden channels move."""
 
 from typing import Any, Literal
 
