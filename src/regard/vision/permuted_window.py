@@ -1,4 +1,4 @@
-"""Permuted self-attention: large windows, whose keys are cells of several narrow pixels."""
+"""Permuted self-attention: large windows, whose keys are cells of several pixels side by side.
 
 A cell's pixels are laid side by side in its channels, so that it is as wide as a query. Heads are cut out of these
 channels: where the cell's pixels are as many as heads, or fewer and divide them, each head reads one of them.
