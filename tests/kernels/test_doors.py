@@ -68,7 +68,9 @@ from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
 from regard.vision.neighborhood_lse import neighborhood_with_lse
+from regard.vision.permuted_window import permuted_window_attention
 from regard.vision.quantized_spike import spike_attention
+from regard.vision.sparse_channel import sparse_channel_attention
 from regard.vision.unidirectional_block import unidirectional_block_attention
 
 SOURCE = Path(regard.__file__).parent
@@ -236,6 +238,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "attend_in_windows": lambda q, k, v: attend_in_windows(q, k, v, torch.arange(N), 2),
     "channel_attention": channel_attention,
     "window_attention": squared(window_attention, window=2),
+    "sparse_channel_attention": lambda q, k, v: sparse_channel_attention(q, k, v, torch.ones(H, 1, 1)),
+    "permuted_window_attention": squared(permuted_window_attention, window=2),
     "halo_attention": squared(halo_attention, block=2, halo=1),
     "unidirectional_block_attention": squared(unidirectional_block_attention, block=2),
     "neighborhood_attention": squared(neighborhood_attention, window=1),

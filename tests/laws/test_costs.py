@@ -30,6 +30,9 @@ OPTIONS = {
     "linformer": {"max_length": 1024},
     "masked_mixer": {"max_length": 1024},
     "deformable_v2": {"points": 4},
+    "dynamic_local": {"group_channels": 8},
+    "permuted_window": {"window": 8, "shift": 4},
+    "tcsr": {"relative": False},
     "unidirectional_block": {"block": 8},
     "long_range_grouping": {"size": (8, 8), "stride": 4},
 }

@@ -3,8 +3,16 @@
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from regard.checks import refuse
+
 AXES = {1: "X", 2: "Y X", 3: "Z Y X"}
 """The letters of lines, images and volumes, for `regard.checks.fits`."""
+
+
+def has_pixels(who: object, x: Float[Tensor, "B C Y X"]) -> None:
+    """Refuse a map of no pixels, which torch's convolutions don't take."""
+    if x.shape[2] * x.shape[3] == 0:
+        refuse(who, "x", "has no pixels", tuple(x.shape), "a map of at least 1 x 1")
 
 
 def to_tokens(x: Float[Tensor, "B C *sizes"]) -> Float[Tensor, "B N C"]:
@@ -19,7 +27,7 @@ def to_map(tokens: Float[Tensor, "B N C"], sizes: tuple[int, ...]) -> Float[Tens
 
 def in_windows(z: Shaped[Tensor, "B H Y X d"], window: tuple[int, int]) -> Shaped[Tensor, "windows H pixels d"]:
     """The windows that divide Y and X row by row, those of the first map first."""
-    B, H, Y, X, _ = z.shape
+    B, H, Y, X, d = z.shape
     tall, wide = window
-    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, z.shape[-1]).permute(0, 2, 4, 1, 3, 5, 6)
-    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, z.shape[-1])
+    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, d).permute(0, 2, 4, 1, 3, 5, 6)
+    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, d)

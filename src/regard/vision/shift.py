@@ -35,15 +35,15 @@ the rest of the channels stay; zeros come in at the border""",
 )
 
 
-def shift(x: Float[Tensor, "B C Y X"], *, n_div: int = 12) -> Float[Tensor, "B C Y X"]:
-    """Move four groups of C // n_div channels by one pixel each: left, right, up, down."""
-    g = x.shape[1] // n_div
+def shift(x: Float[Tensor, "B C Y X"], *, n_div: int = 12, step: int = 1) -> Float[Tensor, "B C Y X"]:
+    """Move four groups of C // n_div channels by one pixel each, or by `step`: left, right, up, down."""
+    g, (tall, wide) = x.shape[1] // n_div, (min(step, size) for size in x.shape[2:])
     left, right, up, down = x[:, : 4 * g].split(g, 1) if g else [x[:, :0]] * 4
     moved = (
-        F.pad(left[..., 1:], (0, 1)),
-        F.pad(right[..., :-1], (1, 0)),
-        F.pad(up[..., 1:, :], (0, 0, 0, 1)),
-        F.pad(down[..., :-1, :], (0, 0, 1, 0)),
+        F.pad(left[..., wide:], (0, wide)),
+        F.pad(right[..., : x.shape[3] - wide], (wide, 0)),
+        F.pad(up[..., tall:, :], (0, 0, 0, tall)),
+        F.pad(down[..., : x.shape[2] - tall, :], (0, 0, tall, 0)),
     )
     return torch.cat([*moved, x[:, 4 * g :]], 1)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
@@ -117,9 +117,16 @@ def shift_mask(
     sizes: Sequence[int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Bool[Tensor, "windows pixels pixels"]:
     """Which pixels of a window of the rolled map were neighbours before it was rolled by `shift`."""
+    found = regions(sizes, window, shift, device)
+    return found[:, :, None] == found[:, None]
+
+
+def regions(
+    sizes: Sequence[int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Int[Tensor, "windows pixels"]:
+    """Pixels of a window of the rolled map that have one number were neighbours before it was rolled by `shift`."""
     parts = []
     for size, w, s in zip(sizes, window, shift, strict=True):
         at = torch.arange(size, device=device)
         parts.append((at >= size - w).long() + (at >= size - s))
-    regions = in_windows((3 * parts[0][:, None] + parts[1])[None, None, ..., None], window)[:, 0, :, 0]
-    return regions[:, :, None] == regions[:, None]
+    return in_windows((3 * parts[0][:, None] + parts[1])[None, None, ..., None], window)[:, 0, :, 0]
