@@ -715,7 +715,7 @@ BAD = [
     ("compare --task mqar --mechanisms etc", "etc does not fit the task mqar: cannot be causal"),
     ("compare --task mqar --text x.txt", "task mqar brings its own data; leave text out"),
     ("compare --task digits --length 9", "task 'digits' has no such option (got 'length'); expected "),
-    ("list --task chess", "task is unknown (got 'chess'); expected one of text, boxes, "),
+    ("list --task chess", "task is unknown (got 'chess'); expected one of text, absence, boxes, "),
     ("list --task mqar --markdown", "leave --markdown or --task out"),
     ("compare --steps 0", "steps is too small (got 0); expected an int >= 1"),
     ("compare --text nowhere.txt", "nowhere.txt does not exist"),

@@ -112,8 +112,8 @@ def test_lazy_names_are_there() -> None:
         _ = regard.positions.Kerpel
 
 
-SPEAKING = {"softmax", "score_mod"}
-"""The baseline, which tasks may name; and torch's name for an argument, which those who come from there write."""
+SPEAKING = {"softmax", "score_mod", "efficient"}
+"""The baseline, which tasks may name; torch's name for an argument, which those who come from there write; a survey's."""
 
 
 def test_mechanisms_are_named_nowhere_else() -> None:
