@@ -6,7 +6,6 @@ in the order of their positions, which stay what they were in the text.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self, TypedDict
 
@@ -188,13 +187,14 @@ class Evicting:
 
     def reorder(self, state: Held, index: Int[Tensor, " B2"]) -> Held:
         """The state of batch rows `index`, such as beams."""
-        rows: Callable[..., Tensor] = lambda z: z.index_select(0, index.to(z.device))  # noqa: E731
-        seen, count, carried = (
-            rows(z) if isinstance(z, Tensor) else z for z in (state.seen, state.count, state.carried)
-        )
-        store = None if state.store is None else state.store.reorder(index)
+        at = index.to(state.carried.device) if state.carried is not None else index
         return replace(
-            state, store=store, seen=seen, count=count, carried=carried, shape=(len(index), *state.shape[1:])
+            state,
+            store=None if state.store is None else state.store.reorder(index),
+            seen=state.seen if isinstance(state.seen, int) else state.seen[index],
+            count=state.count if isinstance(state.count, int) else state.count[index],
+            carried=None if state.carried is None else state.carried.index_select(0, at),
+            shape=(len(index), *state.shape[1:]),
         )
 
     def _every(self, limit: int | Tensor) -> int | Tensor:

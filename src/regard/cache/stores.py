@@ -38,8 +38,8 @@ Makes = Callable[[Kept, int], Store]
 
 def joined(before: Kept, new: Kept) -> Kept:
     """The new ones behind those before."""
-    parts = zip(before[:3], new[:3], strict=True)
-    return Kept(*(torch.cat([a, b.to(a.dtype)], 2) for a, b in parts), full=before.full and new.full)
+    k, v, at = (torch.cat([a, b.to(a.dtype)], 2) for a, b in zip(before[:3], new[:3], strict=True))
+    return Kept(k, v, at, full=before.full and new.full)
 
 
 def picked(kept: Kept, index: Int[Tensor, "B G n"], *, full: bool) -> Kept:
@@ -145,6 +145,5 @@ class Ragged:
         return after.read(), after
 
     def reorder(self, index: Tensor) -> "Ragged":
-        kept = self.read()
-        rows = Kept(*(z.index_select(0, index) for z in kept[:3]))
-        return type(self).of(rows, self.room - self.grown)
+        k, v, at = (z.index_select(0, index) for z in self.read()[:3])
+        return type(self).of(Kept(k, v, at), self.room - self.grown)

@@ -16,6 +16,7 @@ from regard.checks import called, refuse, whole
 from regard.tracing import active
 
 if TYPE_CHECKING:
+    from regard.pipeline.kept import KeptCache
     from regard.pipeline.paged_cache import PagedKVCache
 
 
@@ -172,7 +173,7 @@ def overflow(who: object, t: int, held: int, capacity: int) -> NoReturn:
     )
 
 
-def check_rows(who: "KVCache | PagedKVCache", index: Tensor) -> None:
+def check_rows(who: "KVCache | PagedKVCache | KeptCache", index: Tensor) -> None:
     """Refuse what does not name rows of the batch."""
     if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
         refuse(who, "index", "has the wrong shape or dtype", f"{index.dtype} {tuple(index.shape)}", "1-D integers")
