@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from regard.checks import refuse
 from regard.tracing import recomputing, transformed
 
+SLOPE = 0.1666666716337204
+"""1/6 in float32."""
+
 
 def no_empty_map(who: object, x: Float[Tensor, "B C Y X"], least: int = 1) -> None:
     """Refuse maps with sides below `least`, on which torch's convolutions, pools or norms fail somewhere inside."""
@@ -26,5 +29,9 @@ class MapNorm(nn.BatchNorm2d):
 
 
 def hard_sigmoid(z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """torch's, whose backward holds 1/6 in float32 and has no forward mode; there it is written out."""
-    return (z + 3).clamp(0, 6) / 6 if transformed(z) else F.hardsigmoid(z)
+    """torch's, which has no forward mode; there it is written out, with the slope that its backward has: 1/6 as a
+    float32 number."""
+    if not transformed(z):
+        return F.hardsigmoid(z)
+    sixths = (z + 3).clamp(0, 6)
+    return SLOPE * sixths + (sixths / 6 - SLOPE * sixths).detach()
