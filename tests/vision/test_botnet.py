@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import regard
 from regard.laws.agreement import close
-from regard.vision.botnet import BottleneckAttention, BottleneckBlock, bottleneck_attention
+from regard.vision.botnet import BottleneckAttention, bottleneck_attention
+from regard.vision.botnet_block import BottleneckBlock
 from vision import naive_botnet
 from vision.shared import filled, gradients, leaves, normal, vectors
 

@@ -1,4 +1,4 @@
-"""Bottleneck Transformers: all-to-all attention on a map, by content and by how many rows and columns apart.
+"""Bottleneck Transformers: attention on a map, by content and by rows and columns apart.
 
 The position term of a query is one number for each row of keys plus one for each column: appended to the query, and
 the keys' rows and columns, one-hot, to the keys, it is part of a dot product, so that any kernel of plain attention
@@ -16,7 +16,7 @@ from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, flag, refuse, whole
 from regard.pipeline.function import attention
 from regard.shapes import head_shape
-from regard.vision._shared import MapNorm, no_empty_map
+from regard.vision._shared import no_empty_map
 from regard.weights import Loaded, same, stacked
 
 CARD = Card(
@@ -190,52 +190,6 @@ class BottleneckAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_heads}, size={self.size}, out_dim={self.out_dim}, stride={self.stride}"
-
-
-class BottleneckBlock(nn.Module):
-    """ResNet's bottleneck with that attention in the place of its 3 x 3 convolution: M channels to 4 P.
-
-    relu(shortcut + BN(W' relu(BN(attention(relu(BN(W x)))))));  the last norm starts at 0.
-
-    Args:
-        dim, num_heads: M and H; the paper's 4 heads.
-        inner_dim: P; default dim / 4, so that the block keeps M.
-        stride: 2 makes the map half as high and wide.
-        size, positions, scale_positions: as for BottleneckAttention.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        *,
-        inner_dim: int | None = None,
-        stride: Literal[1, 2] = 1,
-        size: tuple[int, int] = (14, 14),
-        positions: Positions = "relative",
-        scale_positions: bool = True,
-    ) -> None:
-        super().__init__()
-        if inner_dim is None:
-            divides(self, four=4, dim=dim)
-        P = dim // 4 if inner_dim is None else inner_dim
-        whole(self, dim=dim, inner_dim=P)
-        self.dim = dim
-        self.in_proj, self.in_norm = nn.Conv2d(dim, P, 1, bias=False), MapNorm(P)
-        how: dict[str, Any] = {"positions": positions, "scale_positions": scale_positions}
-        self.attention = BottleneckAttention(P, num_heads, size=size, stride=stride, **how)
-        self.norm = MapNorm(P)
-        self.out_proj, self.out_norm = nn.Conv2d(P, 4 * P, 1, bias=False), MapNorm(4 * P)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride == 2 or dim != 4 * P:
-            self.shortcut = nn.Sequential(nn.Conv2d(dim, 4 * P, 1, stride=stride, bias=False), MapNorm(4 * P))
-        nn.init.zeros_(self.out_norm.weight)
-
-    @checked(M="dim")
-    def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B C y x"]:
-        z = self.attention(F.relu(self.in_norm(self.in_proj(x))))
-        z = self.out_norm(self.out_proj(F.relu(self.norm(z))))
-        return F.relu(self.shortcut(x) + z)
 
 
 @CARD.loads("timm.layers", "BottleneckAttn")

@@ -1,10 +1,9 @@
-"""SAGAN's block: every place of a map takes cues from all others, by as much as gamma, which starts at 0.
+"""SAGAN's block: a place of a map takes cues from all others, by as much as gamma, first 0.
 
 The block that was released is not the one that was printed: it pools keys and values, and projects once more.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, flag, refuse, whole
 from regard.pipeline.function import attention
-from regard.tracing import recomputing
 from regard.vision.maps import to_map, to_tokens
+from regard.vision.spectral import SpectralLinear
 
 CARD = Card(
     "sagan",
@@ -55,8 +54,6 @@ each W is divided by its largest singular value, sigma = u^T W v, from one step 
 )
 
 Form = Literal["pooled", "full", "narrow"]
-STEPS = 15
-"""Power steps before the first pass, as torch takes them."""
 
 
 @checked()
@@ -68,57 +65,6 @@ def unscaled_attention(
     """softmax_j(q_i . k_j) v_j from the places j of one map to the places i of another, as one head."""
     q, k, v = (to_tokens(z)[:, None] for z in (queries, keys, values))
     return to_map(attention(q, k, v, scale=1.0)[:, 0], queries.shape[2:])
-
-
-class SpectralLinear(nn.Linear):
-    """W x / sigma, with sigma, the largest singular value of W, followed by one power step a call in training."""
-
-    u: Tensor
-    v: Tensor
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-        self.register_buffer("u", torch.empty(outputs))
-        self.register_buffer("v", torch.empty(inputs))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Glorot uniform, as the authors', and vectors that several steps have turned."""
-        nn.init.xavier_uniform_(self.weight)
-        if hasattr(self, "v"):  # the parent resets what it has made
-            self.u.copy_(F.normalize(nn.init.normal_(self.u), dim=0))
-            self.v.copy_(F.normalize(self.u @ self.weight.to(self.u.dtype), dim=0))
-            for _ in range(STEPS):
-                self._step(self.weight)
-
-    def normalised(self) -> Float[Tensor, "outputs inputs"]:
-        """W / sigma. u and v take no gradient, sigma does."""
-        W = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        if self.training and not recomputing():  # a checkpoint's second run finds them moved
-            self._step(W)
-        u, v = (z.clone().to(W.dtype) for z in (self.u, self.v))  # a later call must not write into this one's
-        return (W / (u @ (W @ v))).to(self.weight.dtype)
-
-    @torch.no_grad()
-    def _step(self, weight: Tensor) -> None:
-        W = weight.to(self.u.dtype)
-        self.u.copy_(F.normalize(W @ self.v, dim=0))
-        self.v.copy_(F.normalize(self.u @ W, dim=0))
-
-    def forward(self, x: Float[Tensor, "*b inputs"]) -> Float[Tensor, "*b outputs"]:
-        out = x.reshape(-1, self.in_features) @ self.normalised().mT  # one product, whether or not gradients are kept
-        return out.reshape(*x.shape[:-1], self.out_features)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As for every module, but that nothing rounds u and v."""
-        before = {name: z for name, z in self._buffers.items() if z is not None}
-        super()._apply(fn, recurse)
-        for name, z in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype.itemsize < min(4, z.dtype.itemsize):
-                self._buffers[name] = z.to(after.device)
-        return self
 
 
 @CARD.module
@@ -178,13 +124,3 @@ class SAGANAttention(nn.Module):
 def _pooled(z: Float[Tensor, "B D Y X"]) -> Float[Tensor, "B D y x"]:
     """The maximum of each 2 x 2 cell."""
     return F.max_pool2d(z, 2) if z.numel() else z.new_empty(*z.shape[:2], z.shape[2] // 2, z.shape[3] // 2)
-
-
-def discriminator_loss(real: Float[Tensor, "*n"], fake: Float[Tensor, "*m"]) -> Float[Tensor, ""]:
-    """The hinge that SAGAN trains its discriminator with: mean relu(1 - D(real)) + mean relu(1 + D(fake))."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def generator_loss(fake: Float[Tensor, "*m"]) -> Float[Tensor, ""]:
-    """And its generator: -mean D(fake)."""
-    return -fake.mean()
