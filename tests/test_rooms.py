@@ -113,7 +113,7 @@ def test_lazy_names_are_there() -> None:
 
 
 SPEAKING = {"softmax", "score_mod", "efficient"}
-"""The baseline, which tasks may name; torch's name for an argument, which those who come from there write; a survey's."""
+"""The baseline, which tasks may name; torch's name for an argument, which those who come from there write; a survey."""
 
 
 def test_mechanisms_are_named_nowhere_else() -> None:

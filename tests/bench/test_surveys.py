@@ -17,7 +17,8 @@ from regard.cli import app
 
 def test_what_is_built_is_found_by_its_paper() -> None:
     found = {row.method.name: row.card for row in surveys.rows("practical")}
-    assert found["Linformer"] is not None and found["Linformer"]["name"] == "linformer"
+    assert found["Linformer"] is not None
+    assert found["Linformer"]["name"] == "linformer"
     assert found["Feedback"] is None, "nothing of it is built: if it is now, name another here"
     for name, survey in surveys.SURVEYS.items():
         methods = [method for _, method in survey.methods()]
@@ -44,7 +45,8 @@ def test_the_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in surveys.SURVEYS:
         said = CliRunner().invoke(app, ["survey", name])
         assert said.exit_code == 0, said.output
-        assert "not built" in said.output and max(map(len, said.output.splitlines())) <= 80
+        assert "not built" in said.output
+        assert max(map(len, said.output.splitlines())) <= 80
     listed = json.loads(CliRunner().invoke(app, ["survey", "llm", "--only", "eviction", "--json"]).output)
     assert {"method": "H2O", "free": True, "mechanism": "h2o"}.items() <= listed[0].items()
 
@@ -59,8 +61,10 @@ def test_lengths_and_crossing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(profile, "run", run)
     group = {name: Found(name, True) for name in ("softmax", "linear")}
     surveying._lengths(group, Measuring(lengths=(1000, 2000, 4000), out=tmp_path), lambda words: None)
-    assert group["softmax"].time == pytest.approx(2) and group["linear"].time == pytest.approx(1, abs=1e-3)
-    assert group["linear"].crossing == 2000 and group["softmax"].crossing is None
+    assert group["softmax"].time == pytest.approx(2)
+    assert group["linear"].time == pytest.approx(1, abs=1e-3)
+    assert group["linear"].crossing == 2000
+    assert group["softmax"].crossing is None
 
 
 @pytest.mark.slow
@@ -68,7 +72,8 @@ def test_measured(tmp_path: Path) -> None:
     config = Measuring((64, 128), 32, 2, steps=2, seeds=(0,), out=tmp_path)
     found = surveying.measure("efficient", "low rank", config, say=lambda words: None)
     by_name = {one.mechanism: one for one in found if one.mechanism != "softmax"}
-    assert by_name["synthesizer_dense"].causal and not by_name["linformer"].causal
+    assert by_name["synthesizer_dense"].causal
+    assert not by_name["linformer"].causal
     assert all(one.time is not None for one in found if not one.reasons)
     record = json.loads((tmp_path / "survey.json").read_text())
     assert [one["mechanism"] for one in record["found"]] == [one.mechanism for one in found]

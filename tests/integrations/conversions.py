@@ -600,6 +600,7 @@ def of_geometric(name: str) -> Case:
 
 def of_timm(name: str) -> Case:
     from timm.layers import Attention, RmsNorm
+    from timm.layers.bottleneck_attn import BottleneckAttn
     from timm.layers.halo_attn import HaloAttn
     from timm.models import davit
 
@@ -609,6 +610,8 @@ def of_timm(name: str) -> Case:
 
     if name == "HaloAttn":
         return Case(filled(HaloAttn(M, num_heads=H, block_size=4, halo_size=1, scale_pos_embed=True)), maps)
+    if name == "BottleneckAttn":
+        return Case(filled(BottleneckAttn(M, feat_size=(8, 8), num_heads=H, dim_head=5, scale_pos_embed=True)), maps)
     if name == "Attention":
         theirs = filled(Attention(M, H, qkv_bias=True, qk_norm=True, norm_layer=RmsNorm))
         return Case(theirs, lambda ours, theirs: (ours(normal(2, 2, T, M)), theirs(normal(2, 2, T, M))))

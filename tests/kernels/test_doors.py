@@ -63,6 +63,7 @@ from regard.routing.sinkhorn import sinkhorn_attention
 from regard.routing.token_aggregation import group_attention
 from regard.stages import HeadMap
 from regard.training.ssa import attend_in_windows, attend_to_some
+from regard.vision.botnet import bottleneck_attention
 from regard.vision.davit import channel_attention, window_attention
 from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
@@ -241,6 +242,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sparse_channel_attention": lambda q, k, v: sparse_channel_attention(q, k, v, torch.ones(H, 1, 1)),
     "permuted_window_attention": squared(permuted_window_attention, window=2),
     "halo_attention": squared(halo_attention, block=2, halo=1),
+    "bottleneck_attention": squared(bottleneck_attention, tables=(normal(3, D), normal(7, D))),
     "unidirectional_block_attention": squared(unidirectional_block_attention, block=2),
     "neighborhood_attention": squared(neighborhood_attention, window=1),
     "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),

@@ -16,7 +16,7 @@ def vectors(id: str, case: str) -> dict[str, Tensor]:
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

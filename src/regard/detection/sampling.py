@@ -66,15 +66,20 @@ def deformable_attention(
     batch = torch.arange(B, device=value.device)[:, None, None, None, None]
     head = torch.arange(H, device=value.device)[:, None, None]
     at = (batch * S + start[:, None] + row * sizes[:, None, 1] + column) * H + head
-    # Pixels outside point at a row that the sum leaves out, so that not even NaN times 0 comes from them.
     at = at.masked_fill(outside, B * S * H)
-    rows = torch.cat([value.reshape(B * S * H, D), value.new_zeros(1, D)])
-    picked, shares = at.flatten(3).flatten(0, 2), share.to(value.dtype).flatten(3).flatten(0, 2)
-    if transformed(value, shares):  # embedding_bag has no forward mode
-        out = (shares[:, None] @ F.embedding(picked, rows)).squeeze(1)
-    else:
-        out = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=shares, padding_idx=B * S * H)
+    out = weighted_rows(value.reshape(B * S * H, D), at.flatten(3).flatten(0, 2), share.flatten(3).flatten(0, 2))
     return out.view(*locations.shape[:3], D)
+
+
+def weighted_rows(
+    rows: Float[Tensor, "R D"], at: Int[Tensor, "n p"], share: Float[Tensor, "n p"]
+) -> Float[Tensor, "n D"]:
+    """Sums of rows by their shares. R stands for no row, so that not even NaN times 0 comes from there."""
+    none, share = len(rows), share.to(rows.dtype)
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    if transformed(rows, share):  # embedding_bag has no forward mode
+        return (share[:, None] @ F.embedding(at, rows)).squeeze(1)
+    return F.embedding_bag(at, rows, mode="sum", per_sample_weights=share, padding_idx=none)
 
 
 def corners(

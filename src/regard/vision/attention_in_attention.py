@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, number, refuse, whole
-from regard.vision.maps import has_pixels
 from regard.vision.pixel_attention import KINKS, PixelAttentionConv, pixel_attention_network
 from regard.vision.super_resolution import SuperResolution
 
@@ -101,12 +100,10 @@ class AttentionInAttention(nn.Module):
     @checked(C="dim")
     def branch_weights(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B 2"]:
         """How much the branch with attention counts, and the one without; they sum to 1."""
-        has_pixels(self, x)
         return self._weights(F.leaky_relu(self.first(x), self.slope))
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        has_pixels(self, x)
         h = F.leaky_relu(self.first(x), self.slope)
         both = blended(self.attention(h), self.plain(h), self._weights(h))
         return x + self.last(F.leaky_relu(both, self.slope))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, flag, refuse, whole
-from regard.vision.maps import has_pixels
 
 PAPERS = (
     Paper(
@@ -109,12 +108,10 @@ class DynamicLocalAttention(nn.Module):
     @checked(C="dim")
     def kernels(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B G taps Y X"]:
         """What each pixel is convolved with: for each group K x K taps, row by row."""
-        has_pixels(self, x)
         return self._kernels(self.v_proj(x))
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        has_pixels(self, x)
         u = self.v_proj(x)
         return self.o_proj(dynamic_convolution(u, self._kernels(u)))
 

@@ -3,16 +3,8 @@
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from regard.checks import refuse
-
 AXES = {1: "X", 2: "Y X", 3: "Z Y X"}
 """The letters of lines, images and volumes, for `regard.checks.fits`."""
-
-
-def has_pixels(who: object, x: Float[Tensor, "B C Y X"]) -> None:
-    """Refuse a map of no pixels, which torch's convolutions don't take."""
-    if x.shape[2] * x.shape[3] == 0:
-        refuse(who, "x", "has no pixels", tuple(x.shape), "a map of at least 1 x 1")
 
 
 def to_tokens(x: Float[Tensor, "B C *sizes"]) -> Float[Tensor, "B N C"]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, divides, flag, number, refuse, whole
 from regard.pipeline.function import attention
-from regard.vision.maps import has_pixels, in_windows, to_map
+from regard.vision.maps import in_windows, to_map
 from regard.vision.swin import regions
 
 CARD = Card(
@@ -163,7 +163,6 @@ class PermutedSelfAttention(nn.Module):
 
     @checked(M="dim")
     def forward(self, x: Float[Tensor, "B M Y X"]) -> Float[Tensor, "B M Y X"]:
-        has_pixels(self, x)
         r, (Y, X) = self.reduction, x.shape[2:]
         tall, wide = (max(r, min(self.window, size + -size % r)) for size in (Y, X))
         down, right = (0 if size <= self.window else self.shift for size in (Y, X))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, divides, number, whole
-from regard.vision.maps import has_pixels
 from regard.vision.super_resolution import SuperResolution, factors
 
 PAPERS = (
@@ -89,7 +88,6 @@ class PixelAttention(nn.Module):
     @checked(C="dim")
     def gate(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
         """How much of each entry passes, in (0, 1)."""
-        has_pixels(self, x)
         return pixel_gate(x, self.gate_proj.weight, self.gate_proj.bias)
 
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
@@ -145,8 +143,6 @@ class SelfCalibratedPixelAttention(nn.Module):
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        has_pixels(self, x)
-
         def bent(z: Tensor) -> Tensor:
             return F.leaky_relu(z, self.slope)
 
@@ -182,7 +178,6 @@ class UpsamplingPixelAttention(nn.Module):
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B out tall wide"]:
-        has_pixels(self, x)
         for s, up, attention, after in zip(self.factors, self.up, self.attention, self.after, strict=True):
             x = attention(up(F.interpolate(x, scale_factor=s, mode="nearest")))
             x = F.leaky_relu(after(F.leaky_relu(x, self.slope)), self.slope)

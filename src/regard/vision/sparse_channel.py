@@ -13,7 +13,6 @@ from regard.cards import Card, Cost
 from regard.checks import checked, choice, divides, flag, whole
 from regard.kernels.check import check_inputs
 from regard.vision.dynamic_local import PAPERS
-from regard.vision.maps import has_pixels
 
 CARD = Card(
     "sparse_channel",
@@ -134,7 +133,6 @@ class SparseChannelAttention(nn.Module):
         nn.init.ones_(self.temperature)
 
     def _qkv(self, x: Float[Tensor, "B C Y X"], mask: Bool[Tensor, "B Y X"] | None) -> Float[Tensor, "B C3 Y X"]:
-        has_pixels(self, x)
         if mask is None:
             return self.near(self.qkv_proj(x))
         hidden = ~mask[:, None]

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, flag, number, whole
-from regard.vision.maps import has_pixels
 from regard.vision.neighborhood import NeighborhoodAttention
 from regard.vision.shift import shift
 from regard.vision.super_resolution import MapNorm, PixelShuffle, SuperResolution
@@ -127,7 +126,6 @@ class ShiftFeedForward(nn.Module):
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        has_pixels(self, x)
         maps = ((conv.weight, conv.bias) for conv in (self.up, self.down))
         how: dict[str, Any] = {"step": self.step, "n_div": self.n_div, "activations": self.activations}
         return shift_feed_forward(x, *maps, **how)
@@ -171,7 +169,6 @@ class TCSRBlock(nn.Module):
 
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        has_pixels(self, x)
         for norm, branch in zip(self.norms, (self.attention, self.feed_forward), strict=True):
             x = x + branch(norm(x))
         return x
