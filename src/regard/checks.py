@@ -310,7 +310,7 @@ def checked(**letters: str) -> Callable[[F], F]:
                     continue
                 _look(args[0] if is_method else name, argument, value, forms, others, sizes)
                 if is_layer and (sizes.get("Y") == 0 or sizes.get("X") == 0 or 0 in sizes.get("*sizes", ())):
-                    refuse(args[0], argument, "is an empty map", tuple(value.shape), "a pixel at least")
+                    refuse(args[0], argument, "has no pixels", tuple(value.shape), "a pixel at least")
             return function(*args, **kwargs)
 
         return typing.cast(F, wrapper)

@@ -34,5 +34,5 @@ def test_no_map_and_no_pixels(name: str) -> None:
 
 def test_says_what_is_wrong() -> None:
     shift = regard.create("shift", dim=24, num_heads=1)
-    with pytest.raises(ValueError, match=r"x is an empty map \(got \(2, 24, 0, 8\)\); expected a pixel at least"):
+    with pytest.raises(ValueError, match=r"x has no pixels \(got \(2, 24, 0, 8\)\); expected a pixel at least"):
         shift(torch.zeros(2, 24, 0, 8))
