@@ -67,7 +67,7 @@ def test_dot_products_cost_is_linear_in_pixels() -> None:
 
 def test_dot_products_are_no_softmax() -> None:
     """Twice the queries gather twice as much; a key of zeros gives nothing."""
-    q, k, v = normal(1, 3, 2, 5, 3)
+    q, k, v = normal(1, 3, 2, 2, 5, 3)
     close(gathered(2 * q, k, v, pairwise="dot"), 2 * gathered(q, k, v, pairwise="dot"))
     assert not gathered(q, 0 * k, v, pairwise="dot").any()
 

@@ -1,4 +1,4 @@
-"""Coordinate attention: a map is gated row by row and column by column, by gates made of the means along both."""
+"""Coordinate attention: gates for each row and each column, made of the means along them."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Global context: one softmax over all places gathers a vector, which is added to each place, or gates the channels."""
+"""Global context: one softmax over all places gathers a vector for all of them."""
 
 from typing import Literal
 

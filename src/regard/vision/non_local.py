@@ -1,4 +1,4 @@
-"""Non-local block: every place gathers from all others, and what it gathers is added to it, at first with weight 0."""
+"""Non-local block: every place gathers from all others; it starts as the identity."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, choice, number
+from regard.kernels.check import check_inputs
 from regard.pipeline.function import attention
 from regard.vision.gating import batch_normed, inner_width
 from regard.vision.maps import to_map, to_tokens
@@ -57,21 +58,22 @@ Pairwise = Literal["gaussian", "dot"]
 
 @checked()
 def gathered(
-    q: Float[Tensor, "B N R"],
-    k: Float[Tensor, "B N R"],
-    v: Float[Tensor, "B N V"],
+    q: Float[Tensor, "B H N R"],
+    k: Float[Tensor, "B H N R"],
+    v: Float[Tensor, "B H N V"],
     *,
     pairwise: Pairwise = "gaussian",
     scale: float | None = None,
-) -> Float[Tensor, "B N V"]:
+) -> Float[Tensor, "B H N V"]:
     """What each place gathers. The dot form has neither softmax nor scale, but a mean.
 
     Args:
         scale: of the scores below the softmax; default 1 / sqrt(R).
     """
+    check_inputs(q, k, v)
     if pairwise == "dot":
-        return q @ (k.mT @ v / max(1, k.shape[1]))
-    return attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
+        return q @ (k.mT @ v / max(1, k.shape[2]))
+    return attention(q, k, v, scale=scale)
 
 
 @CARD.module
@@ -117,8 +119,8 @@ class NonLocal(nn.Module):
     @checked(C="dim")
     def forward(self, x: Float[Tensor, "B C X *sizes"]) -> Float[Tensor, "B C X *sizes"]:
         tokens = to_tokens(x)
-        q, k, v = self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
-        out = self.o_proj(gathered(q, k, v, pairwise=self.pairwise, scale=self.scale))
+        q, k, v = (proj(tokens)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.o_proj(gathered(q, k, v, pairwise=self.pairwise, scale=self.scale)[:, 0])
         return x + to_map(batch_normed(self.norm, out.mT).mT, x.shape[2:])
 
     def extra_repr(self) -> str:

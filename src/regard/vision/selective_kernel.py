@@ -1,4 +1,4 @@
-"""Selective kernels: convolutions of several sizes, and a softmax that chooses among them for each channel."""
+"""Selective kernels: convolutions of several sizes, among which each channel chooses."""
 
 from typing import cast
 
