@@ -70,6 +70,7 @@ from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
 from regard.vision.neighborhood_lse import neighborhood_with_lse
 from regard.vision.permuted_window import permuted_window_attention
+from regard.vision.non_local import gathered
 from regard.vision.quantized_spike import spike_attention
 from regard.vision.sparse_channel import sparse_channel_attention
 from regard.vision.unidirectional_block import unidirectional_block_attention
@@ -218,6 +219,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "hrr_attention": hrr_attention,
     "hard_attention": hard_attention,
     "spike_attention": spike_attention,
+    "gathered": gathered,
+    "gathered, dot": lambda q, k, v: gathered(q, k, v, pairwise="dot"),
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, torch.ones(1, 2, N) / N),
     "yoso_attention": yoso_attention,
     "probabilistic_attention": probabilistic_attention,
