@@ -69,8 +69,8 @@ from regard.vision.gpsa import gated_positional_attention
 from regard.vision.halo import halo_attention
 from regard.vision.neighborhood import neighborhood_attention
 from regard.vision.neighborhood_lse import neighborhood_with_lse
-from regard.vision.permuted_window import permuted_window_attention
 from regard.vision.non_local import gathered
+from regard.vision.permuted_window import permuted_window_attention
 from regard.vision.quantized_spike import spike_attention
 from regard.vision.sparse_channel import sparse_channel_attention
 from regard.vision.unidirectional_block import unidirectional_block_attention
