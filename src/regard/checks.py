@@ -294,7 +294,7 @@ def checked(**letters: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         plan, is_method = _plan(function), "self" in inspect.signature(function).parameters
         name = function.__name__
-        is_layer = is_method and name == "forward"
+        is_layer = is_method and name in ("forward", "gate")
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
