@@ -185,5 +185,5 @@ def test_bad_input_and_empty_maps() -> None:
     for layer in (PixelAttention(4), SelfCalibratedPixelAttention(4), UpsamplingPixelAttention(4, 4, 2)):
         with pytest.raises(ValueError, match=r"x has no pixels \(got \(2, 4, 0, 3\)\); expected a pixel at least"):
             layer(torch.zeros(2, 4, 0, 3))
-    with pytest.raises(ValueError, match=r"SuperResolution: image is too small \(got \(2, 3, 0, 4\)\)"):
+    with pytest.raises(ValueError, match=r"SuperResolution: image has no pixels \(got \(2, 3, 0, 4\)\)"):
         pan(dim=4, up_dim=4, blocks=1)(torch.zeros(2, 3, 0, 4))

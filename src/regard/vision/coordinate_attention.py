@@ -114,7 +114,8 @@ class CoordinateAttention(nn.Module):
         """The gates, each along its own axis."""
         axes = range(2, x.dim())
         return [
-            one.reshape(*one.shape[:2], *(-1 if a == b else 1 for b in axes)) for a, one in zip(axes, self.gates(x))
+            one.reshape(*one.shape[:2], *(one.shape[2] if a == b else 1 for b in axes))
+            for a, one in zip(axes, self.gates(x))
         ]
 
     def forward(self, x: Float[Tensor, "B C *sizes"]) -> Float[Tensor, "B C *sizes"]:
