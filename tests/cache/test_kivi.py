@@ -90,7 +90,7 @@ def test_a_step_attends_before_it_quantises():
 
 
 def test_padded_rows_are_as_alone():
-    q, k, v = drawn(24, B=3)
+    _, k, v = drawn(24, B=3)
     pads, policy = (0, 3, 7), KIVI(bits=2, group=2, residual=4)
     keep = torch.stack([torch.arange(24) >= p for p in pads])
     state, at = started(policy, k, v), 0
