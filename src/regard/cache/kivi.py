@@ -1,7 +1,7 @@
 """KIVI: keys in few bits channel by channel, values token by token, and the newest of both as they are."""
 
 import copy
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -36,9 +36,9 @@ as they are: keys of the newest n mod R tokens, values of the newest R""",
     ),
     example={"bits": 2, "group": 4, "residual": 16},
     tries={
-        "bits": {"bits": 4, "group": 2, "residual": 2},
+        "bits": {"group": 2, "residual": 2},
         "group": {"group": 2, "residual": 4},
-        "residual": {"group": 2, "residual": 6},
+        "residual": {"group": 2, "residual": 4},
         "budget": 5,
         **TRIES,
     },
@@ -63,7 +63,7 @@ class KIVI(Evicting):
     def __init__(
         self,
         *,
-        bits: int = 2,
+        bits: Literal[2, 4, 8] = 2,
         group: int = 32,
         residual: int = 128,
         budget: int | float = 1.0,
