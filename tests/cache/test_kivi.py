@@ -91,7 +91,7 @@ def test_a_step_attends_before_it_quantises():
 
 def test_padded_rows_are_as_alone():
     _, k, v = drawn(24, B=3)
-    pads, policy = (0, 3, 7), KIVI(bits=2, group=2, residual=4)
+    pads, policy = (0, 3, 7), KIVI(bits=2, group=3, residual=3)
     keep = torch.stack([torch.arange(24) >= p for p in pads])
     state, at = started(policy, k, v), 0
     for t in (9, 5, *[1] * 10):
@@ -100,7 +100,7 @@ def test_padded_rows_are_as_alone():
         at += t
     read = state.store.read()
     for row, p in enumerate(pads):
-        want = naive(k[row : row + 1, :, p:], v[row : row + 1, :, p:], 2, 2, 4)
+        want = naive(k[row : row + 1, :, p:], v[row : row + 1, :, p:], 2, 3, 3)
         real = read.positions[row, 0] >= 0
         assert int(real.sum()) == 24 - p
         torch.testing.assert_close(read.k[row][:, real], want[0][0])
@@ -114,7 +114,7 @@ def test_padded_rows_are_as_alone():
 def test_padding_within_steps():
     """Rows that end go on as they were, while others take tokens."""
     _, k, v = drawn(16, B=2)
-    policy = KIVI(bits=2, group=2, residual=4)
+    policy = KIVI(bits=2, group=3, residual=3)
     keep = torch.ones(2, 16, dtype=torch.bool)
     keep[1, 9:13] = False
     state, at = started(policy, k, v), 0
@@ -122,7 +122,7 @@ def test_padding_within_steps():
         _, state = policy.update(state, *(z[:, :, at : at + t] for z in (k, v)), keep=keep[:, at : at + t])
         at += t
     read = state.store.read()
-    want = naive(k[1:][:, :, keep[1]], v[1:][:, :, keep[1]], 2, 2, 4)
+    want = naive(k[1:][:, :, keep[1]], v[1:][:, :, keep[1]], 2, 3, 3)
     torch.testing.assert_close(read.k[1:, :, -12:], want[0])
     torch.testing.assert_close(read.v[1:, :, -12:], want[1])
     assert (read.positions[1, :, :-12] < 0).all()
@@ -160,7 +160,7 @@ def test_under_another_policy(name):
     """The same keys stay, in few bits; with a long residual bit for bit."""
     q, k, v = drawn(40)
     plain = regard.create(name, budget=12, **({"window": 4} if name in ("snapkv", "adakv") else {}))
-    for form, near in ((KIVI(residual=64), 0.0), (KIVI(bits=8, group=2, residual=4), 0.05)):
+    for form, near in ((KIVI(residual=64), 0.0), (KIVI(bits=8, group=4, residual=4), 0.05)):
         other, found = form.under(plain), []
         assert other.makes is not plain.makes
         for policy in (plain, other):

@@ -12,7 +12,7 @@ PADDED = {"input_ids": torch.tensor([[0, 0, 0, 0, 7, 9], [5, 6, 7, 8, 9, 10], [0
 PADDED["attention_mask"] = (PADDED["input_ids"] != 0).long()
 TIGHT = {"snapkv": "snapkv(budget=6, window=2)", "adakv": "adakv(budget=6, window=2)", "h2o": "h2o(budget=6)"}
 ROOM = "expected_attention(budget=64)"
-FEW_BITS = "kivi(group=2, residual=2)"
+FEW_BITS = "kivi(group=4, residual=4)"
 
 
 def generated(model, inputs=PADDED, new=12, **options):
@@ -39,7 +39,7 @@ def test_padded_rows_are_as_alone(policy):
             assert torch.equal(generated(model, {"input_ids": row[keep][None]})[0, -12:], tokens)
 
 
-@pytest.mark.parametrize("policy", TIGHT.values())
+@pytest.mark.parametrize("policy", [*TIGHT.values(), FEW_BITS])
 def test_a_budget_is_felt(policy):
     model = tiny("llama")
     with regard.swap(model, cache=policy, check=False):
