@@ -157,7 +157,7 @@ def switch_off(card: regard.Card) -> None:
                 _replace(function, lambda z, *_, **__: z.softmax(-1))
     if card.is_part:
         _plain_parts(card)
-    elif card.protocol == "CachePolicy":
+    elif card.protocol == "CachePolicy" and issubclass(builder, Evicting):
         _newest(builder)
     elif card.is_function:
         _replace(builder, _blind(builder))
@@ -185,8 +185,9 @@ def _newest(builder: type[Evicting]) -> None:
         self.floor, self.makes = None, Padded.of
 
     builder.__init__ = emptied  # type: ignore[method-assign]
-    builder.judge = lambda self, asked: (asked.positions.double(), None)  # type: ignore[method-assign]
-    builder.at_layer = Evicting.at_layer  # type: ignore[method-assign]
+    plain = {"judge": lambda self, asked: (asked.positions.double(), None), "at_layer": Evicting.at_layer}
+    for name, method in plain.items():
+        setattr(builder, name, method)
 
 
 def _without_mask(builder: type[regard.Attention]) -> None:

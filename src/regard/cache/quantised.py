@@ -143,12 +143,9 @@ class Quantised:
             return Kept(k, v, self.at, full=True)
         n, R = _most(self.counts), self.form.residual
         index = torch.arange(n, device=k.device) - (n - self.counts)[..., None]
-        found = []
-        for z, size, held in ((k, first_k.shape[2], self.counts // R * R), (v, first_v.shape[2], self.counts - R)):
-            held = held.clamp(min=0)[..., None]
-            place = torch.where(index < held, index, index - held + size).clamp(min=0)
-            found.append(z.gather(2, place[..., None].expand(-1, -1, -1, z.shape[3])))
-        return Kept(*found, self.at.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1))
+        k = _mended(k, first_k.shape[2], self.counts // R * R, index)
+        v = _mended(v, first_v.shape[2], (self.counts - R).clamp(min=0), index)
+        return Kept(k, v, self.at.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1))
 
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Kept, "Quantised"] | None:
         """The new ones are attended to as they are, and quantised only afterwards."""
@@ -206,6 +203,12 @@ def _from(z: Float[Tensor, "B G n D"], start: Int[Tensor, "B G"], width: int) ->
     """So many of each head's from its start; behind its end anything."""
     index = (start[..., None] + torch.arange(width, device=z.device)).clamp(max=max(z.shape[2] - 1, 0))
     return z.gather(2, index[..., None].expand(-1, -1, -1, z.shape[3]))
+
+
+def _mended(z: Tensor, size: int, held: Int[Tensor, "B G"], index: Int[Tensor, "B G n"]) -> Tensor:
+    """Tokens `index` of each head, whose first `held` stand from place 0 and the others from place `size`."""
+    place = torch.where(index < held[..., None], index, index - held[..., None] + size).clamp(min=0)
+    return z.gather(2, place[..., None].expand(-1, -1, -1, z.shape[3]))
 
 
 def _put(z: Tensor, new: Tensor, start: Int[Tensor, "B G"], where: Tensor) -> Tensor:
