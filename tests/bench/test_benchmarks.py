@@ -24,6 +24,7 @@ TINY: dict[str, dict[str, Any]] = {
     "graph": {"sizes": ((20, 50),)},
     "half": {"length": 128, "heads": 2, "window": 16},
     "imports": {},
+    "kept": {"length": 64, "number": 2},
     "landmarks": {"lengths": (64,), "landmarks": 16},
     "layers": {"lengths": (32,)},
     "linear": {"lengths": (128, 256), "at": 256},

@@ -5,11 +5,14 @@ import torch
 import transformers as tr
 
 import regard
-from integrations.tiny import shared, tiny
+from integrations.tiny import GROUPED, shared, tiny
+from regard.integrations.transformers_kept import turn_of
 
 PADDED = {"input_ids": torch.tensor([[0, 0, 0, 0, 7, 9], [5, 6, 7, 8, 9, 10], [0, 11, 12, 13, 5, 3]])}
 PADDED["attention_mask"] = (PADDED["input_ids"] != 0).long()
 TIGHT = {"snapkv": "snapkv(budget=6, window=2)", "adakv": "adakv(budget=6, window=2)", "h2o": "h2o(budget=6)"}
+ROOM = "expected_attention(budget=64)"
+FEW_BITS = "kivi(group=4, residual=4)"
 
 
 def generated(model, inputs=PADDED, new=12, **options):
@@ -21,23 +24,30 @@ def test_room_for_all_changes_nothing(name):
     model = tiny(name)
     with regard.swap(model, "softmax", check=False):
         want = [generated(model, num_beams=n) for n in (1, 3)]
-    for policy in ("snapkv(budget=64)", "adakv(budget=1.0)", "h2o(budget=1.0)", "expected_attention(budget=64)"):
+    for policy in ("snapkv(budget=64)", "adakv(budget=1.0)", "h2o(budget=1.0)", "kivi", ROOM):
         with regard.swap(model, cache=policy, check=False):
             assert torch.equal(generated(model), want[0]), policy
             assert torch.equal(generated(model, num_beams=3), want[1]), policy
 
 
-@pytest.mark.parametrize("policy", TIGHT.values())
+@pytest.mark.parametrize("policy", [*TIGHT.values(), FEW_BITS])
 def test_padded_rows_are_as_alone(policy):
     model = tiny("llama")
     with regard.swap(model, cache=policy, check=False):
         got = generated(model)[:, -12:]
         for row, keep, tokens in zip(PADDED["input_ids"], PADDED["attention_mask"].bool(), got, strict=True):
             assert torch.equal(generated(model, {"input_ids": row[keep][None]})[0, -12:], tokens)
-    assert not torch.equal(generated(model)[:, -12:], got), "it is a budget"
 
 
-@pytest.mark.parametrize("policy", TIGHT.values())
+@pytest.mark.parametrize("policy", [*TIGHT.values(), FEW_BITS])
+def test_a_budget_is_felt(policy):
+    model = tiny("llama")
+    with regard.swap(model, cache=policy, check=False):
+        got = generated(model)
+    assert not torch.equal(generated(model), got)
+
+
+@pytest.mark.parametrize("policy", [*TIGHT.values(), FEW_BITS])
 def test_beams_keep_what_is_theirs(policy):
     """The score of each sequence is that of its tokens, told one by one to a cache of its own."""
     model = tiny("llama")
@@ -73,13 +83,51 @@ def test_bytes_are_those_of_the_budget(name, budget):
     assert out.past_key_values.get_seq_length() == 239
 
 
+def test_bytes_are_those_of_the_bits():
+    model = tr.AutoModelForCausalLM.from_pretrained("models/small")
+    prompt = {"input_ids": torch.randint(32, 120, (2, 200), generator=torch.Generator().manual_seed(0))}
+    with regard.swap(model, cache="kivi(bits=4, group=16, residual=16)", check=False):
+        out = generated(model, prompt, new=40, return_dict_in_generate=True)
+    config, layers = model.config, out.past_key_values.layers
+    told = 2 * 3 * config.num_key_value_heads * 2 * config.hidden_size // config.num_attention_heads * 4 * 239
+    held = sum(_bytes(layer.held) for layer in layers)
+    assert held == sum(layer.nbytes for layer in layers)
+    assert held < 0.4 * told, "an eighth, as much again for scales of 16, the residual, and positions"
+
+
+def test_queries_before_rotation():
+    """What expected attention undoes is the rotation alone; where that isn't known it is refused."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+    model = tr.LlamaForCausalLM(tr.LlamaConfig(**GROUPED, rope_parameters=yarn)).eval()
+    rotary, layer = model.model.rotary_emb, model.model.layers[0].self_attn
+    assert rotary.attention_scaling > 1.1
+    turn, z, at = turn_of(model, layer, needed=True), torch.randn(1, 2, 7, 8), torch.arange(7)
+    torch.testing.assert_close(turn(turn(z, at), -at), z)
+    cos, sin = rotary(z, at[None])
+    want = tr.models.llama.modeling_llama.apply_rotary_pos_emb(z, z, cos, sin)[0]
+    torch.testing.assert_close(turn(z, at) * rotary.attention_scaling, want)
+    with regard.swap(model, cache="expected_attention(budget=6, sinks=1)", check=False):
+        assert generated(model).shape == (3, 18)
+    assert turn_of(tiny("gpt2"), tiny("gpt2").transformer.h[0].attn, needed=True) is None
+    moving = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    gemma = tr.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=4, layer_types=["full_attention"] * 2)
+    for other, why in (
+        (tr.LlamaForCausalLM(tr.LlamaConfig(**GROUPED, rope_parameters=moving)), "change with the length"),
+        (tr.Gemma3ForCausalLM(gemma), "asks for more than positions"),
+    ):
+        with pytest.raises(ValueError, match=f"must know how .* rotates queries.*{why}"):
+            regard.swap(other.eval(), cache="expected_attention", check=False)
+        with regard.swap(other.eval(), cache="tova", check=False):
+            pass
+
+
 def _bytes(held, seen=None):
     """Of every tensor that can be reached, each memory once, whole."""
     seen = {} if seen is None else seen
     if isinstance(held, torch.Tensor):
         seen[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
-    elif isinstance(held, dict):
-        [_bytes(one, seen) for one in held.values()]
+    elif isinstance(held, dict | tuple):
+        [_bytes(one, seen) for one in (held.values() if isinstance(held, dict) else held)]
     elif hasattr(held, "__dict__"):
         _bytes(vars(held), seen)
     return sum(seen.values())

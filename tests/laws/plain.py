@@ -4,7 +4,8 @@
 
 What stands in its place: an empty slot of the pipeline (all keys allowed, for a mask); softmax of its own queries, keys
 and values; softmax between the tokens, pixels, nodes or states themselves for other modules; a loss of 0 and a training
-that does nothing; and for an analysis, even maps in place of those that it is given. Verdicts: "fails" as it should,
+that does nothing; for a cache policy the newest keys, as many as its budget, side by side in full precision; and for an
+analysis, even maps in place of those that it is given. Verdicts: "fails" as it should,
 "passes", or "breaks: ERROR" where it gets no further because what it asks of the mechanism is not there.
 """
 
@@ -27,6 +28,8 @@ from torch import Tensor
 import regard
 from laws import claims
 from regard import cards, catalog, masks
+from regard.cache.evict import Evicting
+from regard.cache.stores import Padded
 from regard.pipeline import HeadMixer
 from regard.stages import Gate, HeadMap, Memory, Mix, Normalizer, Position, Score, Selector
 
@@ -154,6 +157,8 @@ def switch_off(card: regard.Card) -> None:
                 _replace(function, lambda z, *_, **__: z.softmax(-1))
     if card.is_part:
         _plain_parts(card)
+    elif card.protocol == "CachePolicy" and issubclass(builder, Evicting):
+        _newest(builder)
     elif card.is_function:
         _replace(builder, _blind(builder))
     elif issubclass(builder, regard.Attention) and not _projects(card):
@@ -168,6 +173,21 @@ def switch_off(card: regard.Card) -> None:
             for cls in builder.__mro__:  # a test may be about the class that it refines
                 if cls.__module__.startswith(f"regard.{card.family}.") and name in vars(cls):
                     setattr(cls, name, plain)
+
+
+def _newest(builder: type[Evicting]) -> None:
+    """No scorer, no budgets by layer or head, no store of its own."""
+    build = builder.__init__
+
+    @functools.wraps(build)
+    def emptied(self: Evicting, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        self.floor, self.makes = None, Padded.of
+
+    builder.__init__ = emptied  # type: ignore[method-assign]
+    plain = {"judge": lambda self, asked: (asked.positions.double(), None), "at_layer": Evicting.at_layer}
+    for name, method in plain.items():
+        setattr(builder, name, method)
 
 
 def _without_mask(builder: type[regard.Attention]) -> None:

@@ -91,6 +91,8 @@ class Evicting:
 
     needs_queries = False
     """Whether `judge` reads queries."""
+    needs_turn = False
+    """Whether it must know how queries were rotated, where they were."""
     judges_always = False
     """Whether it is asked at each call, for what it carries along, not only when keys are to be dropped."""
     floor: float | None = None
@@ -153,7 +155,7 @@ class Evicting:
         limit = self.limit(seen)
         over = count > limit
         must, attended, store = bool(over.any() if isinstance(over, Tensor) else over), None, None
-        if t == 1 and not must and state.store is not None:
+        if not must and state.store is not None and (keep is None or (t == 1 and not state.store.full)):
             attended, store = state.store.append(k, v, new.positions) or (None, None)
         kept = attended = attended or (new if state.store is None else joined(state.store.read(), new))
         carried = state.carried
@@ -205,7 +207,7 @@ class Evicting:
     def _stored(self, kept: Kept, limit: int | Tensor) -> Store:
         """With room up to the budget, but no more than an eighth of what there is."""
         n = kept.k.shape[2]
-        most = int(limit.max()) if isinstance(limit, Tensor) else limit
+        most = max(limit.tolist(), default=0) if isinstance(limit, Tensor) else limit
         if self.floor is not None:
             most = most if isinstance(self.budget, int) and n > most else max(most, n)
         room = min(max(most - n, 0), n // 8 + 8) + (n // 32 if isinstance(self.budget, float) else 0)

@@ -53,7 +53,8 @@ def mean_rotation(turn: Turn, at: Tensor, like: Tensor) -> Float[Tensor, "*b D D
 
 def expected_scores(asked: Asked, *, sinks: int, future: int) -> Scores:
     """The scores of all keys; those of the first `sinks` are 1 more than any."""
-    assert asked.q is not None
+    if asked.q is None:
+        raise ValueError("expected_scores: q is missing (got None); expected the queries of this call")
     wide = torch.promote_types(asked.k.dtype, torch.float32)
     q, k = asked.q.to(wide), asked.k.to(wide)
     (B, H, _, D), G = q.shape, k.shape[1]
@@ -92,7 +93,7 @@ class ExpectedAttention(Evicting):
         limits: `budget` and `every`, as of `regard.cache.Evicting`.
     """
 
-    needs_queries = judges_always = True
+    needs_queries = needs_turn = judges_always = True
 
     def __init__(self, *, sinks: int = 4, future: int = 512, **limits: Unpack[Limits]) -> None:
         super().__init__(**limits)

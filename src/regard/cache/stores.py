@@ -23,10 +23,15 @@ class Store(Protocol):
         """Of all tensors, room included."""
         ...
 
+    @property
+    def full(self) -> bool:
+        """Whether no place is empty, so that no padding can be appended."""
+        ...
+
     def read(self) -> Kept: ...
 
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> "tuple[Kept, Store] | None":
-        """One more token for each head, and all there are with it; None where there is no room."""
+        """More tokens for each head, and all there are with them; None where there is no room."""
         ...
 
     def reorder(self, index: Int[Tensor, " B2"]) -> "Store": ...
@@ -105,6 +110,10 @@ class Ragged:
     """How many it has taken."""
     written: list[int] = field(default_factory=lambda: [0], repr=False)
     """How many any value has that shares the memory."""
+
+    @property
+    def full(self) -> bool:
+        return False
 
     @classmethod
     def of(cls, kept: Kept, room: int) -> Self:

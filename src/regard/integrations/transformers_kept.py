@@ -157,7 +157,7 @@ def keeping(
             notes.append(f"{layer.name} keeps its own cache: it {why}")
             continue
         numbers.append(int(n))
-        turns[int(n)] = turn_of(model, layer.module)
+        turns[int(n)] = turn_of(model, layer.module, needed=getattr(policy, "needs_turn", False))
     if not numbers:
         refuse("swap", "cache", "has no layer to work in", "; ".join(notes) or "none", "a causal layer with a cache")
     return Keeping(policy, tuple(numbers), turns), notes
@@ -231,16 +231,35 @@ def _padding(module: nn.Module, mask: Any, t: int) -> Bool[Tensor, "B t"] | None
     return None if bool(keep.all()) else keep
 
 
-def turn_of(model: nn.Module, module: nn.Module) -> Turn | None:
-    """How the model turns this layer's queries and keys, where its file has that as all files do; else None."""
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    found = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
-    if apply is None or len(found) != 1 or getattr(found[0], "attention_scaling", 1.0) != 1.0:
+def turn_of(model: nn.Module, module: nn.Module, *, needed: bool = False) -> Turn | None:
+    """How the model turns this layer's queries and keys, where its file has that as all files do; None where it turns
+    none. What can't be told is None too, and refused where it is needed."""
+    file = sys.modules[type(module).__module__]
+    apply = getattr(file, "apply_rotary_pos_emb", None)
+    found = [_rotary(part) for part in (module, model)]
+    rotary = found[0] or found[1]
+    if not rotary and not any("rotary" in name.lower() for name in vars(file)):
         return None
-    return partial(_turned, apply, found[0])
+    if apply is None or len(rotary) != 1:
+        got = f"{len(rotary)} rotary modules"
+    elif len(inspect.signature(rotary[0].forward).parameters) != 2:
+        got = "a rotary module that asks for more than positions"
+    elif getattr(rotary[0], "rope_type", "default") in ("dynamic", "longrope"):
+        got = "frequencies that change with the length"
+    else:
+        return partial(_turned, apply, rotary[0])
+    if needed:
+        wanted = "one rotary module of fixed frequencies, or none"
+        refuse("swap", "cache", f"must know how {type(module).__name__} rotates queries", got, wanted)
+    return None
+
+
+def _rotary(module: nn.Module) -> list[Any]:
+    return [m for name, m in module.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
 
 
 def _turned(apply: Any, rotary: Any, z: Float[Tensor, "B H T D"], at: Int[Tensor, "*b T"], /) -> Tensor:
-    cos, sin = rotary(z, at if at.dim() == 2 else at[None])
+    """A rotation alone: a factor that the model puts on top stays where it is, in the queries and keys."""
+    cos, sin = (c / getattr(rotary, "attention_scaling", 1.0) for c in rotary(z, at if at.dim() == 2 else at[None]))
     turned: Tensor = apply(z, z, cos, sin)[0]
     return turned
