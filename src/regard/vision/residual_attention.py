@@ -38,7 +38,8 @@ M = sigmoid(W5 ReLU(BN(W4 ReLU(BN(resize(u, T))))))              y = U((1 + M) T
         "with 1e-5 added to the variance.",
     ),
     verified="third-party",
-    example={"depth": 2},
+    # With weights as the laws draw them logits are so large that a sigmoid of each would let no gradient through.
+    example={"depth": 2, "mask": "spatial"},
     exceptions={"L10 batch_rows_do_not_meet_in_training": "the authors' batch normalisation reads the whole batch"},
     defaults={
         "depth": "code, at the first stage",
@@ -108,7 +109,8 @@ class BottomUpTopDown(nn.Module):
 
     def __init__(self, dim: int, *, depth: int = 3, per_level: int = 1, bottleneck: int = 4) -> None:
         super().__init__()
-        whole(self, dim=dim, depth=depth, per_level=per_level, bottleneck=bottleneck)
+        whole(self, dim=dim, per_level=per_level, bottleneck=bottleneck)
+        whole(self, most=16, depth=depth)
         divides(self, bottleneck=bottleneck, dim=dim)
         self.depth = depth
 
@@ -166,7 +168,8 @@ class ResidualAttention(nn.Module):
     ) -> None:
         super().__init__()
         choice(self, ("sigmoid", "channel", "spatial", "none"), mask=mask)
-        whole(self, dim=dim, depth=depth, pre=pre, trunk=trunk, per_level=per_level, bottleneck=bottleneck)
+        whole(self, dim=dim, pre=pre, trunk=trunk, per_level=per_level, bottleneck=bottleneck)
+        whole(self, most=16, depth=depth)
         divides(self, bottleneck=bottleneck, dim=dim)
         flag(self, residual=residual)
         self.dim, self.mask, self.residual = dim, mask, residual
