@@ -11,6 +11,7 @@ from regard.laws.costs import compare
 SIZES = ((256, 64, 8), (576, 128, 4))
 """Tokens (or pixels of a square, or nodes), head width, heads: so large that products are most of the work."""
 ELEMENTWISE = {
+    "domain_kl": "it works on means and variances, channel by channel",
     "entropy_regularizer": "it works on maps of weights, entry by entry",
     "exphormer": "edges multiply vector by vector",
     "fenchel_young": "it works on scores, entry by entry",
