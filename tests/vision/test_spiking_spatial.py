@@ -156,15 +156,16 @@ def test_the_host_fires_less_with_gates_and_learns() -> None:
     x[labels == 1, :, :, :2] += 1
     x[labels == 0, :, :, 2:] += 1
     assert net(x).rates[0] < plain(x).rates[0]
-    optimiser, losses = torch.optim.Adam(net.parameters(), 0.01), []
+    optimiser, losses, moved = torch.optim.Adam(net.parameters(), 0.01), [], 0.0
     for _ in range(40):
         loss = (net(x).classes - torch.nn.functional.one_hot(labels, 2)).square().mean()
         optimiser.zero_grad()
         loss.backward()
+        moved = max(moved, net.layers[0].gate.important_kernel.grad.abs().max().item())
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
-    assert net.layers[0].gate.important_kernel.grad.abs().max() > 0
+    assert moved > 0
 
 
 def test_starting_values_and_what_is_refused() -> None:

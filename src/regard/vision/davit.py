@@ -106,7 +106,8 @@ def window_attention(
         )
         added = F.pad(keys.new_zeros(1, 1, 1, tall * wide), (0, 1), value=math.log(beyond.number))
     out = attention(queries, keys, values, bias=added, mask=seen, scale=scale)
-    return out.view(B, down, across, H, tall, wide, -1).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, -1)
+    V = v.shape[-1]
+    return out.view(B, down, across, H, tall, wide, V).permute(0, 3, 1, 4, 2, 5, 6).reshape(B, H, Y, X, V)
 
 
 @checked()

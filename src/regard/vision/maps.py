@@ -20,10 +20,10 @@ def to_map(tokens: Float[Tensor, "B N C"], sizes: tuple[int, ...]) -> Float[Tens
 
 def in_windows(z: Shaped[Tensor, "B H Y X d"], window: tuple[int, int]) -> Shaped[Tensor, "windows H pixels d"]:
     """The windows that divide Y and X row by row, those of the first map first."""
-    B, H, Y, X, _ = z.shape
+    B, H, Y, X, D = z.shape
     tall, wide = window
-    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, -1).permute(0, 2, 4, 1, 3, 5, 6)
-    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, -1)
+    parts = z.reshape(B, H, Y // tall, tall, X // wide, wide, D).permute(0, 2, 4, 1, 3, 5, 6)
+    return parts.reshape(B * (Y // tall) * (X // wide), H, tall * wide, D)
 
 
 def differences(table: Float[Tensor, "H rows columns"], tall: int, wide: int) -> Float[Tensor, "H pixels pixels"]:
