@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, fits, refuse, whole
 from regard.shapes import HeadShape
-from regard.tracing import recomputing
+from regard.vision.gating import batch_normed
 from regard.vision.maps import AXES
 
 
@@ -154,7 +153,4 @@ class AttentionGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C *sizes"], g: Float[Tensor, "B Cg *gating"]) -> Float[Tensor, "B C *sizes"]:
         """Gate skip features x by the signal g of a coarser grid."""
-        z = self.out(self.coefficients(x, g) * x)
-        if recomputing():  # a checkpoint's second run: the running statistics have moved already
-            return functional_call(self.norm, {name: b.clone() for name, b in self.norm.named_buffers()}, (z,))
-        return self.norm(z)
+        return batch_normed(self.norm, self.out(self.coefficients(x, g) * x))
