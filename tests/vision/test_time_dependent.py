@@ -147,7 +147,7 @@ def test_windows_of_a_sample_share_its_time_alone() -> None:
     assert torch.equal(layer(x, other)[0], layer(x, t)[0])
     moved = (layer(x, other) - layer(x, t))[1].abs()
     assert all(bool(moved[:, y : y + 2, c : c + 2].max() > 0.01) for y in (0, 2) for c in (0, 2))
-    without, still = layer(x), layer.attention.time_proj
+    without, still = layer(x, None), layer.attention.time_proj
     for p in still.parameters():
         p.zero_()
     close(without, layer(x, t))

@@ -38,7 +38,9 @@ T(e)_ij = (1 + gamma_(x_j)) R0[i, x_j] + beta_(x_j)  where i and j are of one ro
     inputs=_inputs,
     supports={"bidirectional", "compile"},
     cost=Cost(
-        "2*B*M*ceil(Y/window)*ceil(X/window)*window**4 + 2*B*window*(window**3 if task_dim is None else task_dim)", ""
+        "2*B*M*(ceil(Y/window)*window**2 - 2*(window//2)*(window - window//2))"
+        "*(ceil(X/window)*window**2 - 2*(window//2)*(window - window//2)) + 2*B*window*task_dim",
+        "",
     ),
     claim="A task changes scores between pixels of one row of a window alone, and with W_g, b_g and R0 at 0 the layer "
     "is the backbone's own: tests/vision/test_task_adapted.py::test_a_task_changes_rows_alone, "
@@ -149,10 +151,10 @@ class TaskAdaptedAttention(ShiftedWindowAttention):
         self.task_bias = TaskBias(window, self.task_dim)
 
     @checked(M="dim", Et="task_dim")
-    def forward(
-        self, x: Float[Tensor, "B M Y X"], task: Float[Tensor, "B Et"] | None = None
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "B M Y X"], task: Float[Tensor, "B Et"] | None
     ) -> Float[Tensor, "B M Y X"]:
-        """Without a task it is the backbone's attention."""
+        """With None for the task it is the backbone's attention."""
         if task is None or not len(x):
             return super().forward(x)
         Y, X = x.shape[2:]

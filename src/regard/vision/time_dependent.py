@@ -124,7 +124,7 @@ class TimeDependentAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N M"],
-        time: Float[Tensor, "B Mt"] | None = None,
+        time: Float[Tensor, "B Mt"] | None,
         *,
         mask: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B N M"]:
@@ -168,9 +168,7 @@ class TimeWindowAttention(nn.Module):
         )
 
     @checked(M="dim", Mt="time_dim")
-    def forward(
-        self, x: Float[Tensor, "B M Y X"], time: Float[Tensor, "B Mt"] | None = None
-    ) -> Float[Tensor, "B M Y X"]:
+    def forward(self, x: Float[Tensor, "B M Y X"], time: Float[Tensor, "B Mt"] | None) -> Float[Tensor, "B M Y X"]:
         Y, X = x.shape[2:]
         w = self.attention.window
         tall, wide = (max(1, min(w, size)) for size in (Y, X))
