@@ -151,5 +151,5 @@ def test_what_is_refused() -> None:
     layer = ClassSemanticsGate(4, length=6)
     with pytest.raises(ValueError, match=r"r is of another length \(got 5\); expected length = 6"):
         layer(torch.zeros(1, 4, 5), torch.zeros(1, 4, 5))
-    with pytest.raises(ValueError, match="r has the wrong shape"):
+    with pytest.raises(ValueError, match="semantics has the wrong shape"):
         layer(torch.zeros(1, 4, 6), torch.zeros(1, 4, 5))

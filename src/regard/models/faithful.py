@@ -70,7 +70,7 @@ soft: log(max_{k < K} g_k + 1e-10) is added to the scores instead""",
     ),
     verified="third-party",
     example={"size": 12, "patch": 3, "depth": 2, "classes": 4, "parts": 3},
-    tries={"size": ..., "tau": 0.5, "noise": ...},
+    tries={"size": 9, "tau": 0.5},
     defaults={
         "channels": "ours, colour",
         "classes": "ours",

@@ -47,7 +47,7 @@ y = x a + x b      both in parallel, then fused: their sum, mean, or a pointwise
         "Padded steps count neither in means nor in convolutions, and give 0.",
     ),
     verified="reconstructed",
-    tries={"axis": "time", "length": 8, "semantics_dim": ...},
+    tries={"axis": "time", "length": 8, "semantics_dim": 10},
     defaults={
         "semantics_dim": "ours, as wide as dim",
         "axis": "paper, abstract",
@@ -170,15 +170,15 @@ class ClassSemanticsGate(nn.Module):
 
     @checked(C="dim", Cr="semantics_dim")
     def forward(
-        self, x: Float[Tensor, "B C T"], r: Float[Tensor, "B Cr T"], mask: Bool[Tensor, "B T"] | None = None
+        self, x: Float[Tensor, "B C T"], semantics: Float[Tensor, "B Cr T"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B C T"]:
         """`mask` is True at real steps."""
         x = x if mask is None else x.masked_fill(~mask[:, None], 0.0)
         parts = []
         if self.channel is not None:
-            parts.append(x * self.channel(r, mask)[..., None])
+            parts.append(x * self.channel(semantics, mask)[..., None])
         if self.time is not None:
-            parts.append(x * self.time(r, mask)[:, None])
+            parts.append(x * self.time(semantics, mask)[:, None])
         if self.mix is not None:
             out = self.mix(torch.cat(parts, 1)) if x.shape[2] else x
             return out if mask is None else out.masked_fill(~mask[:, None], 0.0)

@@ -37,7 +37,6 @@ g_1 = sigmoid(K_1 * [mean(p x) / ratio, max(p x)]),   g_2 likewise of 1 - p and 
     protocol="FeatureMixer",
     inputs=_inputs,
     supports={"bidirectional", "compile"},
-    traits={"routed"},
     cost=Cost("B*C*steps*steps + 36*B*Y*X", ""),
     claim="Gates below 1 make a neuron fire less, and each pixel has two of them, for all steps and channels: "
     "tests/vision/test_spiking_spatial.py::test_a_pixel_has_two_gates_and_neurons_fire_less.",
@@ -50,7 +49,7 @@ g_1 = sigmoid(K_1 * [mean(p x) / ratio, max(p x)]),   g_2 likewise of 1 - p and 
     ),
     verified="third-party",
     example={"steps": 4},
-    tries={"steps": ..., "reduction": 2, "ratio": 0.3},
+    tries={"steps": 8, "reduction": 2, "ratio": 0.3},
     defaults={
         "steps": "code, DVS128 Gesture",
         "ratio": "code",
@@ -63,8 +62,8 @@ g_1 = sigmoid(K_1 * [mean(p x) / ratio, max(p x)]),   g_2 likewise of 1 - p and 
 
 def _largest(s: Float[Tensor, "*b"], count: int, dim: int) -> Bool[Tensor, "*b"]:
     """Which entries are of the `count` largest along an axis; of equals the earlier go first."""
-    order = s.argsort(dim=dim, descending=True, stable=True)
-    return torch.zeros_like(s, dtype=torch.bool).scatter(dim, order.narrow(dim, 0, count), True)
+    best = s.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, count)
+    return torch.zeros_like(s, dtype=torch.bool).scatter(dim, best, torch.ones_like(best, dtype=torch.bool))
 
 
 def spatial_gate(

@@ -55,7 +55,7 @@ T(e)_ij = (1 + gamma_(x_j)) R0[i, x_j] + beta_(x_j)  where i and j are of one ro
     ),
     verified="third-party",
     example={"window": 3, "task_dim": 27},
-    tries={"window": 4, "shift": 0, "task_dim": ...},
+    tries={"window": 4, "shift": 0, "task_dim": 8},
     defaults={
         "window": "code, Swin's",
         "shift": "code, Swin's: of every other block",

@@ -51,7 +51,7 @@ out = softmax(q k^T / sqrt(D) + R) v W_o      R_ij = table[y_i - y_j, x_i - x_j]
     ),
     verified="third-party",
     example={"window": 2},
-    tries={"window": 3, "time_dim": ...},
+    tries={"window": 3, "time_dim": 8},
     defaults={
         "window": "ours, a latent grid of 8 x 8",
         "time_dim": "code, as wide as dim",

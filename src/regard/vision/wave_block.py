@@ -34,8 +34,7 @@ top drawn from 0 .. Y - h, once for the whole batch; in eval y = x""",
     claim="Equal networks with other draws see other maps, at no parameter, and in eval the same: "
     "tests/vision/test_wave_block.py::test_two_equal_networks_differ_while_they_train.",
     verified="third-party",
-    tries={"ratio": ..., "scale": ...},
-    exceptions={"L29": DRAWN},
+    exceptions={"L0 wrong_inputs_are_refused": "it has no parameters, and maps may be of any width", "L29": DRAWN},
     defaults={"ratio": "code", "scale": "code"},
 )
 
@@ -56,7 +55,6 @@ attention: x + CBAM(x), or the non-local block of dot products, x + BN(W o)""",
         "The non-local block multiplies keys and values first: the same sums, without a map of all pairs.",
     ),
     verified="third-party",
-    tries={"order": ...},
     exceptions={
         "L10 batch_rows_do_not_meet_in_training": "both attentions' batch norms read the whole batch",
         "L29": DRAWN,
@@ -102,7 +100,7 @@ class WaveBlock(nn.Module):
     @checked()
     def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
         if not self.training:
-            return x
+            return x.clone()
         most = x.shape[2] - stripe(x.shape[2], self.ratio)
         top = torch.randint(most + 1, (), generator=self.generator, device=x.device)
         return waved(x, top, ratio=self.ratio, scale=self.scale)
