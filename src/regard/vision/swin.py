@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Cost, Paper
 from regard.checks import checked, whole
 from regard.vision.davit import WindowAttention, window_attention
-from regard.vision.maps import in_windows, to_tokens
+from regard.vision.maps import differences, in_windows, to_tokens
 
 CARD = Card(
     "swin",
@@ -97,17 +97,9 @@ class ShiftedWindowAttention(WindowAttention):
         z = z.roll((-down, -right), (2, 3)) if down or right else z
         q, k, v = (one.unflatten(2, sizes) for one in self._heads(to_tokens(z)))
         mask = shift_mask(sizes, (tall, wide), (down, right), x.device) if down or right else None
-        out = window_attention(q, k, v, window=(tall, wide), bias=self._differences(tall, wide), mask=mask)
+        out = window_attention(q, k, v, window=(tall, wide), bias=differences(self.table, tall, wide), mask=mask)
         out = out.roll((down, right), (2, 3)) if down or right else out
         return self._merged(out[:, :, :Y, :X].flatten(2, 3), (Y, X))
-
-    def _differences(self, tall: int, wide: int) -> Float[Tensor, "H pixels pixels"]:
-        """The table's entries of each pair of a window's pixels."""
-        dy, dx = (
-            at[:, None] - at + self.window - 1
-            for at in (torch.arange(n, device=self.table.device) for n in (tall, wide))
-        )
-        return self.table[:, dy[:, None, :, None], dx[:, None]].flatten(3).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
