@@ -47,7 +47,14 @@ X <- X without its oldest row, with P(a): a over what was read, or every `calibr
     ),
     verified="third-party",
     example={"budget": 5, "block": 1, "history": 4, "sinks": 1, "local": 1, "calibrate": 2},
-    tries={"budget": 4, "block": 2, "history": 2, "sinks": 2, "local": 2, "calibrate": 3},
+    tries={
+        "budget": 4,
+        "block": {"block": 2, "sinks": 2, "local": 2, "budget": 6},
+        "history": 2,
+        "sinks": 2,
+        "local": 2,
+        "calibrate": 3,
+    },
     defaults={
         "history": "code",
         "block": "code",

@@ -6,14 +6,14 @@ walk is in Python: it shows what share of the keys is scanned, and is not quick.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.cache.key_index import Index, IndexKind, make_index, top_keys
-from regard.cache.reading import Parts, Read, Reading
+from regard.cache.reading import Parts, Reading
 from regard.cards import Card, Cost, Paper
 from regard.checks import choice, refuse, whole
 from regard.kernels.two_phase import Partial, merge
@@ -118,7 +118,7 @@ class RetrievalAttention(Reading):
         degree: neighbours that a key has at most, but for those that came later.
         pool: how many of the best keys seen the walk looks around; at least as many as are asked for.
         lists, probes: of "ivf": how many lists there are, and how many are scanned.
-        limits: `budget`, as of `regard.cache.Reading`: so many keys, sinks and local among them.
+        budget: as of `regard.cache.Reading`: so many keys, sinks and local among them.
     """
 
     def __init__(
@@ -132,9 +132,9 @@ class RetrievalAttention(Reading):
         pool: int = 128,
         lists: int = 64,
         probes: int = 8,
-        **limits: Unpack[Read],
+        budget: int | float = 740,
     ) -> None:
-        super().__init__(**{"budget": 740, **limits})
+        super().__init__(budget=budget)
         choice(self, ("query_graph", "ivf", "flat"), index=index)
         whole(self, 0, sinks=sinks)
         whole(self, local=local, links=links, degree=degree, pool=pool, lists=lists, probes=probes)

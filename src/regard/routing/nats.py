@@ -56,7 +56,7 @@ dM_ij = P_ij (dO_i . v_j - dO_i . out_i) for every j <= i, P = softmax over all 
         "Types for chunks of tokens, of their mean, are left out.",
     ),
     example={"window": 2},
-    tries={"window": 1, "tau": 0.1, "sparsity": ..., "local_end": ..., "detached": ..., "first_global": False},
+    tries={"window": 1, "tau": ..., "sparsity": ..., "local_end": ..., "detached": ..., "first_global": False},
     defaults={
         "window": "ours",
         "tau": "code",
