@@ -7,7 +7,7 @@ from importlib import import_module
 
 from regard.cli.group import MISTAKE, app, main
 
-COMMANDS = ("list", "show", "plan", "check", "doctor", "compare", "profile", "explain", "report", "generate")
+COMMANDS = ("list", "show", "plan", "check", "doctor", "compare", "profile", "caches", "explain", "report", "generate")
 """In the order of the help."""
 
 for _name in COMMANDS:
