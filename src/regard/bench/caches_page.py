@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regard import terminal
-from regard.bench.caches import FULL, Caches, Cell, CachesError, shown
+from regard.bench.caches import FULL, Caches, CachesError, Cell, shown
 from regard.bench.process import Stop
 from regard.bench.profile_page import amount
 from regard.bench.report.head import traceback
@@ -40,8 +40,6 @@ def table(cells: Sequence[Cell], config: Caches, task: str, length: int) -> tupl
         at = [here.get((name, "" if name == FULL else word)) for word in words]
         if not any(at):
             continue
-        if name == FULL:
-            at = [None] * (len(at) - 1) + at[-1:]
         first = next(cell for cell in at if cell is not None)
         speeds = [_number(first, "tokens_per_second"), _number(first, "prefill")]
         rows.append([name, *(_number(c, "accuracy") for c in at), *speeds, *(_number(c, "share") for c in at)])
