@@ -88,7 +88,8 @@ def test_the_small_model(tmp_path: Path, small: tuple[Any, Any]) -> None:
     assert 80 * per_token <= full["bytes"] <= 96 * per_token
     for values in (tova, chance):
         assert 0.45 <= values["share"] <= 0.65
-        assert values["prefill"] > 0 and values["tokens_per_second"] > 0
+        assert values["prefill"] > 0
+        assert values["tokens_per_second"] > 0
     assert full["accuracy"] >= tova["accuracy"]
     kept = json.loads((tmp_path / "caches.json").read_text())
     assert [Cell(**cell) for cell in kept["cells"]] == found
@@ -109,7 +110,8 @@ def test_the_whole_budget_answers_as_the_full_cache(small: tuple[Any, Any]) -> N
         assert torch.equal(timed.generate(ids, mask, **options), want)
         with regard.swap(model, cache=caches.Random(budget=1.0), check=False):
             assert torch.equal(timed.generate(ids, mask, **options), want)
-    assert len(timed.bytes) == 4 and len(timed.rate) == 2
+    assert len(timed.bytes) == 4
+    assert len(timed.rate) == 2
 
 
 def test_bytes_of_a_cache_of_transformers(small: tuple[Any, Any]) -> None:
@@ -130,7 +132,8 @@ def test_a_cell_that_fails_is_a_row(
     assert "2 cells: RuntimeError: no luck" in shown
     assert max(map(len, shown.splitlines())) <= 80
     page = (tmp_path / "report.html").read_text()
-    assert "no luck" in page and "Traceback" in page
+    assert "no luck" in page
+    assert "Traceback" in page
     assert "http" not in page.split("<body>")[1].split("<script")[0]
     assert asked == [NEEDLE, NEEDLE, "absence", "absence"]
     asked = faked(monkeypatch)
@@ -152,7 +155,8 @@ def test_other_settings_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = caches.run(config(tmp_path), loaded=(None, None))
     caches.run(config(tmp_path, budget=(0.25,)), loaded=(None, None))
     kept = {Cell(**cell).key for cell in json.loads((tmp_path / "caches.json").read_text())["cells"]}
-    assert {cell.key for cell in first} <= kept and len(kept) == 3
+    assert {cell.key for cell in first} <= kept
+    assert len(kept) == 3
     with pytest.raises(CachesError, match="made with another samples; give another --out"):
         caches.run(config(tmp_path, samples=8), loaded=(None, None))
     (tmp_path / "caches.json").write_text("{")
@@ -191,4 +195,5 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(map(len, caches_page.lines(found, given, NEEDLE, 96))) <= within
     assert "tova" in caches_page.plot(found, NEEDLE, 96)
     page = caches_page.write(found, given, tmp_path / "report.html").read_text()
-    assert "<td>2 KB</td>" in page and "snapkv(window=8)" in page
+    assert "<td>2 KB</td>" in page
+    assert "snapkv(window=8)" in page
