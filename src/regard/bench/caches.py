@@ -6,6 +6,7 @@ The last `held_back` tokens of a prompt, at least one, come after the prompt was
 a prompt sees all of it, and would hand the first token of an answer to any policy.
 """
 
+import inspect
 import json
 import math
 import re
@@ -168,12 +169,13 @@ class Timed(nn.Module):
 
     def __init__(self, model: Any, held_back: int) -> None:
         super().__init__()
-        self.model, self.held_back = model, held_back
+        self.model, self.held_back, self.training = model, held_back, model.training
         self.prefill: list[float] = []
         self.rate: list[float] = []
         self.bytes: list[float] = []
         self._warm = False
 
+    @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         if not self._warm:  # what is built at a first call is no time of a policy's
             self._warm = True
@@ -191,6 +193,8 @@ class Timed(nn.Module):
         cache = DynamicCache(config=self.model.config)
         cut = max(1, ids.shape[1] - self.held_back)
         at = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, :cut]
+        takes = inspect.signature(self.model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         start = _now(ids)
         self.model(
             input_ids=ids[:, :cut],
@@ -198,7 +202,7 @@ class Timed(nn.Module):
             position_ids=at,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **last,
         )
         middle = _now(ids)
         out: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)

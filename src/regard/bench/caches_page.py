@@ -108,6 +108,8 @@ def plot(cells: Sequence[Cell], task: str, length: int, width: int = 80, height:
     plotext.theme("clear")
     plotext.plot_size(width, height)
     plotext.ylim(0, 1)
+    plotext.xlim(-0.5, 1)  # the legend stands at the left
+    plotext.xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     for name, marker in zip(_names(here), "=ox*+#@%&vsdnz" * len(here), strict=False):
         x, y = zip(*_points(here, name), strict=True)
         if name == FULL:

@@ -76,7 +76,7 @@ def _taking(source: Source, run: Callable[[Any], None]) -> Callable[..., None]:
         start = None if one.default is MISSING else one.default
         start = start if one.default_factory is MISSING else one.default_factory()
         if one.name in source.arguments:
-            said = Annotated[kind, typer.Argument(help=text)]  # type: ignore[valid-type]
+            said = Annotated[kind, typer.Argument(help=text, metavar=one.name.upper())]  # type: ignore[valid-type]
             parameters.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, annotation=said))
             continue
         option = typer.Option(
