@@ -141,35 +141,35 @@ def test_a_cell_that_fails_is_a_row(
     assert asked == ["absence", "absence"]
 
 
-def test_where_the_full_cache_knows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_full_cache_knows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: tuple[Any, Any]
+) -> None:
     """No policy is asked, and that is no failure."""
     asked = faked(monkeypatch, mark=0.0)
-    found = caches.run(config(tmp_path), loaded=(None, None))
+    found = caches.run(config(tmp_path), loaded=small)
     assert [cell.status for cell in found] == ["done", "left out"]
     assert len(asked) == 1
     assert caches_page.reasons(found) == [f"{NEEDLE} at 96 tokens: tova at 50%: the full cache gets nothing right"]
 
 
-def test_other_settings_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: tuple[Any, Any]) -> None:
     faked(monkeypatch)
-    first = caches.run(config(tmp_path), loaded=(None, None))
-    caches.run(config(tmp_path, budget=(0.25,)), loaded=(None, None))
+    first = caches.run(config(tmp_path), loaded=small)
+    caches.run(config(tmp_path, budget=(0.25,)), loaded=small)
     kept = {Cell(**cell).key for cell in json.loads((tmp_path / "caches.json").read_text())["cells"]}
     assert {cell.key for cell in first} <= kept
     assert len(kept) == 3
     with pytest.raises(CachesError, match="made with another samples; give another --out"):
-        caches.run(config(tmp_path, samples=8), loaded=(None, None))
+        caches.run(config(tmp_path, samples=8), loaded=small)
     (tmp_path / "caches.json").write_text("{")
     with pytest.raises(CachesError, match="cannot be read"):
-        caches.run(config(tmp_path), loaded=(None, None))
+        caches.run(config(tmp_path), loaded=small)
 
 
-def test_stopping_keeps_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_keeps_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: tuple[Any, Any]) -> None:
     faked(monkeypatch)
     stop = Stop()
-    found = caches.run(
-        config(tmp_path), loaded=(None, None), stop=stop, on_cell=lambda cell: setattr(stop, "number", 15)
-    )
+    found = caches.run(config(tmp_path), loaded=small, stop=stop, on_cell=lambda cell: setattr(stop, "number", 15))
     assert len(found) == 1
     assert len(json.loads((tmp_path / "caches.json").read_text())["cells"]) == 1
 

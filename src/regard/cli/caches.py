@@ -16,7 +16,7 @@ def _source() -> Source:
 
 @configured(_source)
 def caches(config: Any) -> None:
-    """Ask a model questions with caches that keep less, beside the full one.
+    """Ask a model questions with caches that keep less.
 
     Exit code: 0 all done, 3 some cells failed, 130 or 143 stopped (the same command goes on).
     """
