@@ -7,7 +7,20 @@ from importlib import import_module
 
 from regard.cli.group import MISTAKE, app, main
 
-COMMANDS = ("list", "show", "plan", "check", "doctor", "compare", "profile", "survey", "explain", "report", "generate")
+COMMANDS = (
+    "list",
+    "show",
+    "plan",
+    "check",
+    "doctor",
+    "compare",
+    "profile",
+    "caches",
+    "survey",
+    "explain",
+    "report",
+    "generate",
+)
 """In the order of the help."""
 
 for _name in COMMANDS:

@@ -31,6 +31,8 @@ class Source:
     """Field -> what stands for a default of None."""
     words: Mapping[str, str] = field(default_factory=dict)
     """Field -> what its help says besides."""
+    arguments: frozenset[str] = frozenset()
+    """Fields that stand without a name, and must be given."""
 
 
 def configured(source: Callable[[], Source]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
@@ -73,6 +75,10 @@ def _taking(source: Source, run: Callable[[Any], None]) -> Callable[..., None]:
         text = " ".join(filter(None, (words.get(one.name, ""), note, source.words.get(one.name, ""))))
         start = None if one.default is MISSING else one.default
         start = start if one.default_factory is MISSING else one.default_factory()
+        if one.name in source.arguments:
+            said = Annotated[kind, typer.Argument(help=text, metavar=one.name.upper())]  # type: ignore[valid-type]
+            parameters.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, annotation=said))
+            continue
         option = typer.Option(
             source.flags.get(one.name) or _flag(one.name, kind),
             help=text,
