@@ -102,7 +102,7 @@ class SlicedAttention(Attention):
         else:
             start(self.q_proj, self.k_proj)
 
-    def init_state(
+    def init_state(  # type: ignore[override]
         self,
         batch_size: int,
         capacity: int,
@@ -121,7 +121,7 @@ class SlicedAttention(Attention):
         at: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         return KVCache({"x": torch.zeros(batch_size, capacity, self.dim, **at)})
 
-    def step(
+    def step(  # type: ignore[override]
         self,
         x: Float[Tensor, "B t M"],
         state: State,
