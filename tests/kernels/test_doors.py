@@ -57,7 +57,6 @@ from regard.mixers.sparse_correction import delta_attention
 from regard.mixers.triadic import triadic_attention
 from regard.routing.biformer import region_attention
 from regard.routing.clusters import clustered_attention
-from regard.routing.nats_attention import nats_attention
 from regard.routing.nsa_branches import Brief, native_sparse_attention, read_in_full
 from regard.routing.running_best import dynamic_mask_attention
 from regard.routing.sinkhorn import sinkhorn_attention
@@ -234,7 +233,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         q, k, v, torch.ones(B, H, N, 3), Brief(X[:, :, :2], X[:, :, :2], torch.ones(1, 2).bool(), 4, 4), **BLOCKS
     ),
     "dynamic_mask_attention": lambda q, k, v: dynamic_mask_attention(q, k, v, torch.ones(k.shape[:3]), window=3)[0],
-    "nats_attention": lambda q, k, v: nats_attention(q, k, v, torch.ones(*k.shape[:3], 3), window=2),
     "read_in_full": lambda q, k, v: read_in_full(
         q, k, v, torch.ones(B, H, N, 2).bool(), block=4, count=3, mask=masks.causal()
     ),

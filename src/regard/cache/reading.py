@@ -131,7 +131,8 @@ class Reading:
                 at = at.masked_fill(~real, -1)[None, None].expand(1, G, t)
                 found.append(joined(before, Kept(row[0], row[1], at.int(), full=bool(real.all()))))
             if bool(real.any()):
-                kept, part = self._taken(part, *(z[:, :, real] for z in row), scale, alone=t == 1)
+                ours = [z[:, :, real] for z in row]
+                kept, part = self._taken(part, ours[0], ours[1], ours[2], scale, alone=t == 1)
             else:
                 kept = Kept(row[0], row[1], torch.full((1, G, t), -1, dtype=torch.int32, device=k.device))
             if t == 1:
@@ -187,8 +188,8 @@ def _side_by_side(rows: list[Kept]) -> Kept:
     many = max(row.k.shape[2] for row in rows)
     pads = [many - row.k.shape[2] for row in rows]
     k, v = (
-        torch.cat([torch.nn.functional.pad(row[z], (0, 0, pad, 0)) for row, pad in zip(rows, pads, strict=True)])
-        for z in (0, 1)
+        torch.cat([torch.nn.functional.pad(z, (0, 0, pad, 0)) for z, pad in zip(held, pads, strict=True)])
+        for held in ([row.k for row in rows], [row.v for row in rows])
     )
     at = [torch.nn.functional.pad(row.positions, (pad, 0), value=-1) for row, pad in zip(rows, pads, strict=True)]
     return Kept(k, v, torch.cat(at), full=not any(pads) and all(row.full for row in rows))
