@@ -68,6 +68,8 @@ class DiffiT(nn.Module):
         classes: how many there are; one more row of the table stands for no class, and is what -1 reads.
     """
 
+    places: Tensor
+
     def __init__(
         self,
         channels: int,
