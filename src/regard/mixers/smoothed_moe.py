@@ -194,8 +194,7 @@ class SmoothedMoE(nn.Module):
         tokens(self, "x", x, self.dim)
         x = shown(self, x, mask)
         if not isinstance(state, KVCache):
-            got = type(state).__name__
-            refuse(self, "state", "has the wrong type", got, "the KVCache of init_state", error=TypeError)
+            refuse(self, "state", "has the wrong type", type(state).__name__, "that of init_state", error=TypeError)
         if state.batch_size != len(x):
             refuse(self, "state", "has another batch than x", state.batch_size, f"{len(x)} sequences")
         keep = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
