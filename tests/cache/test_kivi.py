@@ -1,5 +1,5 @@
-"""KIVI: against plain loops written from the paper's formulas and its authors' account of what is quantised when,
-before there was a reference; bytes; and what each way of grouping costs."""
+"""KIVI: against plain loops by the author of the reference, who had read its authors' code; bytes; and what each way of
+grouping costs."""
 
 import math
 

@@ -297,8 +297,10 @@ def _measured(cell: Cell, config: Caches, model: Any, tokenizer: Any, full: Cell
         own = cell.budget is None
         kept: Any = nullcontext() if own else policy(cell.policy, cell.budget or 0)
         with kept if own else regard.swap(model, cache=kept, check=False):
-            options = {"samples": config.samples, "seed": config.seed, "batch": config.batch}
-            scores = asking.score(timed, tokenizer, cell.task, length=cell.length, **options)
+            samples, seed, batch = config.samples, config.seed, config.batch
+            scores = asking.score(
+                timed, tokenizer, cell.task, length=cell.length, samples=samples, seed=seed, batch=batch
+            )
     except Exception as error:  # whatever a policy, a model or a task comes upon is this cell's alone
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         return replace(cell, status="failed", reason=reason, traceback=tracebacks.format_exc())

@@ -6,7 +6,7 @@ others, and their groups are those that they would have alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -106,10 +106,10 @@ class Quantised:
     """How many tokens each head has; None: all have as many, and no place was ever empty."""
 
     @classmethod
-    def of(cls, form: Form) -> Callable[[Kept, int], Self]:
+    def of(cls, form: Form) -> "Callable[[Kept, int], Quantised]":
         """What makes such stores; room it needs none."""
 
-        def make(kept: Kept, room: int) -> Self:
+        def make(kept: Kept, room: int) -> Quantised:
             if kept.full:
                 return cls(form, *_split(form, kept.k, kept.v), kept.positions.int().clone(), None)
             R = form.residual

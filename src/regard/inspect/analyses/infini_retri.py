@@ -190,8 +190,8 @@ class InfiniteRetrieval:
         weight, history, longest = None, [], 0
         for chunk in fill_chunks([self._ids(s) for s in split_sentences(context)], self.chunk):
             read = kept + chunk
-            scores, ids = self._scores(prefix, read, rest, weight)
-            weight, longest = scores.weight if self.frozen else torch.ones_like(scores.weight), max(longest, ids)
+            scores, count = self._scores(prefix, read, rest, weight)
+            weight, longest = scores.weight if self.frozen else torch.ones_like(scores.weight), max(longest, count)
             ends = [0]
             for sentence in read:
                 ends.append(ends[-1] + len(sentence))
