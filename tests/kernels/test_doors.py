@@ -94,6 +94,7 @@ THROUGH_EXECUTE = {
     "mixers/sliced.py",
     "mixers/strided.py",
     "pipeline/function.py",
+    "pipeline/kept.py",
     "pipeline/layer.py",
     "pipeline/quick_step.py",
     "pipeline/shared_kv.py",
@@ -278,7 +279,7 @@ INNER = {
     "quick",
 }
 INNER |= {"finite", "joined", "joins", "with_lse", "check_scan"}
-INNER |= {"finite", "posed", "sampled_sum", "outputs", "gradients"}
+INNER |= {"finite", "posed", "sampled_sum", "outputs", "gradients", "kept_call"}
 """What stands behind those, or is no way to a kernel."""
 
 
