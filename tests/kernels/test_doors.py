@@ -48,6 +48,7 @@ from regard.linear.retnet import retention
 from regard.linear.ttt_linear import taught_linear
 from regard.linear.yoso import yoso_attention
 from regard.mixers.combiner import combiner_attention
+from regard.mixers.detail_attention import high_res_attention
 from regard.mixers.grouped import grouped_attention
 from regard.mixers.long_range_grouping import grouping_attention
 from regard.mixers.path import path_attention
@@ -251,6 +252,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "neighborhood_attention": squared(neighborhood_attention, window=1),
     "gated_positional_attention": squared(gated_positional_attention, places=normal(H, 3), gate=normal(H)),
     "neighborhood_with_lse": squared(neighborhood_with_lse, window=1),
+    "high_res_attention": lambda q, k, v: high_res_attention(q, k, v, k, v, torch.ones(B, N, N, dtype=torch.bool)),
     "group_attention": lambda q, k, v: group_attention(q, k, v, torch.zeros(B, N).long(), size=2),
     "region_attention": squared(region_attention, regions=torch.zeros(B, 2, 1).long()),
 }
