@@ -18,7 +18,7 @@ from regard.laws.agreement import naive_precision, near
 from regard.masks import Mask
 from regard.masks.lists import Lasting
 from regard.routing import running_best
-from regard.routing.lightning_indexer import best
+from regard.routing._indexing import best
 
 SIZES = [(2, 4, 2, 150, 150, 16, 16), (1, 2, 1, 60, 133, 24, 8), (1, 2, 2, 133, 60, 5, 37)]
 FORMS = [pytest.param("C++", marks=pytest.mark.skipif(bool(build.why_not()), reason="no C++ kernels here")), "torch"]

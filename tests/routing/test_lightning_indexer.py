@@ -15,7 +15,8 @@ import regard
 from regard import masks
 from regard.laws.agreement import close
 from regard.routing import kept, lightning_indexer
-from regard.routing.lightning_indexer import LightningIndexer, best
+from regard.routing._indexing import best
+from regard.routing.lightning_indexer import LightningIndexer
 from routing import naive_lightning_indexer as naive
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "S-dsa.npz"

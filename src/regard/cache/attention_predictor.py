@@ -1,4 +1,4 @@
-"""AttentionPredictor: a small network sees what blocks of keys were attended to lately, and says which will be next.
+"""AttentionPredictor: a small network says which blocks of keys will be attended to next.
 
 All keys are held, and a step reads the blocks that were predicted from the steps before it; they could be fetched while
 the step before still runs. Now and then a step looks at all keys, so that the history learns of blocks it had lost.

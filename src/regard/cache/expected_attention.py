@@ -1,4 +1,4 @@
-"""Expected attention: the keys that queries like those so far will attend to from the positions to come."""
+"""Expected attention: the keys that queries like those so far will attend to from positions to come."""
 
 from typing import Unpack
 

@@ -1,4 +1,4 @@
-"""KIVI: keys in few bits channel by channel, values token by token, and the newest of both as they are."""
+"""KIVI: keys in few bits channel by channel, values token by token, the newest of both as they are."""
 
 import copy
 from typing import Literal, TypeVar
@@ -30,10 +30,12 @@ as they are: keys of the newest n mod R tokens, values of the newest R""",
     claim="Memory falls by the bits, and a channel of large keys costs the others nothing: "
     "tests/cache/test_kivi.py::test_a_loud_channel_is_quantised_alone.",
     differs=(
+        "The formulas are those of the authors' code: the paper's text was not read.",
         "Keys and values have one number of bits; the authors' code has one for each.",
         "Products are taken with numbers that are dequantised first; the authors fuse both.",
         "Where another policy drops keys, those left are grouped and quantised again.",
     ),
+    verified="reconstructed",
     example={"bits": 2, "group": 4, "residual": 16},
     tries={
         "bits": {"residual": 4},
@@ -42,7 +44,7 @@ as they are: keys of the newest n mod R tokens, values of the newest R""",
         "budget": 5,
         **TRIES,
     },
-    defaults={"bits": "code", "group": "code", "residual": "code", **LIMITS, "budget": "paper"},
+    defaults={"bits": "code", "group": "code", "residual": "code", **LIMITS, "budget": "ours, all"},
 )
 
 P = TypeVar("P", bound=Evicting)

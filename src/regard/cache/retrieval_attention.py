@@ -1,4 +1,4 @@
-"""RetrievalAttention: a step reads the keys of the largest scores, which an index finds that knows a prompt's queries.
+"""RetrievalAttention: a step reads the best keys, found by an index that knows a prompt's queries.
 
 Queries lie elsewhere than keys do, so an index of keys alone leads them astray. Here keys are neighbours that one query
 of the prompt found next to each other, and a walk from neighbour to neighbour finds what such queries look for. The

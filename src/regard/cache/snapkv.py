@@ -1,4 +1,4 @@
-"""SnapKV: the keys that the last queries of the prompt attend to, with their neighbours, and the newest."""
+"""SnapKV: the keys that a prompt's last queries attend to, with their neighbours, and the newest."""
 
 from typing import Literal, Unpack
 

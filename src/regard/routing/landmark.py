@@ -1,4 +1,4 @@
-"""Landmark attention: a landmark token ends each block, and its score says how much of the block is read.
+"""Landmark attention: a landmark token ends each block, and its score says how much of it is read.
 
 A query's weights are softmax over its own block's tokens and the landmarks before; a landmark's share goes to the
 tokens of its block, by a softmax of their own. That is one softmax of shifted scores. What landmarks get also says

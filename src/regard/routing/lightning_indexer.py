@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import divides, flag, refuse, whole
-from regard.kernels.blocks import greatest
 from regard.kernels.native import build
 from regard.kernels.native.listed import indexed, ready
 from regard.kernels.problem import dots
 from regard.masks import Mask, dense, full, listed
 from regard.normalizers.softmax import softmax
 from regard.positions.rotary import Rotary, Scaling
+from regard.routing._indexing import PAIRS, best, index_scores, places
 from regard.routing._shared import hides_keys_only, real_keys
 from regard.stages import Made, Selector, Tokens
 from regard.tracing import exporting, readable
@@ -70,52 +70,8 @@ loss = mean over t of KL( attention of t summed over heads, / H  ||  softmax ove
     exceptions={"L43": "the choice has no gradient: the indexer learns from its divergence alone"},
     example={"num_index_heads": 3, "index_dim": 6, "topk": 4, "rope_dim": 4},
     tasks=("mqar(topk=16, num_index_heads=4, index_dim=16, rope_dim=8)",),
-    defaults={
-        "num_index_heads": "code",
-        "index_dim": "code",
-        "topk": "code",
-        "rope_dim": "code",
-        "base": "code",
-    },
+    defaults=dict.fromkeys(("num_index_heads", "index_dim", "topk", "rope_dim", "base"), "code"),
 )
-
-PAIRS = 2**20
-"""Scores formed together, of all index heads: few enough to stay in the cache."""
-
-
-def index_scores(
-    q: Float[Tensor, "B h t D"], k: Float[Tensor, "B 1 S D"], w: Float[Tensor, "B t h"]
-) -> Float[Tensor, "B t S"]:
-    """I of these queries, in at least fp32."""
-    scores = dots(q * q.shape[3] ** -0.5, k).relu()
-    each = w.to(scores.dtype).unsqueeze(-1).unbind(2)
-    total = each[0] * scores[:, 0]
-    for h, weight in enumerate(each[1:], 1):
-        total = torch.addcmul(total, weight, scores[:, h])
-    return total
-
-
-def best(scores: Float[Tensor, "*n S"], k: int) -> Bool[Tensor, "*n S"]:
-    """The k largest of each row, of equals the last. NaN is taken, to stay seen."""
-    least = greatest(scores, k).values[..., -1:]
-    above, equal = scores > least, scores == least
-    room = k - above.sum(-1, keepdim=True)
-    return above | scores.isnan() | (equal & (equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= room))
-
-
-def _chosen(
-    I: Float[Tensor, "B t S"], top: Float[Tensor, "B t n"], at: Int[Tensor, "B t n"], k: int
-) -> Int[Tensor, "B t n"]:
-    """Where the k largest of each row stand, given the n = k + 1 largest in any order, or all; of equals the last, and
-    -1 for -inf."""
-    if top.shape[-1] > k:
-        least, last = top.min(-1, keepdim=True)
-        at = at.scatter(-1, last, -1)  # one too many
-        tied = (top == least).sum(-1).gt(1) & least.squeeze(-1).ne(-math.inf)
-        if bool(tied.any()):  # in these rows others may have to go
-            rows = best(I[tied], k)
-            at[tied] = F.pad(rows.nonzero()[:, 1].view(-1, k), (0, 1), value=-1)
-    return torch.where(top == -math.inf, -1, at).int()
 
 
 @CARD.fills("selector", closed=("q_dim", "scaling"))
@@ -217,7 +173,7 @@ class LightningIndexer(Selector):
             top = I.topk(min(self.topk + 1, end), sorted=False)
             if bool(top.values.isnan().any()):
                 return None
-            some = _chosen(I, top.values, top.indices, self.topk)
+            some = places(I, top.values, top.indices, self.topk)
             lists.append(F.pad(some, (0, self.topk + 1 - some.shape[-1]), value=-1))
         return torch.cat(lists, 1)
 

@@ -49,12 +49,10 @@ out_i = softmax over r and j in P_r(i), j != i (j < i when causal) of z_i . k_j,
         "Padded tokens stand behind all others, so that chunks, and by default the number of buckets, are those of a "
         "row without them; the first chunk sees the last one that holds real tokens.",
         "A token that sees nothing but itself gets its value by a mask, not by a logit of -1e5.",
-        "The mask to one bucket and the correction for keys met in several rounds are the paper's, told by others; "
-        "the code has neither.",
+        "The mask to one bucket and the correction for keys met in several rounds are the paper's; not the code's.",
         "draws='kept' keeps one set of rotations, so that a call can be repeated; the code draws in each call.",
-        "Where before + 1 + after chunks are more than there are, each is seen once; the code sees some twice.",
-        "With two factors a bucket is a pair of hashes, as in the code; the paper tells of one hash.",
-        "No decoding from a cache, which hashes new tokens into old chunks.",
+        "A window longer than the circle of chunks sees each once, in the code twice; two factors are two hashes, "
+        "as in the code. No decoding from a cache, which hashes into old chunks.",
     ),
     verified="third-party",
     example={"chunk": 3, "rounds": 2, "buckets": 2, "bias": True, "draws": "kept"},

@@ -1,4 +1,4 @@
-"""Class semantics-based attention: what an action recogniser sees says which channels and steps of a detector count."""
+"""Class semantics-based attention: a recogniser's features weigh a detector's channels and steps."""
 
 from typing import Literal
 

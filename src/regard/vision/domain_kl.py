@@ -1,4 +1,4 @@
-"""Domain loss: the divergence of a gate's Gaussian from that of the input's domain, or a mixture of them."""
+"""Domain loss: the divergence of a gate's Gaussian from that of the input's domain, or a mixture."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Efficient local attention: two gates, of rows and of columns, from strips that a convolution runs along."""
+"""Efficient local attention: gates of rows and of columns, from strips that a convolution runs along."""
 
 from typing import TypedDict
 

@@ -1,4 +1,4 @@
-"""EDAFormer's embedding-free attention: tokens are their own queries, and one pooled map is keys and values.
+"""EDAFormer's embedding-free attention: tokens are queries, and one pooled map is keys and values.
 
 Keys may be pooled more at inference than in training, with the same weights.
 """

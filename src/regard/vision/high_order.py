@@ -1,4 +1,4 @@
-"""High-order attention: a gate for each channel and place, from products of several projections of that place."""
+"""High-order attention: a gate for each channel and place, from products of its projections."""
 
 import math
 from functools import reduce

@@ -1,4 +1,4 @@
-"""Reconstructed: a gate of little latency for re-identification, in place of a paper's block that could not be read.
+"""Reconstructed: a gate of little latency for re-identification, for a block that could not be read.
 
 What is that paper's is how a block is chosen: every placement after a backbone's stages is measured.
 """

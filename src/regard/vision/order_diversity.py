@@ -1,4 +1,4 @@
-"""Order diversity: an encoder learns to make the features of several orders alike, and they learn to differ."""
+"""Order diversity: an encoder learns to make features of several orders alike, and they to differ."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Residual attention: a soft mask, made bottom-up and top-down, adds to features and never takes them away."""
+"""Residual attention: a soft mask, made bottom-up and top-down, adds to features, never takes away."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""ASA-SNN's spatial attention: the entries of a spiking network's maps that matter and the others get a gate each."""
+"""ASA-SNN's spatial attention: entries of spiking maps that matter, and the others, get a gate each."""
 
 import math
 from typing import Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""StepNet: attention on a residual branch is the step size of Euler's method, chosen by state and branch together."""
+"""StepNet: attention on a residual branch is Euler's step size, chosen by state and branch together."""
 
 from typing import Literal, cast
 

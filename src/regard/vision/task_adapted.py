@@ -1,4 +1,4 @@
-"""Task-adapted attention (vision transformer adapters): a task's embedding adds a bias to attention in windows."""
+"""Task-adapted attention: a task's embedding adds a bias to attention in windows."""
 
 import torch
 import torch.nn.functional as F

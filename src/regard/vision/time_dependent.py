@@ -1,4 +1,4 @@
-"""DiffiT's time-dependent attention: the time of a diffusion step is added to queries, keys and values."""
+"""DiffiT's time-dependent attention: a diffusion step's time is added to queries, keys and values."""
 
 import torch
 import torch.nn.functional as F

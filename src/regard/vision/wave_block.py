@@ -1,4 +1,4 @@
-"""Attentive WaveBlock: in training all rows of a map but a random stripe are made larger, beside an attention."""
+"""WaveBlock: in training all rows of a map but a random stripe are made larger."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""InfiniRetri: the last layer's attention from a question to a text says which sentences are worth keeping.
+"""InfiniRetri: the last layer's attention from a question to a text says which sentences to keep.
 
 A text that is too long is read in chunks: what was kept so far, the next sentences, and the question. Sentences that
 hold one of the tokens which the question looks at most are kept, as text, and the answer is made of what is left.

@@ -1,4 +1,4 @@
-"""Stiffness of layers: how far each moves a residual network's state, relative to the state's own norm."""
+"""Stiffness of layers: how far each moves a residual network's state, relative to the state's norm."""
 
 from collections.abc import Sequence
 from itertools import pairwise
