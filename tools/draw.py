@@ -78,9 +78,12 @@ def _dependence(s: Subject, module: nn.Module, here: str) -> tuple[dict[str, Ten
         words = "The output itself: how likely each of what it reads (across) is at each step (down)."
         return {"": out.detach()[0].exp()}, words
     if s.protocol == "FeatureMixer":
+        if out.dim() == 3:  # along one axis
+            out = out.unsqueeze(2)
         Y, X = out.shape[-2:]
         places = {"corner": (0, 0), "edge": (0, X // 2), "middle": (Y // 2, X // 2)}
         panels = {name: _gradient(out[0, :, y, x], read)[0].pow(2).mean(0).sqrt() for name, (y, x) in places.items()}
+        panels = {name: panel.view(1, -1) if panel.dim() == 1 else panel for name, panel in panels.items()}
         return panels, f"How much the output at one place depends on each place of a map, {Y} x {X}, by gradients."
     what = {"GraphMixer": "node", "TokenMixer": "token", "Pooler": "token"}.get(s.protocol, "vector that it reads")
     words = f"How much each output (down) depends on each {what} (across), by gradients"

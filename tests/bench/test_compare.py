@@ -99,7 +99,7 @@ ALL = [("softmax", 0), ("alibi", 0), ("softmax", 1), ("alibi", 1)]
         ({"device": "tpu"}, r"compare: device is unknown \(got 'tpu'\); expected 'cpu', 'cuda' or"),
         ({"device": "cuda:99"}, r"compare: device is not there \(got 'cuda:99'\)"),
         ({"threads": 0}, r"compare: threads is too small \(got 0\)"),
-        ({"task": "chess"}, r"task is unknown \(got 'chess'\); expected one of text, boxes, copying"),
+        ({"task": "chess"}, r"task is unknown \(got 'chess'\); expected one of text, absence, boxes, copying"),
         ({"task": "mqra"}, r"task is unknown \(got 'mqra'\); .*; did you mean 'mqar'"),
         ({"task": "mqar("}, r"task cannot be read \(got 'mqar\('\); at character 6: .* expected a name"),
         (

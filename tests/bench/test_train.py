@@ -94,6 +94,8 @@ TINY = {
     "digits": {"heldout": 0.05},
     "nodes": {"nodes": 12, "heldout": 2},
     "boxes": {"size": 16, "heldout": 8},
+    "absence": {"elements": 6, "vocab": 12, "heldout": 8},
+    "shapes": {"heldout": 15},
     "nearest_point": {"points": 4, "features": 3, "queries": 2, "heldout": 8},
 }
 

@@ -72,6 +72,9 @@ CASES = {
     "head_importance": Case(
         "bert", lambda t, f: f(gates_loss, 2, 4), {"losses": lambda: gates_loss, "num_layers": 2, "num_heads": 4}
     ),
+    "infini_retri": Case(
+        "bert", lambda t, f: f(t.maps(), question=(4, 6), context=(1, 4)), {"question": (4, 6), "context": (1, 4)}
+    ),
     "lookback_ratio": Case("llama", lambda t, f: f(t.maps(), prompt=4, context=2), {"prompt": 4, "context": 2}),
     "massive_activations": Case(
         "bert",
@@ -93,6 +96,7 @@ CASES = {
         "bert", lambda t, f: f([[torch.eye(5), torch.ones(5, 2)]]), {"x": [[torch.eye(5), torch.ones(5, 2)]]}
     ),
     "span_attention": Case("bert", lambda t, f: f(t.maps(), [(0, 2), (3, 5)]), {"keys": [(0, 2), (3, 5)]}),
+    "stiffness": Case("bert", lambda t, f: f(list(POINTS)), {"states": list(POINTS)}),
     "sparse_memory": Case("llama", lambda t, f: f(t.layers[1].q, t.layers[1].k, scale=t.layers[1].scale), {"layer": 1}),
 }
 """An analysis that stands here without its card, or has a card and does not stand here, fails the first test."""

@@ -75,6 +75,7 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
                 words |= {
                     "native": "float64",
                     "grouped": "every query chose",
+                    "listed": "single keys",
                     "triton": "float64",
                     "flex": "float64",
                     "few": "float64",
@@ -84,6 +85,6 @@ def test_kernel_is_the_formula(kernel: str, case: str) -> None:
                 continue
             close(got, formula(q, k, v, allowed, given))
             ran.append((case, given is not None))
-    never = dict.fromkeys(("few", "paged", "neighborhood", "decode", "native", "grouped", "triton"), False)
+    never = dict.fromkeys(("few", "paged", "neighborhood", "decode", "native", "grouped", "listed", "triton"), False)
     able = (never | {"block_sparse": case != "none", "window": case == "window"}).get(kernel, True)
     assert len(ran) == able * (1 if kernel == "window" else 2)

@@ -168,7 +168,7 @@ def test_evaluation_knows_no_batch_and_moves_nothing() -> None:
     assert torch.equal(held, layer.means)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 1, 1), (1, 4, 1, 9)])
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 1, 1), (1, 4, 1, 9)])
 @pytest.mark.parametrize("training", [False, True])
 def test_small_and_empty_maps(shape: tuple[int, ...], training: bool) -> None:
     layer = regard.create("token_aggregation", dim=4, num_heads=2, num_centers=7, group_size=8).train(training)

@@ -117,7 +117,7 @@ def test_unknown_names_and_options_are_refused():
     [
         ("mqar", "softmax", None),
         ("mqar", "gated+rotary", None),
-        ("mqar", "mamba2", None),
+        ("mqar", "mamba2(expand=2)", None),
         ("mqar", "retnet", None),
         ("mqar", "etc", "cannot be causal"),
         ("mqar", "polarized", "a FeatureMixer; mqar takes TokenMixers"),

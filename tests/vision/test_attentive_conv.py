@@ -171,7 +171,7 @@ def test_bad_input() -> None:
         AttentiveConv(4, activation="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pool is unknown \(got 'max'\); expected one of 'raster', 'grid'"):
         AttentiveConv(4, pool="max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x has no places \(got \(2, 4, 0, 3\)\)"):
+    with pytest.raises(ValueError, match=r"x has no pixels \(got \(2, 4, 0, 3\)\)"):
         AttentiveConv(4)(torch.zeros(2, 4, 0, 3))
     with pytest.raises(ValueError, match=r"x has the wrong shape .* expected \(B, C = 4, Y, X\)"):
         AttentiveConv(4)(torch.zeros(2, 3, 5, 3))

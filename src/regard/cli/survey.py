@@ -24,7 +24,7 @@ def survey(
     out: Annotated[Path, typer.Option(help="Folder of the results; training resumes there.")] = Path("runs/survey"),
     as_json: AsJson = False,
 ) -> None:
-    """Show what a survey covers and what of it is built, or measure that.
+    """Show what a survey covers and what of it is built.
 
     Times and memory grow as T^e; `faster from` is the length from which it takes less time than softmax attention.
     """

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regard.cards import Card, Cost, Paper
 from regard.checks import whole
-from regard.mixers.mla import Latents, MultiHeadLatentAttention
+from regard.mixers._latents import Latents
+from regard.mixers.mla import MultiHeadLatentAttention
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.streaming import MADE
 from regard.positions.rotary import Scaling
@@ -67,10 +68,9 @@ y_t = concat_h(sum over s in S_t of softmax_{S_t}(q_t,h . k_s,h / sqrt(N + R)) v
     exceptions={"L43": "the choice has no gradient: the indexer learns from its divergence alone"},
     example={
         **{"q_rank": 5, "kv_rank": 7, "nope_dim": 4, "rope_dim": 4, "value_dim": 5},
-        **{"num_index_heads": 3, "index_dim": 6, "topk": 6},
+        **{"num_index_heads": 3, "index_dim": 6, "topk": 8},
     },
     tries={"absorb": ..., "q_rank": 4},
-    tasks=("mqar(topk=16, num_index_heads=4, index_dim=16, rope_dim=8)",),
     defaults={
         **dict.fromkeys(("num_index_heads", "index_dim", "topk", "q_rank", "rope_dim", "base"), "code, transformers"),
         **dict.fromkeys(("kv_rank", "nope_dim", "value_dim", "interleaved", "eps", "bias"), "code, transformers"),

@@ -6,7 +6,7 @@ latent's side (the absorbed form): attention with one head of keys of width C + 
 numbers.
 """
 
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from regard.checks import divides, flag, number, refuse, tokens, whole
 from regard.kernels import execute
 from regard.kernels.check import check_mask
 from regard.masks import Mask
+from regard.mixers._latents import absorb, expand, normed
 from regard.pipeline.kv_cache import KVCache
 from regard.pipeline.layer import Attention
 from regard.pipeline.streaming import MADE, check_streams
@@ -69,40 +70,6 @@ while streaming:   q_h k_h^T = [q_n U_h^T | q_r] [c | k_r]^T,   A v_h = (A c) W_
         "bias": "code, transformers",
     },
 )
-
-
-def expand(
-    c: Float[Tensor, "B S C"], k_r: Float[Tensor, "B S R"], up: Float[Tensor, "H NV C"], nope_dim: int
-) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S V"]]:
-    """Keys and values of every head."""
-    k, v = torch.einsum("bsc,hnc->bhsn", c, up).tensor_split((nope_dim,), -1)
-    return torch.cat([k, k_r[:, None].expand(-1, len(up), -1, -1)], -1), v
-
-
-def absorb(q: Float[Tensor, "B H t D"], up: Float[Tensor, "H NV C"], nope_dim: int) -> Float[Tensor, "B H t CR"]:
-    """Queries that score [c | k_r] as q scores the keys that are made of them."""
-    q_n, q_r = q.tensor_split((nope_dim,), -1)
-    return torch.cat([q_n @ up[:, :nope_dim], q_r], -1)
-
-
-def _normed(norm: nn.RMSNorm, z: Tensor) -> Tensor:
-    """In the dtype of its weight, as autocast projects to fewer bits."""
-    return norm(z.to(norm.weight.dtype)).to(z.dtype)
-
-
-class Latents(TypedDict, total=False):
-    """The keywords that every layer of latents has."""
-
-    kv_rank: int
-    nope_dim: int
-    value_dim: int
-    interleaved: bool
-    absorb: bool
-    eps: float
-    bias: bool
-    dropout: float
-    scale: float | None
-    kernel: str
 
 
 @CARD.module(closed=("scaling", "scale", "kernel"))
@@ -243,13 +210,13 @@ class MultiHeadLatentAttention(Attention):
 
     def _squeezed(self, x: Float[Tensor, "B t M"]) -> Float[Tensor, "B t q_rank"]:
         """What queries are made of, where there is a `q_rank`."""
-        return _normed(self.q_a_layernorm, self.q_a_proj(x))
+        return normed(self.q_a_layernorm, self.q_a_proj(x))
 
     def _latent(
         self, x: Float[Tensor, "B S M"], where: Tensor
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
         c, k_r = self.kv_a_proj_with_mqa(x).tensor_split((self.kv_rank,), -1)
-        return _normed(self.kv_a_layernorm, c), self._turned(k_r[:, None], where)[:, 0]
+        return normed(self.kv_a_layernorm, c), self._turned(k_r[:, None], where)[:, 0]
 
     def _turned(self, z: Float[Tensor, "B H S R"], where: Tensor) -> Float[Tensor, "B H S R"]:
         return z if self.position is None else self.position.rotate(z, where)

@@ -60,7 +60,6 @@ with topk: of the blocks that ended before floor(i / chunk) chunk, only the topk
     ),
     verified="third-party",
     example={"block": 2, "topk": 1, "chunk": 3},
-    tasks=("mqar(block=8)",),
     defaults={
         "block": "code",
         "topk": "code, where nothing is cached: all",

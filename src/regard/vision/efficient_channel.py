@@ -30,6 +30,7 @@ k = max(3, odd),  t = int(|log2 C + 1| / 2),  k = t if odd else t + 1""",
     claim="k parameters, and a gate that k channels beside its own decide: "
     "tests/vision/test_efficient_channel.py::test_a_gate_reads_k_channels.",
     verified="third-party",
+    example={"kernel": 3},
     tries={"kernel": 5},
     defaults={"kernel": "code, timm: of C, see above", "border": "code, timm"},
 )

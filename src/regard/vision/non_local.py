@@ -43,7 +43,8 @@ CARD = Card(
         'The form "dot" multiplies k and v first, where the codes form all N x N products: the same sums, O(N R^2).',
     ),
     verified="third-party",
-    tries={"reduction": 4, "scale": 0.3},
+    example={"inner_dim": 12},
+    tries={"reduction": {"reduction": 4, "inner_dim": None}, "scale": 0.3},
     exceptions={"L10 batch_rows_do_not_meet_in_training": "the authors' batch normalisation reads the whole batch"},
     defaults={
         "pairwise": "code",

@@ -37,6 +37,7 @@ loss = 2 / (R (R-1)) sum over i < j of the mean over samples of || n(e_i) - n(e_
     inputs=_inputs,
     supports={"bidirectional", "compile"},
     cost=Cost("N*(M*hidden + hidden*hidden)", ""),
+    verified="reconstructed",
     claim="Keeps the orders of attention from becoming alike, against an encoder that makes them so: "
     "tests/vision/test_order_diversity.py::test_features_move_apart_while_the_encoder_resists.",
     exceptions={"L23": REVERSED, "L51": REVERSED},
