@@ -90,7 +90,7 @@ def _at(formula: str, entry: Entry, length: int) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def _dependence(s: Subject, module: nn.Module, here: str) -> tuple[dict[str, Ten
             out = out.unsqueeze(2)
         Y, X = out.shape[-2:]
         places = {"corner": (0, 0), "edge": (0, X // 2), "middle": (Y // 2, X // 2)}
-        panels = {name: _gradient(out[0, :, y, x], read)[0].pow(2).mean(0).sqrt() for name, (y, x) in places.items()}
-        panels = {name: panel.view(1, -1) if panel.dim() == 1 else panel for name, panel in panels.items()}
+        found = {name: _gradient(out[0][..., y, x], read)[0].pow(2) for name, (y, x) in places.items()}
+        panels = {name: g.reshape(-1, Y, X).mean(0).sqrt() for name, g in found.items()}
         return panels, f"How much the output at one place depends on each place of a map, {Y} x {X}, by gradients."
     what = {"GraphMixer": "node", "TokenMixer": "token", "Pooler": "token"}.get(s.protocol, "vector that it reads")
     words = f"How much each output (down) depends on each {what} (across), by gradients"
